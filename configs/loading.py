@@ -1,0 +1,147 @@
+"""From YAML and command line to a frozen Config, or one error that lists everything wrong with it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic.json_schema import GenerateJsonSchema
+
+from configs.errors import InputError
+from configs.problems import explain_errors, render_value
+from configs.schema import Config
+from configs.yaml_text import Document, KeyPath, YamlError, dotted, dump_yaml, parse_yaml
+
+VERSION = 1
+COMMAND_LINE = "command line"
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """The run that a YAML file describes, with `key=value` overrides on top, validated and frozen.
+
+    overrides: dotted keys and YAML values, as in train.lr=5e-5, data.resolution=[512,768], data.datasets.0.weight=2;
+    the last one for a key counts. Raises one InputError with a line for every problem: where (file and line, or the
+    command line), key, value, limit, and what to do.
+    """
+    document = _read_document(Path(path))
+    if not isinstance(document.value, dict):
+        found = "is empty" if document.value is None else f"holds {render_value(document.value)}, not keys with values"
+        raise InputError(f"{path}: the file {found}. Start from a recipe, such as configs/fill_lora.yaml.")
+    raw: dict[str, Any] = document.value
+    places = {key: f"{path}:{line}" for key, line in document.lines.items()}
+    problems = [f"{path}:{line}: {text}." for line, text in document.problems]
+    for override in overrides:
+        try:
+            _apply_override(raw, override, places)
+        except InputError as error:
+            problems.append(f"{COMMAND_LINE}: {error}")
+
+    version = raw.get("version", VERSION)
+    if type(version) is not int or version != VERSION:
+        problem = f"{_place(('version',), places, path)}: {_explain_version(version)}"
+        if type(version) is int and version > VERSION:  # its other keys are not this version's to judge
+            raise InputError(problem)
+        problems.append(problem)
+        del raw["version"]
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        explained = explain_errors(error, raw, json_schema())
+        problems += [f"{_place(key, places, path)}: {text}" for key, text in explained]
+    if problems:
+        raise InputError("\n".join(problems))
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """The config as YAML, every default written out; `load_config` reads it back equal."""
+    return dump_yaml(config.model_dump(mode="json"))
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a config file, which gives editors completion, limits and descriptions."""
+    schema = Config.model_json_schema(schema_generator=_Schema)
+    return {"$schema": GenerateJsonSchema.schema_dialect, **schema, "title": "fluxfill config"}
+
+
+class _Schema(GenerateJsonSchema):
+    """pydantic's, without a title for every field, which would only repeat its name."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
+def _read_document(path: Path) -> Document:
+    try:
+        return parse_yaml(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{path}: there is no such file. Give the path of a config, such as a copy of a recipe."
+        ) from error
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}). Give the path of a readable YAML file."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
+    except YamlError as error:
+        place = path if error.line is None else f"{path}:{error.line}"
+        raise InputError(
+            f"{place}: is not YAML: {error.reason}. Check indentation, colons and quotes there."
+        ) from error
+
+
+def _apply_override(raw: dict[str, Any], override: str, places: dict[KeyPath, str]) -> None:
+    """Set one dotted key in `raw`, in place; `places` learns where the value came from."""
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise InputError(f"{override!r} is not key=value. Write for example train.lr=5e-5.")
+    try:
+        document = parse_yaml(text)
+    except YamlError as error:
+        raise InputError(f"{override!r} has a value that is not YAML: {error.reason}. Put text in quotes.") from error
+    if document.problems:
+        raise InputError(f"{override!r}: {document.problems[0][1]}.")
+
+    path: KeyPath = ()
+    current: Any = {"": raw}
+    step: str | int = ""
+    for name in key.split("."):
+        if current[step] is None:
+            current[step] = {}
+        current = current[step]
+        step = _step_into(current, name, path, override)
+        path = (*path, step)
+        if isinstance(current, dict):
+            current.setdefault(step, None)
+        places.setdefault(path, COMMAND_LINE)
+    current[step] = document.value
+    for inner in [place for place in places if place[: len(path)] == path]:
+        places[inner] = COMMAND_LINE
+
+
+def _step_into(current: Any, name: str, path: KeyPath, override: str) -> str | int:
+    if isinstance(current, dict):
+        return name
+    if not isinstance(current, list):
+        raise InputError(f"{override!r}: {dotted(path)} is {render_value(current)} and has no keys. Override it whole.")
+    if not name.isdecimal() or int(name) >= len(current):
+        entries = "no entries" if not current else f"the entries 0 to {len(current) - 1}"
+        raise InputError(f"{override!r}: {dotted(path)} is a list with {entries}, not {name}. Override the list whole.")
+    return int(name)
+
+
+def _place(key: KeyPath, places: dict[KeyPath, str], path: Path | str) -> str:
+    """Where the key stands, or the section it should stand in."""
+    while key and key not in places:
+        key = key[:-1]
+    return places[key] if key else str(path)
+
+
+def _explain_version(version: object) -> str:
+    if type(version) is int and version > VERSION:
+        return (
+            f"version is {version}, but this fluxfill reads configs of version {VERSION}. Upgrade fluxfill, or write a "
+            f"config of version {VERSION}."
+        )
+    return f"version is {render_value(version)}, but must be {VERSION}. Write version: {VERSION}"

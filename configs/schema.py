@@ -1,0 +1,349 @@
+"""What a run is: every section, key, default and limit of a config. Frozen once validated."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+
+Count = Annotated[int, Field(strict=True, ge=0)]
+PositiveInt = Annotated[int, Field(strict=True, gt=0)]
+PositiveFloat = Annotated[float, Field(strict=True, gt=0)]
+NonNegativeFloat = Annotated[float, Field(strict=True, ge=0)]
+Fraction = Annotated[float, Field(strict=True, ge=0, le=1)]
+Side = Annotated[int, Field(strict=True, ge=32, le=4096, multiple_of=16)]
+
+
+def _refuse_empty(value: object) -> object:
+    if value == "":
+        raise ValueError("must not be empty: give a path")
+    return value
+
+
+def _list_of_one(value: object) -> object:
+    return [value] if isinstance(value, int) else value
+
+
+PathText = Annotated[Path, BeforeValidator(_refuse_empty), Field(json_schema_extra={"minLength": 1})]
+
+
+class Section(BaseModel):
+    """A part of the config: unknown keys are errors, nothing changes after loading, text is never taken for a number.
+
+    A check that needs two keys is a field validator of the later one, so it still runs when a third key is wrong. Its
+    message ends the sentence "<key> is <value>, but ...".
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+
+class RunConfig(Section):
+    """Name, place and seed of the run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", examples=["sofa-removal"])]
+    """The run's folder under `dir`: letters, digits, dots, underscores and hyphens."""
+
+    dir: PathText = Path("runs")
+    """Folder that holds the runs."""
+
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 42
+    """Of everything random: order of the samples, noise, new weights."""
+
+    @property
+    def folder(self) -> Path:
+        """Where this run writes: dir / name."""
+        return self.dir / self.name
+
+
+class ModelConfig(Section):
+    """The model that training starts from."""
+
+    base: Annotated[str, Field(min_length=1, examples=["black-forest-labs/FLUX.1-Fill-dev"])]
+    """Hub id, or folder in diffusers' layout. FLUX.1-Fill-dev; or FLUX.1-dev, expanded from 64 to 384 inputs."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the transformer's arithmetic. auto: bf16 on a GPU, fp32 on a CPU."""
+
+
+class LoraConfig(Section):
+    """Train a low-rank adapter; the base's weights stay as they are."""
+
+    type: Literal["lora"]
+    """lora: train a low-rank adapter."""
+
+    rank: PositiveInt = 32
+    """Width of the adapter's two factors."""
+
+    alpha: PositiveFloat = 32.0
+    """The adapter's output is scaled by alpha / rank."""
+
+    targets: (
+        Literal["attention", "attention+mlp"]
+        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+    ) = "attention+mlp"
+    """Which linear layers get an adapter: those of the attention, also those of the feed-forward parts, or a list of
+    module names as peft takes them."""
+
+    init_from: PathText | None = None
+    """LoRA in diffusers' format to start from. null: start at zero."""
+
+
+class FullConfig(Section):
+    """Train every weight of the transformer."""
+
+    type: Literal["full"]
+    """full: train every weight of the transformer."""
+
+
+class DatasetConfig(Section):
+    """One set of triples: pictures of the same name in two or three folders."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", examples=["removal"])]
+    """The dataset's folder in the cache: letters, digits, underscores and hyphens."""
+
+    target: Annotated[PathText, Field(examples=["/data/after"])]
+    """Folder of the pictures to learn, and of their captions as .txt beside them."""
+
+    mask: Annotated[PathText, Field(examples=["/data/mask"])]
+    """Folder of the masks: white is painted, black is kept."""
+
+    source: PathText | None = None
+    """Folder of what the model sees in the place of the target, as in object removal. null: the target itself."""
+
+    weight: PositiveFloat = 1.0
+    """Share of this dataset in the mix, relative to the others."""
+
+
+class CaptionsConfig(Section):
+    """The text that goes with a picture."""
+
+    default: str = ""
+    """Caption of a picture without a .txt file."""
+
+    trigger: Annotated[str, Field(min_length=1)] | None = None
+    """Put in front of every caption that does not hold it already."""
+
+    dropout: Fraction = 0.1
+    """Share of the samples that are trained with an empty caption."""
+
+    text_length: Annotated[int, Field(strict=True, ge=16, le=512)] = 512
+    """Tokens of T5's text; longer captions are cut, shorter ones padded."""
+
+
+class DataConfig(Section):
+    """The pictures, and the cache of encoded samples that is made from them."""
+
+    cache: Annotated[PathText, Field(examples=["/data/cache/removal"])]
+    """Folder of the encoded samples: written by `fluxfill preprocess`, read by the trainer."""
+
+    datasets: Annotated[list[DatasetConfig], Field(min_length=1)]
+    """The sets of triples, each with a name of its own."""
+
+    resolution: Annotated[
+        list[Side],
+        BeforeValidator(_list_of_one, json_schema_input_type=Side | list[Side]),
+        Field(min_length=1, validate_default=True),
+    ] = [1024]
+    """Side in pixels of a square picture; others get a bucket of about the same area. One number or several."""
+
+    resolution_policy: Literal["one", "each"] = "one"
+    """With several resolutions. one: each picture in the bucket that suits it best; each: once per resolution."""
+
+    captions: CaptionsConfig = CaptionsConfig()
+    """The text that goes with a picture."""
+
+    holdout: Count = 64
+    """Pictures kept out of training for validation, chosen by a stable hash of the target's content."""
+
+    shard_size_mib: PositiveInt = 256
+    """A shard is closed once its samples reach this size, in MiB."""
+
+    max_megapixels: PositiveFloat = 64.0
+    """Pictures of more megapixels are refused, not decoded."""
+
+    encode_batch_size: PositiveInt = 8
+    """Pictures that go through the VAE at once."""
+
+    reader_threads: PositiveInt = 2
+    """Threads that read samples, in each training process."""
+
+    @field_validator("datasets")
+    @classmethod
+    def _names_are_unique(cls, datasets: list[DatasetConfig]) -> list[DatasetConfig]:
+        names = [dataset.name for dataset in datasets]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"each needs a name of its own: rename all but one of those called {', '.join(repeated)}")
+        return datasets
+
+    @field_validator("resolution")
+    @classmethod
+    def _resolutions_differ(cls, resolution: list[int]) -> list[int]:
+        repeated = sorted({side for side in resolution if resolution.count(side) > 1})
+        if repeated:
+            raise ValueError(f"no number may stand there twice: keep one {', one '.join(map(str, repeated))}")
+        return resolution
+
+
+class TrainConfig(Section):
+    """Steps, batches and optimizer."""
+
+    steps: Annotated[PositiveInt, Field(examples=[4000])]
+    """Optimizer updates in the whole run."""
+
+    global_batch_size: Annotated[PositiveInt, Field(examples=[16])]
+    """Samples per update, over all GPUs."""
+
+    micro_batch_size: PositiveInt | Literal["auto"] = "auto"
+    """Samples per GPU and forward pass, at the largest bucket. auto: decided at start."""
+
+    lr: Annotated[PositiveFloat, Field(examples=[1e-4])]
+    """Highest learning rate, reached after the warm-up."""
+
+    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+
+    lr_final_fraction: Fraction = 0.0
+    """Learning rate at the last step, as a fraction of `lr`. A constant schedule does not fall."""
+
+    warmup_steps: Count = 100
+    """Steps in which the learning rate rises from zero to `lr`."""
+
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw8bit"
+    """adamw8bit keeps its two moments in 8 bits (bitsandbytes)."""
+
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled weight decay, per step and times the learning rate."""
+
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Gradients of a larger norm are scaled down to it. null: never."""
+
+    ema_decay: Annotated[float, Field(strict=True, gt=0, lt=1)] | None = None
+    """Per step, of the moving average of the weights that is kept beside them. null: none is kept."""
+
+    activation_checkpointing: Literal["auto"] | Annotated[bool, Field(strict=True)] = "auto"
+    """Compute activations again in the backward pass to save memory. auto: decided at start."""
+
+    @field_validator("micro_batch_size")
+    @classmethod
+    def _micro_batch_fits(cls, micro: int | Literal["auto"], info: ValidationInfo) -> int | Literal["auto"]:
+        total = info.data.get("global_batch_size")
+        if micro != "auto" and total is not None and micro > total:
+            raise ValueError(
+                f"must not be above train.global_batch_size, {total}: lower it, or raise the global batch size"
+            )
+        return micro
+
+    @field_validator("warmup_steps")
+    @classmethod
+    def _warmup_ends(cls, warmup_steps: int, info: ValidationInfo) -> int:
+        steps = info.data.get("steps")
+        if steps is not None and warmup_steps >= steps:
+            raise ValueError(f"must be below train.steps, {steps}: lower it, or raise the steps")
+        return warmup_steps
+
+
+class FlowConfig(Section):
+    """Flow matching: which noise levels are trained, and how the loss weighs the picture."""
+
+    timestep_sampling: Literal["logit_normal", "uniform"] = "logit_normal"
+    """How sigma is drawn, before the shift."""
+
+    shift: Literal["dynamic", "none"] | PositiveFloat = "dynamic"
+    """Moves sigma towards noise. dynamic: by the bucket's number of tokens, as FLUX.1 samples; a number: by that factor
+    at every size."""
+
+    guidance: Annotated[float, Field(strict=True, ge=0, le=100)] = 30.0
+    """Guidance that the model is told in training; 30 is what FLUX.1-Fill is sampled with."""
+
+    hole_weight: NonNegativeFloat = 1.0
+    """Weight of the loss inside the hole, normalised per sample."""
+
+    keep_weight: NonNegativeFloat = 1.0
+    """Weight of the loss outside the hole, normalised per sample."""
+
+    @field_validator("keep_weight")
+    @classmethod
+    def _something_is_trained(cls, keep_weight: float, info: ValidationInfo) -> float:
+        if keep_weight == 0 and info.data.get("hole_weight") == 0:
+            raise ValueError("must be above 0 when flow.hole_weight is 0: raise one of the two")
+        return keep_weight
+
+
+class ParallelConfig(Section):
+    """How the work is spread over GPUs."""
+
+    engine: Literal["auto", "single", "ddp"] = "auto"
+    """single: one process; ddp: a copy of the model on each GPU. auto: ddp when there is more than one GPU."""
+
+
+class ValidationConfig(Section):
+    """Pictures sampled with the live weights, and their figures."""
+
+    every_steps: PositiveInt | None = 250
+    """Validate every so many steps, and at the end. null: never."""
+
+    images: PositiveInt = 8
+    """Pictures sampled each time, of the held-out ones and as many of the training ones."""
+
+    sampler_steps: PositiveInt = 28
+    """Steps of the sampler per picture."""
+
+
+class CheckpointConfig(Section):
+    """What a stopped run goes on from."""
+
+    every_steps: PositiveInt | None = 250
+    """Save every so many steps, and at the end. null: only at the end."""
+
+    keep_last: PositiveInt | None = 3
+    """Older checkpoints are removed. null: keep all."""
+
+
+class LoggingConfig(Section):
+    """Where figures go beside metrics.jsonl."""
+
+    trackers: list[Literal["tensorboard"]] = ["tensorboard"]
+    """An empty list: metrics.jsonl alone."""
+
+
+class Config(Section):
+    """One run of fluxfill."""
+
+    version: Literal[1] = 1
+    """Of the config's format."""
+
+    run: RunConfig
+    """Name, place and seed of the run."""
+
+    model: ModelConfig
+    """The model that training starts from."""
+
+    method: Annotated[LoraConfig | FullConfig, Field(discriminator="type")]
+    """What is trained: a low-rank adapter, or every weight."""
+
+    data: DataConfig
+    """The pictures, and the cache of encoded samples that is made from them."""
+
+    train: TrainConfig
+    """Steps, batches and optimizer."""
+
+    flow: FlowConfig = FlowConfig()
+    """Flow matching: which noise levels are trained, and how the loss weighs the picture."""
+
+    parallel: ParallelConfig = ParallelConfig()
+    """How the work is spread over GPUs."""
+
+    validation: ValidationConfig = ValidationConfig()
+    """Pictures sampled with the live weights, and their figures."""
+
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """What a stopped run goes on from."""
+
+    logging: LoggingConfig = LoggingConfig()
+    """Where figures go beside metrics.jsonl."""

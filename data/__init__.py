@@ -1,0 +1,1 @@
+"""Pictures -> triples -> shards -> batches. Knows neither the trainer nor accelerate."""

@@ -1,0 +1,29 @@
+"""Files that are either whole or not there."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames inside a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary neighbour of `path`, flush it to disk, then rename it into place."""
+    temporary = path.with_name(f"{path.name}.part")
+    write(temporary)
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    fsync_folder(path.parent)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """`write_atomically` for a text."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

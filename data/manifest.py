@@ -1,0 +1,182 @@
+"""The cache folder's head: manifest.json says what was cached and by which encoders, shards.npz lists the shards."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from configs.errors import InputError
+from configs.schema import Config
+from data.atomic_write import write_atomically, write_text_atomically
+from data.geometry import Bucket
+from data.model_folder import encoder_fingerprints
+from data.sources import listed
+
+FORMAT_VERSION = 1
+TRAIN, HOLDOUT = "train", "holdout"
+
+
+@dataclass(frozen=True)
+class ShardTable:
+    """One row a shard, as columns of equal length.
+
+    path: str, below the cache folder.  dataset, bucket ("HxW"), split ("train" | "holdout"): str.
+    samples, bytes: int64.  sha256: str, of the tar.  plan: str, what it was made from.
+    """
+
+    path: np.ndarray
+    dataset: np.ndarray
+    bucket: np.ndarray
+    split: np.ndarray
+    samples: np.ndarray
+    bytes: np.ndarray
+    sha256: np.ndarray
+    plan: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.path)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is true of all shards of a cache.
+
+    settings: the config's keys that shape cached tensors (`cached_settings`).  encoders: part -> fingerprint.
+    vae_shift, vae_scale: latents = (z - shift) * scale.  text_width, pooled_width: numbers per T5 token and of CLIP.
+    mask_variants: per dataset.  samples: dataset -> split -> count.  hole_fractions: counts per tenth of the area.
+    """
+
+    format_version: int
+    order_version: int
+    settings: dict
+    encoders: dict[str, str]
+    vae_shift: float
+    vae_scale: float
+    text_length: int
+    text_dtype: str
+    text_width: int
+    pooled_width: int
+    mask_variants: dict[str, int]
+    samples: dict[str, dict[str, int]]
+    hole_fractions: list[int]
+
+
+def cached_settings(config: Config) -> dict:
+    """The keys of a config that shape cached tensors, dotted. All others may change without encoding again."""
+    data = config.data
+    return {
+        "data.datasets": [dataset.name for dataset in data.datasets],
+        "data.resolution": sorted(data.resolution),
+        "data.resolution_policy": data.resolution_policy,
+        "data.captions.default": data.captions.default,
+        "data.captions.trigger": data.captions.trigger,
+        "data.captions.text_length": data.captions.text_length,
+        "data.holdout": data.holdout,
+    }
+
+
+def write_manifest(cache: Path, manifest: Manifest, table: ShardTable) -> None:
+    """Write shards.npz, then manifest.json: a cache with a manifest is whole."""
+
+    def write_table(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, **asdict(table))
+
+    write_atomically(cache / "shards.npz", write_table)
+    write_text_atomically(cache / "manifest.json", json.dumps(asdict(manifest), indent=2, sort_keys=True) + "\n")
+
+
+def read_manifest(cache: Path) -> Manifest:
+    """Raises InputError if there is no whole cache, or one of a newer format."""
+    path = cache / "manifest.json"
+    if not path.is_file():
+        raise InputError(
+            f"data.cache {cache}: no manifest.json, so no finished cache is there. Run `fluxfill preprocess CONFIG` first."
+        )
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        version = fields["format_version"]
+        if version > FORMAT_VERSION:
+            raise InputError(
+                f"{path}: format version {version}, this fluxfill reads up to {FORMAT_VERSION}. Update fluxfill."
+            )
+        return Manifest(**fields)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: damaged ({error}). Run `fluxfill preprocess CONFIG` again; whole shards are kept."
+        ) from error
+
+
+def read_shard_table(cache: Path) -> ShardTable:
+    """Raises InputError if shards.npz is missing or damaged."""
+    path = cache / "shards.npz"
+    try:
+        with np.load(path, allow_pickle=False) as columns:
+            table = ShardTable(**{name: columns[name] for name in columns.files})
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing. Run `fluxfill preprocess CONFIG` again; whole shards are kept.") from None
+    except Exception as error:  # zipfile, zlib and numpy each have their own
+        raise InputError(
+            f"{path}: damaged ({error}). Run `fluxfill preprocess CONFIG` again; whole shards are kept."
+        ) from error
+    if len({len(column) for column in vars(table).values()}) != 1:
+        raise InputError(f"{path}: columns of unequal length. Run `fluxfill preprocess CONFIG` again.")
+    return table
+
+
+def parse_bucket(text: str) -> Bucket:
+    """ "512x768" -> Bucket(height=512, width=768)."""
+    height, width = text.split("x")
+    return Bucket(int(height), int(width))
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A finished cache: its folder and head."""
+
+    folder: Path
+    manifest: Manifest
+    table: ShardTable
+
+
+def open_cache(config: Config, model: Path) -> Cache:
+    """The cache of a config, checked against the model that is to be trained on it, and for its shards to be there.
+
+    Raises InputError that lists every setting and encoder in which they differ, or every shard that is missing or of
+    another size: a cut shard would else end an epoch early.
+    """
+    folder = config.data.cache
+    manifest, table = read_manifest(folder), read_shard_table(folder)
+    encoders, wanted = encoder_fingerprints(model), cached_settings(config)
+    problems = [
+        f"{part} of model.base {config.model.base} is not the one that encoded the cache "
+        f"({encoders[part][:12]}, not {manifest.encoders.get(part, 'none')[:12]})"
+        for part in encoders
+        if encoders[part] != manifest.encoders.get(part)
+    ] + [
+        f"{key} is {wanted[key]!r}, the cache was made with {manifest.settings.get(key)!r}"
+        for key in wanted
+        if wanted[key] != manifest.settings.get(key)
+    ]
+    if problems:
+        raise InputError(
+            f"data.cache {folder} was made by other settings:\n  " + "\n  ".join(problems) + "\n"
+            "Run `fluxfill preprocess CONFIG` again, or point data.cache (or model.base) at the one that fits."
+        )
+    damaged = [
+        f"{folder / str(path)}: {found} bytes, the manifest says {size}"
+        if found is not None
+        else f"{folder / str(path)}: missing"
+        for path, size in zip(table.path, table.bytes, strict=True)
+        if (found := _size_of(folder / str(path))) != size
+    ]
+    if damaged:
+        raise InputError(
+            listed(damaged) + "\nRestore them, or run `fluxfill preprocess CONFIG` again: only those are encoded anew."
+        )
+    return Cache(folder, manifest, table)
+
+
+def _size_of(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None

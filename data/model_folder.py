@@ -1,0 +1,93 @@
+"""Where a model lies, whether it is whole, and what its encoders' fingerprints are."""
+
+import json
+from pathlib import Path
+
+import xxhash
+
+from configs.errors import InputError
+
+PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
+ENCODERS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+_PROBE_BYTES = 1 << 16
+_PROBES = 64
+
+
+def find_model(base: str) -> Path:
+    """The folder of a model in diffusers' layout: a folder as given, or the local copy of a hub repository.
+
+    Raises InputError, naming the part, if something a run needs is missing.
+    """
+    folder = Path(base).expanduser()
+    if not folder.is_dir():
+        if folder.suffix in {".safetensors", ".ckpt", ".pt"} or folder.is_absolute() or base.count("/") != 1:
+            raise InputError(
+                f"model.base {base}: no such folder. Give a folder in diffusers' layout (model_index.json beside "
+                f"{', '.join(PARTS)}) or a hub id such as black-forest-labs/FLUX.1-Fill-dev."
+            )
+        folder = _download(base)
+    missing = [part for part in PARTS if not (folder / part).is_dir()]
+    if not (folder / "model_index.json").is_file():
+        missing.insert(0, "model_index.json")
+    if missing:
+        raise InputError(
+            f"model.base {base}: {folder} lacks {', '.join(missing)}. A FLUX.1 model in diffusers' layout has "
+            f"model_index.json and the folders {', '.join(PARTS)}; fetch it again, or point model.base elsewhere."
+        )
+    return folder
+
+
+def _download(base: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    # The hub also holds BFL's single file, as large as the transformer again.
+    wanted = ["model_index.json", *(f"{part}/*" for part in PARTS)]
+    try:
+        return Path(snapshot_download(base, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise InputError(
+            f"model.base {base}: neither a folder here nor to be had from the hub ({type(error).__name__}). If it is "
+            "gated, accept its licence on the hub's page and log in with `hf auth login`; without a network, give the "
+            "folder of a copy."
+        ) from error
+
+
+def read_part_config(folder: Path, part: str, name: str = "config.json") -> dict:
+    """The JSON config of one part. Raises InputError if it is missing or no JSON."""
+    path = folder / part / name
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing; the model folder is not whole. Fetch the model again.") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}). Fetch the model again.") from error
+
+
+def fingerprint(part: Path) -> str:
+    """A part's identity, 32 hex digits: its small files whole, 64 spread probes and the size of each large one.
+
+    Another training of the same network differs in every probe, so nine gigabytes of T5 need not be read. It is no
+    check for damage.
+    """
+    digest = xxhash.xxh3_128()
+    files = sorted(path for path in part.rglob("*") if path.is_file() and not path.name.startswith("."))
+    if not files:
+        raise InputError(f"{part}: an empty folder; the model is not whole. Fetch the model again.")
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(part).as_posix()}:{size};".encode())
+        with path.open("rb") as file:
+            if size <= 2 * _PROBES * _PROBE_BYTES:
+                digest.update(file.read())
+                continue
+            for probe in range(_PROBES):
+                file.seek((size - _PROBE_BYTES) * probe // (_PROBES - 1))
+                digest.update(file.read(_PROBE_BYTES))
+    return digest.hexdigest()
+
+
+def encoder_fingerprints(folder: Path) -> dict[str, str]:
+    """Part name -> fingerprint, for all that shapes a cached tensor."""
+    return {part: fingerprint(folder / part) for part in ENCODERS}

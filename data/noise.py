@@ -1,0 +1,35 @@
+"""Everything random about one sample, as a pure function of (seed, position in the order).
+
+numpy's Philox is counter based: a key and a counter give the numbers, no generator has a history. So the draws of a
+sample are the same on any rank, any device, after any resume. A position counts rows from the start of the run and
+never comes twice, so it carries the epoch too.
+"""
+
+import numpy as np
+
+# The purposes of a sample's numbers: the highest word of the counter, so their streams never meet.
+_SIGMA, _NOISE, _VARIANT, _DROPOUT = range(4)
+
+
+def _generator(seed: int, position: int, purpose: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=[seed, position], counter=[0, 0, 0, purpose]))
+
+
+def draw_uniform(seed: int, position: int) -> float:
+    """The number a sample's sigma is made from: in the open interval (0, 1), never its ends."""
+    return float((_generator(seed, position, _SIGMA).integers(1 << 53) + 0.5) / (1 << 53))
+
+
+def draw_noise(seed: int, position: int, out: np.ndarray) -> None:
+    """Fill `out` (float32, any shape) with the sample's standard normal noise."""
+    _generator(seed, position, _NOISE).standard_normal(out=out, dtype=np.float32)
+
+
+def draw_variant(seed: int, position: int, num_variants: int) -> int:
+    """Which of the sample's mask variants is used: 0 to num_variants - 1, all alike."""
+    return int(_generator(seed, position, _VARIANT).integers(num_variants))
+
+
+def draw_dropout(seed: int, position: int, probability: float) -> bool:
+    """Whether the sample's caption is dropped (replaced by the empty one)."""
+    return bool(_generator(seed, position, _DROPOUT).random() < probability)

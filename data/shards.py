@@ -1,0 +1,299 @@
+"""One shard: a plain WebDataset tar and, beside it, the index by which its members are read at their offsets.
+
+A shard holds samples of one dataset, bucket and split:
+    text-<hash>.safetensors     t5 bf16 [L, D], pooled bf16 [P]; once per shard, ahead of its first use
+    <key>.safetensors           latents bf16 [16, h, w]
+    <key>.m<k>.safetensors      masked_latents bf16 [16, h, w], mask uint8 [H, W/8] (bit-packed rows); one per variant
+    <key>.json                  caption, text, source, original size, crop, hole fractions
+`webdataset.WebDataset(path)` reads it without any of this.
+"""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from safetensors.torch import save
+from torch import Tensor
+from webdataset import TarWriter
+
+from configs.errors import InputError
+from data.atomic_write import fsync_folder, write_atomically
+
+_BLOCK = 512  # tar's unit: one header block per member, data padded to whole blocks
+
+
+@dataclass(frozen=True)
+class SampleTensors:
+    """What one sample stores.
+
+    latents: bf16 [16, h, w].  masked_latents: bf16 [16, h, w] per variant.  masks: bool [H, W] per variant.
+    text: key into the shard's texts.  tokens: real T5 tokens of its caption.  meta: the JSON member.
+    """
+
+    key: str
+    latents: Tensor
+    masked_latents: Sequence[Tensor]
+    masks: Sequence[np.ndarray]
+    text: str
+    tokens: int
+    meta: dict
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """Where everything lies in a tar.  n samples, k mask variants, t texts; offsets and sizes in bytes.
+
+    latents: int64 [n, 2] (offset, size).  latents_xxh3: uint64 [n].  masked: int64 [n, k, 2], masked_xxh3: [n, k].
+    texts: int64 [t, 2], texts_xxh3: [t].  text_row: int32 [n], row of the sample's text.  tokens: int32 [n].
+    hole_fraction: fp32 [n, k], share of the area that is painted.
+    keys: n names.  plan: 32 hex digits, what the shard was made from.  tar_bytes, tar_sha256: the whole file.
+    """
+
+    latents: np.ndarray
+    latents_xxh3: np.ndarray
+    masked: np.ndarray
+    masked_xxh3: np.ndarray
+    texts: np.ndarray
+    texts_xxh3: np.ndarray
+    text_row: np.ndarray
+    tokens: np.ndarray
+    hole_fraction: np.ndarray
+    keys: tuple[str, ...]
+    plan: str
+    tar_bytes: int
+    tar_sha256: str
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.keys)
+
+
+class _HashingFile(io.RawIOBase):
+    """A file that hashes what is written to it."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("wb")
+        self.sha256 = hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data) -> int:
+        self.sha256.update(data)
+        return self.file.write(data)
+
+    def commit(self) -> None:
+        """Flush to disk and close."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.close()
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+class ShardWriter:
+    """Writes one shard: `add_text` before the samples that use it, `add_sample`, then `finish`.
+
+    The tar grows as <path>.part and gets its name in `finish`, after its index: a shard with a name is done.
+    Its bytes depend on what is stored alone (no times, no user, no order of arrival).
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._part = path.with_name(f"{path.name}.part")
+        self._sink = _HashingFile(self._part)
+        self._tar = TarWriter(self._sink, encoder=False, mtime=0, user="fluxfill", group="fluxfill")
+        self._offset = 0
+        self._texts: list[tuple[int, int, int]] = []
+        self._text_rows: dict[str, int] = {}
+        self._rows: list[tuple[tuple[int, int, int], list[tuple[int, int, int]], int, int, list[float]]] = []
+        self._keys: list[str] = []
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        """Leave nothing behind of a shard that was not finished."""
+        self._sink.close()
+        self._part.unlink(missing_ok=True)
+
+    def _add_member(self, key: str, suffix: str, data: bytes) -> tuple[int, int, int]:
+        """Append one member; returns (offset, size, xxh3) of its data."""
+        if len(key) + len(suffix) + 1 > 100:
+            raise ValueError(f"{self.path}: the name {key}.{suffix} is longer than the 100 bytes a tar header holds")
+        self._tar.write({"__key__": key, suffix: data})
+        offset = self._offset + _BLOCK
+        self._offset = offset + -(-len(data) // _BLOCK) * _BLOCK
+        return offset, len(data), xxhash.xxh3_64_intdigest(data)
+
+    def add_text(self, text: str, *, t5: Tensor, pooled: Tensor) -> None:
+        """Store a caption's tensors (bf16 [L, D] and [P]) under `text`, once. Raises ValueError if they are not finite."""
+        self._refuse_non_finite(text, t5=t5, pooled=pooled)
+        tensors = {"t5": t5.contiguous(), "pooled": pooled.contiguous()}
+        self._text_rows[text] = len(self._texts)
+        self._texts.append(self._add_member(text, "safetensors", save(tensors)))
+
+    def add_sample(self, sample: SampleTensors) -> None:
+        """Store a sample whose text was added before. Raises ValueError if its tensors are not finite."""
+        self._refuse_non_finite(sample.key, latents=sample.latents)
+        member = self._add_member(sample.key, "safetensors", save({"latents": sample.latents.contiguous()}))
+        variants = []
+        for variant, (masked_latents, mask) in enumerate(zip(sample.masked_latents, sample.masks, strict=True)):
+            self._refuse_non_finite(sample.key, masked_latents=masked_latents)
+            tensors = {
+                "masked_latents": masked_latents.contiguous(),
+                "mask": torch.from_numpy(np.packbits(mask, axis=1)),
+            }
+            variants.append(self._add_member(sample.key, f"m{variant}.safetensors", save(tensors)))
+        fractions = [round(float(mask.mean()), 4) for mask in sample.masks]
+        meta = sample.meta | {"hole_fractions": fractions} | {"text": sample.text, "tokens": sample.tokens}
+        self._add_member(sample.key, "json", json.dumps(meta, sort_keys=True, ensure_ascii=False).encode())
+        self._rows.append((member, variants, self._text_rows[sample.text], sample.tokens, fractions))
+        self._keys.append(sample.key)
+
+    def _refuse_non_finite(self, key: str, **tensors: Tensor) -> None:
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{self.path}: {name} of {key} holds NaN or infinity; the encoder failed on it")
+
+    def finish(self, *, plan: str) -> ShardIndex:
+        """Close the tar, write its index, give it its name. `plan`: 32 hex digits of what it was made from."""
+        self._tar.close()
+        self._sink.commit()
+        latents = np.array([row[0] for row in self._rows], dtype=object).reshape(-1, 3)
+        masked = np.array([row[1] for row in self._rows], dtype=object).reshape(len(self._rows), -1, 3)
+        texts = np.array(self._texts, dtype=object).reshape(-1, 3)
+        index = ShardIndex(
+            latents=latents[:, :2].astype(np.int64),
+            latents_xxh3=latents[:, 2].astype(np.uint64),
+            masked=masked[:, :, :2].astype(np.int64),
+            masked_xxh3=masked[:, :, 2].astype(np.uint64),
+            texts=texts[:, :2].astype(np.int64),
+            texts_xxh3=texts[:, 2].astype(np.uint64),
+            text_row=np.array([row[2] for row in self._rows], dtype=np.int32),
+            tokens=np.array([row[3] for row in self._rows], dtype=np.int32),
+            hole_fraction=np.array([row[4] for row in self._rows], dtype=np.float32),
+            keys=tuple(self._keys),
+            plan=plan,
+            tar_bytes=self._part.stat().st_size,
+            tar_sha256=self._sink.sha256.hexdigest(),
+        )
+        write_index(index_path(self.path), index)
+        self._part.replace(self.path)
+        fsync_folder(self.path.parent)
+        return index
+
+
+def index_path(tar: Path) -> Path:
+    return tar.with_suffix(".index")
+
+
+def write_index(path: Path, index: ShardIndex) -> None:
+    """Store an index as columns (a safetensors file), whole or not at all."""
+    keys = "\n".join(index.keys).encode()
+    columns = {
+        "latents": index.latents,
+        "latents_xxh3": index.latents_xxh3,
+        "masked": index.masked,
+        "masked_xxh3": index.masked_xxh3,
+        "texts": index.texts,
+        "texts_xxh3": index.texts_xxh3,
+        "text_row": index.text_row,
+        "tokens": index.tokens,
+        "hole_fraction": index.hole_fraction,
+        "keys": np.frombuffer(keys, dtype=np.uint8),
+        "plan": np.frombuffer(bytes.fromhex(index.plan), dtype=np.uint8),
+        "tar_bytes": np.array([index.tar_bytes], dtype=np.int64),
+        "tar_sha256": np.frombuffer(bytes.fromhex(index.tar_sha256), dtype=np.uint8),
+    }
+    contiguous = {name: np.ascontiguousarray(column) for name, column in columns.items()}
+    write_atomically(path, lambda temporary: save_file(contiguous, temporary))
+
+
+def read_index(path: Path) -> ShardIndex:
+    """Read an index. Raises FileNotFoundError if there is none, InputError if it is damaged."""
+    try:
+        columns = load_file(path)
+        keys = columns.pop("keys").tobytes().decode()
+        index = ShardIndex(
+            keys=tuple(keys.split("\n")) if keys else (),
+            plan=columns.pop("plan").tobytes().hex(),
+            tar_bytes=int(columns.pop("tar_bytes")[0]),
+            tar_sha256=columns.pop("tar_sha256").tobytes().hex(),
+            **columns,
+        )
+    except (SafetensorError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: damaged index ({error}). Delete it: it is rebuilt from the shard.") from error
+    if not len(index.keys) == len(index.latents) == len(index.masked) == len(index.text_row) == len(index.tokens):
+        raise InputError(f"{path}: damaged index (columns of unequal length). Delete it: it is rebuilt from the shard.")
+    return index
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def rebuild_index(tar: Path, *, plan: str, sha256: str) -> ShardIndex:
+    """The index of a shard whose index was lost, from the tar itself.
+
+    Raises InputError if the tar is missing or its sha256 is not the one given: a damaged tar would be indexed short
+    without complaint, as Python's tarfile takes a bad header for the end.
+    """
+    if not tar.is_file():
+        raise InputError(f"{tar}: missing shard. Restore it, or run `fluxfill preprocess` again.")
+    if (actual := file_sha256(tar)) != sha256:
+        raise InputError(
+            f"{tar}: damaged shard (sha256 {actual[:12]}, not {sha256[:12]}). Delete it and run `fluxfill preprocess` again."
+        )
+    texts: dict[str, tuple[int, int, int]] = {}
+    members: dict[str, dict[str, tuple[int, int, int]]] = {}
+    metas: dict[str, dict] = {}
+    with tarfile.open(tar) as archive:
+        for member in archive:
+            data = archive.extractfile(member).read()
+            key, suffix = member.name.split(".", 1)
+            place = (member.offset_data, member.size, xxhash.xxh3_64_intdigest(data))
+            if suffix == "json":
+                metas[key] = json.loads(data)
+            elif key.startswith("text-"):
+                texts[key] = place
+            else:
+                members.setdefault(key, {})[suffix] = place
+    keys = tuple(members)
+    variants = [
+        sorted((s for s in members[key] if s != "safetensors"), key=lambda s: int(s.split(".")[0][1:])) for key in keys
+    ]
+    rows = list(texts)
+    index = ShardIndex(
+        latents=np.array([members[key]["safetensors"][:2] for key in keys], dtype=np.int64).reshape(-1, 2),
+        latents_xxh3=np.array([members[key]["safetensors"][2] for key in keys], dtype=np.uint64),
+        masked=np.array([[members[k][s][:2] for s in v] for k, v in zip(keys, variants, strict=True)], dtype=np.int64),
+        masked_xxh3=np.array(
+            [[members[k][s][2] for s in v] for k, v in zip(keys, variants, strict=True)], dtype=np.uint64
+        ),
+        texts=np.array([place[:2] for place in texts.values()], dtype=np.int64).reshape(-1, 2),
+        texts_xxh3=np.array([place[2] for place in texts.values()], dtype=np.uint64),
+        text_row=np.array([rows.index(metas[key]["text"]) for key in keys], dtype=np.int32),
+        tokens=np.array([metas[key]["tokens"] for key in keys], dtype=np.int32),
+        hole_fraction=np.array([metas[key]["hole_fractions"] for key in keys], dtype=np.float32),
+        keys=keys,
+        plan=plan,
+        tar_bytes=tar.stat().st_size,
+        tar_sha256=sha256,
+    )
+    write_index(index_path(tar), index)
+    return index

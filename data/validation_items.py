@@ -1,0 +1,93 @@
+"""The pictures a run is watched by: held-out ones and a few of those it trains on, kept as pixels beside the manifest.
+
+The trainer measures fills against true pixels, which latents are not; with these it needs neither the datasets nor the
+text encoders on the machine it runs on.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from configs.errors import InputError
+from data.atomic_write import write_text_atomically
+from data.geometry import Pixels
+from data.manifest import HOLDOUT, TRAIN
+from data.shard_plan import PlannedSample, ShardPlan
+from data.shards import ShardIndex
+
+FOLDER = "validation"
+
+
+@dataclass(frozen=True)
+class ValidationItem:
+    """One watched sample.  split: "train" or "holdout".  shard: its tar's path below the cache; row: its place there."""
+
+    key: str
+    split: str
+    dataset: str
+    shard: str
+    row: int
+    caption: str
+
+
+def choose_validation_items(
+    plans: Sequence[ShardPlan], indexes: Sequence[ShardIndex], *, count: int
+) -> list[tuple[ValidationItem, PlannedSample]]:
+    """All held-out samples, and `count` training samples, each split in the order of its targets' hashes."""
+    chosen = []
+    for split in (HOLDOUT, TRAIN):
+        found = [
+            (sample.triple.target_content, plan.path, index.keys.index(sample.triple.key), sample)
+            for plan, index in zip(plans, indexes, strict=True)
+            if plan.split == split
+            for sample in plan.samples
+        ]
+        found.sort(key=lambda entry: entry[:3])
+        for _, path, row, sample in found if split == HOLDOUT else found[:count]:
+            triple = sample.triple
+            item = ValidationItem(triple.key, split, triple.dataset, path, row, triple.caption)
+            chosen.append((item, sample))
+    return chosen
+
+
+def write_validation_items(
+    cache: Path, items: Iterable[tuple[ValidationItem, Pixels]], advance: Callable[[], None]
+) -> None:
+    """Write <cache>/validation: items.json and three PNGs per item; replaces what was there."""
+    folder, temporary = cache / FOLDER, cache / f"{FOLDER}.part"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    listed = []
+    for number, (item, pixels) in enumerate(items):
+        for role, picture in zip(("target", "image", "mask"), (pixels.target, pixels.image, pixels.mask), strict=True):
+            Image.fromarray(picture).save(temporary / f"{number:04d}.{role}.png")
+        listed.append(asdict(item))
+        advance()
+    write_text_atomically(temporary / "items.json", json.dumps(listed, indent=1, ensure_ascii=False))
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def read_validation_items(cache: Path, *, split: str, count: int) -> list[tuple[ValidationItem, Pixels]]:
+    """The first `count` items of a split with their pixels. Raises InputError if the folder is missing or damaged."""
+    folder = cache / FOLDER
+    try:
+        entries = json.loads((folder / "items.json").read_text(encoding="utf-8"))
+        items = [(number, ValidationItem(**entry)) for number, entry in enumerate(entries) if entry["split"] == split]
+        return [(item, _read_pixels(folder, number)) for number, item in items[:count]]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"{folder}: damaged ({error}). Run `fluxfill preprocess CONFIG` again; whole shards are kept."
+        ) from error
+
+
+def _read_pixels(folder: Path, number: int) -> Pixels:
+    target, image, mask = (
+        np.array(Image.open(folder / f"{number:04d}.{role}.png")) for role in ("target", "image", "mask")
+    )
+    return Pixels(target, image, mask.astype(bool))

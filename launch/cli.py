@@ -1,0 +1,114 @@
+"""The command line `fluxfill`. Imports no torch: it starts in a moment, and on login nodes."""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from configs.errors import InputError
+from configs.loading import json_schema, load_config
+from launch.command import choose_engine, render_command, render_environment, render_shell_line
+from launch.gpus import count_gpus
+from launch.supervise import run_supervised
+
+BAD_INPUT = 2  # exit code
+
+
+class _Commands(TyperGroup):
+    """Ends in exit code 2 and a plain message, no traceback, when what the user gave is wrong."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            _print_error(str(error))
+            raise typer.Exit(BAD_INPUT) from error
+
+
+app = typer.Typer(
+    name="fluxfill",
+    cls=_Commands,
+    help="Train FLUX.1 inpainting models (FLUX.1-Fill) from folders of pictures.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/fill_lora.yaml.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Keys of the config to set otherwise: train.lr=5e-5", show_default=False),
+]
+
+
+def main() -> None:
+    """Entry point of the program."""
+    app()
+
+
+@app.command()
+def schema(
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write it there instead of printing it.")] = None,
+) -> None:
+    """The JSON Schema of configs: with it an editor completes keys and marks mistakes.
+
+    Example: fluxfill schema --out configs/schema.json
+    """
+    text = json.dumps(json_schema(), indent=2) + "\n"
+    if out is None:
+        typer.echo(text, nl=False)
+        return
+    try:
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"--out {out}: cannot be written ({error.strerror}). Give a file in a folder that exists."
+        ) from error
+
+
+@app.command()
+def preprocess(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Encode the pictures once and write the shards that training reads.
+
+    Example: fluxfill preprocess configs/fill_lora.yaml data.encode_batch_size=16
+    """
+    run = load_config(config, overrides or [])
+    from data.preprocess import preprocess as encode  # imports torch, which the other commands do without
+
+    encode(run, Console())
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    num_processes: Annotated[
+        int | None, typer.Option(min=1, help="Training processes; by default one per GPU.", show_default=False)
+    ] = None,
+) -> None:
+    """Train, on every GPU of this machine: prints the command that does it, runs it, ends with the trainer's exit code.
+
+    Exit codes: 0 done, 2 bad input, 3 the run folder belongs to another job, 75 stopped and resumable, 1 anything else.
+
+    Example: fluxfill train configs/fill_lora.yaml train.lr=5e-5 run.name=slower
+    """
+    run = load_config(config, overrides or [])
+    engine, count = choose_engine(run.parallel.engine, num_processes, count_gpus(os.environ))
+    outcome_file = run.run.folder / "outcome.json"
+    command = render_command(config, overrides or [], engine, count, port=0)
+    environment = render_environment(outcome_file, count, len(os.sched_getaffinity(0)), inherited=os.environ)
+    typer.echo(render_shell_line(command, environment))
+    outcome = run_supervised(command, environment, outcome_file)
+    if outcome.code != 0:
+        step = "" if outcome.step is None else f" (step {outcome.step})"
+        _print_error(f"{outcome.reason}{step}")
+    raise typer.Exit(outcome.code)
+
+
+def _print_error(message: str) -> None:
+    """On standard error; in red where that is a terminal."""
+    Console(stderr=True).print(message, style="red", markup=False, highlight=False, soft_wrap=True)

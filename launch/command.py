@@ -1,0 +1,73 @@
+"""The command and environment that start a training run: pure functions, nothing is run here."""
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from configs.errors import InputError
+
+Engine = Literal["single", "ddp"]
+
+REPO_ROOT = Path(__file__).resolve().parent.parent
+SHUTDOWN_SECONDS = 600  # what the trainer is given to save before it is killed
+
+
+def choose_engine(
+    asked: Literal["auto", "single", "ddp"], num_processes: int | None, num_gpus: int
+) -> tuple[Engine, int]:
+    """The engine and the number of processes for `parallel.engine` and --num-processes (None: one per GPU).
+
+    auto is ddp for more than one process, else single. Raises InputError when single is asked for several processes.
+    """
+    count = num_processes if num_processes is not None else 1 if asked == "single" else max(num_gpus, 1)
+    if asked == "single" and count > 1:
+        raise InputError(
+            f"--num-processes is {count}, but parallel.engine is single, which is one process. "
+            f"Leave --num-processes out, or set parallel.engine=ddp."
+        )
+    if asked == "auto":
+        return ("ddp" if count > 1 else "single"), count
+    return asked, count
+
+
+def render_command(
+    config_path: str, overrides: Sequence[str], engine: Engine, num_processes: int, port: int
+) -> list[str]:
+    """The `accelerate launch` line of a run on this machine, as an argument list.
+
+    config_path and overrides are handed on as they are.  port: where the processes find each other; 0 takes a free one.
+    """
+    return [
+        # -P: a file in the user's folder must not hide a module of the same name.
+        *(sys.executable, "-P", "-m", "accelerate.commands.launch"),
+        *("--config_file", str(REPO_ROOT / "configs" / "engines" / f"{engine}.yaml")),
+        *("--num_processes", str(num_processes)),
+        *("--main_process_port", str(port)),
+        str(REPO_ROOT / "trainer" / "main.py"),
+        *("--config", config_path),
+        *overrides,
+    ]
+
+
+def render_environment(
+    outcome_file: Path, num_processes: int, num_cores: int, inherited: Mapping[str, str]
+) -> dict[str, str]:
+    """The variables to set for a run, on top of those inherited.
+
+    Without the first two, USR1 would end torch's launcher and orphan the ranks, and a save would be cut off after 30 s.
+    Left alone, accelerate gives every process one CPU thread; a value of the user's own is kept.
+    """
+    return {
+        "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR1,SIGUSR2",
+        "PET_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS),
+        "FLUXFILL_OUTCOME": str(outcome_file),
+        "OMP_NUM_THREADS": inherited.get("OMP_NUM_THREADS") or str(max(num_cores // num_processes, 1)),
+    }
+
+
+def render_shell_line(command: Sequence[str], environment: Mapping[str, str]) -> str:
+    """One line that does the same when pasted into a shell."""
+    settings = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
+    return " ".join([*settings, shlex.join(command)])

@@ -1,0 +1,42 @@
+"""The stream of micro-batches that a rank trains on."""
+
+import logging
+
+import numpy as np
+
+from configs.schema import Config
+from data.manifest import TRAIN, Cache
+from data.order import Order
+from data.reader import BatchStream
+from trainer.engine import Engine
+from trainer.run_state import RunState
+
+log = logging.getLogger("fluxfill")
+
+
+def open_stream(config: Config, engine: Engine, cache: Cache, state: RunState) -> BatchStream:
+    """This rank's micro-batches from the run's place in the order on. Raises InputError if nothing is there to train."""
+    table = cache.table
+    weights = {dataset.name: dataset.weight for dataset in config.data.datasets}
+    order = Order(table.dataset, table.bucket, np.where(table.split == TRAIN, table.samples, 0), weights, state.order)
+    micro = config.train.micro_batch_size
+    if micro == "auto":
+        micro = 1
+        log.info("train.micro_batch_size: auto, so 1 at the largest bucket and as many tokens of smaller ones")
+    log.info(
+        "data: %d samples, %d a batch, %d process(es)",
+        order.num_samples,
+        state.order.global_batch_size,
+        engine.world_size,
+    )
+    return BatchStream(
+        cache,
+        order,
+        rank=engine.rank,
+        world_size=engine.world_size,
+        micro_batch_size=micro,
+        caption_dropout=config.data.captions.dropout,
+        start=state.batch,
+        threads=config.data.reader_threads,
+        pin_memory=engine.device.type == "cuda",
+    )

@@ -1,0 +1,101 @@
+"""Checkpoint folders that are whole or not there: checkpoints/step-<nnnnnnnn>/.
+
+A save goes to a new folder, is flushed to disk, gets a manifest with the sha256 of every file, and last of all its
+COMPLETE marker. A folder without the marker is never read; one whose files do not match its manifest is passed over for
+the one before, aloud. Old folders go only after the new one is there.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from configs.errors import InputError
+from data.atomic_write import fsync_folder, write_text_atomically
+
+log = logging.getLogger("fluxfill")
+
+COMPLETE = "COMPLETE"
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def save_checkpoint(run: Path, step: int, write: Callable[[Path], None]) -> Path:
+    """Make the checkpoint of a step: `write` fills its folder, everything else happens here.
+
+    Raises OSError if the disk is full or the like; earlier checkpoints are untouched by then.
+    """
+    folder = checkpoint_folder(run, step)
+    shutil.rmtree(folder, ignore_errors=True)  # a half-written one of an earlier try
+    folder.mkdir(parents=True)
+    write(folder)
+    hashes = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            hashes[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    write_text_atomically(folder / MANIFEST, json.dumps(hashes, indent=1))
+    write_text_atomically(folder / COMPLETE, "")
+    fsync_folder(folder.parent)
+    return folder
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """Folders with the marker, oldest first. By step number, never by time: clocks differ between machines."""
+    folders = (run / "checkpoints").glob("step-*")
+    found = [path for path in folders if _NAME.fullmatch(path.name) and (path / COMPLETE).is_file()]
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint folder's name. Raises InputError if it is no such folder."""
+    if (match := _NAME.fullmatch(folder.name)) is None:
+        raise InputError(f"{folder}: not a checkpoint folder (step-<number>).")
+    return int(match[1])
+
+
+def damage_of(folder: Path) -> str | None:
+    """What is wrong with a complete checkpoint's files, or None. Reads every byte."""
+    try:
+        hashes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for name, sha256 in hashes.items():
+            with (folder / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                    return f"{name} does not match its sha256"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint that is whole; damaged ones are named in the log and passed over."""
+    for folder in reversed(complete_checkpoints(run)):
+        damage = damage_of(folder)
+        if damage is None:
+            return folder
+        log.warning("%s is damaged (%s); trying the checkpoint before it", folder, damage)
+    return None
+
+
+def prune_checkpoints(run: Path, *, keep_last: int) -> None:
+    """Delete all but the newest `keep_last` complete checkpoints, and half-written ones older than those.
+
+    The marker goes first, so that a deletion cut short leaves no folder that looks whole.
+    """
+    kept = complete_checkpoints(run)[-keep_last:]
+    if not kept:
+        return
+    for folder in (run / "checkpoints").glob("step-*"):
+        if _NAME.fullmatch(folder.name) and folder not in kept and step_of(folder) < step_of(kept[-1]):
+            (folder / COMPLETE).unlink(missing_ok=True)
+            shutil.rmtree(folder)

@@ -1,0 +1,164 @@
+"""What leaves a run: a LoRA for `load_lora_weights`, or a whole model folder; read back before the run is done."""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxFillPipeline, FluxTransformer2DModel
+from torch import Tensor, nn
+
+from configs.schema import Config
+from data.encode import load_vae
+from data.model_folder import PARTS
+from trainer.ema import Ema
+from trainer.engine import Engine
+from trainer.lora import ADAPTER, save_adapter
+from trainer.run_state import trained_parameters
+
+log = logging.getLogger("fluxfill")
+
+_CHECK_ADAPTER = "reloaded"
+
+
+def export_and_verify(config: Config, engine: Engine, model: Path, transformer: nn.Module, ema: Ema) -> None:
+    """Write <run>/final (and <run>/final-ema if an average is kept), read it back, compare it with the live model.
+
+    Rank 0 works, the others wait. Raises RuntimeError if what was written is not what was trained.
+    """
+    if engine.is_main:
+        plain = engine.plain(transformer)
+        exports = {"final": dict(trained_parameters(plain))} | ({"final-ema": ema.averages} if ema.averages else {})
+        for name, weights in exports.items():
+            folder = config.run.folder / name
+            if config.method.type == "lora":
+                save_adapter(plain, folder, tensors=weights)
+                if name == "final":
+                    verify_adapter(plain, model, folder)
+            else:
+                export_model(plain, model, folder, weights=weights, dtype=engine.compute_dtype)
+                verify_model(plain, folder, weights=weights, dtype=engine.compute_dtype)
+    engine.wait()
+
+
+def verify_adapter(transformer: FluxTransformer2DModel, model: Path, folder: Path) -> None:
+    """Load an exported adapter beside the live one, by the pipeline's own loader, and compare the two outputs.
+
+    Raises RuntimeError if they differ.
+    """
+    device = transformer.device
+    pipeline = FluxFillPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(model, subfolder="scheduler"),
+        vae=load_vae(model, device=torch.device("cpu"), dtype=torch.float32),
+        transformer=transformer,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+    )
+    live = _probe(transformer)
+    pipeline.load_lora_weights(str(folder), adapter_name=_CHECK_ADAPTER)
+    try:
+        transformer.set_adapter(_CHECK_ADAPTER)
+        reloaded = _probe(transformer)
+    finally:
+        transformer.delete_adapters(_CHECK_ADAPTER)
+        transformer.set_adapter(ADAPTER)
+    _refuse_difference(live, reloaded, folder, device)
+
+
+def export_model(
+    transformer: FluxTransformer2DModel, model: Path, folder: Path, *, weights: Mapping[str, Tensor], dtype: torch.dtype
+) -> None:
+    """Write a whole FLUX.1-Fill folder: the trained transformer in `dtype`, every other part from the base.
+
+    weights: parameter name -> tensor, the ones to write.  The other parts are hard links where the disk allows it.
+    """
+    temporary = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    stored = transformer.state_dict() | dict(weights)
+    transformer.save_pretrained(
+        temporary / "transformer",
+        state_dict={name: tensor.detach().to("cpu", dtype) for name, tensor in stored.items()},
+    )
+    for part in PARTS:
+        if part != "transformer":
+            shutil.copytree(model / part, temporary / part, copy_function=_link_or_copy)
+    index = json.loads((model / "model_index.json").read_text(encoding="utf-8"))
+    # Also when the base was FLUX.1-dev; an image encoder that FluxPipeline may name has no place in FluxFillPipeline.
+    index = {name: part for name, part in index.items() if name.startswith("_") or name in PARTS}
+    index["_class_name"] = "FluxFillPipeline"
+    (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def _link_or_copy(source: str, target: str) -> str:
+    """Hard link, else copy: T5 alone is nine gigabytes. Links into a hub cache are followed to the file itself."""
+    real = os.path.realpath(source)
+    try:
+        os.link(real, target)
+    except OSError:
+        shutil.copy2(real, target)
+    return target
+
+
+def verify_model(
+    transformer: FluxTransformer2DModel, folder: Path, *, weights: Mapping[str, Tensor], dtype: torch.dtype
+) -> None:
+    """Read an exported folder back and compare every tensor and the inputs and outputs with the live model's.
+
+    Raises RuntimeError if anything differs.
+    """
+    reloaded = FluxTransformer2DModel.from_pretrained(folder, subfolder="transformer", torch_dtype=dtype)
+    for key in ("in_channels", "out_channels"):
+        if getattr(reloaded.config, key) != getattr(transformer.config, key):
+            raise RuntimeError(f"{folder}: {key} came back as {getattr(reloaded.config, key)}")
+    expected = transformer.state_dict() | dict(weights)
+    found = reloaded.state_dict()
+    wrong = [name for name in expected if name not in found or not _equal(expected[name], found[name], dtype)]
+    if wrong or len(found) != len(expected):
+        raise RuntimeError(f"{folder}: {len(wrong)} tensors came back different, {wrong[:3]} among them")
+    log.info("%s: read back, all %d tensors as they were in the run", folder, len(found))
+
+
+def _equal(live: Tensor, stored: Tensor, dtype: torch.dtype) -> bool:
+    return torch.equal(live.detach().to("cpu", dtype), stored)
+
+
+@torch.no_grad()
+def _probe(transformer: nn.Module) -> Tensor:
+    """The model's output on a fixed small input: 4 tokens of picture, 16 of text."""
+    config, device, dtype = transformer.config, transformer.device, transformer.dtype
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    was_training = transformer.training
+    transformer.eval()
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        output = transformer(
+            hidden_states=random(1, 4, config.in_channels),
+            encoder_hidden_states=random(1, 16, config.joint_attention_dim),
+            pooled_projections=random(1, config.pooled_projection_dim),
+            timestep=torch.full((1,), 0.5, device=device),
+            guidance=torch.full((1,), 30.0, device=device),
+            img_ids=torch.tensor([[0.0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]], device=device),
+            txt_ids=torch.zeros(16, 3, device=device),
+            return_dict=False,
+        )[0]
+    transformer.train(was_training)
+    return output.float()
+
+
+def _refuse_difference(live: Tensor, reloaded: Tensor, folder: Path, device: torch.device) -> None:
+    difference = (live - reloaded).abs().max().item()
+    # Stored in fp32, so bit-equal on one device; a card may pick another kernel for the second adapter.
+    if difference > 1e-5 * live.abs().max().item() + (0 if device.type == "cpu" else 1e-2):
+        raise RuntimeError(f"{folder}: the adapter read back gives another output (apart by {difference:.2g})")
+    log.info("%s: read back by load_lora_weights, output apart from the run's by %.1g", folder, difference)

@@ -1,0 +1,44 @@
+"""What trains: all of the transformer, or an adapter on it."""
+
+import logging
+from pathlib import Path
+
+import torch
+from diffusers import FluxTransformer2DModel
+
+from configs.schema import Config
+from data.model_folder import read_part_config
+from trainer.engine import Engine
+from trainer.flux import DEV_CHANNELS, load_transformer
+from trainer.lora import add_lora
+
+log = logging.getLogger("fluxfill")
+
+
+def build_transformer(config: Config, model: Path, engine: Engine) -> FluxTransformer2DModel:
+    """The base with 384 inputs, ready to train by the config's method.
+
+    full: every weight trains and is kept in fp32.  lora: the base is frozen in the compute dtype, the adapter trains in
+    fp32.  Raises InputError for a base that is no FLUX.1, or an adapter that does not fit.
+    """
+    method = config.method
+    dtype = torch.float32 if method.type == "full" else engine.compute_dtype
+    transformer = load_transformer(model, dtype=dtype)
+    if method.type == "lora":
+        expanded = read_part_config(model, "transformer").get("in_channels") == DEV_CHANNELS
+        add_lora(transformer, method, expanded=expanded, seed=config.run.seed)
+    if checkpoints_activations(config, engine):
+        transformer.enable_gradient_checkpointing()
+    counts = [sum(p.numel() for p in transformer.parameters() if p.requires_grad is wanted) for wanted in (True, False)]
+    log.info("method: %s, %.1f M parameters train, %.1f M are frozen", method.type, counts[0] / 1e6, counts[1] / 1e6)
+    return transformer.train()
+
+
+def checkpoints_activations(config: Config, engine: Engine) -> bool:
+    """Whether the backward pass computes activations again. auto: on a GPU, where 41 GiB of them per 1024 px sample
+    decide what fits, yes; on a CPU no."""
+    chosen = config.train.activation_checkpointing
+    if chosen == "auto":
+        chosen = engine.device.type == "cuda"
+        log.info("train.activation_checkpointing: auto, so %s", chosen)
+    return chosen
