@@ -278,8 +278,11 @@ class FlowConfig(Section):
 class ParallelConfig(Section):
     """How the work is spread over GPUs."""
 
-    engine: Literal["auto", "single", "ddp"] = "auto"
-    """single: one process; ddp: a copy of the model on each GPU. auto: ddp when there is more than one GPU."""
+    engine: Literal[
+        "auto", "single", "ddp", "fsdp2", "fsdp2-offload", "hsdp", "zero1", "zero2", "zero3", "zero3-offload"
+    ] = "auto"
+    """single: one process; ddp: a copy of the model on each GPU; fsdp2: sharded over all GPUs; hsdp: sharded within a
+    node, copied across; zero1, zero2, zero3: DeepSpeed. auto: ddp when there is more than one GPU."""
 
 
 class ValidationConfig(Section):

@@ -1,6 +1,7 @@
 """Files that are either whole or not there."""
 
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,12 +16,20 @@ def fsync_folder(folder: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary neighbour of `path`, flush it to disk, then rename it into place."""
-    temporary = path.with_name(f"{path.name}.part")
-    write(temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Let `write` fill a temporary neighbour of `path`, flush it to disk, then rename it into place.
+
+    If `write` raises, nothing is left. Several processes may write one path at the same time: the last one's stays.
+    """
+    # Of its own name in every process and on every machine: ranks that repair one file must not cut each other's.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     fsync_folder(path.parent)
 
 

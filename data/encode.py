@@ -3,9 +3,11 @@
 The formulas are those of diffusers' pipeline_flux_fill.py; the posterior's mean stands where the pipeline samples.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,21 +21,23 @@ from data.geometry import Pixels
 class TextEncoders:
     """CLIP (pooled text) and T5 (text tokens) with their tokenizers."""
 
-    clip: torch.nn.Module
-    clip_tokenizer: object
-    t5: torch.nn.Module
-    t5_tokenizer: object
+    clip: Any
+    clip_tokenizer: Any
+    t5: Any
+    t5_tokenizer: Any
 
 
 def load_vae(model: Path, *, device: torch.device, dtype: torch.dtype):
     """The model's AutoencoderKL, frozen, in eval mode.  Raises InputError if it cannot be loaded."""
     from diffusers import AutoencoderKL
 
-    with _reading(model, "vae"):
-        vae = AutoencoderKL.from_pretrained(model, subfolder="vae", torch_dtype=dtype)
+    folder = model / "vae"
+    with _reading(folder):
+        vae, report = AutoencoderKL.from_pretrained(model, subfolder="vae", torch_dtype=dtype, output_loading_info=True)
+        _refuse_gaps(folder, report["missing_keys"])
     if vae.config.latent_channels != 16 or vae.config.shift_factor is None:
         raise InputError(
-            f"{model / 'vae'}: {vae.config.latent_channels} latent channels, shift_factor {vae.config.shift_factor}; "
+            f"{folder}: {vae.config.latent_channels} latent channels, shift_factor {vae.config.shift_factor}; "
             "FLUX.1 has 16 channels and a shift. Point model.base at a FLUX.1 model."
         )
     return vae.to(device).eval().requires_grad_(False)
@@ -43,34 +47,37 @@ def load_text_encoders(model: Path, *, device: torch.device, dtype: torch.dtype)
     """The model's CLIP and T5, frozen, in eval mode.  Raises InputError, naming the part that cannot be loaded."""
     from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
-    loaded = {}
-    for part, load in (
-        ("text_encoder", lambda p: CLIPTextModel.from_pretrained(p, dtype=dtype)),
-        ("text_encoder_2", lambda p: T5EncoderModel.from_pretrained(p, dtype=dtype)),
-        ("tokenizer", AutoTokenizer.from_pretrained),
-        ("tokenizer_2", AutoTokenizer.from_pretrained),
-    ):
-        with _reading(model, part):
-            loaded[part] = load(model / part)
-    clip = loaded["text_encoder"].to(device).eval().requires_grad_(False)
-    t5 = loaded["text_encoder_2"].to(device).eval().requires_grad_(False)
-    return TextEncoders(clip, loaded["tokenizer"], t5, loaded["tokenizer_2"])
+    encoders = []
+    for part, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", T5EncoderModel)):
+        with _reading(model / part):
+            encoder, report = kind.from_pretrained(model / part, dtype=dtype, output_loading_info=True)
+            _refuse_gaps(model / part, report["missing_keys"])
+        encoders.append(encoder.to(device).eval().requires_grad_(False))
+    tokenizers = []
+    for part in ("tokenizer", "tokenizer_2"):
+        with _reading(model / part):
+            tokenizers.append(AutoTokenizer.from_pretrained(model / part))
+    (clip, t5), (clip_tokenizer, t5_tokenizer) = encoders, tokenizers
+    return TextEncoders(clip, clip_tokenizer, t5, t5_tokenizer)
 
 
-class _reading:
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
     """Turns whatever a library raises over a model's part into one message that names the part."""
+    try:
+        yield
+    except (InputError, ImportError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # safetensors, tokenizers, json and torch each have their own
+        raise InputError(f"{folder}: cannot be loaded ({error}). Fetch the model again.") from error
 
-    def __init__(self, model: Path, part: str) -> None:
-        self.where = model / part
 
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, (OSError, ValueError, RuntimeError, KeyError)) and not isinstance(
-            error, torch.OutOfMemoryError
-        ):
-            raise InputError(f"{self.where}: cannot be loaded ({error}). Fetch the model again.") from error
+def _refuse_gaps(folder: Path, missing: Iterable[str]) -> None:
+    """The libraries fill missing weights with random numbers and go on with a warning."""
+    if names := sorted(missing):
+        raise InputError(
+            f"{folder}: {len(names)} weights are missing ({', '.join(names[:3])}, ...). Fetch the model again."
+        )
 
 
 def to_signed(pixels: np.ndarray) -> Tensor:

@@ -66,7 +66,7 @@ def buckets_of(resolution: int) -> list[Bucket]:
     side = resolution
     while side > PATCH:
         side -= step
-        other = round(resolution * resolution / max(side, 1) / PATCH) * PATCH
+        other = round(resolution * resolution / side / PATCH) * PATCH
         if other > MAX_ASPECT * side:
             break
         found |= {Bucket(side, other), Bucket(other, side)}

@@ -7,6 +7,7 @@ diffusers of torchao, transformers of a torchvision that FLUX does not use.
 import logging
 import os
 import sys
+import warnings
 
 _CHATTERING = (
     "torchao",
@@ -17,9 +18,20 @@ _CHATTERING = (
 )
 
 
+# What DeepSpeed, accelerate and FSDP still call, or say of their own doing: nothing that a user could mend.
+_DEPRECATED_IN_LIBRARIES = (
+    r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
+    r"Slicing a flattened dim from root mesh will be deprecated",
+    r"FSDP2-wrapped module \(FSDPFlux\w+\) returned a view tensor",
+    r"TypedStorage is deprecated",
+)
+
+
 def quiet_libraries() -> None:
     """Call it before torch, diffusers or transformers are imported."""
     for name in _CHATTERING:
         logging.getLogger(name).setLevel(logging.ERROR)
+    for message in _DEPRECATED_IN_LIBRARIES:
+        warnings.filterwarnings("ignore", message=message)
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # their bars, in a log file, are a line per tick

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from configs.errors import InputError
 from configs.schema import Config
@@ -15,6 +16,7 @@ from data.sources import listed
 
 FORMAT_VERSION = 1
 TRAIN, HOLDOUT = "train", "holdout"
+EMPTY_TEXT = "empty_text.safetensors"  # beside the manifest: t5 and pooled of the empty caption
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def cached_settings(config: Config) -> dict:
     """The keys of a config that shape cached tensors, dotted. All others may change without encoding again."""
     data = config.data
     return {
-        "data.datasets": [dataset.name for dataset in data.datasets],
+        "data.datasets": sorted(dataset.name for dataset in data.datasets),
         "data.resolution": sorted(data.resolution),
         "data.resolution_policy": data.resolution_policy,
         "data.captions.default": data.captions.default,
@@ -81,10 +83,16 @@ def write_manifest(cache: Path, manifest: Manifest, table: ShardTable) -> None:
 
     def write_table(temporary: Path) -> None:
         with temporary.open("wb") as file:
-            np.savez_compressed(file, **asdict(table))
+            np.savez_compressed(file, **vars(table))
 
+    fields = asdict(manifest)
     write_atomically(cache / "shards.npz", write_table)
-    write_text_atomically(cache / "manifest.json", json.dumps(asdict(manifest), indent=2, sort_keys=True) + "\n")
+    text = json.dumps(fields | {"checksum": _checksum(fields)}, indent=2, sort_keys=True)
+    write_text_atomically(cache / "manifest.json", text + "\n")
+
+
+def _checksum(fields: dict) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(fields, sort_keys=True).encode())
 
 
 def read_manifest(cache: Path) -> Manifest:
@@ -92,7 +100,8 @@ def read_manifest(cache: Path) -> Manifest:
     path = cache / "manifest.json"
     if not path.is_file():
         raise InputError(
-            f"data.cache {cache}: no manifest.json, so no finished cache is there. Run `fluxfill preprocess CONFIG` first."
+            f"data.cache {cache}: no manifest.json, so no finished cache is there. "
+            "Run `fluxfill preprocess CONFIG` first."
         )
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
@@ -101,6 +110,8 @@ def read_manifest(cache: Path) -> Manifest:
             raise InputError(
                 f"{path}: format version {version}, this fluxfill reads up to {FORMAT_VERSION}. Update fluxfill."
             )
+        if fields.pop("checksum") != _checksum(fields):
+            raise ValueError("its checksum differs")
         return Manifest(**fields)
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
@@ -126,7 +137,7 @@ def read_shard_table(cache: Path) -> ShardTable:
 
 
 def parse_bucket(text: str) -> Bucket:
-    """ "512x768" -> Bucket(height=512, width=768)."""
+    """Text as `str(bucket)` writes it -> Bucket: "512x768" is 512 high and 768 wide."""
     height, width = text.split("x")
     return Bucket(int(height), int(width))
 
@@ -179,4 +190,7 @@ def open_cache(config: Config, model: Path) -> Cache:
 
 
 def _size_of(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
+    try:
+        return path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return None

@@ -65,11 +65,23 @@ def read_part_config(folder: Path, part: str, name: str = "config.json") -> dict
         raise InputError(f"{path}: not JSON ({error}). Fetch the model again.") from error
 
 
+def read_part_number(folder: Path, part: str, key: str) -> float:
+    """One number of a part's config.json. Raises InputError if it is not there: the model is not a FLUX.1."""
+    config = read_part_config(folder, part)
+    number = config.get(key) if isinstance(config, dict) else None
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise InputError(
+            f"{folder / part / 'config.json'}: {key} is {number!r}, but FLUX.1 has a number there. Point "
+            "model.base at a FLUX.1 model."
+        )
+    return number
+
+
 def fingerprint(part: Path) -> str:
     """A part's identity, 32 hex digits: its small files whole, 64 spread probes and the size of each large one.
 
     Another training of the same network differs in every probe, so nine gigabytes of T5 need not be read. It is no
-    check for damage.
+    check for damage.  Raises InputError if the folder is empty.
     """
     digest = xxhash.xxh3_128()
     files = sorted(path for path in part.rglob("*") if path.is_file() and not path.name.startswith("."))

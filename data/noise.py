@@ -17,7 +17,8 @@ def _generator(seed: int, position: int, purpose: int) -> np.random.Generator:
 
 def draw_uniform(seed: int, position: int) -> float:
     """The number a sample's sigma is made from: in the open interval (0, 1), never its ends."""
-    return float((_generator(seed, position, _SIGMA).integers(1 << 53) + 0.5) / (1 << 53))
+    # 52 bits and a half are exact in a double; with 53 the largest would round up to 1.
+    return float((_generator(seed, position, _SIGMA).integers(1 << 52) + 0.5) / (1 << 52))
 
 
 def draw_noise(seed: int, position: int, out: np.ndarray) -> None:

@@ -28,7 +28,7 @@ _SHARDS, _ROWS, _OFFSETS, _PHASE = range(4)  # what a permutation is for: a word
 
 @dataclass(frozen=True)
 class OrderSettings:
-    """All that the order depends on besides the shards. Stored in checkpoints and kept on resume."""
+    """All that the order depends on besides the shards and the weights. Stored in checkpoints and kept on resume."""
 
     version: int
     seed: int
@@ -65,14 +65,14 @@ class _Pool:
         self.samples = samples
         self.num_rows = int(samples.sum())
         self._block_shards = settings.block_shards
-        self._seed = settings.seed
-        self._id = xxhash.xxh3_64_intdigest("/".join(name).encode())
+        # As uint64: of Python's own numbers numpy would make floats, and drop the low bits of both.
+        self._key = np.array([settings.seed, xxhash.xxh3_64_intdigest("/".join(name).encode())], dtype=np.uint64)
         # A pool's epoch and block change rarely from batch to batch; two of each cover a batch that crosses a border.
         self._epoch = lru_cache(maxsize=2)(self._permute_shards)
         self._block = lru_cache(maxsize=4)(self._permute_block)
 
     def _generator(self, purpose: int, epoch: int, block: int = 0) -> np.random.Generator:
-        return np.random.Generator(np.random.Philox(key=[self._seed, self._id], counter=[0, block, epoch, purpose]))
+        return np.random.Generator(np.random.Philox(key=self._key, counter=[0, block, epoch, purpose]))
 
     def phase(self) -> Fraction:
         """Where the pool's running total starts, in [0, 1): else small pools would all come in the same epochs."""
@@ -118,6 +118,7 @@ class Order:
 
     datasets, buckets: str, and samples: int, one each per shard in the shard table's order; a shard with samples 0 (one
     of another split) is left out.  weights: dataset -> share of the mix (any positive numbers).
+    num_samples: rows that train.  buckets: theirs, "HxW".
     Raises InputError if there is no sample to train on, or a dataset without a weight.
     """
 
@@ -138,12 +139,14 @@ class Order:
         used = np.flatnonzero(samples > 0)
         if not len(used):
             raise InputError(
-                "the cache holds no training sample. Add pictures or lower data.holdout, then run `fluxfill preprocess` again."
+                "the cache holds no training sample. Add pictures or lower data.holdout, then run "
+                "`fluxfill preprocess CONFIG` again."
             )
         dataset_names, dataset_of = np.unique(datasets[used], return_inverse=True)
         bucket_names, bucket_of = np.unique(buckets[used], return_inverse=True)
         pool_ids, pool_of = np.unique(dataset_of * len(bucket_names) + bucket_of, return_inverse=True)
         members_of = np.split(used[np.argsort(pool_of, kind="stable")], np.cumsum(np.bincount(pool_of))[:-1])
+        self.buckets = tuple(str(name) for name in bucket_names)
         self._pools = [
             _Pool(
                 (str(dataset_names[i // len(bucket_names)]), str(bucket_names[i % len(bucket_names)])),

@@ -1,29 +1,38 @@
 """Opening pictures that strangers made: checked before they are decoded, upright, in RGB."""
 
-import warnings
 from pathlib import Path
 
-from PIL import Image, ImageOps
+import numpy as np
+from PIL import Image
 
 from configs.errors import InputError
 
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # Pillow's other readers are code that no picture here needs
 
-# EXIF orientations that turn a picture by a quarter: its stored width is its upright height.
-_QUARTER_TURNS = frozenset({5, 6, 7, 8})
 _ORIENTATION_TAG = 0x0112
+# EXIF orientation -> how the stored picture is turned to stand upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_QUARTER_TURNS = frozenset({5, 6, 7, 8})  # the stored width is the upright height
 
 
 def _open(path: Path, max_megapixels: float) -> Image.Image:
     """An opened, not yet decoded picture. Raises InputError if it is missing, no picture, or too large to decode."""
+    # Pillow's own limit is one for the whole process and may lie below the user's; the check below stands in for it.
+    Image.MAX_IMAGE_PIXELS = None
     try:
-        with warnings.catch_warnings():
-            # Pillow's own bomb check is replaced by the limit below, which is an error and not a warning.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = Image.open(path)
+        picture = Image.open(path, formats=_FORMATS)
     except FileNotFoundError:
         raise InputError(f"{path}: no such picture. Restore the file, or remove its partners.") from None
-    except Exception as error:  # Pillow raises a dozen types for bytes that are no picture, bombs included
+    except Exception as error:  # Pillow raises a dozen types for bytes that are no picture
         raise InputError(f"{path}: not a readable picture ({error}). Replace or remove the file.") from error
     megapixels = picture.width * picture.height / 1e6
     if megapixels > max_megapixels:
@@ -35,22 +44,38 @@ def _open(path: Path, max_megapixels: float) -> Image.Image:
     return picture
 
 
+def _orientation(picture: Image.Image) -> int:
+    """How an opened picture is stored, 1 to 8; 1 (upright) if it does not say, or says it in damaged EXIF."""
+    if picture.format == "TIFF":
+        return 1  # Pillow turns these itself, size and pixels
+    try:
+        return int(picture.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # viewers too show a picture with damaged EXIF as it is stored
+        return 1
+
+
 def picture_size(path: Path, *, max_megapixels: float) -> tuple[int, int]:
     """Upright (width, height) of a picture, from its header alone. Raises InputError as `load_picture` does."""
     with _open(path, max_megapixels) as picture:
         width, height = picture.size
-        if picture.getexif().get(_ORIENTATION_TAG) in _QUARTER_TURNS:
-            width, height = height, width
-        return width, height
+        return (height, width) if _orientation(picture) in _QUARTER_TURNS else (width, height)
 
 
 def _load(path: Path, max_megapixels: float) -> Image.Image:
+    """A decoded, upright picture of 8 bits per channel, in whatever mode it is stored."""
     with _open(path, max_megapixels) as picture:
         try:
             picture.load()
         except Exception as error:
             raise InputError(f"{path}: cannot be decoded ({error}). Replace or remove the file.") from error
-        return ImageOps.exif_transpose(picture)
+        orientation = _orientation(picture)
+        upright = picture.transpose(_TURNS[orientation]) if orientation in _TURNS else picture
+        if upright.mode.startswith("I;16"):
+            # Pillow's own conversion clips at 255: all but the darkest grey would be white.
+            return Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+        if upright.mode in ("I", "F"):
+            raise InputError(f"{path}: has 32-bit pixels, whose white is anyone's guess. Save it with 8 bits.")
+        return upright
 
 
 def load_picture(path: Path, *, max_megapixels: float) -> Image.Image:

@@ -1,18 +1,21 @@
 """Encode once: pictures, masks and captions -> a cache folder of shards (see data/shards.py for what a shard holds).
 
 The plan comes first and is a pure function of the pictures, so an interrupted job goes on where it stopped: a shard
-with a name is whole, one made from other pictures is made anew, one no longer planned is deleted. manifest.json comes
-last: a cache that has it is complete.
+with an index is whole, one made from other pictures is made anew, one no longer planned is deleted. manifest.json comes
+last and goes first: a cache that has it is complete. One process does the work; a second one is refused.
 
     fluxfill preprocess CONFIG.yaml [key=value ...]
     accelerate launch data/preprocess.py --config CONFIG.yaml [key=value ...]
 """
 
 import argparse
+import fcntl
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -32,14 +35,25 @@ from data.atomic_write import write_atomically
 from data.encode import TextEncoders, encode_captions, encode_images, encode_pixels, load_text_encoders, load_vae
 from data.geometry import Bucket, Pixels, choose_buckets, fit, plan_crop
 from data.library_noise import quiet_libraries
-from data.manifest import FORMAT_VERSION, HOLDOUT, TRAIN, Manifest, ShardTable, cached_settings, write_manifest
-from data.model_folder import encoder_fingerprints, find_model, read_part_config
+from data.manifest import (
+    EMPTY_TEXT,
+    FORMAT_VERSION,
+    HOLDOUT,
+    TRAIN,
+    Manifest,
+    ShardTable,
+    cached_settings,
+    read_manifest,
+    read_shard_table,
+    write_manifest,
+)
+from data.model_folder import encoder_fingerprints, find_model, read_part_number
 from data.order import ORDER_VERSION
 from data.pictures import load_mask, load_picture, picture_size
 from data.shard_plan import PlannedSample, ShardPlan, plan_shards
 from data.shards import SampleTensors, ShardIndex, ShardWriter, index_path, read_index
 from data.sources import Triple, held_out, list_triples, listed
-from data.validation_items import choose_validation_items, write_validation_items
+from data.validation_items import choose_validation_items, validation_items_are_there, write_validation_items
 
 _T = TypeVar("_T")
 
@@ -47,62 +61,91 @@ _DECODE_THREADS = 4  # Pillow releases the GIL, so pictures are decoded while th
 
 
 def preprocess(config: Config, console: Console) -> None:
-    """Bring data.cache up to date with the datasets, model and settings of a config.
+    """Bring data.cache up to date with the datasets, model and settings of a config; touch nothing if it is.
 
     Raises InputError for whatever the user can mend: shards finished by then stay, parts of one do not.
     """
     cache = config.data.cache
     model = find_model(config.model.base)
     encoders = encoder_fingerprints(model)
-    text_width = read_part_config(model, "text_encoder_2")["d_model"]
+    text_width = int(read_part_number(model, "text_encoder_2", "d_model"))
+    num_encoded = 0
     with _progress(console) as progress:
-        samples = plan_samples(config, progress)
         plans = plan_shards(
-            samples,
+            plan_samples(config, progress),
             size_limit=config.data.shard_size_mib << 20,
             text_bytes=config.data.captions.text_length * text_width * 2,
             encoding={"encoders": encoders, "text_length": config.data.captions.text_length},
         )
-        indexes = {plan.path: read_finished(cache, plan) for plan in plans}
-        todo = [plan for plan in plans if indexes[plan.path] is None]
-        if todo or not (cache / "manifest.json").is_file():
-            # A manifest speaks of whole shards only: there is none while some are being made.
-            cache.mkdir(parents=True, exist_ok=True)
-            (cache / "manifest.json").unlink(missing_ok=True)
-            bar = progress.add_task("encoding", total=sum(len(plan.samples) for plan in todo))
-            vae, text_encoders = _load_encoders(model)
-            write_constants(cache, vae, text_encoders, {plan.bucket for plan in plans}, config.data)
-            for plan in todo:
-                indexes[plan.path] = encode_shard(
-                    cache, plan, vae, text_encoders, config.data, advance=lambda count: progress.advance(bar, count)
-                )
-        delete_unplanned(cache, plans)
-        finished = [index for index in indexes.values() if index is not None]
-        chosen = choose_validation_items(plans, finished, count=max(config.data.holdout, 8))
-        bar = progress.add_task("validation pictures", total=len(chosen))
-        pictures = ((item, load_pixels(sample, config.data)) for item, sample in chosen)
-        write_validation_items(cache, pictures, advance=lambda: progress.advance(bar))
-    table = _shard_table(plans, finished)
-    vae_config = read_part_config(model, "vae")
-    manifest = Manifest(
-        format_version=FORMAT_VERSION,
-        order_version=ORDER_VERSION,
-        settings=cached_settings(config),
-        encoders=encoders,
-        vae_shift=vae_config["shift_factor"],
-        vae_scale=vae_config["scaling_factor"],
-        text_length=config.data.captions.text_length,
-        text_dtype="bf16",
-        text_width=text_width,
-        pooled_width=read_part_config(model, "text_encoder")["hidden_size"],
-        mask_variants={dataset.name: 1 for dataset in config.data.datasets},
-        samples={d.name: _count_splits(plans, d.name) for d in config.data.datasets},
-        hole_fractions=np.histogram(
-            np.concatenate([index.hole_fraction.ravel() for index in finished]), bins=10, range=(0, 1)
-        )[0].tolist(),
-    )
-    write_manifest(cache, manifest, table)
-    _report(console, cache, table, num_encoded=sum(len(plan.samples) for plan in todo))
+        indexes = _read_all_finished(cache, plans)
+        if indexes is None or not _is_current(cache, *_describe_cache(config, model, encoders, plans, indexes)):
+            with _only_process(cache):
+                # A manifest speaks of a whole cache: there is none while anything in it changes.
+                (cache / "manifest.json").unlink(missing_ok=True)
+                num_encoded = _encode_unfinished(cache, plans, model, config.data, progress)
+                delete_unplanned(cache, plans)
+                indexes = _read_all_finished(cache, plans)
+                if indexes is None:
+                    raise RuntimeError(f"{cache}: shards that were just written are gone")
+                _write_validation_pictures(cache, plans, indexes, config.data, progress)
+                write_manifest(cache, *_describe_cache(config, model, encoders, plans, indexes))
+    _report(console, cache, _shard_table(plans, indexes), num_encoded=num_encoded)
+
+
+@contextmanager
+def _only_process(cache: Path) -> Iterator[None]:
+    """Keep other processes out of a cache while it changes; makes its folder. Raises InputError if one is in, or if the
+    folder cannot be written to."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        lock = (cache / "preprocess.lock").open("w")
+    except OSError as error:
+        raise InputError(
+            f"data.cache {cache}: cannot be written to ({error.strerror}). Point data.cache at a folder that can."
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+        except BlockingIOError:
+            raise InputError(
+                f"data.cache {cache}: another process is encoding into it. Wait for it or stop it; a single process "
+                "does all of the work."
+            ) from None
+        except OSError:
+            pass  # a filesystem without locks: nothing can be told
+        yield
+
+
+def _encode_unfinished(
+    cache: Path, plans: Sequence[ShardPlan], model: Path, data: DataConfig, progress: Progress
+) -> int:
+    """Write the constants and every shard that is not there yet; returns how many samples were encoded.
+
+    Raises one InputError that lists all pictures at fault, once every shard without one is written.
+    """
+    todo = [plan for plan in plans if read_finished(cache, plan) is None]
+    num_samples = sum(len(plan.samples) for plan in todo)
+    bar = progress.add_task("encoding", total=num_samples)
+    vae, text_encoders = _load_encoders(model)
+    write_constants(cache, vae, text_encoders, {plan.bucket for plan in plans}, data)
+    problems = []
+    for plan in todo:
+        try:
+            encode_shard(cache, plan, vae, text_encoders, data, advance=partial(progress.advance, bar))
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("\n".join(problems))
+    return num_samples
+
+
+def _write_validation_pictures(
+    cache: Path, plans: Sequence[ShardPlan], indexes: Sequence[ShardIndex], data: DataConfig, progress: Progress
+) -> None:
+    chosen = choose_validation_items(plans, indexes, count=max(data.holdout, 8))
+    bar = progress.add_task("validation pictures", total=len(chosen))
+    pictures = ((item, load_pixels(sample, data)) for item, sample in chosen)
+    write_validation_items(cache, pictures, advance=lambda: progress.advance(bar))
 
 
 # --- planning ---------------------------------------------------------------------------------------------------------
@@ -114,7 +157,9 @@ def plan_samples(config: Config, progress: Progress) -> list[PlannedSample]:
     Raises one InputError that lists every triple at fault, or says that nothing is left to train on.
     """
     data = config.data
+    bar = progress.add_task("reading", total=None)
     triples = [triple for dataset in data.datasets for triple in list_triples(dataset, data.captions)]
+    progress.update(bar, total=len(triples), completed=len(triples))
     bar = progress.add_task("checking", total=len(triples))
     sizes: list[tuple[int, int]] = []
     problems: list[str] = []
@@ -161,14 +206,16 @@ def check_triple(triple: Triple, max_megapixels: float) -> tuple[int, int]:
                 f"{path}: the {role} is {size[0]}x{size[1]}, its target {triple.target} is {width}x{height}. "
                 f"Make the {role} anew at the target's size: stretching it would shift the hole."
             )
-    darkest, brightest = load_mask(triple.mask, max_megapixels=max_megapixels).getextrema()
-    if brightest < 128:
+    levels = np.asarray(load_mask(triple.mask, max_megapixels=max_megapixels))
+    if levels.max() < 128:
         raise InputError(
-            f"{triple.mask}: the mask is all black: nothing to paint. White marks the hole; is it inverted?"
+            f"{triple.mask}: the mask is all black (its brightest pixel is {levels.max()} of 255): nothing to paint. "
+            "White marks the hole; is it inverted?"
         )
-    if darkest >= 128:
+    if levels.min() >= 128:
         raise InputError(
-            f"{triple.mask}: the mask is all white: nothing to keep. White marks the hole; is it inverted?"
+            f"{triple.mask}: the mask is all white (its darkest pixel is {levels.min()} of 255): nothing to keep. "
+            "White marks the hole; is it inverted?"
         )
     return width, height
 
@@ -183,8 +230,8 @@ def load_pixels(sample: PlannedSample, data: DataConfig) -> Pixels:
     if not pixels.mask.any() or pixels.mask.all():
         what = "nothing to keep" if pixels.mask.all() else "nothing to paint"
         raise InputError(
-            f"{triple.mask}: at the size of its bucket, {sample.bucket}, there is {what}: the hole lies in the part that "
-            "is cut off, or is smaller than a pixel. Crop the triple yourself, or remove it."
+            f"{triple.mask}: at the size of its bucket, {sample.bucket}, there is {what}: that part was cut off, or is "
+            "smaller than a pixel. Crop the triple yourself, or remove it."
         )
     return pixels
 
@@ -212,6 +259,16 @@ def read_finished(cache: Path, plan: ShardPlan) -> ShardIndex | None:
     return index if whole else None
 
 
+def _read_all_finished(cache: Path, plans: Sequence[ShardPlan]) -> list[ShardIndex] | None:
+    """The indexes of all planned shards, or None if one is not finished."""
+    indexes = []
+    for plan in plans:
+        if (index := read_finished(cache, plan)) is None:
+            return None
+        indexes.append(index)
+    return indexes
+
+
 def encode_shard(
     cache: Path,
     plan: ShardPlan,
@@ -220,7 +277,10 @@ def encode_shard(
     data: DataConfig,
     advance: Callable[[int], None],
 ) -> ShardIndex:
-    """Decode, encode and write one shard. Raises InputError that lists every picture of it at fault."""
+    """Decode, encode and write one shard. advance: told how many samples are dealt with, batch by batch.
+
+    Raises InputError that lists every picture of it at fault.
+    """
     captions = {sample.text: sample.triple.caption for sample in plan.samples}
     tokens: dict[str, int] = {}
     problems: list[str] = []
@@ -233,6 +293,9 @@ def encode_shard(
                 writer.add_text(name, t5=text.t5[row].bfloat16(), pooled=text.pooled[row].bfloat16())
                 tokens[name] = text.tokens[row]
         for batch in _decoded(plan.samples, data, problems):
+            advance(len(batch))
+            if problems:
+                continue  # the shard will not be; the rest is decoded to find all that is wrong with it
             latents, masked_latents = encode_pixels(vae, [pixels for _, pixels in batch])
             for row, (sample, pixels) in enumerate(batch):
                 writer.add_sample(
@@ -246,7 +309,6 @@ def encode_shard(
                         meta=_describe_sample(sample),
                     )
                 )
-            advance(len(batch))
         if problems:
             raise InputError(listed(problems))
         return writer.finish(plan=plan.plan)
@@ -258,7 +320,7 @@ def _decoded(
     """Batches of decoded samples, a batch ahead of the one in use. What cannot be decoded goes to `problems`."""
     with ThreadPoolExecutor(_DECODE_THREADS) as pool:
 
-        def submit(batch: Iterable[PlannedSample]):
+        def submit(batch: Iterable[PlannedSample]) -> list[tuple[PlannedSample, Future[Pixels]]]:
             return [(sample, pool.submit(load_pixels, sample, data)) for sample in batch]
 
         batches = _batches(samples, data.encode_batch_size)
@@ -271,8 +333,7 @@ def _decoded(
                     decoded.append((sample, future.result()))
                 except InputError as error:
                     problems.append(str(error))
-            if decoded:
-                yield decoded
+            yield decoded
 
 
 def _batches(items: Iterable[_T], size: int) -> Iterator[tuple[_T, ...]]:
@@ -285,8 +346,9 @@ def _describe_sample(sample: PlannedSample) -> dict:
     triple, crop = sample.triple, sample.crop
     return {
         "caption": triple.caption,
-        "name": triple.name,
-        "source": triple.target.as_posix(),
+        "dataset": triple.dataset,
+        # Below its dataset's folder: a shard's bytes are the same wherever the pictures lie.
+        "target": f"{triple.name}{triple.target.suffix}",
         "original_size": [sample.size[1], sample.size[0]],
         "resized": [crop.height, crop.width],
         "crop": [crop.top, crop.left, sample.bucket.height, sample.bucket.width],
@@ -301,11 +363,15 @@ def write_constants(
     is all hole."""
     text = encode_captions(text_encoders, [""], text_length=data.captions.text_length)
     empty = {"t5": text.t5[0].bfloat16().contiguous(), "pooled": text.pooled[0].bfloat16().contiguous()}
-    write_atomically(cache / "empty_text.safetensors", lambda temporary: save_file(empty, temporary))
+    write_atomically(cache / EMPTY_TEXT, partial(save_file, empty))
     for bucket in buckets:
         grey = torch.zeros(1, 3, bucket.height, bucket.width)
         blank = {"masked_latents": encode_images(vae, grey)[0].bfloat16().cpu().contiguous()}
-        write_atomically(cache / f"blank_{bucket}.safetensors", lambda temporary, b=blank: save_file(b, temporary))
+        write_atomically(_blank_path(cache, str(bucket)), partial(save_file, blank))
+
+
+def _blank_path(cache: Path, bucket: str) -> Path:
+    return cache / f"blank_{bucket}.safetensors"
 
 
 # --- the cache folder's head ------------------------------------------------------------------------------------------
@@ -315,9 +381,54 @@ def delete_unplanned(cache: Path, plans: Sequence[ShardPlan]) -> None:
     """Remove shards that no plan names (their pictures went elsewhere) and what an interrupted job left."""
     planned = {cache / plan.path for plan in plans}
     planned |= {index_path(tar) for tar in planned}
-    for path in (cache / "shards").rglob("*"):
-        if path.suffix in {".tar", ".index", ".part"} and path not in planned:
+    planned |= {_blank_path(cache, str(plan.bucket)) for plan in plans}
+    ours = [*(cache / "shards").rglob("*"), *cache.glob("blank_*.safetensors"), *cache.glob("*.part")]
+    for path in ours:
+        if path.suffix in {".tar", ".index", ".safetensors", ".part"} and path.is_file() and path not in planned:
             path.unlink()
+
+
+def _describe_cache(
+    config: Config,
+    model: Path,
+    encoders: dict[str, str],
+    plans: Sequence[ShardPlan],
+    indexes: Sequence[ShardIndex],
+) -> tuple[Manifest, ShardTable]:
+    """The head of the finished cache."""
+    names = [dataset.name for dataset in config.data.datasets]
+    holes = np.concatenate([index.hole_fraction.ravel() for index in indexes])
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        order_version=ORDER_VERSION,
+        settings=cached_settings(config),
+        encoders=encoders,
+        vae_shift=read_part_number(model, "vae", "shift_factor"),
+        vae_scale=read_part_number(model, "vae", "scaling_factor"),
+        text_length=config.data.captions.text_length,
+        text_dtype="bf16",
+        text_width=int(read_part_number(model, "text_encoder_2", "d_model")),
+        pooled_width=int(read_part_number(model, "text_encoder", "hidden_size")),
+        mask_variants=dict.fromkeys(names, 1),
+        samples={name: _count_splits(plans, name) for name in names},
+        hole_fractions=np.histogram(holes, bins=10, range=(0, 1))[0].tolist(),
+    )
+    return manifest, _shard_table(plans, indexes)
+
+
+def _is_current(cache: Path, manifest: Manifest, table: ShardTable) -> bool:
+    """Whether a cache has this very head, and what else belongs to it."""
+    try:
+        found, found_table = read_manifest(cache), read_shard_table(cache)
+    except InputError:
+        return False
+    constants = [cache / EMPTY_TEXT, *(_blank_path(cache, str(bucket)) for bucket in np.unique(table.bucket))]
+    return (
+        found == manifest
+        and all(np.array_equal(column, vars(found_table)[name]) for name, column in vars(table).items())
+        and all(path.is_file() for path in constants)
+        and validation_items_are_there(cache)
+    )
 
 
 def _shard_table(plans: Sequence[ShardPlan], indexes: Sequence[ShardIndex]) -> ShardTable:

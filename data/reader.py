@@ -12,27 +12,30 @@ import struct
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import xxhash
+from safetensors.torch import load_file
 from torch import Tensor
 
 from configs.errors import InputError
 from data.geometry import Bucket
-from data.manifest import Cache, Manifest, ShardTable, parse_bucket
+from data.manifest import EMPTY_TEXT, Cache, Manifest, ShardTable, parse_bucket
 from data.noise import draw_dropout, draw_noise, draw_uniform, draw_variant
 from data.order import Batch, Order, num_micro_steps, rank_rows
 from data.shards import ShardIndex, index_path, read_index, rebuild_index
 
-_OPEN_SHARDS = 64  # file handles and indexes a reader keeps; the order stays within a few blocks of shards
+# File handles and indexes that a reader keeps. The order stays within a block or two of shards per dataset and bucket,
+# but goes round all of these; a process may have 1024 files open where nobody raised the limit.
+_OPEN_SHARDS = 256
 _MAX_HEADER = 1 << 16
-
+_ALIGNMENT = 64  # bytes, of each tensor in a slot
 
 _ENCODE_ANEW = "Delete the shard and run `fluxfill preprocess CONFIG` again: only that shard is encoded anew."
 
@@ -65,9 +68,10 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same rows on a device; from pinned memory the copies do not block."""
-        return replace(
-            self, **{n: v.to(device, non_blocking=True) for n, v in vars(self).items() if isinstance(v, Tensor)}
-        )
+        copies: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **copies)
 
 
 def unpack_mask(packed: Tensor) -> Tensor:
@@ -114,7 +118,7 @@ def _parse_layout(data: bytes, expected: dict[str, tuple[str, list[int]]], where
 @dataclass(frozen=True)
 class _OpenShard:
     path: Path
-    handle: int
+    handle: "_Handle"
     index: ShardIndex
     layouts: dict[str, _Layout]
 
@@ -139,12 +143,20 @@ class ShardReader:
             if number in self._open:
                 self._open.move_to_end(number)
                 return self._open[number]
-            opened = self._open_shard(number)
-            self._open[number] = opened
+        # Not under the lock: the others read on while this thread waits for the disk. Two that open one shard at the
+        # same moment end up with the same.
+        newly_opened = self._open_shard(number)
+        with self._lock:
+            opened = self._open.setdefault(number, newly_opened)
             if len(self._open) > _OPEN_SHARDS:
                 # Not closed here: another thread may be reading from it. The handle goes with the last reference.
                 self._open.popitem(last=False)
             return opened
+
+    def close(self) -> None:
+        """Let go of all shards: their files are closed when nobody reads from them any more."""
+        with self._lock:
+            self._open.clear()
 
     def _open_shard(self, number: int) -> _OpenShard:
         path = self.cache / str(self.table.path[number])
@@ -228,8 +240,11 @@ class ShardReader:
             self._scratch.header = bytearray(_MAX_HEADER)
         header = memoryview(self._scratch.header)[: len(layout.header)]
         parts = [header, *(out[field].reshape(-1).data for field, _ in layout.fields)]
-        if os.preadv(opened.handle, parts, offset) != size:
-            _read_again(opened.handle, parts, offset, size, where)
+        try:
+            if os.preadv(opened.handle, parts, offset) != size:
+                _read_again(opened.handle, parts, offset, size, where)
+        except OSError as error:
+            raise DamagedShard(f"{where} cannot be read ({error.strerror}). Look at the disk it lies on.") from error
         digest = xxhash.xxh3_64()
         for part in parts:
             digest.update(part)
@@ -258,36 +273,89 @@ class _Handle(int):
     def __new__(cls, path: Path) -> "_Handle":
         return super().__new__(cls, os.open(path, os.O_RDONLY))
 
-    def __del__(self) -> None:
-        os.close(self)
+    def __del__(self, close=os.close) -> None:  # bound here: at exit the module may be gone before the last handle
+        close(self)
+
+
+@dataclass(frozen=True)
+class _Field:
+    """One tensor of a micro-batch. shape: of a row's part in it."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def slot_bytes(self, rows: int) -> int:
+        """Bytes of `rows` rows in a slot, the gap before the next tensor included."""
+        return -(-self.row_bytes * rows // _ALIGNMENT) * _ALIGNMENT
+
+
+def _row_fields(bucket: Bucket, manifest: Manifest) -> tuple[_Field, ...]:
+    """What a row of a bucket consists of."""
+    h, w = bucket.latent_size
+    return (
+        _Field("latents", torch.bfloat16, (16, h, w)),
+        _Field("masked_latents", torch.bfloat16, (16, h, w)),
+        _Field("mask", torch.uint8, (bucket.height, bucket.width // 8)),
+        _Field("t5", torch.bfloat16, (manifest.text_length, manifest.text_width)),
+        _Field("pooled", torch.bfloat16, (manifest.pooled_width,)),
+        _Field("noise", torch.float32, (16, h, w)),
+        _Field("uniform", torch.float64, ()),
+        _Field("weight", torch.float32, ()),
+        _Field("position", torch.int64, ()),
+    )
 
 
 class _Slot:
-    """Memory of one micro-batch, used over and over."""
+    """Memory of one micro-batch, used over and over for micro-batches of any bucket.
 
-    def __init__(self, bucket: Bucket, manifest: Manifest, size: int, pin: bool) -> None:
-        h, w = bucket.latent_size
+    batch: the micro-batch as tensors.  rows: the bytes of each, uint8 [rows, bytes of a row].  noise, uniform, weight,
+    position: numpy arrays of the same memory, for the threads: torch would start threads of its own in each of them.
+    """
 
-        def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.empty(size, *shape, dtype=dtype, pin_memory=pin)
+    def __init__(self, num_bytes: int, pin: bool) -> None:
+        self._memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pin)
+        self._copied = torch.cuda.Event(blocking=True) if pin else None
+        self._was_lent = False
 
-        self.batch = MicroBatch(
-            bucket,
-            is_last=False,
-            latents=empty(16, h, w, dtype=torch.bfloat16),
-            masked_latents=empty(16, h, w, dtype=torch.bfloat16),
-            mask=empty(bucket.height, bucket.width // 8, dtype=torch.uint8),
-            t5=empty(manifest.text_length, manifest.text_width, dtype=torch.bfloat16),
-            pooled=empty(manifest.pooled_width, dtype=torch.bfloat16),
-            noise=empty(16, h, w, dtype=torch.float32),
-            uniform=empty(dtype=torch.float64),
-            weight=empty(dtype=torch.float32),
-            position=empty(dtype=torch.int64),
+    def lay_out(self, bucket: Bucket, fields: Sequence[_Field], rows: int) -> None:
+        """Make it hold `rows` rows of a bucket; what was in it is lost."""
+        tensors: dict[str, Any] = {}
+        start = 0
+        for field in fields:
+            flat = self._memory[start : start + field.row_bytes * rows]
+            tensors[field.name] = flat.view(field.dtype).view(rows, *field.shape)
+            start += field.slot_bytes(rows)
+        self.batch = MicroBatch(bucket, is_last=False, **tensors)
+        self.rows = {name: tensor.view(rows, -1).view(torch.uint8).numpy() for name, tensor in tensors.items()}
+        self.noise, self.uniform, self.weight, self.position = (
+            tensors[name].numpy() for name in ("noise", "uniform", "weight", "position")
         )
-        stored = ("latents", "masked_latents", "mask", "t5", "pooled")
-        self.bytes = {name: getattr(self.batch, name).view(torch.uint8).numpy() for name in stored}
-        self.noise = self.batch.noise.numpy()
-        self.copied: torch.cuda.Event | None = None
+
+    def wait_until_free(self) -> None:
+        """Return once the copies to the device that its last user queued have run."""
+        if self._copied is not None and self._was_lent:
+            self._copied.synchronize()
+
+    def give_back(self) -> None:
+        """Its user has asked for the next one: what it queued on the device until now may still read from it."""
+        self._was_lent = True
+        if self._copied is not None:
+            self._copied.record()
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """A micro-batch that is being read."""
+
+    batch: Batch
+    is_last: bool
+    slot: _Slot
+    work: list[Future]
 
 
 class BatchStream:
@@ -295,13 +363,17 @@ class BatchStream:
 
     `next(stream)` gives an iterator over the micro-batches of the next global batch: as many on every rank, rows that
     only fill up have weight 0. A micro-batch's memory is used again after the next one has been asked for; with
-    `pin_memory` after the CUDA work queued by then has run, so copy it to the device and forget it.
+    `pin_memory` after the CUDA work queued by then has run, so copy it to the device and forget it. An iterator that is
+    not read to its end has ended once the next global batch is asked for.
+
+    What a thread could not read is raised where its micro-batch would have come, and again at every later try: the
+    stream does not pass over it.
 
     current: the global batch last asked for.  batch_start: when, by the monotonic clock.  wait_seconds: how long its
     user waited for it.
 
     micro_batch_size: rows per forward of the largest bucket; smaller buckets get more, at the same number of tokens.
-    start: the first global batch.  threads: that read.  depth: micro-batches read ahead.
+    start: the first global batch.  threads: that read.  depth: micro-batches read ahead; one more is in use.
     """
 
     def __init__(
@@ -322,18 +394,24 @@ class BatchStream:
         self.order = order
         self.next_batch = start
         self.batch_start, self.wait_seconds = time.monotonic(), 0.0
-        self._manifest = cache.manifest
         self._rank, self._world_size = rank, world_size
         self._micro_batch_size = micro_batch_size
-        self._largest = max(parse_bucket(str(bucket)).tokens for bucket in np.unique(cache.table.bucket))
+        self._buckets = {name: parse_bucket(name) for name in order.buckets}
+        self._largest = max(bucket.tokens for bucket in self._buckets.values())
+        self._fields = {bucket: _row_fields(bucket, cache.manifest) for bucket in self._buckets.values()}
+        self._most_rows = -(-order.settings.global_batch_size // world_size)
         self._dropout = caption_dropout
-        self._empty_text = read_empty_text(cache.folder) if caption_dropout else None
-        self._pin = pin_memory
+        self._empty_text = _read_empty_text(cache) if caption_dropout else None
         self._depth = depth
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="reader")
-        self._free: dict[tuple[Bucket, int], list[_Slot]] = {}
+        slot_bytes = max(
+            sum(field.slot_bytes(min(self.micro_batch_size(bucket), self._most_rows)) for field in fields)
+            for bucket, fields in self._fields.items()
+        )
+        self._free = [_Slot(slot_bytes, pin_memory) for _ in range(depth + 1)]
+        self._lent: _Slot | None = None
         self._planned: Iterator[tuple[Batch, bool, range, Bucket, int]] = self._plan(start)
-        self._ahead: deque[tuple[Batch, bool, _Slot, list[Future]]] = deque()
+        self._ahead: deque[_Ahead] = deque()
 
     def micro_batch_size(self, bucket: Bucket) -> int:
         """Rows per forward of a bucket: about as many tokens as the largest bucket's."""
@@ -348,53 +426,49 @@ class BatchStream:
         """(batch, whether it ends the batch, its rows, bucket, rows per forward) of every micro-batch, endlessly."""
         size = self.order.settings.global_batch_size
         mine = rank_rows(size, rank=self._rank, world_size=self._world_size)
-        most = -(-size // self._world_size)
         index = start
         while True:
             batch = self.order.batch(index)
-            bucket = parse_bucket(batch.pool[1])
-            width = min(self.micro_batch_size(bucket), most)
+            bucket = self._buckets[batch.pool[1]]
+            width = min(self.micro_batch_size(bucket), self._most_rows)
             num_steps = self.num_micro_steps(bucket)
             for step in range(num_steps):
-                is_last = step == num_steps - 1
-                yield batch, is_last, mine[step * width : (step + 1) * width], bucket, min(width, most - step * width)
+                rows = mine[step * width : (step + 1) * width]
+                yield batch, step == num_steps - 1, rows, bucket, min(width, self._most_rows - step * width)
             index += 1
 
     def _read_ahead(self) -> None:
         while len(self._ahead) < self._depth:
             batch, is_last, rows, bucket, width = next(self._planned)
-            free = self._free.setdefault((bucket, width), [])
-            slot = free.pop() if free else _Slot(bucket, self._manifest, width, self._pin)
+            slot = self._free.pop()
+            slot.lay_out(bucket, self._fields[bucket], width)
             work = [self._pool.submit(self._fill, slot, place, batch, row) for place, row in enumerate(rows)]
             work += [self._pool.submit(self._idle, slot, place) for place in range(len(rows), width)]
-            self._ahead.append((batch, is_last, slot, work))
+            self._ahead.append(_Ahead(batch, is_last, slot, work))
 
     def _fill(self, slot: _Slot, place: int, batch: Batch, row: int) -> None:
         """Read row `row` of a global batch into `place` of a slot, and draw what is random about it."""
-        if slot.copied is not None:
-            slot.copied.synchronize()
+        slot.wait_until_free()
         shard, sample, position = int(batch.shards[row]), int(batch.rows[row]), batch.position + row
-        seed, out = self.order.settings.seed, slot.bytes
-        self.reader.read_latents(shard, sample, out["latents"][place])
+        seed, out = self.order.settings.seed, {name: rows[place] for name, rows in slot.rows.items()}
+        self.reader.read_latents(shard, sample, out["latents"])
         variant = draw_variant(seed, position, self.reader.num_variants(shard))
-        self.reader.read_masked(shard, sample, variant, out["masked_latents"][place], out["mask"][place])
+        self.reader.read_masked(shard, sample, variant, out["masked_latents"], out["mask"])
         if self._empty_text is not None and draw_dropout(seed, position, self._dropout):
-            slot.batch.t5[place], slot.batch.pooled[place] = self._empty_text
+            out["t5"][:], out["pooled"][:] = self._empty_text
         else:
-            self.reader.read_text(shard, sample, out["t5"][place], out["pooled"][place])
+            self.reader.read_text(shard, sample, out["t5"], out["pooled"])
         draw_noise(seed, position, slot.noise[place])
-        slot.batch.uniform[place] = draw_uniform(seed, position)
-        slot.batch.weight[place] = 1.0
-        slot.batch.position[place] = position
+        slot.uniform[place] = draw_uniform(seed, position)
+        slot.weight[place] = 1.0
+        slot.position[place] = position
 
     def _idle(self, slot: _Slot, place: int) -> None:
         """A row that only fills up: finite numbers, weight 0."""
-        if slot.copied is not None:
-            slot.copied.synchronize()
-        for tensor in vars(slot.batch).values():
-            if isinstance(tensor, Tensor):
-                tensor[place].zero_()
-        slot.batch.uniform[place] = 0.5
+        slot.wait_until_free()
+        for rows in slot.rows.values():
+            rows[place] = 0
+        slot.uniform[place] = 0.5
 
     def __iter__(self) -> "BatchStream":
         return self
@@ -406,40 +480,50 @@ class BatchStream:
         return self._micro_batches(self.next_batch - 1)
 
     def _micro_batches(self, index: int) -> Iterator[MicroBatch]:
-        while True:
+        while index == self.next_batch - 1:  # no later batch has been asked for
+            if self._lent is not None:
+                self._lent.give_back()
+                self._free.append(self._lent)
+                self._lent = None
             self._read_ahead()
-            batch, is_last, slot, work = self._ahead[0]
-            if batch.index > index:
+            ahead = self._ahead[0]
+            if ahead.batch.index > index:
                 return
-            self._ahead.popleft()
             wait_start = time.monotonic()
-            for future in work:
+            for future in ahead.work:
                 future.result()
             self.wait_seconds += time.monotonic() - wait_start
-            if batch.index == index:  # else left over from a batch that was not read to its end
-                yield replace(slot.batch, is_last=is_last)
-            if self._pin:
-                slot.copied = torch.cuda.Event()
-                slot.copied.record()
-            self._free[slot.batch.bucket, len(slot.batch.weight)].append(slot)
+            self._ahead.popleft()
+            self._lent = ahead.slot
+            if ahead.batch.index == index:  # else left over from a batch that was not read to its end
+                yield replace(ahead.slot.batch, is_last=ahead.is_last)
 
     def keys(self, batch: Batch) -> list[str]:
         """Names of a global batch's samples, in order."""
         return [self.reader.key(int(s), int(r)) for s, r in zip(batch.shards, batch.rows, strict=True)]
 
     def close(self) -> None:
-        """Stop reading ahead."""
+        """Stop reading ahead, and let go of the shards and the memory. The stream cannot be used after it."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._ahead.clear()
+        self._free.clear()
+        self._lent = None
+        self.reader.close()
 
 
-@lru_cache(maxsize=4)
-def read_empty_text(cache: Path) -> tuple[Tensor, Tensor]:
-    """(t5 bf16 [L, D], pooled bf16 [P]) of the empty caption, from beside the manifest."""
-    from safetensors.torch import load_file
-
-    path = cache / "empty_text.safetensors"
+def _read_empty_text(cache: Cache) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes of the empty caption's t5 and pooled, from beside the manifest. Raises InputError if they do not fit it."""
+    path, manifest = cache.folder / EMPTY_TEXT, cache.manifest
+    expected = {"t5": (manifest.text_length, manifest.text_width), "pooled": (manifest.pooled_width,)}
     try:
         tensors = load_file(path)
-    except Exception as error:
-        raise InputError(f"{path}: cannot be read ({error}). Run `fluxfill preprocess CONFIG` again.") from error
-    return tensors["t5"], tensors["pooled"]
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if found != expected or any(tensor.dtype != torch.bfloat16 for tensor in tensors.values()):
+            raise ValueError(f"it holds {found}, not bf16 {expected}")
+    except Exception as error:  # of files, and safetensors' own
+        raise InputError(
+            f"{path}: cannot be read ({error}). Delete it and run `fluxfill preprocess CONFIG` again; whole shards are "
+            "kept."
+        ) from error
+    t5, pooled = (tensors[name].flatten().view(torch.uint8).numpy() for name in ("t5", "pooled"))
+    return t5, pooled

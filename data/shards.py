@@ -4,7 +4,7 @@ A shard holds samples of one dataset, bucket and split:
     text-<hash>.safetensors     t5 bf16 [L, D], pooled bf16 [P]; once per shard, ahead of its first use
     <key>.safetensors           latents bf16 [16, h, w]
     <key>.m<k>.safetensors      masked_latents bf16 [16, h, w], mask uint8 [H, W/8] (bit-packed rows); one per variant
-    <key>.json                  caption, text, source, original size, crop, hole fractions
+    <key>.json                  caption, text, dataset, target, original size, crop, hole fractions
 `webdataset.WebDataset(path)` reads it without any of this.
 """
 
@@ -13,9 +13,11 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,7 +90,7 @@ class _HashingFile(io.RawIOBase):
     def writable(self) -> bool:
         return True
 
-    def write(self, data) -> int:
+    def write(self, data: Any) -> int:
         self.sha256.update(data)
         return self.file.write(data)
 
@@ -106,8 +108,8 @@ class _HashingFile(io.RawIOBase):
 class ShardWriter:
     """Writes one shard: `add_text` before the samples that use it, `add_sample`, then `finish`.
 
-    The tar grows as <path>.part and gets its name in `finish`, after its index: a shard with a name is done.
-    Its bytes depend on what is stored alone (no times, no user, no order of arrival).
+    The tar grows as <path>.part and gets its name in `finish`; its index comes last, so a shard with an index is done.
+    Its bytes depend on what is stored alone (no times, no user, no paths, no order of arrival).
     """
 
     def __init__(self, path: Path) -> None:
@@ -127,6 +129,8 @@ class ShardWriter:
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
         """Leave nothing behind of a shard that was not finished."""
+        with suppress(OSError, ValueError):  # a full disk, or closed already; the file goes anyway
+            self._tar.close()  # else it writes its end later, when it is collected, to a file that is closed
         self._sink.close()
         self._part.unlink(missing_ok=True)
 
@@ -140,7 +144,10 @@ class ShardWriter:
         return offset, len(data), xxhash.xxh3_64_intdigest(data)
 
     def add_text(self, text: str, *, t5: Tensor, pooled: Tensor) -> None:
-        """Store a caption's tensors (bf16 [L, D] and [P]) under `text`, once. Raises ValueError if they are not finite."""
+        """Store a caption's tensors (bf16 [L, D] and [P]) under `text`, once.
+
+        Raises ValueError if they are not finite.
+        """
         self._refuse_non_finite(text, t5=t5, pooled=pooled)
         tensors = {"t5": t5.contiguous(), "pooled": pooled.contiguous()}
         self._text_rows[text] = len(self._texts)
@@ -170,7 +177,7 @@ class ShardWriter:
                 raise ValueError(f"{self.path}: {name} of {key} holds NaN or infinity; the encoder failed on it")
 
     def finish(self, *, plan: str) -> ShardIndex:
-        """Close the tar, write its index, give it its name. `plan`: 32 hex digits of what it was made from."""
+        """Close the tar, give it its name, write its index. `plan`: 32 hex digits of what it was made from."""
         self._tar.close()
         self._sink.commit()
         latents = np.array([row[0] for row in self._rows], dtype=object).reshape(-1, 3)
@@ -191,9 +198,12 @@ class ShardWriter:
             tar_bytes=self._part.stat().st_size,
             tar_sha256=self._sink.sha256.hexdigest(),
         )
-        write_index(index_path(self.path), index)
+        # At no moment does an index stand beside a tar that it does not describe: a new one beside an old tar, perhaps
+        # of the same size, would pass for a finished shard.
+        index_path(self.path).unlink(missing_ok=True)
         self._part.replace(self.path)
         fsync_folder(self.path.parent)
+        write_index(index_path(self.path), index)
         return index
 
 
@@ -220,26 +230,36 @@ def write_index(path: Path, index: ShardIndex) -> None:
         "tar_sha256": np.frombuffer(bytes.fromhex(index.tar_sha256), dtype=np.uint8),
     }
     contiguous = {name: np.ascontiguousarray(column) for name, column in columns.items()}
+    contiguous["checksum"] = np.frombuffer(_checksum(contiguous), dtype=np.uint8)
     write_atomically(path, lambda temporary: save_file(contiguous, temporary))
+
+
+def _checksum(columns: Mapping[str, np.ndarray]) -> bytes:
+    """Of all columns: a flipped bit in `text_row` would else be another caption, and nobody would know."""
+    digest = xxhash.xxh3_128()
+    for name, column in sorted(columns.items()):
+        digest.update(f"{name} {column.dtype} {column.shape};".encode())
+        digest.update(np.ascontiguousarray(column).data)
+    return digest.digest()
 
 
 def read_index(path: Path) -> ShardIndex:
     """Read an index. Raises FileNotFoundError if there is none, InputError if it is damaged."""
     try:
         columns = load_file(path)
+        stored = columns.pop("checksum").tobytes()
+        if stored != _checksum(columns):
+            raise ValueError("its checksum differs")
         keys = columns.pop("keys").tobytes().decode()
-        index = ShardIndex(
+        return ShardIndex(
             keys=tuple(keys.split("\n")) if keys else (),
             plan=columns.pop("plan").tobytes().hex(),
             tar_bytes=int(columns.pop("tar_bytes")[0]),
             tar_sha256=columns.pop("tar_sha256").tobytes().hex(),
             **columns,
         )
-    except (SafetensorError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: damaged index ({error}). Delete it: it is rebuilt from the shard.") from error
-    if not len(index.keys) == len(index.latents) == len(index.masked) == len(index.text_row) == len(index.tokens):
-        raise InputError(f"{path}: damaged index (columns of unequal length). Delete it: it is rebuilt from the shard.")
-    return index
 
 
 def file_sha256(path: Path) -> str:
@@ -248,46 +268,44 @@ def file_sha256(path: Path) -> str:
 
 
 def rebuild_index(tar: Path, *, plan: str, sha256: str) -> ShardIndex:
-    """The index of a shard whose index was lost, from the tar itself.
+    """The index of a shard whose index was lost, from the tar itself; written beside it, if that can be written to.
 
     Raises InputError if the tar is missing or its sha256 is not the one given: a damaged tar would be indexed short
     without complaint, as Python's tarfile takes a bad header for the end.
     """
     if not tar.is_file():
-        raise InputError(f"{tar}: missing shard. Restore it, or run `fluxfill preprocess` again.")
+        raise InputError(f"{tar}: missing shard. Restore it, or run `fluxfill preprocess CONFIG` again.")
     if (actual := file_sha256(tar)) != sha256:
         raise InputError(
-            f"{tar}: damaged shard (sha256 {actual[:12]}, not {sha256[:12]}). Delete it and run `fluxfill preprocess` again."
+            f"{tar}: damaged shard (sha256 {actual[:12]}, not {sha256[:12]}). Delete it and run "
+            "`fluxfill preprocess CONFIG` again: only that shard is encoded anew."
         )
-    texts: dict[str, tuple[int, int, int]] = {}
     members: dict[str, dict[str, tuple[int, int, int]]] = {}
     metas: dict[str, dict] = {}
-    with tarfile.open(tar) as archive:
+    with tarfile.open(tar) as archive, tar.open("rb") as file:
         for member in archive:
-            data = archive.extractfile(member).read()
+            file.seek(member.offset_data)
+            data = file.read(member.size)
             key, suffix = member.name.split(".", 1)
-            place = (member.offset_data, member.size, xxhash.xxh3_64_intdigest(data))
             if suffix == "json":
                 metas[key] = json.loads(data)
-            elif key.startswith("text-"):
-                texts[key] = place
             else:
+                place = (member.offset_data, member.size, xxhash.xxh3_64_intdigest(data))
                 members.setdefault(key, {})[suffix] = place
-    keys = tuple(members)
-    variants = [
-        sorted((s for s in members[key] if s != "safetensors"), key=lambda s: int(s.split(".")[0][1:])) for key in keys
-    ]
-    rows = list(texts)
+    texts = {key: suffixes["safetensors"] for key, suffixes in members.items() if key not in metas}
+    text_rows = {text: row for row, text in enumerate(texts)}
+    keys = tuple(metas)
+    num_variants = len(metas[keys[0]]["hole_fractions"]) if keys else 0
+    latents = [members[key]["safetensors"] for key in keys]
+    masked = [[members[key][f"m{k}.safetensors"] for k in range(num_variants)] for key in keys]
     index = ShardIndex(
-        latents=np.array([members[key]["safetensors"][:2] for key in keys], dtype=np.int64).reshape(-1, 2),
-        latents_xxh3=np.array([members[key]["safetensors"][2] for key in keys], dtype=np.uint64),
-        masked=np.array([[members[k][s][:2] for s in v] for k, v in zip(keys, variants, strict=True)], dtype=np.int64),
-        masked_xxh3=np.array(
-            [[members[k][s][2] for s in v] for k, v in zip(keys, variants, strict=True)], dtype=np.uint64
-        ),
-        texts=np.array([place[:2] for place in texts.values()], dtype=np.int64).reshape(-1, 2),
+        latents=np.array([place[:2] for place in latents], dtype=np.int64),
+        latents_xxh3=np.array([place[2] for place in latents], dtype=np.uint64),
+        masked=np.array([[place[:2] for place in places] for places in masked], dtype=np.int64),
+        masked_xxh3=np.array([[place[2] for place in places] for places in masked], dtype=np.uint64),
+        texts=np.array([place[:2] for place in texts.values()], dtype=np.int64),
         texts_xxh3=np.array([place[2] for place in texts.values()], dtype=np.uint64),
-        text_row=np.array([rows.index(metas[key]["text"]) for key in keys], dtype=np.int32),
+        text_row=np.array([text_rows[metas[key]["text"]] for key in keys], dtype=np.int32),
         tokens=np.array([metas[key]["tokens"] for key in keys], dtype=np.int32),
         hole_fraction=np.array([metas[key]["hole_fractions"] for key in keys], dtype=np.float32),
         keys=keys,
@@ -295,5 +313,6 @@ def rebuild_index(tar: Path, *, plan: str, sha256: str) -> ShardIndex:
         tar_bytes=tar.stat().st_size,
         tar_sha256=sha256,
     )
-    write_index(index_path(tar), index)
+    with suppress(OSError):  # a cache that is shared read-only; the next process does this again
+        write_index(index_path(tar), index)
     return index

@@ -1,7 +1,9 @@
 """Three folders of pictures -> triples: target, mask, optional source, caption."""
 
 import os
+import re
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import xxhash
 from configs.errors import InputError
 from configs.schema import CaptionsConfig, DatasetConfig
 from data.pictures import PICTURE_SUFFIXES
+
+_HASH_THREADS = 4  # hashing waits for the disk
 
 
 @dataclass(frozen=True)
@@ -40,14 +44,23 @@ class Triple:
 
 
 def _pictures_by_name(folder: Path, role: str, dataset: str) -> dict[str, Path]:
-    """Relative path without suffix -> file, for every picture below a folder. Raises InputError if there is none, the
-    folder is missing, or two pictures differ in their suffix alone."""
+    """Relative path without suffix -> file, for every picture below a folder.
+
+    Raises InputError if there is none, a folder is missing or cannot be read, a name is not UTF-8, or two pictures
+    differ in their suffix alone.
+    """
     where = f"dataset {dataset}: {role} folder {folder}"
     if not folder.is_dir():
         raise InputError(f"{where} does not exist. Check data.datasets.*.{role}.")
+
+    def refuse(error: OSError) -> None:  # os.walk would pass over the folder in silence
+        raise InputError(
+            f"{where}: {error.filename} cannot be read ({error.strerror}). Change its permissions."
+        ) from error
+
     found: dict[str, Path] = {}
-    clashes = []
-    for parent, folders, files in os.walk(folder):
+    problems = []
+    for parent, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for file in sorted(files):
             path = Path(parent, file)
@@ -55,14 +68,25 @@ def _pictures_by_name(folder: Path, role: str, dataset: str) -> dict[str, Path]:
                 continue
             name = path.relative_to(folder).with_suffix("").as_posix()
             if name in found:
-                clashes.append(f"{where}: {found[name].name} and {file} have the same name. Keep one of them.")
+                problems.append(f"{where}: {found[name].name} and {file} have the same name. Keep one of them.")
+            if not _is_utf8(name):
+                problems.append(f"{where}: the name of {name!a} is not UTF-8. Rename it.")
             found[name] = path
-    if clashes:
-        raise InputError("\n".join(clashes))
+    if problems:
+        raise InputError(listed(problems))
     if not found:
         kinds = ", ".join(sorted(PICTURE_SUFFIXES))
         raise InputError(f"{where} holds no picture ({kinds}). Check data.datasets.*.{role}.")
     return found
+
+
+def _is_utf8(name: str) -> bool:
+    """False for a file name of other bytes, which Python holds as lone surrogates and no JSON can."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_caption(triple_files: Sequence[Path | None], captions: CaptionsConfig) -> str:
@@ -74,10 +98,17 @@ def _read_caption(triple_files: Sequence[Path | None], captions: CaptionsConfig)
                 text = " ".join(file.read_text(encoding="utf-8-sig").split())
             except UnicodeDecodeError as error:
                 raise InputError(f"{file}: not UTF-8 text ({error}). Save the caption as UTF-8.") from error
+            except OSError as error:
+                raise InputError(f"{file}: cannot be read ({error.strerror}). Change its permissions.") from error
             break
-    if captions.trigger and captions.trigger not in text:
+    if captions.trigger and not _holds_word(text, captions.trigger):
         text = f"{captions.trigger}, {text}" if text else captions.trigger
     return text
+
+
+def _holds_word(text: str, word: str) -> bool:
+    """Whether a text holds a word, not as part of another ("masks" does not hold "sks"); Chinese needs no gaps."""
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.ASCII) is not None
 
 
 def content_hash(path: Path) -> str:
@@ -99,7 +130,7 @@ def list_triples(dataset: DatasetConfig, captions: CaptionsConfig) -> list[Tripl
     """All triples of one dataset, sorted by name.
 
     Files belong together when their path below their folder agrees up to the suffix. Raises one InputError that names
-    every target without mask (or source), and every mask or source without target.
+    every target without mask (or source), and every mask or source without target. Reads every byte of the pictures.
     """
     targets = _pictures_by_name(dataset.target, "target", dataset.name)
     masks = _pictures_by_name(dataset.mask, "mask", dataset.name)
@@ -116,10 +147,13 @@ def list_triples(dataset: DatasetConfig, captions: CaptionsConfig) -> list[Tripl
     ]
     if problems:
         raise InputError(listed(problems))
-    return [
-        _read_triple(dataset.name, name, target, masks[name], sources.get(name), captions)
-        for name, target in sorted(targets.items())
-    ]
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:
+        return list(
+            pool.map(
+                lambda name: _read_triple(dataset.name, name, targets[name], masks[name], sources.get(name), captions),
+                sorted(targets),
+            )
+        )
 
 
 def _read_triple(

@@ -21,11 +21,15 @@ from data.shard_plan import PlannedSample, ShardPlan
 from data.shards import ShardIndex
 
 FOLDER = "validation"
+_ROLES = ("target", "image", "mask")
 
 
 @dataclass(frozen=True)
 class ValidationItem:
-    """One watched sample.  split: "train" or "holdout".  shard: its tar's path below the cache; row: its place there."""
+    """One watched sample.
+
+    split: "train" or "holdout".  shard: its tar's path below the cache; row: its place there.
+    """
 
     key: str
     split: str
@@ -41,13 +45,15 @@ def choose_validation_items(
     """All held-out samples, and `count` training samples, each split in the order of its targets' hashes."""
     chosen = []
     for split in (HOLDOUT, TRAIN):
-        found = [
-            (sample.triple.target_content, plan.path, index.keys.index(sample.triple.key), sample)
-            for plan, index in zip(plans, indexes, strict=True)
-            if plan.split == split
-            for sample in plan.samples
-        ]
-        found.sort(key=lambda entry: entry[:3])
+        found = sorted(
+            (
+                (sample.triple.target_content, plan.path, row, sample)
+                for plan, index in zip(plans, indexes, strict=True)
+                if plan.split == split
+                for row, sample in enumerate(_in_stored_order(plan, index))
+            ),
+            key=lambda entry: entry[:3],
+        )
         for _, path, row, sample in found if split == HOLDOUT else found[:count]:
             triple = sample.triple
             item = ValidationItem(triple.key, split, triple.dataset, path, row, triple.caption)
@@ -55,22 +61,45 @@ def choose_validation_items(
     return chosen
 
 
+def _in_stored_order(plan: ShardPlan, index: ShardIndex) -> list[PlannedSample]:
+    """A shard's planned samples, row by row."""
+    samples = {sample.triple.key: sample for sample in plan.samples}
+    return [samples[key] for key in index.keys]
+
+
 def write_validation_items(
     cache: Path, items: Iterable[tuple[ValidationItem, Pixels]], advance: Callable[[], None]
 ) -> None:
-    """Write <cache>/validation: items.json and three PNGs per item; replaces what was there."""
+    """Write <cache>/validation: items.json and three PNGs per item, in the place of what was there.
+
+    If `items` raises, nothing changes.
+    """
     folder, temporary = cache / FOLDER, cache / f"{FOLDER}.part"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    listed = []
-    for number, (item, pixels) in enumerate(items):
-        for role, picture in zip(("target", "image", "mask"), (pixels.target, pixels.image, pixels.mask), strict=True):
-            Image.fromarray(picture).save(temporary / f"{number:04d}.{role}.png")
-        listed.append(asdict(item))
-        advance()
-    write_text_atomically(temporary / "items.json", json.dumps(listed, indent=1, ensure_ascii=False))
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    try:
+        entries = []
+        for number, (item, pixels) in enumerate(items):
+            for role, picture in zip(_ROLES, (pixels.target, pixels.image, pixels.mask), strict=True):
+                Image.fromarray(picture).save(temporary / _file_name(number, role))
+            entries.append(asdict(item))
+            advance()
+        write_text_atomically(temporary / "items.json", json.dumps(entries, indent=1, ensure_ascii=False))
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def validation_items_are_there(cache: Path) -> bool:
+    """Whether <cache>/validation holds all that its items.json lists. Reads no picture."""
+    folder = cache / FOLDER
+    try:
+        count = len(json.loads((folder / "items.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return False
+    return all((folder / _file_name(number, role)).is_file() for number in range(count) for role in _ROLES)
 
 
 def read_validation_items(cache: Path, *, split: str, count: int) -> list[tuple[ValidationItem, Pixels]]:
@@ -80,14 +109,20 @@ def read_validation_items(cache: Path, *, split: str, count: int) -> list[tuple[
         entries = json.loads((folder / "items.json").read_text(encoding="utf-8"))
         items = [(number, ValidationItem(**entry)) for number, entry in enumerate(entries) if entry["split"] == split]
         return [(item, _read_pixels(folder, number)) for number, item in items[:count]]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # of files, JSON, and the dozen that Pillow raises
         raise InputError(
-            f"{folder}: damaged ({error}). Run `fluxfill preprocess CONFIG` again; whole shards are kept."
+            f"{folder}: damaged ({error}). Delete it and run `fluxfill preprocess CONFIG` again; whole shards are kept."
         ) from error
 
 
 def _read_pixels(folder: Path, number: int) -> Pixels:
-    target, image, mask = (
-        np.array(Image.open(folder / f"{number:04d}.{role}.png")) for role in ("target", "image", "mask")
-    )
+    arrays = []
+    for role in _ROLES:
+        with Image.open(folder / _file_name(number, role)) as picture:
+            arrays.append(np.array(picture))
+    target, image, mask = arrays
     return Pixels(target, image, mask.astype(bool))
+
+
+def _file_name(number: int, role: str) -> str:
+    return f"{number:04d}.{role}.png"

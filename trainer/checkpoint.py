@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from configs.errors import InputError
@@ -28,24 +28,34 @@ def checkpoint_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-def save_checkpoint(run: Path, step: int, write: Callable[[Path], None]) -> Path:
+def save_checkpoint(run: Path, step: int, write: Callable[[Path], Mapping[str, str] | None]) -> Path:
     """Make the checkpoint of a step: `write` fills its folder, everything else happens here.
+
+    `write` may return the sha256 of files (by name) that were flushed to disk already: they are not read again.
 
     Raises OSError if the disk is full or the like; earlier checkpoints are untouched by then.
     """
     folder = checkpoint_folder(run, step)
-    shutil.rmtree(folder, ignore_errors=True)  # a half-written one of an earlier try
+    if folder.exists():  # a half-written or damaged one of an earlier try
+        _delete(folder)
     folder.mkdir(parents=True)
-    write(folder)
-    hashes = {}
+    hashes = dict(write(folder) or {})
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            hashes[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+        name = path.relative_to(folder).as_posix()
+        hashes[name] = hashes.get(name) or flush_and_hash(path)
+    for inner in (path for path in folder.rglob("*") if path.is_dir()):
+        fsync_folder(inner)  # the files are on disk, now their names
     write_text_atomically(folder / MANIFEST, json.dumps(hashes, indent=1))
     write_text_atomically(folder / COMPLETE, "")
     fsync_folder(folder.parent)
     return folder
+
+
+def flush_and_hash(path: Path) -> str:
+    """Flush a file to disk; its sha256."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
@@ -88,14 +98,17 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 
 def prune_checkpoints(run: Path, *, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` complete checkpoints, and half-written ones older than those.
-
-    The marker goes first, so that a deletion cut short leaves no folder that looks whole.
-    """
+    """Delete all but the newest `keep_last` complete checkpoints, and half-written ones older than the newest."""
     kept = complete_checkpoints(run)[-keep_last:]
     if not kept:
         return
     for folder in (run / "checkpoints").glob("step-*"):
         if _NAME.fullmatch(folder.name) and folder not in kept and step_of(folder) < step_of(kept[-1]):
-            (folder / COMPLETE).unlink(missing_ok=True)
-            shutil.rmtree(folder)
+            _delete(folder)
+
+
+def _delete(folder: Path) -> None:
+    """The marker goes first, so that a deletion cut short leaves no folder that looks whole."""
+    (folder / COMPLETE).unlink(missing_ok=True)
+    fsync_folder(folder)
+    shutil.rmtree(folder)

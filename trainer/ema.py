@@ -1,22 +1,24 @@
-"""A moving average of the trained weights, in fp32 beside them."""
+"""A moving average of the trained weights, in fp32 beside whatever part of them lies on this rank."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+
+from trainer.engine import Engine, LocalSlice
 
 
 class Ema:
-    """Average of named parameters: average += (1 - decay) (weight - average) after every update.
+    """Average of this rank's slices: average += (1 - decay) (weight - average) after every update.
 
     The first updates count more, min(decay, (1 + n) / (10 + n)): else the random start would stay in it for thousands.
-    decay None: nothing is kept.
+    decay None: nothing is kept, `averages` is empty.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float | None) -> None:
-        self._parameters = dict(parameters) if decay is not None else {}
+    def __init__(self, slices: Sequence[LocalSlice], decay: float | None) -> None:
+        self._weights = {part.name: part.weight for part in slices} if decay is not None else {}
         self._decay = decay or 0.0
-        self.averages = {name: p.detach().float().clone() for name, p in self._parameters.items()}
+        self.averages = {name: weight.clone() for name, weight in self._weights.items()}
 
     @torch.no_grad()
     def update(self, num_updates: int) -> None:
@@ -24,11 +26,20 @@ class Ema:
         if not self.averages:
             return
         decay = min(self._decay, (1 + num_updates) / (10 + num_updates))
-        weights = [parameter.detach().float() for parameter in self._parameters.values()]
-        torch._foreach_lerp_(list(self.averages.values()), weights, 1 - decay)
+        torch._foreach_lerp_(list(self.averages.values()), list(self._weights.values()), 1 - decay)
+
+    @contextmanager
+    def in_place(self, engine: Engine) -> Iterator[None]:
+        """Within the context the model holds the averages instead of its weights. All ranks enter it."""
+        kept = {name: weight.clone() for name, weight in self._weights.items()}
+        self._exchange(self.averages, engine)
+        try:
+            yield
+        finally:
+            self._exchange(kept, engine)
 
     @torch.no_grad()
-    def load(self, averages: Mapping[str, Tensor]) -> None:
-        """Take over saved averages of the same names."""
-        for name, average in self.averages.items():
-            average.copy_(averages[name])
+    def _exchange(self, values: dict[str, torch.Tensor], engine: Engine) -> None:
+        for name, weight in self._weights.items():
+            weight.copy_(values[name])
+        engine.loaded()

@@ -1,19 +1,28 @@
-"""What differs between engines: processes, gradients, the optimizer's step.
+"""What differs between engines: processes, sharding, gradients, the optimizer's step, and where a rank's state lies.
 
-Every engine is an accelerate config file (configs/engines/). Accelerate falls back without a word when something is
-missing, so what was started is compared with what was asked for.
+An engine is an accelerate config file (configs/engines/) that `accelerate launch` turns into environment variables.
+Accelerate falls back without a word when something is missing (FSDP on a CPU becomes DDP, or N runs of one process), so
+what was started is compared with what was asked for, and what `prepare` made with what it should have made.
 """
 
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate import Accelerator, PartialState
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+    ParallelismConfig,
+)
 from torch import Tensor, nn
 from torch.distributed import all_gather_object, all_reduce
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from configs.errors import InputError
@@ -22,10 +31,7 @@ from data.reader import MicroBatch
 
 log = logging.getLogger("fluxfill")
 
-_ENGINE_OF = {
-    DistributedType.MULTI_GPU: "ddp",
-    DistributedType.MULTI_CPU: "ddp",
-}
+BuildOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -41,58 +47,127 @@ class Update:
     applied: bool
 
 
+@dataclass(frozen=True)
+class LocalSlice:
+    """The part of one trained parameter whose fp32 state lies on this rank.
+
+    name: the parameter.  start: of the part, in the flattened parameter.  numel: of the whole parameter.
+    weight: fp32 [n], a view: writing to it changes the weight the optimizer works on (then call `engine.loaded`).
+    moments: the optimizer's fp32 state of the same elements, views too.  owned: this rank writes it to checkpoints (the
+    other ranks that hold the same part do not).
+    """
+
+    name: str
+    start: int
+    numel: int
+    weight: Tensor
+    moments: dict[str, Tensor] = field(default_factory=dict)
+    owned: bool = True
+
+
 def trained(transformer: nn.Module) -> list[nn.Parameter]:
     """The parameters that train, in the model's order."""
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
 
 
-class Engine:
-    """The processes of a run and their common step. All methods must be called by all ranks."""
+def trained_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter of everything that trains."""
+    return {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
 
-    def __init__(self, config: Config) -> None:
-        self._accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(),
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+
+def launched_engine(environment: Mapping[str, str]) -> str:
+    """The engine that `accelerate launch` was told to start, from the variables it sets."""
+    if environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+        offload = environment.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") == "cpu"
+        return f"zero{stage}" + ("-offload" if offload else "")
+    if environment.get("ACCELERATE_USE_FSDP") == "true":
+        if environment.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true":
+            return "hsdp"
+        return "fsdp2-offload" if environment.get("FSDP_OFFLOAD_PARAMS") == "true" else "fsdp2"
+    return "ddp" if int(environment.get("WORLD_SIZE", "1")) > 1 else "single"
+
+
+def start_engine(config: Config) -> "Engine":
+    """Join the processes of the run under the engine they were launched with.
+
+    Raises InputError if the config asks for another engine.
+    """
+    name = launched_engine(os.environ)
+    asked = config.parallel.engine
+    if asked not in ("auto", name):
+        raise InputError(
+            f"parallel.engine is {asked}, but this process was started as {name}. Start it by `fluxfill train`, or "
+            f"`accelerate launch --config_file configs/engines/{asked}.yaml ...`, or set parallel.engine={name}."
         )
+    if name.startswith("zero"):
+        return ZeroEngine(config, name)
+    if name.startswith(("fsdp2", "hsdp")):
+        return FsdpEngine(config, name)
+    return Engine(config, name)
+
+
+class Engine:
+    """One process, or a copy of the model in each (ddp).
+
+    All ranks must call its methods together. The other engines override what they do otherwise.
+    """
+
+    def __init__(self, config: Config, name: str) -> None:
+        self.name = name
+        self._accelerator = self._start_accelerator(config)
         self.rank = self._accelerator.process_index
         self.world_size = self._accelerator.num_processes
         self.device = self._accelerator.device
-        kind = self._accelerator.distributed_type
-        self.name = "single" if self.world_size == 1 else _ENGINE_OF.get(kind, str(kind))
-        asked = config.parallel.engine
-        if asked != "auto" and asked != self.name:
-            raise InputError(
-                f"parallel.engine is {asked}, but this process was started as {self.name} with {self.world_size} "
-                f"process(es). Start it with `accelerate launch --config_file configs/engines/{asked}.yaml ...`, or set "
-                f"parallel.engine={self.name}."
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.world_size != started:
+            raise RuntimeError(
+                f"{started} processes were started, accelerate sees {self.world_size}: they would not train one model"
             )
-        precision = config.model.precision
-        if precision == "auto":
-            precision = "bf16" if self.device.type == "cuda" else "fp32"
-        self.compute_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.compute_dtype = compute_dtype(config, self.device)
         self._max_grad_norm = config.train.max_grad_norm
         self._global_batch_size = config.train.global_batch_size
         self._loss = torch.zeros((), device=self.device)
+
+    def _start_accelerator(self, config: Config) -> Accelerator:
+        handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+        return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=handlers)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def prepare(
-        self, transformer: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Move model and optimizer under the engine; asserts that the result is what the engine promises."""
-        if self.world_size == 1:
-            # One process started by the elastic launcher is MULTI_GPU to accelerate, and would get DDP's copies for
-            # nobody to talk to.
-            transformer, optimizer = transformer.to(self.device), self._accelerator.prepare_optimizer(optimizer)
-        else:
-            transformer, optimizer = self._accelerator.prepare(transformer, optimizer)
-        if isinstance(transformer, DistributedDataParallel) != (self.name == "ddp"):
-            raise RuntimeError(f"engine {self.name}: accelerate made {type(transformer).__name__} of the transformer")
+    # --- the model ---------------------------------------------------------------------------------------------------
+
+    @property
+    def holds_whole_model(self) -> bool:
+        """Whether rank 0 has every weight, and can run the model alone."""
+        return True
+
+    def prepare(self, transformer: nn.Module, build_optimizer: BuildOptimizer) -> nn.Module:
+        """Spread the model over the ranks and build the optimizer of what this rank holds.
+
+        transformer: on rank 0 with its weights, elsewhere on the meta device; they are handed out here.  Asserts that the
+        outcome is what the engine promises.
+        """
+        transformer = self._on_device(transformer)
+        if self.name == "ddp":
+            transformer = self._accelerator.prepare_model(transformer)
+            if not isinstance(transformer, DistributedDataParallel):
+                raise RuntimeError(f"engine ddp: accelerate made {type(transformer).__name__} of the transformer")
         self._transformer = transformer
-        self._parameters = trained(transformer)
-        return transformer, optimizer
+        self._optimizer = build_optimizer(trained(transformer))
+        return transformer
+
+    def _on_device(self, transformer: nn.Module) -> nn.Module:
+        """The model on this rank's device; without weights it gets memory, whose values rank 0 sends."""
+        if transformer.device.type == "meta":
+            return transformer.to_empty(device=self.device)
+        return transformer.to(self.device)
+
+    def plain(self, transformer: nn.Module) -> nn.Module:
+        """The FluxTransformer2DModel itself, for sampling and saving."""
+        return transformer.module if isinstance(transformer, DistributedDataParallel) else transformer
 
     def autocast(self) -> AbstractContextManager:
         """The arithmetic of forward passes: bf16 with fp32 weights kept, or plain fp32."""
@@ -100,12 +175,17 @@ class Engine:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
+    # --- a step ------------------------------------------------------------------------------------------------------
+
     def micro_steps(self, micro_batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         """The micro-batches on the device. Gradients are exchanged in the backward pass of the last one only."""
         for rows in micro_batches:
-            if isinstance(self._transformer, DistributedDataParallel):
-                self._transformer.require_backward_grad_sync = rows.is_last
+            self._exchange_gradients(rows.is_last)
             yield rows.to(self.device)
+
+    def _exchange_gradients(self, wanted: bool) -> None:
+        if isinstance(self._transformer, DistributedDataParallel):
+            self._transformer.require_backward_grad_sync = wanted
 
     def backward(self, losses: Tensor, weight: Tensor) -> None:
         """Add a micro-batch to the gradient of sum(real rows) / global batch size.
@@ -114,28 +194,85 @@ class Engine:
         """
         loss = (losses * weight).sum() / self._global_batch_size
         self._loss += loss.detach()
-        # DDP averages over ranks where the sum is wanted.
-        self._accelerator.backward(loss * self.world_size)
+        # Every engine averages gradients over the ranks, where the sum is wanted.
+        self._backward(loss * self.world_size)
 
-    def step(self, optimizer: torch.optim.Optimizer, lr: float) -> Update:
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self, lr: float) -> Update:
         """Clip and apply the gradients at learning rate `lr`, unless loss or gradient is not finite on any rank."""
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm or float("inf"))
         if self.world_size > 1:
             all_reduce(self._loss)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        update = self._step()
+        self._loss.zero_()
+        return update
+
+    def _step(self) -> Update:
+        norm = torch.nn.utils.clip_grad_norm_(trained(self._transformer), self._max_grad_norm or float("inf"))
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         # One wait for the device per update: whether the weights may change hangs on these two numbers.
-        loss, grad_norm = torch.stack([self._loss, norm.to(self._loss.dtype)]).tolist()
+        loss, grad_norm = torch.stack([self._loss, norm.to(self._loss)]).tolist()
         applied = abs(loss) + abs(grad_norm) < float("inf")
         if applied:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        self._loss.zero_()
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
         return Update(loss, grad_norm, applied)
 
-    def plain(self, transformer: nn.Module) -> nn.Module:
-        """The plain model, for sampling and saving."""
-        return transformer.module if isinstance(transformer, DistributedDataParallel) else transformer
+    @property
+    def plain_transformer(self) -> nn.Module:
+        """The prepared model itself."""
+        return self.plain(self._transformer)
+
+    # --- the state ---------------------------------------------------------------------------------------------------
+
+    def prime_optimizer(self) -> None:
+        """Make the optimizer's state exist before its first step, so that a checkpoint can be loaded into it: one step
+        at rate 0 on gradients of 0, which changes no weight."""
+        for parameter in trained(self._transformer):
+            parameter.grad = torch.zeros_like(parameter)
+        for group in self._optimizer.param_groups:
+            group["lr"] = 0.0
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def local_slices(self) -> list[LocalSlice]:
+        """Every part of a trained parameter that lies on this rank, with its optimizer state."""
+        slices = []
+        owners = _spread([p.numel() for p in trained(self._transformer)], self.world_size)
+        for (name, parameter), owner in zip(trained_parameters(self.plain_transformer).items(), owners, strict=True):
+            moments = {key: moment.view(-1) for key, moment in movable(self._optimizer.state[parameter], parameter)}
+            weight = parameter.detach().view(-1)
+            slices.append(LocalSlice(name, 0, parameter.numel(), weight, moments, owned=owner == self.rank))
+        return slices
+
+    @property
+    def trained_sizes(self) -> dict[str, int]:
+        """Trained parameter -> number of its elements, over all ranks."""
+        return {name: parameter.numel() for name, parameter in trained_parameters(self.plain_transformer).items()}
+
+    def optimizer_states(self) -> list[tuple[str, Tensor, dict]]:
+        """(name, the tensor it belongs to, state) of everything the optimizer keeps state of on this rank."""
+        named = trained_parameters(self.plain_transformer)
+        return [(name, parameter, self._optimizer.state[parameter]) for name, parameter in named.items()]
+
+    @property
+    def state_layout(self) -> str:
+        """Two engines of one layout can exchange optimizer state that cannot be cut by element, as 8-bit moments are."""
+        return "whole"
+
+    def loaded(self) -> None:
+        """Make the model agree with its fp32 state after the views of `local_slices` were written to."""
+
+    @torch.no_grad()
+    def full_weights(self) -> dict[str, Tensor]:
+        """All trained parameters in fp32, whole, on the CPU of rank 0; empty elsewhere. All ranks call it."""
+        named = trained_parameters(self.plain_transformer)
+        return {name: parameter.detach().float().cpu() for name, parameter in named.items()} if self.is_main else {}
+
+    # --- the ranks ---------------------------------------------------------------------------------------------------
 
     def gather(self, item: object) -> list:
         """Every rank's item, in rank order, on every rank."""
@@ -152,3 +289,270 @@ class Engine:
     def close(self) -> None:
         """Leave the process group."""
         self._accelerator.end_training()
+
+
+class FsdpEngine(Engine):
+    """FSDP2: parameters, gradients and optimizer state sharded over all ranks; hsdp: within a node, copied across."""
+
+    def _start_accelerator(self, config: Config) -> Accelerator:
+        cpu = not torch.cuda.is_available()
+        PartialState(cpu=cpu)  # first: on a CPU accelerate would take each process for the only one
+        dtype = compute_dtype(config, PartialState().device)
+        plugin = FullyShardedDataParallelPlugin(  # the rest comes from the engine file
+            fsdp_version=2,
+            mixed_precision_policy=_fsdp_precision(dtype),
+            cpu_ram_efficient_loading=True,
+        )
+        parallelism = None
+        if self.name == "hsdp":
+            world_size = int(os.environ["WORLD_SIZE"])
+            node_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+            if world_size == node_size or node_size < 2:
+                raise InputError(
+                    f"engine hsdp shards within a node and copies across nodes, but there are {world_size} processes, "
+                    f"{node_size} on this node. Start it on two nodes or more with two GPUs or more each, or use fsdp2."
+                )
+            parallelism = ParallelismConfig(dp_replicate_size=world_size // node_size, dp_shard_size=node_size)
+        if cpu:
+            # Accelerate has no FSDP on a CPU: it would make DDP of it and say nothing.
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            PartialState._shared_state["fsdp_plugin"] = plugin
+        accelerator = Accelerator(cpu=cpu, fsdp_plugin=plugin, parallelism_config=parallelism)
+        if cpu:
+            accelerator.state.distributed_type = DistributedType.FSDP
+            accelerator.state.fsdp_plugin = plugin
+        return accelerator
+
+    @property
+    def holds_whole_model(self) -> bool:
+        return False
+
+    def prepare(self, transformer: nn.Module, build_optimizer: BuildOptimizer) -> nn.Module:
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+        # Not accelerator.prepare: it maps an optimizer's old parameters to the sharded ones by their addresses, which
+        # an optimizer built afterwards does not need.
+        self._transformer = fsdp2_prepare_model(self._accelerator, transformer)
+        whole = [name for name, p in self._transformer.named_parameters() if not isinstance(p, DTensor)]
+        if whole:
+            raise RuntimeError(f"engine {self.name}: {len(whole)} parameters are not sharded, {whole[0]} among them")
+        self._optimizer = build_optimizer(trained(self._transformer))
+        return self._transformer
+
+    def _exchange_gradients(self, wanted: bool) -> None:
+        self._transformer.set_requires_gradient_sync(wanted)
+
+    def local_slices(self) -> list[LocalSlice]:
+        slices = []
+        for name, parameter in trained_parameters(self._transformer).items():
+            local = parameter.to_local().detach()
+            mesh = parameter.device_mesh
+            shard_dim = mesh.ndim - 1  # hsdp: (replicate, shard)
+            rows = -(-parameter.shape[0] // mesh.size(shard_dim))  # as torch.chunk deals dimension 0
+            row = parameter.numel() // parameter.shape[0]
+            start = min(rows * mesh.get_local_rank(shard_dim), parameter.shape[0]) * row
+            state = {
+                key: value.to_local() if isinstance(value, DTensor) else value
+                for key, value in self._optimizer.state[parameter].items()
+            }
+            moments = {key: moment.view(-1) for key, moment in movable(state, local)}
+            owned = mesh.ndim == 1 or mesh.get_local_rank(0) == 0
+            slices.append(LocalSlice(name, start, parameter.numel(), local.view(-1), moments, owned=owned))
+        return slices
+
+    @property
+    def state_layout(self) -> str:
+        return f"{self.name} on {self.world_size}"
+
+    @torch.no_grad()
+    def full_weights(self) -> dict[str, Tensor]:
+        weights = {}
+        for name, parameter in trained_parameters(self._transformer).items():
+            whole = parameter.detach().full_tensor()  # one at a time: twelve billion would not fit a card
+            if self.is_main:  # the copy waits for the gathering and leaves a plain tensor
+                weights[name] = torch.empty(whole.shape).copy_(whole)
+        return weights
+
+
+class ZeroEngine(Engine):
+    """DeepSpeed ZeRO: optimizer state (1), gradients (2) and parameters (3) partitioned over the ranks.
+
+    accelerate's own wrapper steps the optimizer inside `backward`, before any check could stop it; here the DeepSpeed
+    engine's accumulation boundary is set by hand.
+    """
+
+    def _start_accelerator(self, config: Config) -> Accelerator:
+        cpu = not torch.cuda.is_available()
+        if cpu:
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        try:
+            from accelerate.utils import DeepSpeedPlugin
+            import deepspeed
+        except ImportError as error:
+            raise InputError(f"engine {self.name} needs deepspeed ({error}). Install it, or use fsdp2.") from error
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        bf16 = compute_dtype(config, torch.device("cpu" if cpu else "cuda")) == torch.bfloat16
+        self._stage = int(self.name[4])
+        plugin = DeepSpeedPlugin()  # stage and offload come from the engine file
+        plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only reports with it; batches are ours
+            "gradient_accumulation_steps": 1,  # likewise: the boundary is set by hand
+            "gradient_clipping": config.train.max_grad_norm or 0.0,
+            "bf16": {"enabled": bf16},
+            "communication_data_type": "fp32",
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        plugin.deepspeed_config["zero_optimization"] |= {"overlap_comm": not cpu, "contiguous_gradients": True}
+        handlers = [InitProcessGroupKwargs(backend="gloo")] if cpu else []
+        # Not with cpu=True: accelerate would make DDP of it and say nothing.
+        return Accelerator(deepspeed_plugin=plugin, kwargs_handlers=handlers)
+
+    def prepare(self, transformer: nn.Module, build_optimizer: BuildOptimizer) -> nn.Module:
+        import deepspeed
+
+        if self._accelerator.distributed_type is not DistributedType.DEEPSPEED:
+            raise RuntimeError(f"engine {self.name}: accelerate started {self._accelerator.distributed_type} instead")
+        transformer = self._on_device(transformer)
+        engine, optimizer = self._accelerator.prepare(transformer, build_optimizer(trained(transformer)))
+        if not isinstance(engine, deepspeed.DeepSpeedEngine) or engine.zero_optimization_stage() != self._stage:
+            raise RuntimeError(f"engine {self.name}: accelerate made {type(engine).__name__} of the transformer")
+        self._transformer = engine
+        self._optimizer = optimizer
+        return engine
+
+    def plain(self, transformer: nn.Module) -> nn.Module:
+        return transformer.module
+
+    @property
+    def holds_whole_model(self) -> bool:
+        return self._stage < 3
+
+    def _exchange_gradients(self, wanted: bool) -> None:
+        self._transformer.set_gradient_accumulation_boundary(wanted)
+
+    def _backward(self, loss: Tensor) -> None:
+        self._transformer.backward(loss)
+
+    def _step(self) -> Update:
+        self._transformer.step()  # clips, skips if a gradient of any rank is not finite, applies, gathers
+        norm = self._transformer.get_global_grad_norm()
+        applied = self._transformer.was_step_applied()
+        return Update(self._loss.item(), float(norm) if norm is not None else float("nan"), applied)
+
+    def _partitions(self) -> list[Tensor]:
+        """This rank's flat fp32 weights, one tensor per group: what the inner optimizer steps."""
+        zero = self._transformer.optimizer
+        return zero.single_partition_of_fp32_groups if self._stage < 3 else zero.fp32_partitioned_groups_flat
+
+    def prime_optimizer(self) -> None:
+        zero = self._transformer.optimizer
+        for group in zero.optimizer.param_groups:
+            group["lr"] = 0.0
+        for number, flat in enumerate(self._partitions()):
+            flat.grad = torch.zeros_like(flat)
+            if self._stage == 3:
+                zero._optimizer_step(number)  # the inner optimizer knows a group's tensor only while it steps it
+        if self._stage < 3:
+            zero.optimizer.step()
+        for flat in self._partitions():
+            flat.grad = None
+
+    def local_slices(self) -> list[LocalSlice]:
+        parameters = trained_parameters(self._transformer.module)
+        return [part for name, parameter in parameters.items() for part in self._slices_of(name, parameter)]
+
+    def _slices_of(self, name: str, parameter: nn.Parameter) -> Iterator[LocalSlice]:
+        """The part of a parameter in this rank's partition; none if its elements lie in other ranks' alone."""
+        zero = self._transformer.optimizer
+        if self._stage < 3:
+            if (place := parameter._hp_mapping) is None:
+                return
+            numel, first = parameter.numel(), place.lp_fragment_address.start
+            group, offset, count = place.param_group_index, *_span(place.hp_fragment_address)
+        else:
+            numel = parameter.ds_numel
+            group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+            first = size * self.rank
+            count = max(0, min(size, numel - first))  # the last partitions are padded
+        flat = self._partitions()[group]
+        moments = movable(zero.optimizer.state.get(flat, {}), flat)
+        yield LocalSlice(
+            name,
+            first,
+            numel,
+            flat.detach().narrow(0, offset, count),
+            {key: moment.narrow(0, offset, count) for key, moment in moments},
+        )
+
+    @property
+    def trained_sizes(self) -> dict[str, int]:
+        named = trained_parameters(self.plain_transformer)
+        return {name: getattr(parameter, "ds_numel", parameter.numel()) for name, parameter in named.items()}
+
+    def optimizer_states(self) -> list[tuple[str, Tensor, dict]]:
+        states = self._transformer.optimizer.optimizer.state
+        return [(f"partition {number}", flat, states[flat]) for number, flat in enumerate(self._partitions())]
+
+    @property
+    def state_layout(self) -> str:
+        return f"{self.name} on {self.world_size}"
+
+    def loaded(self) -> None:
+        zero = self._transformer.optimizer
+        if self._stage < 3:
+            zero.update_lp_params()
+            return
+        for parameter in trained(self._transformer.module):
+            group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
+            parameter.ds_tensor.data.copy_(self._partitions()[group].narrow(0, offset, size))
+
+    @torch.no_grad()
+    def full_weights(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        weights = {}
+        for name, parameter in trained_parameters(self._transformer.module).items():
+            whole = safe_get_full_fp32_param(parameter)
+            if self.is_main:
+                weights[name] = whole.detach().float().cpu()
+        return weights
+
+
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """model.precision as a dtype; auto: bf16 on a GPU, fp32 on a CPU."""
+    precision = config.model.precision
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def _fsdp_precision(dtype: torch.dtype):
+    """Parameters are gathered in the compute dtype, gradients summed in fp32. Inputs are not cast: autocast does that
+    where it is safe, and rotary tables stay in fp32."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    if dtype == torch.float32:
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+def _spread(sizes: list[int], parts: int) -> list[int]:
+    """For each of the sizes, in order, the part that it falls to, so that the parts are about equal."""
+    total, before, owners = max(1, sum(sizes)), 0, []
+    for size in sizes:
+        owners.append(min(parts - 1, (before + size // 2) * parts // total))
+        before += size
+    return owners
+
+
+def _span(address) -> tuple[int, int]:
+    """(start, length) of a DeepSpeed fragment address."""
+    return address.start, address.numel
+
+
+def movable(state: Mapping[str, object], weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The optimizer state that can be cut and moved with its weight: one float per element."""
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and value.shape == weight.shape and value.ndim:
+            yield key, value

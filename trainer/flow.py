@@ -32,13 +32,14 @@ def shift_sigma(sigma: Tensor, factor: float) -> Tensor:
 
 
 def sample_sigma(uniform: Tensor, tokens: int, flow: FlowConfig) -> Tensor:
-    """uniform: fp64 [B] in (0, 1), drawn per sample.  Returns sigma fp32 [B] in (0, 1), shifted for the bucket."""
+    """uniform: fp64 [B] in [0, 1], drawn per sample.  Returns sigma fp32 [B] in (0, 1), shifted for the bucket."""
     sigma = torch.sigmoid(torch.special.ndtri(uniform)) if flow.timestep_sampling == "logit_normal" else uniform
     if flow.shift == "dynamic":
         sigma = shift_sigma(sigma, math.exp(dynamic_mu(tokens)))
     elif flow.shift != "none":
         sigma = shift_sigma(sigma, flow.shift)
-    return sigma.float()
+    # The largest fp32 below 1, and as far from 0: rounding, or a large factor, would put sigma on the ends.
+    return sigma.float().clamp(2**-24, 1 - 2**-24)
 
 
 def mix_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:

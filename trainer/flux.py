@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from configs.errors import InputError
 from configs.schema import FlowConfig
+from data.model_folder import read_part_config
 from data.reader import MicroBatch, unpack_mask
 
 FILL_CHANNELS = 384  # per token: 64 noisy latents + 64 masked-image latents + 256 mask pixels
@@ -68,6 +69,7 @@ def predict_velocity(
     sigma: [B].
     """
     condition = pack_fill_condition(rows.masked_latents.float(), unpack_mask(rows.mask))
+    h, w = noisy.shape[-2:]
     return transformer(
         hidden_states=torch.cat([pack_latents(noisy), condition], dim=-1),  # [B, L, 384]
         timestep=sigma,
@@ -75,7 +77,7 @@ def predict_velocity(
         pooled_projections=rows.pooled.float(),
         encoder_hidden_states=rows.t5.float(),
         txt_ids=torch.zeros(rows.t5.shape[1], 3, device=noisy.device),
-        img_ids=image_ids(*noisy.shape[-2:], device=noisy.device),
+        img_ids=image_ids(h, w, device=noisy.device),
         return_dict=False,
     )[0]
 
@@ -83,22 +85,51 @@ def predict_velocity(
 def load_transformer(model: Path, *, dtype: torch.dtype) -> FluxTransformer2DModel:
     """The transformer of a model folder with 384 inputs; FLUX.1-dev's 64 are expanded.
 
-    Raises InputError if it cannot be loaded or is neither.
+    Raises InputError if it cannot be loaded whole, from safetensors, or is neither of the two.
     """
+    part = model / "transformer"
+    config = _read_config(model)
     try:
-        transformer = FluxTransformer2DModel.from_pretrained(model, subfolder="transformer", torch_dtype=dtype)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise InputError(f"{model / 'transformer'}: cannot be loaded ({error}). Fetch the model again.") from error
-    inputs = transformer.config.in_channels
-    if inputs == DEV_CHANNELS:
-        log.info("model: FLUX.1 with %d inputs, expanded to %d; the new ones start at zero", inputs, FILL_CHANNELS)
-        expand_to_fill(transformer)
-    elif inputs != FILL_CHANNELS:
-        raise InputError(
-            f"{model / 'transformer'}: {inputs} input channels. Training starts from FLUX.1-Fill-dev ({FILL_CHANNELS}) or "
-            f"FLUX.1-dev ({DEV_CHANNELS}); this is another model."
+        transformer, loading = FluxTransformer2DModel.from_pretrained(
+            part, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
         )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise InputError(f"{part}: cannot be loaded ({error}). Fetch the model again.") from error
+    # diffusers only warns of these: what is missing it leaves without values, what it did not expect it drops.
+    if strangers := [*loading["missing_keys"], *loading["unexpected_keys"]]:
+        raise InputError(
+            f"{part}: config.json and weights do not belong together: {len(strangers)} tensors are missing or left "
+            f"over, {', '.join(sorted(strangers)[:3])} among them. Fetch the model again."
+        )
+    if config["in_channels"] == DEV_CHANNELS:
+        log.info(
+            "model: FLUX.1 with %d inputs, expanded to %d; the new ones start at zero", DEV_CHANNELS, FILL_CHANNELS
+        )
+        expand_to_fill(transformer)
     return transformer
+
+
+def empty_transformer(model: Path, *, dtype: torch.dtype) -> FluxTransformer2DModel:
+    """The same model on the meta device, for a rank that gets the values from another. Raises InputError likewise."""
+    config = _read_config(model)
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel.from_config(config).to(dtype).eval()
+    if config["in_channels"] == DEV_CHANNELS:
+        expand_to_fill(transformer)
+    return transformer
+
+
+def _read_config(model: Path) -> dict:
+    """The transformer's config.json, in_channels filled in. Raises InputError if it is no FLUX.1-Fill or FLUX.1-dev."""
+    config = {"in_channels": DEV_CHANNELS} | read_part_config(model, "transformer")
+    guided = config.get("guidance_embeds", False)
+    if config["in_channels"] not in (FILL_CHANNELS, DEV_CHANNELS) or not guided:
+        raise InputError(
+            f"{model / 'transformer'}: {config['in_channels']} input channels, {'with' if guided else 'without'} "
+            f"guidance. Training starts from FLUX.1-Fill-dev ({FILL_CHANNELS} channels) or FLUX.1-dev "
+            f"({DEV_CHANNELS}), both with guidance; this is another model."
+        )
+    return config
 
 
 def expand_to_fill(transformer: FluxTransformer2DModel) -> None:

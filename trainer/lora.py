@@ -1,14 +1,18 @@
 """The adapter: which layers get one, starting from an existing one, and diffusers' format on disk."""
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import FluxFillPipeline, FluxTransformer2DModel
-from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from configs.errors import InputError
@@ -17,6 +21,7 @@ from configs.schema import LoraConfig
 ADAPTER = "default"
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 
+_BLOCK = r"(single_)?transformer_blocks\.\d+\."
 _ATTENTION = r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 _MLP = r"(ff|ff_context)\.net\.(0\.proj|2)|proj_mlp|proj_out"
 _TARGETS = {"attention": _ATTENTION, "attention+mlp": f"{_ATTENTION}|{_MLP}"}
@@ -26,30 +31,39 @@ _TARGETS = {"attention": _ATTENTION, "attention+mlp": f"{_ATTENTION}|{_MLP}"}
 _EXPANDED_INPUT = "x_embedder"
 _EXPANDED_RANK = 320
 
+_TRANSFORMER = "transformer."  # before every name in a file of diffusers
+
 
 def lora_targets(transformer: nn.Module, method: LoraConfig) -> list[str]:
     """Names of the linear layers that get an adapter, in the model's order.
 
-    The named sets lie inside the blocks: the model's own proj_out, which they also match by name, stays as it is.
-    Raises InputError if a name of the config matches no linear layer.
+    The named sets lie inside the blocks. A name in a list means every layer that ends so, as peft takes it; those
+    outside the blocks only if none inside is called so: `proj_out` is the blocks', not also the model's last layer.
+    Raises InputError if a name of the list matches no linear layer.
     """
     linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     if isinstance(method.targets, str):
-        inside = re.compile(rf"(single_)?transformer_blocks\.\d+\.({_TARGETS[method.targets]})")
-        return [name for name in linear if inside.fullmatch(name)]
-    unknown = [t for t in method.targets if not any(name == t or name.endswith(f".{t}") for name in linear)]
+        wanted = re.compile(f"{_BLOCK}({_TARGETS[method.targets]})")
+        return [name for name in linear if wanted.fullmatch(name)]
+    chosen: set[str] = set()
+    unknown = []
+    for target in method.targets:
+        matching = [name for name in linear if name == target or name.endswith(f".{target}")]
+        chosen.update([name for name in matching if re.match(_BLOCK, name)] or matching)
+        unknown += [] if matching else [target]
     if unknown:
-        kinds = sorted({re.sub(r"^(single_)?transformer_blocks\.\d+\.", "", name) for name in linear})
+        kinds = sorted({re.sub(f"^{_BLOCK}", "", name) for name in linear})
         raise InputError(
             f"method.targets: no linear layer is called {', '.join(unknown)}. There are: {', '.join(kinds)}."
         )
-    return [name for name in linear if any(name == t or name.endswith(f".{t}") for t in method.targets)]
+    return [name for name in linear if name in chosen]
 
 
 def add_lora(transformer: FluxTransformer2DModel, method: LoraConfig, *, expanded: bool, seed: int) -> None:
     """Freeze the transformer and add an adapter with output 0, or the one at `method.init_from`.
 
-    expanded: the base was FLUX.1-dev, so the input layer is adapted too.  The adapter's parameters are fp32.
+    expanded: the base was FLUX.1-dev, so the input layer is adapted too.  The adapter's parameters are fp32; over a
+    base in another dtype the model runs under autocast only.
     """
     targets = lora_targets(transformer, method)
     ranks, alphas = {}, {}
@@ -67,52 +81,119 @@ def add_lora(transformer: FluxTransformer2DModel, method: LoraConfig, *, expande
     for parameter in transformer.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    for module in transformer.modules():
+        if isinstance(module, BaseTunerLayer):
+            # Autocast casts the input to the compute dtype. peft would first make an fp32 copy of it for each adapter,
+            # of which autocast then keeps a copy of its own for the backward pass.
+            module.cast_input_dtype_enabled = False
     if method.init_from is not None:
-        load_adapter(transformer, method.init_from, scale=method.alpha / method.rank)
+        load_adapter(transformer, method.init_from)
 
 
-def load_adapter(transformer: FluxTransformer2DModel, source: Path, *, scale: float) -> None:
+def load_adapter(transformer: FluxTransformer2DModel, source: Path) -> None:
     """Copy a LoRA in any format that diffusers reads into the adapter that is there.
 
-    Raises InputError if it is missing, or its layers, ranks or alpha / rank are not those of the config.
+    source: a .safetensors file, or a folder that holds one.  Raises InputError if it is missing, or its layers, ranks
+    or alpha / rank are not those of the config.
     """
-    if not source.exists():
-        raise InputError(f"method.init_from {source}: no such file or folder. Give a LoRA in diffusers' format.")
+    file = _find_adapter_file(source)
     try:
-        folder, name = (source, None) if source.is_dir() else (source.parent, source.name)
-        saved, alphas, metadata = FluxFillPipeline.lora_state_dict(
-            str(folder), weight_name=name, return_alphas=True, return_lora_metadata=True, local_files_only=True
+        # Told a name that ends in .safetensors, it never unpickles.
+        tensors, alphas, metadata = FluxFillPipeline.lora_state_dict(
+            str(file.parent),
+            weight_name=file.name,
+            use_safetensors=True,
+            return_alphas=True,
+            return_lora_metadata=True,
+            local_files_only=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise InputError(f"method.init_from {source}: not a LoRA that diffusers reads ({error}).") from error
-    prefix = "transformer."
-    saved = {name.removeprefix(prefix): tensor for name, tensor in saved.items() if name.startswith(prefix)}
-    own = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
-    problems = [f"lacks {name}" for name in own if name not in saved]
-    problems += [f"has {name}, which method.targets does not" for name in saved if name not in own]
-    problems += [
-        f"has {name} of shape {list(saved[name].shape)}, method.rank asks for {list(own[name].shape)}"
-        for name in own
-        if name in saved and own[name].shape != saved[name].shape
-    ]
-    saved_scale = _saved_scale(alphas or {}, metadata or {}, saved)
-    if not problems and abs(saved_scale - scale) > 1e-6:
-        problems.append(f"was made with alpha / rank = {saved_scale:g}, the config says {scale:g}; set method.alpha")
+    except (OSError, ValueError, RuntimeError, KeyError, AssertionError, SafetensorError) as error:
+        raise InputError(f"method.init_from {file}: not a FLUX.1 LoRA that diffusers reads ({error}).") from error
+    saved = {name.removeprefix(_TRANSFORMER): t for name, t in tensors.items() if name.startswith(_TRANSFORMER)}
+    problems = _misfits(transformer, saved, alphas or {}, metadata or {})
+    if len(saved) < len(tensors):
+        problems.append("adapts text encoders too, which are not trained here")
     if problems:
-        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise InputError(f"method.init_from {source} " + ";\n  ".join(problems[:5]) + more)
+        raise InputError(f"method.init_from {file} does not fit:\n  " + "\n  ".join(problems))
     set_peft_model_state_dict(transformer, saved, adapter_name=ADAPTER)
 
 
-def _saved_scale(alphas: Mapping[str, float], metadata: Mapping[str, object], saved: Mapping[str, Tensor]) -> float:
-    """alpha / rank of a LoRA file: from its metadata, else its alpha tensors, else 1 (diffusers' own reading)."""
-    if "transformer.lora_alpha" in metadata and "transformer.r" in metadata:
-        return float(metadata["transformer.lora_alpha"]) / float(metadata["transformer.r"])
-    if alphas:
-        name, alpha = next(iter(alphas.items()))
-        down = name.removeprefix("transformer.").replace(".alpha", ".lora_A.weight")
-        return float(alpha) / saved[down].shape[0] if down in saved else 1.0
-    return 1.0
+def _find_adapter_file(source: Path) -> Path:
+    """The safetensors file that is, or lies in, `source`. Raises InputError if there is none, or more than one."""
+    if source.suffix == ".safetensors" and source.is_file():
+        return source
+    if not source.is_dir():
+        what = "is no .safetensors file" if source.exists() else "no such file or folder"
+        raise InputError(f"method.init_from {source}: {what}. Give a LoRA in diffusers' format, as .safetensors.")
+    if (source / WEIGHTS_NAME).is_file():
+        return source / WEIGHTS_NAME
+    files = sorted(source.glob("*.safetensors"))
+    if len(files) != 1:
+        raise InputError(
+            f"method.init_from {source}: holds {len(files)} .safetensors files and no {WEIGHTS_NAME}. Name the file."
+        )
+    return files[0]
+
+
+def _misfits(
+    transformer: FluxTransformer2DModel,
+    saved: Mapping[str, Tensor],
+    alphas: Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
+) -> list[str]:
+    """Why a LoRA's tensors do not belong to the adapter that is there; empty if they do."""
+    own = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
+    layers, theirs = {_layer(name) for name in own}, {_layer(name) for name in saved}
+    problems = []
+    if lacking := layers - theirs:
+        problems.append(f"it lacks {_some(lacking)}, which this run adapts: see method.targets")
+    if surplus := theirs - layers:
+        problems.append(f"it adapts {_some(surplus)}, which this run does not: see method.targets")
+    common = layers & theirs
+    strange = own.keys() ^ saved.keys() | {name for name in saved if saved[name].ndim != 2}
+    if odd := {name for name in strange if _layer(name) in common}:
+        return [*problems, f"it is no plain LoRA: {_some(odd)}"]
+    ranks = {layer: saved[f"{layer}.lora_A.weight"].shape[0] for layer in common}
+    shapes = {
+        layer: (saved[f"{layer}.lora_B.weight"].shape[0], saved[f"{layer}.lora_A.weight"].shape[1]) for layer in common
+    }
+    modules = {layer: transformer.get_submodule(layer) for layer in common}
+    if alien := {layer for layer, (to, of) in shapes.items() if (to, of) != tuple(modules[layer].weight.shape)}:
+        problems.append(f"it was made for another model, where {_some(alien)} have other sizes")
+    if other_ranks := {ranks[layer] for layer in common if ranks[layer] != modules[layer].r[ADAPTER]}:
+        problems.append(f"its rank is {_listed(other_ranks)}: set method.rank to it")
+    scales = {layer: _saved_scale(layer, ranks[layer], alphas, metadata) for layer in common}
+    if other := {
+        s for layer, s in scales.items() if not math.isclose(s, modules[layer].scaling[ADAPTER], rel_tol=1e-6)
+    }:
+        problems.append(f"its alpha / rank is {_listed(other)}: set method.alpha to that times method.rank")
+    return problems
+
+
+def _saved_scale(layer: str, rank: int, alphas: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> float:
+    """alpha / rank of a saved layer: from its alpha tensor, else the file's metadata, else 1, as diffusers reads it."""
+    if (alpha := alphas.get(f"{_TRANSFORMER}{layer}.alpha")) is not None:
+        return float(alpha) / rank
+    if (alpha := metadata.get(f"{_TRANSFORMER}lora_alpha")) is None:
+        return 1.0
+    pattern = metadata.get(f"{_TRANSFORMER}alpha_pattern") or {}
+    alpha = pattern.get(get_pattern_key(list(pattern), layer), alpha)
+    return alpha / (math.sqrt(rank) if metadata.get(f"{_TRANSFORMER}use_rslora") else rank)
+
+
+def _layer(name: str) -> str:
+    """The layer that a tensor of an adapter belongs to."""
+    return name.partition(".lora_")[0]
+
+
+def _some(names: set[str]) -> str:
+    """The first three of some names, and how many more."""
+    first = ", ".join(sorted(names)[:3])
+    return f"{first} and {len(names) - 3} more" if len(names) > 3 else first
+
+
+def _listed(numbers: set[int] | set[float]) -> str:
+    return ", ".join(f"{number:g}" for number in sorted(numbers))
 
 
 def save_adapter(
@@ -126,6 +207,6 @@ def save_adapter(
     FluxFillPipeline.save_lora_weights(
         folder,
         transformer_lora_layers={name: tensor.detach().cpu().contiguous() for name, tensor in own.items()},
+        transformer_lora_adapter_metadata=transformer.peft_config[ADAPTER].to_dict(),
         weight_name=WEIGHTS_NAME,
-        **_collate_lora_metadata({"transformer": transformer}),
     )

@@ -4,6 +4,7 @@ accelerate launch trainer/main.py --config configs/fill_lora.yaml [--resume auto
 """
 
 import sys
+from functools import partial
 
 from trainer.process import check_command_line, read_command_line, run_and_report
 
@@ -15,34 +16,33 @@ from data.model_folder import find_model
 from data.reader import unpack_mask
 from trainer.batches import open_stream
 from trainer.ema import Ema
-from trainer.engine import Engine, trained
-from trainer.export import export_and_verify
+from trainer.engine import start_engine
+from trainer.finish import export_and_verify
 from trainer.flow import flow_loss, mix_noise, region_weight, sample_sigma
 from trainer.flux import predict_velocity
 from trainer.method import build_transformer
 from trainer.optimizer import build_optimizer, learning_rate
 from trainer.run_log import RunLog, configure_logging
-from trainer.run_state import resume, save_if_due, trained_parameters
+from trainer.run_state import resume, save_if_due
 from trainer.validate import Validator, validation_is_due
 
 
-def train() -> int:
+def train(arguments: list[str] | None = None) -> int:
     """One run, from its first or resumed step to its last; returns the step it reached."""
-    config, resume_from = read_command_line()
-    engine = Engine(config)  # the processes; the engine that was asked for, or an error
+    config, resume_from = read_command_line(arguments)
+    engine = start_engine(config)  # the processes; the engine that was asked for, or an error
     console = configure_logging(engine)
     model = find_model(config.model.base)
     cache = open_cache(config, model)  # the VAE and the text encoders did their work in data/
     transformer = build_transformer(config, model, engine)  # 384 inputs; all of it trains, or an adapter
-    optimizer = build_optimizer(trained(transformer), config.train)
-    transformer, optimizer = engine.prepare(transformer, optimizer)
-    ema = Ema(trained_parameters(engine.plain(transformer)), config.train.ema_decay)
-    state = resume(config, resume_from, engine, transformer, optimizer, ema)
+    transformer = engine.prepare(transformer, partial(build_optimizer, train=config.train))
+    ema = Ema(engine.local_slices(), config.train.ema_decay)
+    state = resume(config, resume_from, engine, ema)
     stream = open_stream(config, engine, cache, state)
     log = RunLog(config, engine, state, console)
     validator = Validator(config, engine, model, cache)
     if validation_is_due(config, 0) and state.step == 0:
-        log.validation(validator.run(engine.plain(transformer), 0))
+        log.validation(validator.run(engine.plain_transformer, 0))
 
     while state.step < config.train.steps:  # step = one optimizer update
         for rows in engine.micro_steps(next(stream)):  # this rank's rows of the global batch
@@ -54,17 +54,17 @@ def train() -> int:
             losses = flow_loss(velocity, rows.latents, rows.noise, region)  # against noise - latents
             engine.backward(losses, rows.weight)  # sum over the real rows / global batch size
         lr = learning_rate(config.train, state.step)
-        update = engine.step(optimizer, lr)  # clip and apply, if finite on all ranks
+        update = engine.step(lr)  # clip and apply, if finite on all ranks
         if update.applied:
             ema.update(state.step)
         state = state.after(update)
         log.step(state, update, lr, stream)
         if validation_is_due(config, state.step):
-            log.validation(validator.run(engine.plain(transformer), state.step))
-        save_if_due(config, engine, state, transformer, optimizer, ema)
+            log.validation(validator.run(engine.plain_transformer, state.step))
+        save_if_due(config, engine, state, ema)
 
     stream.close()
-    export_and_verify(config, engine, model, transformer, ema)
+    export_and_verify(config, engine, model, ema)
     log.close()
     engine.close()
     return state.step

@@ -9,7 +9,7 @@ from diffusers import FluxTransformer2DModel
 from configs.schema import Config
 from data.model_folder import read_part_config
 from trainer.engine import Engine
-from trainer.flux import DEV_CHANNELS, load_transformer
+from trainer.flux import DEV_CHANNELS, empty_transformer, load_transformer
 from trainer.lora import add_lora
 
 log = logging.getLogger("fluxfill")
@@ -23,9 +23,10 @@ def build_transformer(config: Config, model: Path, engine: Engine) -> FluxTransf
     """
     method = config.method
     dtype = torch.float32 if method.type == "full" else engine.compute_dtype
-    transformer = load_transformer(model, dtype=dtype)
+    # Rank 0 alone reads the weights: eight ranks would hold eight copies of them in their node's memory.
+    transformer = (load_transformer if engine.is_main else empty_transformer)(model, dtype=dtype)
     if method.type == "lora":
-        expanded = read_part_config(model, "transformer").get("in_channels") == DEV_CHANNELS
+        expanded = read_part_config(model, "transformer").get("in_channels", DEV_CHANNELS) == DEV_CHANNELS
         add_lora(transformer, method, expanded=expanded, seed=config.run.seed)
     if checkpoints_activations(config, engine):
         transformer.enable_gradient_checkpointing()

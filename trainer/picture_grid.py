@@ -1,4 +1,4 @@
-"""Pictures for people: one row per item, one column per stage."""
+"""Pictures for people: a sheet of items, each a row of stages with a note under it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,8 +6,12 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-_GAP, _TITLE = 6, 22
-_BACKGROUND, _INK, _DIM = (250, 250, 250), (30, 30, 30), (110, 110, 110)
+_MARGIN = 16
+_GAP = 6  # between the stages of an item
+_GUTTER = 28  # between items that stand side by side
+_TITLE = 26  # height of the line of titles
+_NOTE = 28  # height of the line under an item
+_BACKGROUND, _INK, _DIM, _EDGE = (255, 255, 255), (32, 32, 32), (96, 96, 96), (208, 208, 208)
 
 
 def to_picture(tensor: Tensor) -> Image.Image:
@@ -19,28 +23,63 @@ def to_picture(tensor: Tensor) -> Image.Image:
 def save_grid(
     path: Path, columns: Sequence[str], rows: Sequence[Sequence[Tensor]], notes: Sequence[str], *, cell: int = 192
 ) -> None:
-    """Write a PNG: titled columns, one row of pictures per item with a note under it.
+    """Write a PNG: one row of pictures per item, titled by stage, with a note under it; four items or more stand in two
+    blocks side by side.
 
-    rows: pictures of one row share a size.  cell: longest side of a picture in the grid, in pixels.
+    rows: pictures of one item share a size.  notes: one line each, cut to the item's width.  cell: longest side of a
+    picture on the sheet, in pixels.
     """
     pictures = [[_fit(to_picture(tensor), cell) for tensor in row] for row in rows]
-    heights = [max(picture.height for picture in row) + _GAP + _TITLE for row in pictures]
-    grid = Image.new("RGB", (_GAP + len(columns) * (cell + _GAP), _GAP + _TITLE + sum(heights)), _BACKGROUND)
-    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(13)
-    for number, title in enumerate(columns):
-        draw.text((_GAP + number * (cell + _GAP), _GAP), title, fill=_INK, font=font)
-    top = _GAP + _TITLE
-    for row, note, height in zip(pictures, notes, heights, strict=True):
-        for number, picture in enumerate(row):
-            grid.paste(picture, (_GAP + number * (cell + _GAP), top))
-        draw.text((_GAP, top + height - _GAP - _TITLE + 3), note, fill=_DIM, font=font)
-        top += height
+    titles, text = ImageFont.load_default(15), ImageFont.load_default(13)
+    abreast = 2 if len(rows) >= 4 else 1
+    item_width = len(columns) * (cell + _GAP) - _GAP
+    lines = [range(first, min(first + abreast, len(rows))) for first in range(0, len(rows), abreast)]
+    heights = [max(pictures[item][0].height for item in line) for line in lines]
+    sheet = Image.new(
+        "RGB",
+        (
+            2 * _MARGIN + abreast * (item_width + _GUTTER) - _GUTTER,
+            2 * _MARGIN + _TITLE + sum(height + _NOTE for height in heights) - (_NOTE - 20),
+        ),
+        _BACKGROUND,
+    )
+    draw = ImageDraw.Draw(sheet)
+    for block in range(abreast):
+        for number, title in enumerate(columns):
+            left = _MARGIN + block * (item_width + _GUTTER) + number * (cell + _GAP)
+            draw.text((left + cell / 2, _MARGIN), title, fill=_INK, font=titles, anchor="mt")
+    top = _MARGIN + _TITLE
+    for line, height in zip(lines, heights, strict=True):
+        for block, item in enumerate(line):
+            start = _MARGIN + block * (item_width + _GUTTER)
+            for number, picture in enumerate(pictures[item]):
+                corner = (start + number * (cell + _GAP) + (cell - picture.width) // 2, top)
+                sheet.paste(picture, corner)
+                # A black mask or a white sky would else have no edge.
+                box = (*corner, corner[0] + picture.width - 1, corner[1] + picture.height - 1)
+                draw.rectangle(box, outline=_EDGE)
+            note = _shorten(notes[item], text, item_width)
+            draw.text((start, top + pictures[item][0].height + 5), note, fill=_DIM, font=text)
+        top += height + _NOTE
     path.parent.mkdir(parents=True, exist_ok=True)
-    grid.save(path)
+    sheet.save(path)
 
 
 def _fit(picture: Image.Image, cell: int) -> Image.Image:
-    scale = cell / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    # Enlarged pictures keep their pixels: what a demo's 64 px hold should be seen, not smoothed.
-    return picture.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)
+    """Made smaller, or enlarged by a whole number: then every pixel is a square, and what the model painted is seen, no
+    interpolation."""
+    longest = max(picture.size)
+    if longest <= cell:
+        factor = cell // longest
+        return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    size = (max(1, round(picture.width * cell / longest)), max(1, round(picture.height * cell / longest)))
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def _shorten(note: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """The note, its end replaced by dots if it is wider than `width` pixels."""
+    if font.getlength(note) <= width:
+        return note
+    while note and font.getlength(f"{note}…") > width:
+        note = note[:-1]
+    return f"{note.rstrip()}…"

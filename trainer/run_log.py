@@ -2,8 +2,10 @@
 
 import json
 import logging
+import math
 import sys
 import time
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -44,18 +46,20 @@ class RunLog:
         self._is_main = is_main
         self._steps = config.train.steps
         self._global_batch_size = config.train.global_batch_size
+        self._start: tuple[int, float] | None = None  # the step before this process's first one, and when
         self._tensorboard = None
         self._progress: Progress | None = None
         if not is_main:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         write_text_atomically(self._folder / "config.yaml", dump_config(config))
+        kept_step = first_step if first_step else -1  # a fresh start validates at step 0 anew
         for name in ("metrics", "validation"):
-            _set_aside(self._folder / f"{name}.jsonl", after_step=first_step, restart=state.restarts)
+            _set_aside(self._folder / f"{name}.jsonl", after_step=kept_step, restart=state.restarts)
         if "tensorboard" in config.logging.trackers:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(self._folder / "tensorboard", purge_step=first_step)
+            self._tensorboard = SummaryWriter(self._folder / "tensorboard", purge_step=kept_step + 1)
         if console.is_terminal:
             self._progress = Progress(
                 TextColumn("training"),
@@ -73,9 +77,11 @@ class RunLog:
         step = state.step
         if not update.applied:
             log.warning("step %d skipped: loss %s, gradient norm %s", step, update.loss, update.grad_norm)
-        seconds = time.monotonic() - stream.batch_start
         if not self._is_main:
             return
+        now = time.monotonic()
+        seconds = now - stream.batch_start
+        first_step, start = self._start = self._start or (step - 1, stream.batch_start)
         line = {
             "step": step,
             "epoch": stream.current.epoch,
@@ -98,7 +104,7 @@ class RunLog:
         if self._progress is not None:
             self._progress.update(self._task, completed=step, figures=figures)
         elif step % max(1, self._steps // 30) == 0 or step == 1:
-            left = (self._steps - step) * seconds
+            left = (self._steps - step) * (now - start) / (step - first_step)
             log.info("step %d/%d  %s  about %s left", step, self._steps, figures, _duration(left))
 
     def validation(self, line: dict) -> None:
@@ -109,7 +115,8 @@ class RunLog:
         first = line if line["step"] == 0 else _first_line(path)
         for split, figures in line.items():
             if isinstance(figures, dict) and figures and first is not None and first.get(split):
-                figures["hole_psnr_untrained"] = first[split]["hole_psnr"]
+                untrained = first[split]["hole_psnr"]
+                figures["hole_psnr_untrained"] = float("nan") if untrained is None else untrained
         _append(path, line)
         for split, figures in line.items():
             if not isinstance(figures, dict) or not figures:
@@ -136,7 +143,14 @@ class RunLog:
 
 def _append(path: Path, line: dict) -> None:
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+
+
+def _finite(figure: object) -> object:
+    """JSON has no word for nan and inf: null."""
+    if isinstance(figure, dict):
+        return {name: _finite(inner) for name, inner in figure.items()}
+    return None if isinstance(figure, float) and not math.isfinite(figure) else figure
 
 
 def _first_line(path: Path) -> dict | None:
@@ -148,10 +162,12 @@ def _first_line(path: Path) -> dict | None:
 
 
 def _set_aside(path: Path, *, after_step: int, restart: int) -> None:
-    """Keep the lines up to a step; later ones belong to what a resume undid and move to <name>.<restart>.jsonl."""
+    """Keep the lines up to a step; later ones belong to what a resume undid and move to <name>.<restart>.jsonl, or the
+    first number after it that is free: two starts from one checkpoint count alike."""
     if not path.is_file():
         return
-    kept, undone = [], []
+    kept: list[str] = []
+    undone: list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             step = json.loads(line)["step"]
@@ -159,7 +175,8 @@ def _set_aside(path: Path, *, after_step: int, restart: int) -> None:
             continue  # the last line of a process that was killed while it wrote
         (kept if step <= after_step else undone).append(line)
     if undone:
-        path.with_suffix(f".{restart}.jsonl").write_text("\n".join(undone) + "\n", encoding="utf-8")
+        aside = next(p for number in count(restart) if not (p := path.with_suffix(f".{number}.jsonl")).exists())
+        write_text_atomically(aside, "".join(f"{line}\n" for line in undone))
     write_text_atomically(path, "".join(f"{line}\n" for line in kept))
 
 

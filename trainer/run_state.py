@@ -1,27 +1,30 @@
-"""What a run goes on from: weights, optimizer, average, step and place in the order, keyed by parameter name.
-
-Three safetensors files and one JSON; no pickle. The layout knows nothing of how the run was spread over processes.
-"""
+"""What a run goes on from: step and place in the order, weights, optimizer and average of every engine alike."""
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from configs.errors import InputError
 from configs.loading import dump_config
 from configs.schema import Config
 from data.order import OrderSettings
-from trainer.checkpoint import complete_checkpoints, damage_of, latest_checkpoint, prune_checkpoints, save_checkpoint
+from trainer.checkpoint import (
+    complete_checkpoints,
+    damage_of,
+    flush_and_hash,
+    latest_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
 from trainer.ema import Ema
-from trainer.engine import Engine, Update
+from trainer.engine import Engine, Update, movable
 from trainer.lora import save_adapter
+from trainer.state_files import StateFiles, rank_file, write_index, write_rank
 
 MAX_SKIPS = 5
 
@@ -48,27 +51,18 @@ class RunState:
         Raises FloatingPointError after the fifth skip in a row.
         """
         skips = 0 if update.applied else self.skips + 1
-        if skips > MAX_SKIPS:
+        if skips >= MAX_SKIPS:
             raise FloatingPointError(
-                f"step {self.step + 1}: loss or gradient not finite {skips} times in a row (loss {update.loss}, gradient "
-                f"norm {update.grad_norm}). Lower train.lr, or look at the samples of the last steps."
+                f"step {self.step + 1}: loss or gradient not finite {skips} times in a row (loss {update.loss}, "
+                f"gradient norm {update.grad_norm}). Lower train.lr, or look at the samples of the last steps."
             )
         return replace(self, step=self.step + 1, batch=self.batch + 1, skips=skips)
 
 
-def trained_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
-    """Name -> parameter of everything that trains."""
-    return {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
+# --- going on ---------------------------------------------------------------------------------------------------------
 
 
-def resume(
-    config: Config,
-    resume_from: str,
-    engine: Engine,
-    transformer: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    ema: Ema,
-) -> RunState:
+def resume(config: Config, resume_from: str, engine: Engine, ema: Ema) -> RunState:
     """Where the run goes on, with weights, optimizer and average loaded; all zero for a fresh start.
 
     resume_from: "auto" (the newest whole checkpoint of the run folder, if there is one), "never", or a checkpoint's
@@ -76,20 +70,22 @@ def resume(
     """
     order = OrderSettings.current(seed=config.run.seed, global_batch_size=config.train.global_batch_size)
     # Rank 0 looks, for all: checking reads every byte, and ranks that chose differently would drift apart in silence.
-    (folder, problem), *_ = engine.gather(_choose_checkpoint(config, resume_from) if engine.is_main else (None, None))
+    chosen = _choose_checkpoint(config, resume_from) if engine.is_main else (None, None)
+    folder, problem = engine.gather(chosen)[0]
     if problem is not None:
         raise InputError(problem)
     if folder is None:
         return RunState(step=0, batch=0, skips=0, restarts=0, order=order)
-    state = read_state(folder)
+    saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    state = RunState(**saved["state"] | {"order": OrderSettings(**saved["state"]["order"])})
     if (state.order.seed, state.order.global_batch_size) != (order.seed, order.global_batch_size):
         raise InputError(
-            f"{folder}: the run has seed {state.order.seed} and train.global_batch_size {state.order.global_batch_size}, "
-            f"the config {order.seed} and {order.global_batch_size}. They fix the order of the samples: set them back, or "
-            "start a new run (run.name)."
+            f"{folder}: the run has run.seed {state.order.seed} and train.global_batch_size "
+            f"{state.order.global_batch_size}, the config {order.seed} and {order.global_batch_size}. They fix the order "
+            "of the samples: set them back, or start a new run (run.name)."
         )
-    restore(folder, trained_parameters(engine.plain(transformer)), optimizer, ema)
-    log.info("resumed from %s at step %d", folder, state.step)
+    load_tensors(folder, engine, ema, saved["engine"])
+    log.info("resumed from %s, step %d (saved by %s)", folder, state.step, saved["engine"]["name"])
     return replace(state, restarts=state.restarts + 1)
 
 
@@ -107,14 +103,69 @@ def _choose_checkpoint(config: Config, resume_from: str) -> tuple[Path | None, s
     return folder, f"--resume {folder}: {damage}. Give a whole checkpoint folder, or auto." if damage else None
 
 
-def save_if_due(
-    config: Config,
-    engine: Engine,
-    state: RunState,
-    transformer: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    ema: Ema,
-) -> None:
+@torch.no_grad()
+def load_tensors(folder: Path, engine: Engine, ema: Ema, saved_by: dict) -> None:
+    """Load weights, optimizer and average of this rank's slices from any engine's checkpoint.
+
+    saved_by: what `save` recorded of the engine.  Raises InputError if the trained tensors, the optimizer, or (for an
+    8-bit optimizer) the layout are not the checkpoint's.
+    """
+    engine.prime_optimizer()
+    slices = engine.local_slices()
+    files = StateFiles(folder)
+    own = {part.name: part.numel for part in slices}
+    wrong = [name for name, numel in own.items() if files.sizes.get(name) != numel]
+    if wrong or len(files.sizes) != len(engine.trained_sizes):
+        raise InputError(
+            f"{folder}: trains {len(files.sizes)} tensors, this config {len(engine.trained_sizes)}"
+            + (f"; {wrong[0]} is of another size" if wrong else "")
+            + ". model.base and method must stay as they were; start a new run (run.name) to change them."
+        )
+    moments = set().union(*(part.moments for part in slices))
+    bound = _bound_state(engine)
+    kinds = files.kinds() - {"weight", "ema"}
+    if (moments, bool(bound)) != (kinds, saved_by["bound"]):
+        raise InputError(
+            f"{folder}: was saved with another train.optimizer. It must stay as it was, or start a new run."
+        )
+    if bound and saved_by["layout"] != engine.state_layout:
+        raise InputError(
+            f"{folder}: the 8-bit optimizer state was saved by {saved_by['layout']} processes and cannot be cut for "
+            f"{engine.state_layout}. Go on with the engine and number of processes that saved it, or start a new run "
+            "with train.optimizer=adamw, whose state fits any."
+        )
+    if ema.averages and "ema" not in files.kinds():
+        raise InputError(f"{folder}: holds no moving average. Set train.ema_decay=null, or start a new run.")
+    for part in slices:
+        count = part.weight.numel()
+        part.weight.copy_(files.read("weight", part.name, part.start, count))
+        for key, moment in part.moments.items():
+            moment.copy_(files.read(key, part.name, part.start, count))
+        if ema.averages:
+            ema.averages[part.name].copy_(files.read("ema", part.name, part.start, count))
+    if bound:
+        for name, value in files.read_bound(0 if engine.state_layout == "whole" else engine.rank).items():
+            bound[name].copy_(value)
+    for _, _, state in engine.optimizer_states():
+        step = state.get("step")
+        state["step"] = torch.full_like(step, saved_by["steps"]) if isinstance(step, Tensor) else saved_by["steps"]
+    engine.loaded()
+
+
+def _bound_state(engine: Engine) -> dict[str, Tensor]:
+    """Optimizer tensors that cannot be cut by element: 8-bit moments and their scales."""
+    return {
+        f"{name}//{key}": value
+        for name, owner, state in engine.optimizer_states()
+        for key, value in state.items()
+        if isinstance(value, Tensor) and key != "step" and key not in dict(movable(state, owner))
+    }
+
+
+# --- saving -----------------------------------------------------------------------------------------------------------
+
+
+def save_if_due(config: Config, engine: Engine, state: RunState, ema: Ema) -> None:
     """Every `checkpoint.every_steps` and at the end: save, then delete what is too old. All ranks call it.
 
     A save that fails (a full disk) is reported and the run goes on; the checkpoints before it are untouched.
@@ -122,128 +173,78 @@ def save_if_due(
     every = config.checkpoint.every_steps
     if every is None or (state.step % every and state.step != config.train.steps):
         return
+    run = config.run.folder
+    staging = run / "checkpoints" / f"step-{state.step:08d}.staging"
     if engine.is_main:
-        plain = engine.plain(transformer)
+        shutil.rmtree(staging, ignore_errors=True)
+    engine.wait()
+    failure, spans, sha256 = None, {}, ""
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+        spans = save_tensors(staging, engine, ema)
+        sha256 = flush_and_hash(staging / rank_file(engine.rank))
+    except OSError as error:
+        failure = str(error)
+    everyone = engine.gather((failure, spans, sha256))
+    adapter = engine.full_weights() if config.method.type == "lora" else {}
 
-        def write(folder: Path) -> None:
-            write_state(folder, config, state, trained_parameters(plain), optimizer, ema)
-            if config.method.type == "lora":
-                save_adapter(plain, folder / "adapter")
+    def write(folder: Path) -> dict[str, str]:
+        for rank in range(engine.world_size):
+            (staging / rank_file(rank)).rename(folder / rank_file(rank))
+        write_head(folder, config, engine, state, [spans for _, spans, _ in everyone])
+        if adapter:
+            save_adapter(engine.plain_transformer, folder / "adapter", tensors=adapter)
+        return {rank_file(rank): sha256 for rank, (_, _, sha256) in enumerate(everyone)}
 
+    if engine.is_main:
+        failures = [failure for failure, _, _ in everyone if failure]
         try:
-            folder = save_checkpoint(config.run.folder, state.step, write)
-            log.info("saved %s", folder)
+            if failures:
+                raise OSError(failures[0])
+            log.info("saved %s", save_checkpoint(run, state.step, write))
             if config.checkpoint.keep_last is not None:
-                prune_checkpoints(config.run.folder, keep_last=config.checkpoint.keep_last)
+                prune_checkpoints(run, keep_last=config.checkpoint.keep_last)
         except OSError as error:
-            log.error(
-                "step %d could not be saved (%s); the run goes on, earlier checkpoints are whole", state.step, error
-            )
+            log.error("step %d was not saved (%s); the run goes on, earlier checkpoints are whole", state.step, error)
+        shutil.rmtree(staging, ignore_errors=True)
     engine.wait()
 
 
-def write_state(
-    folder: Path,
-    config: Config,
-    state: RunState,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    ema: Ema,
+def save_tensors(folder: Path, engine: Engine, ema: Ema) -> dict[str, list[int]]:
+    """Write this rank's slices; returns which elements of which tensors they are.
+
+    Raises FloatingPointError rather than save weights that are not finite.
+    """
+    owned = [part for part in engine.local_slices() if part.owned]
+    for part in owned:
+        if not torch.isfinite(part.weight).all():
+            raise FloatingPointError(f"{part.name} is not finite on rank {engine.rank}; such weights are never saved")
+
+    def pieces():
+        for part in owned:
+            yield f"weight/{part.name}", part.start, part.weight
+            yield from ((f"{key}/{part.name}", part.start, moment) for key, moment in part.moments.items())
+            if ema.averages:
+                yield f"ema/{part.name}", part.start, ema.averages[part.name]
+
+    # Where every rank holds the whole optimizer, one copy is enough.
+    bound = _bound_state(engine) if engine.state_layout != "whole" or engine.is_main else {}
+    return write_rank(folder, engine.rank, pieces(), bound)
+
+
+def write_head(
+    folder: Path, config: Config, engine: Engine, state: RunState, spans: list[dict[str, list[int]]]
 ) -> None:
-    """Fill a checkpoint folder. Raises FloatingPointError rather than save weights that are not finite."""
-    weights = {name: parameter.detach() for name, parameter in parameters.items()}
-    for name, weight in weights.items():
-        if not torch.isfinite(weight).all():
-            raise FloatingPointError(f"step {state.step}: {name} is not finite; such weights are never saved")
-    _save(weights, folder / "weights.safetensors")
-    tensors, numbers = _flatten_optimizer(optimizer, list(parameters))
-    _save(tensors, folder / "optimizer.safetensors")
-    if ema.averages:
-        _save(ema.averages, folder / "ema.safetensors")
-    text = json.dumps({"state": asdict(state), "optimizer": numbers}, indent=1)
+    """index.json, state.json and config.yaml of a checkpoint."""
+    write_index(folder, dict(enumerate(spans)), engine.trained_sizes)
+    steps = next((float(s["step"]) for _, _, s in engine.optimizer_states() if "step" in s), 0.0)
+    saved_by = {
+        "name": engine.name,
+        "world_size": engine.world_size,
+        "layout": engine.state_layout,
+        "bound": bool(_bound_state(engine)),
+        "steps": steps,
+    }
+    text = json.dumps({"state": asdict(state), "engine": saved_by}, indent=1)
     (folder / "state.json").write_text(text, encoding="utf-8")
     (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-
-
-def read_state(folder: Path) -> RunState:
-    """The state in a checkpoint folder."""
-    fields = json.loads((folder / "state.json").read_text(encoding="utf-8"))["state"]
-    return RunState(**fields | {"order": OrderSettings(**fields["order"])})
-
-
-def restore(
-    folder: Path,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    ema: Ema,
-) -> None:
-    """Load weights, optimizer and average from a checkpoint folder into what is there.
-
-    Raises InputError if the checkpoint is of another method, rank or optimizer.
-    """
-    with safe_open(folder / "weights.safetensors", framework="pt") as saved:
-        if set(saved.keys()) != set(parameters):
-            raise InputError(
-                f"{folder}: holds {len(saved.keys())} trained tensors, this config trains {len(parameters)} others. "
-                "model.base and method must stay as they were; start a new run (run.name) to change them."
-            )
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                weight = saved.get_tensor(name)
-                if weight.shape != parameter.shape:
-                    raise InputError(
-                        f"{folder}: {name} is {list(weight.shape)}, this config has {list(parameter.shape)}. "
-                        "model.base and method must stay as they were; start a new run (run.name) to change them."
-                    )
-                parameter.copy_(weight)
-    numbers = json.loads((folder / "state.json").read_text(encoding="utf-8"))["optimizer"]
-    _load_optimizer(optimizer, list(parameters), load_file(folder / "optimizer.safetensors"), numbers, folder)
-    if ema.averages:
-        if not (folder / "ema.safetensors").is_file():
-            raise InputError(f"{folder}: has no moving average. Set train.ema_decay=null, or start a new run.")
-        ema.load(load_file(folder / "ema.safetensors"))
-
-
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-
-
-def _leaves(value: Mapping, prefix: str) -> Iterator[tuple[str, object]]:
-    """(path, leaf) of a nested dict; the parts of a path are joined by "/"."""
-    for name, leaf in value.items():
-        if isinstance(leaf, Mapping):
-            yield from _leaves(leaf, f"{prefix}{name}/")
-        else:
-            yield f"{prefix}{name}", leaf
-
-
-def _flatten_optimizer(optimizer: torch.optim.Optimizer, names: list[str]) -> tuple[dict[str, Tensor], dict]:
-    """An optimizer's state as named tensors ("<parameter>//<path>") and plain numbers of the same names."""
-    tensors, numbers = {}, {}
-    for index, state in optimizer.state_dict()["state"].items():
-        for path, leaf in _leaves(state, ""):
-            (tensors if isinstance(leaf, Tensor) else numbers)[f"{names[index]}//{path}"] = leaf
-    return tensors, numbers
-
-
-def _load_optimizer(
-    optimizer: torch.optim.Optimizer, names: list[str], tensors: Mapping[str, Tensor], numbers: Mapping, folder: Path
-) -> None:
-    state: dict[int, dict] = {}
-    place = {name: index for index, name in enumerate(names)}
-    for name, leaf in [*tensors.items(), *numbers.items()]:
-        parameter, path = name.split("//")
-        *parents, last = path.split("/")
-        at = state.setdefault(place[parameter], {})
-        for parent in parents:
-            at = at.setdefault(parent, {})
-        at[last] = leaf
-    fresh = optimizer.state_dict()
-    if state and set(state) != set(range(len(names))):
-        raise InputError(f"{folder}: the optimizer's state does not cover every trained tensor.")
-    try:
-        optimizer.load_state_dict({"state": state, "param_groups": fresh["param_groups"]})
-    except (KeyError, ValueError) as error:
-        raise InputError(
-            f"{folder}: its optimizer state is not one of this optimizer ({error}). train.optimizer must stay as it was."
-        ) from error

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxFillPipeline
 from torch import Tensor, nn
 
@@ -38,7 +39,7 @@ _GRID_ROWS = 12
 
 @dataclass(frozen=True)
 class _Item:
-    """A watched picture as the model takes it. number: its place among all items, the key of its noise."""
+    """A watched picture as the model takes it. number: its place among all items."""
 
     number: int
     item: ValidationItem
@@ -95,7 +96,7 @@ class Validator:
         ]
         shards = {str(path): number for number, path in enumerate(table.path)}
         self._items = [
-            _Item(number, item, pixels, _read_rows(reader, manifest, shards[item.shard], item.row, number))
+            _Item(number, item, pixels, _read_rows(reader, manifest, shards[item.shard], item, number))
             for number, (item, pixels) in enumerate(watched)
         ]
         self._chunks = _chunk(self._items)
@@ -153,7 +154,7 @@ class Validator:
                 latents=pack_latents(rows.noise).to(dtype),
                 num_inference_steps=self._sampler_steps,
                 guidance_scale=self._flow.guidance,
-                generator=[torch.Generator().manual_seed(_NOISE_SEED + item.number) for item in chunk],
+                generator=[torch.Generator().manual_seed(_noise_key(item.item)) for item in chunk],
                 output_type="pt",
             )
             .images.float()
@@ -227,8 +228,14 @@ class Validator:
             save_grid(self._folder / f"step-{step:08d}-{split}.png", ("target", "hole", "filled", "mask"), rows, notes)
 
 
-def _read_rows(reader: ShardReader, manifest: Manifest, shard: int, row: int, number: int) -> MicroBatch:
+def _noise_key(item: ValidationItem) -> int:
+    """Of the item's name alone: its noise stays the same when other items come or go."""
+    return xxhash.xxh3_64_intdigest(item.key.encode()) >> 1
+
+
+def _read_rows(reader: ShardReader, manifest: Manifest, shard: int, item: ValidationItem, number: int) -> MicroBatch:
     """One stored sample (its first mask variant) as a micro-batch of one, with the item's fixed noise."""
+    row = item.row
     bucket = parse_bucket(str(reader.table.bucket[shard]))
     h, w = bucket.latent_size
     rows = MicroBatch(
@@ -251,7 +258,7 @@ def _read_rows(reader: ShardReader, manifest: Manifest, shard: int, row: int, nu
     reader.read_latents(shard, row, raw(rows.latents))
     reader.read_masked(shard, row, 0, raw(rows.masked_latents), raw(rows.mask))
     reader.read_text(shard, row, raw(rows.t5), raw(rows.pooled))
-    draw_noise(_NOISE_SEED, number, rows.noise.numpy())
+    draw_noise(_NOISE_SEED, _noise_key(item), rows.noise.numpy())
     return rows
 
 

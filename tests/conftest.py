@@ -1,0 +1,78 @@
+"""What the tests of several folders share: the demo's triples, the tiny FLUX models and the cache made with them, each
+made once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from configs.schema import Config
+    from data.manifest import Cache
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The fixtures import what they need themselves: diffusers takes 10 s, and most tests need none of it.
+
+
+@pytest.fixture(scope="session")
+def triples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with target/, source/ and mask/: the demo's 96 triples, captions beside the targets. Read only."""
+    from demo.photographs import write_triples
+
+    folder = tmp_path_factory.mktemp("demo") / "triples"
+    write_triples(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny FLUX.1-Fill in diffusers' folder layout. Read only."""
+    from demo.tiny_model import build_tiny_model
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-fill"
+    build_tiny_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_dev_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny FLUX.1-dev (64 input channels) in diffusers' folder layout. Read only."""
+    from demo.tiny_model import build_tiny_model
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-dev"
+    build_tiny_model(folder, in_channels=64)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_config(tiny_model: Path, triples: Path) -> Callable[..., Config]:
+    """Makes a config of the demo's triples and the tiny model: `demo_config(cache_folder, "key=value", ...)`.
+
+    Square crops of 64 px and their like, half of the 96 held out, T5 texts of 32 tokens.
+    """
+    from configs.loading import load_config
+
+    def make(cache: Path, *overrides: str) -> Config:
+        folders = [f"data.datasets.0.{role}={triples / role}" for role in ("target", "source", "mask")]
+        sizes = ["data.resolution=64", "data.holdout=48", "data.shard_size_mib=1", "data.captions.text_length=32"]
+        given = [f"model.base={tiny_model}", f"data.cache={cache}", *folders, *sizes, *overrides]
+        return load_config(ROOT / "configs" / "demo.yaml", given)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def cache(demo_config: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """The demo's triples, encoded by the tiny model as `demo_config` says. Read only: damage a copy of its folder."""
+    from rich.console import Console
+
+    from data.manifest import open_cache
+    from data.preprocess import preprocess
+
+    config = demo_config(tmp_path_factory.mktemp("cache") / "cache")
+    preprocess(config, Console(quiet=True))
+    return open_cache(config, Path(config.model.base))

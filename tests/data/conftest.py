@@ -1,0 +1,129 @@
+"""Small real shards and caches of made-up samples, for tests that need no model."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xxhash
+from safetensors.torch import save_file
+
+from data.geometry import Bucket
+from data.manifest import EMPTY_TEXT, FORMAT_VERSION, TRAIN, Cache, Manifest, ShardTable, parse_bucket, write_manifest
+from data.order import ORDER_VERSION
+from data.shards import SampleTensors, ShardIndex, ShardWriter
+
+TEXT_LENGTH, TEXT_WIDTH, POOLED_WIDTH = 8, 6, 4
+
+
+def _generator_of(name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(name.encode()) >> 1)
+
+
+def _make_sample(key: str, bucket: Bucket, *, text: str, num_variants: int = 1) -> SampleTensors:
+    """A sample that is a function of its key."""
+    random = _generator_of(key)
+
+    def latents() -> torch.Tensor:
+        return torch.randn(16, *bucket.latent_size, generator=random).bfloat16()
+
+    masks = [(torch.rand(bucket.height, bucket.width, generator=random) < 0.4).numpy() for _ in range(num_variants)]
+    return SampleTensors(
+        key=key,
+        latents=latents(),
+        masked_latents=[latents() for _ in range(num_variants)],
+        masks=masks,
+        text=text,
+        tokens=int(torch.randint(1, TEXT_LENGTH, (), generator=random)),
+        meta={"caption": f"the caption of {text}"},
+    )
+
+
+def _make_text(text: str) -> dict[str, torch.Tensor]:
+    """t5 and pooled that are a function of the text's name."""
+    random = _generator_of(text)
+    return {
+        "t5": torch.randn(TEXT_LENGTH, TEXT_WIDTH, generator=random).bfloat16(),
+        "pooled": torch.randn(POOLED_WIDTH, generator=random).bfloat16(),
+    }
+
+
+def _write_shard(
+    path: Path, bucket: Bucket, keys: Sequence[str], *, num_texts: int = 2, num_variants: int = 1
+) -> ShardIndex:
+    """A shard whose samples share `num_texts` texts in turn."""
+    texts = [f"text-{number:016x}" for number in range(min(num_texts, len(keys)))]
+    with ShardWriter(path) as writer:
+        for text in texts:
+            writer.add_text(text, **_make_text(text))
+        for row, key in enumerate(keys):
+            writer.add_sample(_make_sample(key, bucket, text=texts[row % len(texts)], num_variants=num_variants))
+        return writer.finish(plan=xxhash.xxh3_128_hexdigest(str(path.name).encode()))
+
+
+@pytest.fixture(scope="session")
+def make_sample() -> Callable[..., SampleTensors]:
+    """Makes a sample: `make_sample(key, bucket, text="text-1", num_variants=1)`, the same every time."""
+    return _make_sample
+
+
+@pytest.fixture(scope="session")
+def make_text() -> Callable[[str], dict[str, torch.Tensor]]:
+    """Makes the tensors of a text: `make_text(name)`, the same every time."""
+    return _make_text
+
+
+@pytest.fixture(scope="session")
+def write_shard() -> Callable[..., ShardIndex]:
+    """Writes a shard: `write_shard(path, bucket, keys, num_texts=2, num_variants=1)`, of `make_sample`'s samples."""
+    return _write_shard
+
+
+@pytest.fixture
+def make_cache(tmp_path: Path) -> Callable[..., Cache]:
+    """Makes a cache: `make_cache([("photos", "48x64", 5), ("photos", "48x64", 3), ("removal", "32x32", 4)])`.
+
+    One entry a shard: dataset, bucket, number of samples and, if it is not "train", split.
+    """
+
+    def make(shards: Sequence[tuple], *, num_variants: int = 1) -> Cache:
+        folder = tmp_path / "made-up-cache"
+        rows = []
+        for number, (dataset, bucket, samples, *split) in enumerate(shards):
+            path = f"shards/{dataset}/{bucket}-{number:06d}.tar"
+            keys = [f"{dataset}-{number}-{row}" for row in range(samples)]
+            index = _write_shard(folder / path, parse_bucket(bucket), keys, num_variants=num_variants)
+            rows.append((path, dataset, bucket, *(split or [TRAIN]), samples, index))
+        indexes = [row[-1] for row in rows]
+        table = ShardTable(
+            path=np.array([row[0] for row in rows]),
+            dataset=np.array([row[1] for row in rows]),
+            bucket=np.array([row[2] for row in rows]),
+            split=np.array([row[3] for row in rows]),
+            samples=np.array([row[4] for row in rows], dtype=np.int64),
+            bytes=np.array([index.tar_bytes for index in indexes], dtype=np.int64),
+            sha256=np.array([index.tar_sha256 for index in indexes]),
+            plan=np.array([index.plan for index in indexes]),
+        )
+        datasets = sorted(set(table.dataset.tolist()))
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            order_version=ORDER_VERSION,
+            settings={},
+            encoders={},
+            vae_shift=0.1159,
+            vae_scale=0.3611,
+            text_length=TEXT_LENGTH,
+            text_dtype="bf16",
+            text_width=TEXT_WIDTH,
+            pooled_width=POOLED_WIDTH,
+            mask_variants=dict.fromkeys(datasets, num_variants),
+            samples={},
+            hole_fractions=[0] * 10,
+        )
+        save_file(_make_text("the empty caption"), folder / EMPTY_TEXT)
+        write_manifest(folder, manifest, table)
+        return Cache(folder, manifest, table)
+
+    return make

@@ -1,0 +1,187 @@
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs.errors import InputError
+from data.pictures import load_mask, load_picture, picture_size
+
+LIMIT = 64.0
+
+
+def asymmetric_picture(height=18, width=30):
+    """uint8 [H, W, 3] that no turn or flip maps to itself."""
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def stored_as(upright, orientation):
+    """How a camera held that way stores an upright picture, by EXIF's definition of where row 0 and column 0 lie."""
+    first_row_is = {1: "top", 2: "top", 3: "bottom", 4: "bottom", 5: "left", 6: "right", 7: "right", 8: "left"}
+    first_column_is = {1: "left", 2: "right", 3: "right", 4: "left", 5: "top", 6: "top", 7: "bottom", 8: "bottom"}
+    row, column = first_row_is[orientation], first_column_is[orientation]
+    stored = upright
+    if "bottom" in (row, column):
+        stored = stored[::-1]
+    if "right" in (row, column):
+        stored = stored[:, ::-1]
+    if row in ("left", "right"):
+        stored = stored.swapaxes(0, 1)
+    return np.ascontiguousarray(stored)
+
+
+def save_with_orientation(path, pixels, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if path.suffix == ".webp" else {}
+    Image.fromarray(pixels).save(path, exif=exif, **options)
+
+
+def png_that_claims(width, height):
+    """A PNG of some 100 bytes whose header announces any size."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = zlib.compress(bytes(100))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_stands_upright(tmp_path, suffix, orientation):
+    upright = asymmetric_picture()
+    path = tmp_path / f"turned{suffix}"
+    save_with_orientation(path, stored_as(upright, orientation), orientation)
+    np.testing.assert_array_equal(np.asarray(load_picture(path, max_megapixels=LIMIT)), upright)
+    assert picture_size(path, max_megapixels=LIMIT) == (30, 18)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_mask_stands_upright(tmp_path, orientation):
+    upright = asymmetric_picture()[..., 0]
+    path = tmp_path / "mask.png"
+    save_with_orientation(path, stored_as(upright, orientation), orientation)
+    np.testing.assert_array_equal(np.asarray(load_mask(path, max_megapixels=LIMIT)), upright)
+    assert picture_size(path, max_megapixels=LIMIT) == (30, 18)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_photograph_of_a_phone_held_upright_stands_upright(tmp_path, orientation):
+    upright = np.zeros((32, 48, 3), np.uint8)
+    upright[:16, :16] = 255
+    path = tmp_path / "phone.jpg"
+    save_with_orientation(path, stored_as(upright, orientation), orientation)
+    loaded = np.asarray(load_picture(path, max_megapixels=LIMIT)).astype(int)
+    assert abs(loaded - upright).max() < 40
+    assert picture_size(path, max_megapixels=LIMIT) == (48, 32)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of the damage
+def test_damaged_exif_leaves_a_picture_as_it_is_stored(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x010F] = "a maker"
+    damaged = bytearray(exif.tobytes())
+    read = []
+    for place in range(6, len(damaged)):
+        broken = damaged.copy()
+        broken[place] ^= 0xFF
+        path = tmp_path / f"{place}.jpg"
+        Image.fromarray(asymmetric_picture()).save(path, exif=bytes(broken))
+        size = picture_size(path, max_megapixels=LIMIT)
+        assert size in ((30, 18), (18, 30))
+        assert load_picture(path, max_megapixels=LIMIT).size == size
+        read.append(size)
+    assert (30, 18) in read, "no damage hit the orientation"
+
+
+@pytest.mark.parametrize("load", [picture_size, load_picture, load_mask])
+def test_a_picture_above_the_limit_is_refused_undecoded(tmp_path, load):
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png_that_claims(30000, 30000))
+    with pytest.raises(
+        InputError, match=r"bomb.png: 30000x30000 is 900 megapixels, above data.max_megapixels 64; it was"
+    ):
+        load(path, max_megapixels=LIMIT)
+
+
+def test_the_limit_may_be_above_pillows_own(tmp_path):
+    path = tmp_path / "large.png"
+    path.write_bytes(png_that_claims(20000, 20000))
+    assert picture_size(path, max_megapixels=401.0) == (20000, 20000)
+
+
+@pytest.mark.parametrize("load", [picture_size, load_picture, load_mask])
+def test_a_missing_picture_is_named(tmp_path, load):
+    with pytest.raises(InputError, match=r"gone.png: no such picture"):
+        load(tmp_path / "gone.png", max_megapixels=LIMIT)
+
+
+@pytest.mark.parametrize("load", [picture_size, load_picture, load_mask])
+@pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html></html>", b"\x89PNG\r\n\x1a\n", b"GIF89a" + bytes(50)])
+def test_a_file_that_is_no_picture_is_named(tmp_path, load, content):
+    path = tmp_path / "page.png"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"page.png: not a readable picture .* Replace or remove the file"):
+        load(path, max_megapixels=LIMIT)
+
+
+@pytest.mark.parametrize("load", [load_picture, load_mask])
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp", ".tif"])
+def test_a_truncated_picture_is_named(tmp_path, load, suffix):
+    path = tmp_path / f"cut{suffix}"
+    Image.fromarray(asymmetric_picture(200, 300)).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=rf"cut{suffix}: .* Replace or remove the file"):
+        load(path, max_megapixels=LIMIT)
+
+
+def test_transparent_parts_stand_on_white(tmp_path):
+    rgba = np.zeros((4, 4, 4), np.uint8)
+    rgba[0, 0] = (10, 20, 30, 255)
+    rgba[0, 1] = (0, 0, 0, 51)  # a fifth black, four fifths the white behind it
+    path = tmp_path / "cut-out.png"
+    Image.fromarray(rgba).save(path)
+    pixels = np.asarray(load_picture(path, max_megapixels=LIMIT))
+    assert pixels[0, 0].tolist() == [10, 20, 30]
+    assert pixels[0, 1].tolist() == [204, 204, 204]
+    assert pixels[2, 2].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    path = tmp_path / ("picture.jpg" if mode == "CMYK" else "picture.png")
+    Image.new("RGB", (8, 8), "white").convert(mode).save(path)
+    picture = load_picture(path, max_megapixels=LIMIT)
+    assert picture.mode == "RGB"
+    assert np.asarray(picture).min() >= 254
+
+
+def test_a_palettes_transparent_colour_is_white(tmp_path):
+    picture = Image.new("P", (2, 1))
+    picture.putpalette([200, 0, 0, 0, 0, 200])
+    picture.putpixel((1, 0), 1)
+    picture.save(tmp_path / "palette.png", transparency=1)
+    loaded = load_picture(tmp_path / "palette.png", max_megapixels=LIMIT)
+    assert np.asarray(loaded).tolist() == [[[200, 0, 0], [255, 255, 255]]]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_16_bit_grey_keeps_its_shades(tmp_path, suffix):
+    shades = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    path = tmp_path / f"deep{suffix}"
+    Image.fromarray(shades * 257).save(path)
+    np.testing.assert_array_equal(np.asarray(load_mask(path, max_megapixels=LIMIT)), shades)
+    np.testing.assert_array_equal(np.asarray(load_picture(path, max_megapixels=LIMIT))[..., 1], shades)
+
+
+def test_32_bit_pixels_are_refused(tmp_path):
+    path = tmp_path / "depth.tif"
+    Image.fromarray(np.ones((4, 4), np.float32)).save(path)
+    with pytest.raises(InputError, match=r"depth.tif: has 32-bit pixels.* Save it with 8 bits"):
+        load_mask(path, max_megapixels=LIMIT)

@@ -1,0 +1,142 @@
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from data.geometry import Bucket, plan_crop
+from data.shard_plan import PlannedSample, plan_shards, sample_bytes, text_name
+from data.sources import Triple
+
+ENCODING = {"encoders": {"vae": "abc"}, "text_length": 64}
+TEXT_BYTES = 8192
+
+SQUARE, WIDE = Bucket(64, 64), Bucket(48, 80)
+
+
+def planned(name, *, caption="a cat", dataset="cats", bucket=SQUARE, split="train", content="0"):
+    path = Path(name)
+    triple = Triple(dataset, name, path, path, None, caption, content, content)
+    size = (bucket.width, bucket.height)
+    return PlannedSample(triple, size, bucket, plan_crop(*size, bucket), split)
+
+
+def plan(samples, *, size_limit=100_000, encoding=ENCODING):
+    return plan_shards(samples, size_limit=size_limit, text_bytes=TEXT_BYTES, encoding=encoding)
+
+
+def many_samples(count=400):
+    """Two datasets, two buckets, two splits; captions that 1, 3 or a third of the samples share."""
+    samples = []
+    for number in range(count):
+        caption = ("the same", f"caption {number // 9}", f"caption {number}")[number % 3]
+        samples.append(
+            planned(
+                f"picture-{number}",
+                caption=caption,
+                dataset="cats" if number % 5 else "dogs",
+                bucket=SQUARE if number % 2 else WIDE,
+                split="holdout" if number % 7 == 0 else "train",
+            )
+        )
+    return samples
+
+
+def changed(before, after):
+    """Paths of the shards that a second run would write or delete."""
+    old, new = ({shard.path: shard.plan for shard in plans} for plans in (before, after))
+    return {path for path in old.keys() | new.keys() if old.get(path) != new.get(path)}
+
+
+def test_every_sample_is_in_one_shard_of_its_kind():
+    samples = many_samples()
+    plans = plan(samples)
+    assert len(plans) > 20
+    dealt = [sample for shard in plans for sample in shard.samples]
+    assert sorted(s.triple.name for s in dealt) == sorted(s.triple.name for s in samples)
+    for shard in plans:
+        for sample in shard.samples:
+            assert (sample.triple.dataset, sample.bucket, sample.split) == (shard.dataset, shard.bucket, shard.split)
+    assert len({shard.path for shard in plans}) == len(plans)
+
+
+def test_the_plan_does_not_hang_on_the_order_of_the_samples():
+    samples = many_samples()
+    assert plan(samples) == plan(samples[::-1]) == plan(sorted(samples, key=lambda s: s.triple.key))
+
+
+@pytest.mark.parametrize("size_limit", [60_000, 300_000, 2_000_000])
+def test_no_shard_is_larger_than_the_limit(size_limit):
+    for shard in plan(many_samples(), size_limit=size_limit):
+        texts = {sample.text for sample in shard.samples}
+        size = len(shard.samples) * sample_bytes(shard.bucket, num_variants=1) + len(texts) * TEXT_BYTES
+        assert size <= size_limit
+
+
+def test_a_sample_above_the_limit_gets_a_shard_of_its_own():
+    plans = plan([planned(f"picture-{number}") for number in range(5)], size_limit=1)
+    assert [len(shard.samples) for shard in plans] == [1] * 5
+
+
+def test_equal_captions_share_a_shard():
+    samples = [planned(f"picture-{number}", caption=f"caption {number // 4}") for number in range(200)]
+    plans = plan(samples)
+    assert len(plans) > 5
+    shards_of = {}
+    for shard in plans:
+        for sample in shard.samples:
+            shards_of.setdefault(sample.text, set()).add(shard.path)
+    assert all(len(paths) == 1 for paths in shards_of.values())
+
+
+def test_one_caption_for_everything_fills_many_shards():
+    plans = plan([planned(f"picture-{number}") for number in range(500)])
+    assert max(len(shard.samples) for shard in plans) < 50
+
+
+@pytest.mark.parametrize("change", ["add", "remove", "picture", "caption"])
+def test_a_changed_picture_touches_few_shards(change):
+    samples = many_samples()
+    before = plan(samples)
+    assert len(before) > 20
+    for number in range(0, 400, 40):
+        sample = samples[number]
+        if change == "add":
+            after = [*samples, planned(f"new-{number}", caption=f"caption {number}")]
+        elif change == "remove":
+            after = [*samples[:number], *samples[number + 1 :]]
+        else:
+            field = {"picture": {"content": "other"}, "caption": {"caption": f"another {number}"}}[change]
+            other = replace(sample, triple=replace(sample.triple, **field))
+            after = [*samples[:number], other, *samples[number + 1 :]]
+        touched = changed(before, plan(after))
+        # A shard that overflows is replaced by its two halves.
+        assert 1 <= len(touched) <= (4 if change in ("add", "caption") else 3)
+
+
+def test_nothing_changes_when_nothing_changed():
+    assert changed(plan(many_samples()), plan(many_samples())) == set()
+
+
+@pytest.mark.parametrize("encoding", [{"encoders": {"vae": "abd"}, "text_length": 64}, ENCODING | {"text_length": 65}])
+def test_other_encoders_make_every_shard_another(encoding):
+    before, after = plan(many_samples()), plan(many_samples(), encoding=encoding)
+    assert [shard.path for shard in before] == [shard.path for shard in after]
+    assert changed(before, after) == {shard.path for shard in before}
+
+
+def test_another_crop_makes_another_shard():
+    sample = planned("picture")
+    moved = replace(sample, crop=replace(sample.crop, left=1))
+    assert plan([sample])[0].plan != plan([moved])[0].plan
+
+
+def test_paths_say_what_is_inside():
+    for shard in plan(many_samples()):
+        split = "" if shard.split == "train" else "holdout-"
+        assert re.fullmatch(rf"shards/{shard.dataset}/{split}{shard.bucket}-\d{{6,}}\.tar", shard.path)
+
+
+def test_a_texts_name_is_a_name_in_a_tar():
+    assert re.fullmatch(r"text-[0-9a-f]{16}", text_name("eine Katze, 猫"))
+    assert text_name("a") != text_name("b") != text_name("")

@@ -1,0 +1,81 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from configs.loading import json_schema
+from launch import command as launch_command
+from launch.cli import app
+
+RECIPE = str(launch_command.REPO_ROOT / "configs" / "fill_lora.yaml")
+
+
+@pytest.mark.parametrize("command", ["schema", "preprocess", "train"])
+def test_help_of_every_command_has_an_example(command: str) -> None:
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert f"Example: fluxfill {command}" in result.output
+
+
+def test_schema_is_printed_and_written(tmp_path: Path) -> None:
+    printed = CliRunner().invoke(app, ["schema"])
+    assert json.loads(printed.stdout) == json_schema()
+    assert CliRunner().invoke(app, ["schema", "--out", str(tmp_path / "s.json")]).exit_code == 0
+    assert (tmp_path / "s.json").read_text() == printed.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["schema", "--out", "/nowhere/at/all.json"], "--out /nowhere/at/all.json: cannot be written"),
+        (["train", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
+        (["preprocess", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
+        (["train", RECIPE, "train.lr=fast", "train.stps=3"], "train.stps is 3, but there is no such key"),
+        (["train", RECIPE, "parallel.engine=single", "--num-processes", "2"], "--num-processes is 2"),
+    ],
+)
+def test_bad_input_is_a_message_and_exit_code_2(arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr and "Traceback" not in result.output and "\x1b" not in result.output
+
+
+def test_train_prints_the_command_and_exits_as_the_trainer_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "trainer").mkdir()
+    (tmp_path / "trainer" / "main.py").write_text(
+        "import json, os, sys\n"
+        "os.makedirs(os.path.dirname(os.environ['FLUXFILL_OUTCOME']))\n"
+        "reason = ' '.join(sys.argv[1:])\n"
+        "json.dump({'code': 75, 'reason': reason, 'step': 7}, open(os.environ['FLUXFILL_OUTCOME'], 'w'))\n"
+        "sys.exit(75)\n"
+    )
+    (tmp_path / "configs").symlink_to(launch_command.REPO_ROOT / "configs")
+    monkeypatch.setattr(launch_command, "REPO_ROOT", tmp_path)
+    result = CliRunner().invoke(app, ["train", RECIPE, f"run.dir={tmp_path}", "--num-processes", "1"])
+    assert result.exit_code == 75
+    line = result.stdout.splitlines()[0]
+    assert "PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1,SIGUSR2" in line and "accelerate.commands.launch" in line
+    assert f"FLUXFILL_OUTCOME={tmp_path}/fill-lora/outcome.json" in line
+    assert f"--config {RECIPE} run.dir={tmp_path} (step 7)" in result.stderr
+
+
+def test_preprocess_reports_a_missing_model_without_a_traceback(tmp_path: Path) -> None:
+    result = CliRunner().invoke(
+        app, ["preprocess", RECIPE, f"model.base={tmp_path}", f"data.cache={tmp_path / 'cache'}"]
+    )
+    assert result.exit_code == 2
+    assert str(tmp_path) in result.stderr and not (tmp_path / "cache").exists()
+
+
+def test_command_line_starts_without_torch_from_a_folder_with_data_and_configs(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "configs").mkdir()
+    code = "import sys, launch.cli; sys.exit('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(launch_command.REPO_ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=False).returncode == 0

@@ -1,0 +1,94 @@
+"""The canonical layout of a run's tensors: flat slices keyed by parameter name, whatever engine and ranks wrote them.
+
+Each rank writes one safetensors file with the slices that it owns; index.json says which file holds which elements. A
+reader asks for any range of any tensor, so a run saved by eight ranks of FSDP goes on under ZeRO on three.  No pickle.
+    weight/<parameter>, <moment>/<parameter>, ema/<parameter>    fp32, elements [start, stop) of the flattened parameter
+    state/<layout-bound name>                                    8-bit moments and the like: read by the rank that wrote
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from configs.errors import InputError
+
+INDEX = "index.json"
+
+
+def rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def write_rank(folder: Path, rank: int, pieces: Iterable[tuple[str, int, Tensor]], bound: Mapping[str, Tensor]) -> dict:
+    """Write a rank's file: pieces (tensor, first element, values) and layout-bound tensors.
+
+    Returns what `write_index` needs to know of it: tensor -> [start, stop].
+    """
+    tensors, spans = {}, {}
+    for name, start, values in pieces:
+        if values.numel():
+            tensors[name] = values.detach().cpu().contiguous()
+            spans[name] = [start, start + values.numel()]
+    tensors |= {f"state/{name}": value.detach().cpu().contiguous() for name, value in bound.items()}
+    save_file(tensors, folder / rank_file(rank))
+    return spans
+
+
+def write_index(folder: Path, spans: Mapping[int, Mapping[str, list[int]]], sizes: Mapping[str, int]) -> None:
+    """Write index.json from every rank's spans. sizes: parameter -> number of elements.
+
+    Raises RuntimeError if the slices do not cover every tensor exactly once: such a checkpoint would load as garbage.
+    """
+    tensors: dict[str, list] = {}
+    for rank, found in sorted(spans.items()):
+        for name, (start, stop) in found.items():
+            tensors.setdefault(name, []).append([start, stop, rank_file(rank)])
+    for name, parts in tensors.items():
+        parts.sort()
+        ends = [0, *(stop for _, stop, _ in parts)]
+        whole = sizes[name.split("/", 1)[1]]
+        if [start for start, _, _ in parts] != ends[:-1] or ends[-1] != whole:
+            raise RuntimeError(f"{folder}: {name} has {whole} elements, saved are {[part[:2] for part in parts]}")
+    (folder / INDEX).write_text(json.dumps({"sizes": dict(sizes), "tensors": tensors}), encoding="utf-8")
+
+
+class StateFiles:
+    """Reads a saved state, any range of any tensor."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        self.sizes: dict[str, int] = index["sizes"]
+        self._tensors: dict[str, list] = index["tensors"]
+        self._files: dict[str, safe_open] = {}
+
+    def kinds(self) -> set[str]:
+        """What is kept of each parameter: "weight", the moments' names, perhaps "ema"."""
+        return {name.split("/", 1)[0] for name in self._tensors}
+
+    def _open(self, file: str) -> safe_open:
+        if file not in self._files:
+            self._files[file] = safe_open(self._folder / file, framework="pt")
+        return self._files[file]
+
+    def read(self, kind: str, parameter: str, start: int, count: int) -> Tensor:
+        """Elements [start, start + count) of a tensor, 1-D.  Raises InputError if the state does not hold it."""
+        name = f"{kind}/{parameter}"
+        if name not in self._tensors:
+            raise InputError(f"{self._folder}: holds no {name}.")
+        pieces = []
+        for first, stop, file in self._tensors[name]:
+            low, high = max(start, first), min(start + count, stop)
+            if low < high:
+                pieces.append(self._open(file).get_slice(name)[low - first : high - first])
+        return torch.cat(pieces) if pieces else torch.empty(0)
+
+    def read_bound(self, rank: int) -> dict[str, Tensor]:
+        """The layout-bound tensors that a rank wrote."""
+        file = self._open(rank_file(rank))
+        return {name.removeprefix("state/"): file.get_tensor(name) for name in file.keys() if name.startswith("state/")}
