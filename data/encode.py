@@ -75,8 +75,9 @@ def _reading(folder: Path) -> Iterator[None]:
 def _refuse_gaps(folder: Path, missing: Iterable[str]) -> None:
     """The libraries fill missing weights with random numbers and go on with a warning."""
     if names := sorted(missing):
+        more = ", ..." if len(names) > 3 else ""
         raise InputError(
-            f"{folder}: {len(names)} weights are missing ({', '.join(names[:3])}, ...). Fetch the model again."
+            f"{folder}: weights are missing ({', '.join(names[:3])}{more}; {len(names)} in all). Fetch the model again."
         )
 
 

@@ -1,5 +1,7 @@
 """Opening pictures that strangers made: checked before they are decoded, upright, in RGB."""
 
+import os
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _QUARTER_TURNS = frozenset({5, 6, 7, 8})  # the stored width is the upright height
+_PNG_METADATA = frozenset({b"eXIf", b"tEXt", b"zTXt", b"iTXt"})  # where Pillow looks for EXIF and XMP
 
 
 def _open(path: Path, max_megapixels: float) -> Image.Image:
@@ -44,19 +47,43 @@ def _open(path: Path, max_megapixels: float) -> Image.Image:
     return picture
 
 
+def _decode(picture: Image.Image, path: Path) -> None:
+    try:
+        picture.load()
+    except Exception as error:
+        raise InputError(f"{path}: cannot be decoded ({error}). Replace or remove the file.") from error
+
+
 def _orientation(picture: Image.Image) -> int:
     """How an opened picture is stored, 1 to 8; 1 (upright) if it does not say, or says it in damaged EXIF."""
     if picture.format == "TIFF":
         return 1  # Pillow turns these itself, size and pixels
     try:
-        return int(picture.getexif().get(_ORIENTATION_TAG, 1))
+        # Not PngImageFile's own, which decodes every picture that has no EXIF ahead of its pixels.
+        return int(Image.Image.getexif(picture).get(_ORIENTATION_TAG, 1))
     except Exception:  # viewers too show a picture with damaged EXIF as it is stored
         return 1
 
 
+def _says_more_behind_its_pixels(png: Path) -> bool:
+    """Whether a PNG holds metadata behind its pixels, as some tools write it: seen only by decoding."""
+    pixels_seen = False
+    with png.open("rb") as file:
+        file.seek(8)  # the signature; then chunks of length, kind, data and checksum
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            if pixels_seen and kind in _PNG_METADATA:
+                return True
+            pixels_seen |= kind == b"IDAT"
+            file.seek(length + 4, os.SEEK_CUR)
+    return False
+
+
 def picture_size(path: Path, *, max_megapixels: float) -> tuple[int, int]:
-    """Upright (width, height) of a picture, from its header alone. Raises InputError as `load_picture` does."""
+    """Upright (width, height) of a picture, from its header. Raises InputError as `load_picture` does."""
     with _open(path, max_megapixels) as picture:
+        if picture.format == "PNG" and _says_more_behind_its_pixels(path):
+            _decode(picture, path)
         width, height = picture.size
         return (height, width) if _orientation(picture) in _QUARTER_TURNS else (width, height)
 
@@ -64,10 +91,7 @@ def picture_size(path: Path, *, max_megapixels: float) -> tuple[int, int]:
 def _load(path: Path, max_megapixels: float) -> Image.Image:
     """A decoded, upright picture of 8 bits per channel, in whatever mode it is stored."""
     with _open(path, max_megapixels) as picture:
-        try:
-            picture.load()
-        except Exception as error:
-            raise InputError(f"{path}: cannot be decoded ({error}). Replace or remove the file.") from error
+        _decode(picture, path)
         orientation = _orientation(picture)
         upright = picture.transpose(_TURNS[orientation]) if orientation in _TURNS else picture
         if upright.mode.startswith("I;16"):

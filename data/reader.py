@@ -373,7 +373,7 @@ class BatchStream:
     user waited for it.
 
     micro_batch_size: rows per forward of the largest bucket; smaller buckets get more, at the same number of tokens.
-    start: the first global batch.  threads: that read.  depth: micro-batches read ahead; one more is in use.
+    start: the first global batch.  threads: that read.  depth: micro-batches read ahead of the one in use.
     """
 
     def __init__(
@@ -495,6 +495,7 @@ class BatchStream:
             self.wait_seconds += time.monotonic() - wait_start
             self._ahead.popleft()
             self._lent = ahead.slot
+            self._read_ahead()  # while its user computes
             if ahead.batch.index == index:  # else left over from a batch that was not read to its end
                 yield replace(ahead.slot.batch, is_last=ahead.is_last)
 
@@ -503,11 +504,9 @@ class BatchStream:
         return [self.reader.key(int(s), int(r)) for s, r in zip(batch.shards, batch.rows, strict=True)]
 
     def close(self) -> None:
-        """Stop reading ahead, and let go of the shards and the memory. The stream cannot be used after it."""
+        """Stop reading ahead and let go of the shards. The stream cannot be used after it."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._ahead.clear()
-        self._free.clear()
-        self._lent = None
         self.reader.close()
 
 

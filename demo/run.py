@@ -91,9 +91,11 @@ def read_validation() -> dict:
 def report(console: Console) -> None:
     """PSNR inside the hole as a table, and where the pictures are."""
     line = read_validation()
-    table = Table(title="PSNR inside the hole, dB (mean over crops)", title_justify="left")
+    table = Table(
+        title="PSNR inside the hole in dB, mean over crops; ceiling: the VAE's own round trip", title_justify="left"
+    )
     table.add_column("crops")
-    for column in ("number", "untrained", "trained", "VAE's ceiling", "gain", "under the ceiling"):
+    for column in ("number", "untrained", "trained", "ceiling", "gain", "missing"):
         table.add_column(column, justify="right")
     for split, name in (("train", "trained on"), ("holdout", "held out")):
         figures = line[split]
@@ -103,20 +105,26 @@ def report(console: Console) -> None:
         table.add_row(name, str(figures["items"]), *(f"{number:.2f}" for number in numbers))
     console.print(table)
     console.print(
-        "It has learned its 48 training crops by heart, which shows that every part of the path is right. Held-out crops\n"
-        "are beyond it: 48 pictures and four minutes make no inpainting model."
+        "It has learned its 48 training crops by heart, which shows that every part of the path is right. Held-out "
+        "crops are beyond it: 48 pictures and a few minutes make no inpainting model."
     )
-    console.print(f"pictures:  {RUN / _SAMPLED_STEP.format(step=line['step'])}   (target | hole | filled | mask)")
-    console.print(f"model:     {RUN / 'final'}   (FluxFillPipeline.from_pretrained loads it)")
-    console.print(f"curves:    tensorboard --logdir {RUN / 'tensorboard'}")
+    for what, where in (
+        ("pictures", f"{RUN / _SAMPLED_STEP.format(step=line['step'])}   (target, hole, filled, mask)"),
+        ("model", f"{RUN / 'final'}   (FluxFillPipeline.from_pretrained loads it)"),
+        ("curves", f"tensorboard --logdir {RUN / 'tensorboard'}"),
+    ):
+        console.print(f"{what:>10}  {where}", highlight=False, soft_wrap=True)
 
 
 def next_steps(console: Console) -> None:
     """The three commands that a user types next."""
     console.print("[bold]Next, with pictures of your own")
-    console.print("  1. copy configs/fill_lora.yaml to my.yaml and put your three folders under data.datasets")
-    console.print("  2. fluxfill preprocess my.yaml", highlight=False)
-    console.print("  3. fluxfill train my.yaml", highlight=False)
+    for command, note in (
+        ("cp configs/fill_lora.yaml my.yaml", "and put your folders under data.datasets"),
+        (".venv/bin/fluxfill preprocess my.yaml", "encodes them once"),
+        (".venv/bin/fluxfill train my.yaml", "trains, and goes on where it was stopped"),
+    ):
+        console.print(f"  {command:<40}[dim]# {note}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

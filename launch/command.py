@@ -8,15 +8,13 @@ from typing import Literal
 
 from configs.errors import InputError
 
-Engine = Literal["single", "ddp"]
+Engine = Literal["single", "ddp", "fsdp2", "fsdp2-offload", "hsdp", "zero1", "zero2", "zero3", "zero3-offload"]
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 SHUTDOWN_SECONDS = 600  # what the trainer is given to save before it is killed
 
 
-def choose_engine(
-    asked: Literal["auto", "single", "ddp"], num_processes: int | None, num_gpus: int
-) -> tuple[Engine, int]:
+def choose_engine(asked: Literal["auto"] | Engine, num_processes: int | None, num_gpus: int) -> tuple[Engine, int]:
     """The engine and the number of processes for `parallel.engine` and --num-processes (None: one per GPU).
 
     auto is ddp for more than one process, else single. Raises InputError when single is asked for several processes.

@@ -31,9 +31,7 @@ def launch_environment(engine: str, num_processes: int) -> dict[str, str]:
     else:
         environment = prepare_multi_gpu_env(arguments)
     wanted = ("ACCELERATE_", "FSDP_", "PARALLELISM_")
-    return {
-        name: value for name, value in environment.items() if name.startswith(wanted) and before.get(name) != value
-    }
+    return {name: value for name, value in environment.items() if name.startswith(wanted) and before.get(name) != value}
 
 
 def _free_port() -> int:
@@ -58,7 +56,11 @@ class RankFailure(AssertionError):
 
 
 def run_ranks(
-    engine: str, num_processes: int, function: Callable, *arguments: object, node_size: int | None = None,
+    engine: str,
+    num_processes: int,
+    function: Callable,
+    *arguments: object,
+    node_size: int | None = None,
     timeout_seconds: float = 240,
 ) -> list:
     """Call `function(*arguments)` in every rank of a launch; returns what each returned, in rank order.

@@ -15,7 +15,7 @@ log = logging.getLogger("fluxfill")
 
 
 def open_stream(config: Config, engine: Engine, cache: Cache, state: RunState) -> BatchStream:
-    """This rank's micro-batches from the run's place in the order on. Raises InputError if nothing is there to train."""
+    """This rank's micro-batches from the run's place in the order. Raises InputError if there is nothing to train."""
     table = cache.table
     weights = {dataset.name: dataset.weight for dataset in config.data.datasets}
     order = Order(table.dataset, table.bucket, np.where(table.split == TRAIN, table.samples, 0), weights, state.order)

@@ -98,12 +98,14 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 
 def prune_checkpoints(run: Path, *, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` complete checkpoints, and half-written ones older than the newest."""
+    """Delete all but the newest `keep_last` complete checkpoints, and half-written ones older than the newest, from the
+    oldest on."""
     kept = complete_checkpoints(run)[-keep_last:]
     if not kept:
         return
-    for folder in (run / "checkpoints").glob("step-*"):
-        if _NAME.fullmatch(folder.name) and folder not in kept and step_of(folder) < step_of(kept[-1]):
+    folders = [path for path in (run / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name)]
+    for folder in sorted(folders, key=step_of):
+        if folder not in kept and step_of(folder) < step_of(kept[-1]):
             _delete(folder)
 
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -28,8 +29,11 @@ from torch.nn.parallel import DistributedDataParallel
 from configs.errors import InputError
 from configs.schema import Config
 from data.reader import MicroBatch
+from trainer.build_lock import clear_stale_build_locks
 
 log = logging.getLogger("fluxfill")
+
+WHOLE = "whole tensors"
 
 BuildOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -65,13 +69,13 @@ class LocalSlice:
     owned: bool = True
 
 
-def trained(transformer: nn.Module) -> list[nn.Parameter]:
+def trained(transformer: nn.Module) -> list[Any]:
     """The parameters that train, in the model's order."""
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
 
 
-def trained_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
-    """Name -> parameter of everything that trains."""
+def trained_parameters(transformer: nn.Module) -> dict[str, Any]:
+    """Name -> parameter of everything that trains; Any, as each engine makes something of its own of a parameter."""
     return {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
 
 
@@ -113,6 +117,9 @@ class Engine:
     All ranks must call its methods together. The other engines override what they do otherwise.
     """
 
+    _transformer: Any  # as the engine made it: DistributedDataParallel, an FSDPModule, a DeepSpeedEngine
+    _optimizer: torch.optim.Optimizer
+
     def __init__(self, config: Config, name: str) -> None:
         self.name = name
         self._accelerator = self._start_accelerator(config)
@@ -147,8 +154,8 @@ class Engine:
     def prepare(self, transformer: nn.Module, build_optimizer: BuildOptimizer) -> nn.Module:
         """Spread the model over the ranks and build the optimizer of what this rank holds.
 
-        transformer: on rank 0 with its weights, elsewhere on the meta device; they are handed out here.  Asserts that the
-        outcome is what the engine promises.
+        transformer: on rank 0 with its weights, elsewhere on the meta device; they are handed out here.  Asserts that
+        the outcome is what the engine promises.
         """
         transformer = self._on_device(transformer)
         if self.name == "ddp":
@@ -217,9 +224,12 @@ class Engine:
         loss, grad_norm = torch.stack([self._loss, norm.to(self._loss)]).tolist()
         applied = abs(loss) + abs(grad_norm) < float("inf")
         if applied:
-            self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+            self._apply_gradients()
+        self._transformer.zero_grad(set_to_none=True)
         return Update(loss, grad_norm, applied)
+
+    def _apply_gradients(self) -> None:
+        self._optimizer.step()
 
     @property
     def plain_transformer(self) -> nn.Module:
@@ -235,8 +245,8 @@ class Engine:
             parameter.grad = torch.zeros_like(parameter)
         for group in self._optimizer.param_groups:
             group["lr"] = 0.0
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._apply_gradients()
+        self._transformer.zero_grad(set_to_none=True)
 
     def local_slices(self) -> list[LocalSlice]:
         """Every part of a trained parameter that lies on this rank, with its optimizer state."""
@@ -260,8 +270,8 @@ class Engine:
 
     @property
     def state_layout(self) -> str:
-        """Two engines of one layout can exchange optimizer state that cannot be cut by element, as 8-bit moments are."""
-        return "whole"
+        """Engines of one layout can exchange optimizer state that cannot be cut by element, as 8-bit moments are."""
+        return WHOLE
 
     def loaded(self) -> None:
         """Make the model agree with its fp32 state after the views of `local_slices` were written to."""
@@ -336,8 +346,18 @@ class FsdpEngine(Engine):
         whole = [name for name, p in self._transformer.named_parameters() if not isinstance(p, DTensor)]
         if whole:
             raise RuntimeError(f"engine {self.name}: {len(whole)} parameters are not sharded, {whole[0]} among them")
-        self._optimizer = build_optimizer(trained(self._transformer))
+        # bitsandbytes has no kernels for DTensors. An optimizer that works element by element needs none: it is given
+        # the shards themselves, which share their memory with the DTensors.
+        self._shards = {p: nn.Parameter(p.to_local().detach()) for p in trained(self._transformer)}
+        self._optimizer = build_optimizer([shard for shard in self._shards.values() if shard.numel()])
         return self._transformer
+
+    def _apply_gradients(self) -> None:
+        for parameter, shard in self._shards.items():
+            shard.grad = parameter.grad.to_local()
+        self._optimizer.step()
+        for shard in self._shards.values():
+            shard.grad = None
 
     def _exchange_gradients(self, wanted: bool) -> None:
         self._transformer.set_requires_gradient_sync(wanted)
@@ -351,18 +371,20 @@ class FsdpEngine(Engine):
             rows = -(-parameter.shape[0] // mesh.size(shard_dim))  # as torch.chunk deals dimension 0
             row = parameter.numel() // parameter.shape[0]
             start = min(rows * mesh.get_local_rank(shard_dim), parameter.shape[0]) * row
-            state = {
-                key: value.to_local() if isinstance(value, DTensor) else value
-                for key, value in self._optimizer.state[parameter].items()
-            }
+            state = self._optimizer.state.get(self._shards[parameter], {})
             moments = {key: moment.view(-1) for key, moment in movable(state, local)}
             owned = mesh.ndim == 1 or mesh.get_local_rank(0) == 0
             slices.append(LocalSlice(name, start, parameter.numel(), local.view(-1), moments, owned=owned))
         return slices
 
+    def optimizer_states(self) -> list[tuple[str, Tensor, dict]]:
+        named = trained_parameters(self._transformer)
+        shards = {name: self._shards[parameter] for name, parameter in named.items()}
+        return [(name, shard, self._optimizer.state[shard]) for name, shard in shards.items() if shard.numel()]
+
     @property
     def state_layout(self) -> str:
-        return f"{self.name} on {self.world_size}"
+        return f"slices of {self.name} on {self.world_size} processes"
 
     @torch.no_grad()
     def full_weights(self) -> dict[str, Tensor]:
@@ -386,11 +408,12 @@ class ZeroEngine(Engine):
         if cpu:
             os.environ["DS_ACCELERATOR"] = "cpu"
         try:
+            import deepspeed  # noqa: F401
             from accelerate.utils import DeepSpeedPlugin
-            import deepspeed
         except ImportError as error:
             raise InputError(f"engine {self.name} needs deepspeed ({error}). Install it, or use fsdp2.") from error
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        clear_stale_build_locks()  # on a CPU DeepSpeed compiles its communication at first start
         bf16 = compute_dtype(config, torch.device("cpu" if cpu else "cuda")) == torch.bfloat16
         self._stage = int(self.name[4])
         plugin = DeepSpeedPlugin()  # stage and offload come from the engine file
@@ -421,7 +444,7 @@ class ZeroEngine(Engine):
         self._optimizer = optimizer
         return engine
 
-    def plain(self, transformer: nn.Module) -> nn.Module:
+    def plain(self, transformer: Any) -> nn.Module:
         return transformer.module
 
     @property
@@ -462,7 +485,7 @@ class ZeroEngine(Engine):
         parameters = trained_parameters(self._transformer.module)
         return [part for name, parameter in parameters.items() for part in self._slices_of(name, parameter)]
 
-    def _slices_of(self, name: str, parameter: nn.Parameter) -> Iterator[LocalSlice]:
+    def _slices_of(self, name: str, parameter: Any) -> Iterator[LocalSlice]:
         """The part of a parameter in this rank's partition; none if its elements lie in other ranks' alone."""
         zero = self._transformer.optimizer
         if self._stage < 3:
@@ -496,7 +519,7 @@ class ZeroEngine(Engine):
 
     @property
     def state_layout(self) -> str:
-        return f"{self.name} on {self.world_size}"
+        return f"slices of {self.name} on {self.world_size} processes"
 
     def loaded(self) -> None:
         zero = self._transformer.optimizer

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -36,13 +37,15 @@ def verify_adapter(transformer: FluxTransformer2DModel, model: Path, folder: Pat
         tokenizer_2=None,
     )
     live = _probe(transformer)
-    pipeline.load_lora_weights(str(folder), adapter_name=_CHECK_ADAPTER)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters: that is the point
+        pipeline.load_lora_weights(str(folder), adapter_name=_CHECK_ADAPTER)
     try:
         transformer.set_adapter(_CHECK_ADAPTER)
         reloaded = _probe(transformer)
     finally:
-        transformer.delete_adapters(_CHECK_ADAPTER)
         transformer.set_adapter(ADAPTER)
+        transformer.delete_adapters(_CHECK_ADAPTER)
     _refuse_difference(live, reloaded, folder, device)
 
 

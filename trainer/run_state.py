@@ -22,7 +22,7 @@ from trainer.checkpoint import (
     save_checkpoint,
 )
 from trainer.ema import Ema
-from trainer.engine import Engine, Update, movable
+from trainer.engine import WHOLE, Engine, Update, movable
 from trainer.lora import save_adapter
 from trainer.state_files import StateFiles, rank_file, write_index, write_rank
 
@@ -81,8 +81,8 @@ def resume(config: Config, resume_from: str, engine: Engine, ema: Ema) -> RunSta
     if (state.order.seed, state.order.global_batch_size) != (order.seed, order.global_batch_size):
         raise InputError(
             f"{folder}: the run has run.seed {state.order.seed} and train.global_batch_size "
-            f"{state.order.global_batch_size}, the config {order.seed} and {order.global_batch_size}. They fix the order "
-            "of the samples: set them back, or start a new run (run.name)."
+            f"{state.order.global_batch_size}, the config {order.seed} and {order.global_batch_size}. They fix the "
+            "order of the samples: set them back, or start a new run (run.name)."
         )
     load_tensors(folder, engine, ema, saved["engine"])
     log.info("resumed from %s, step %d (saved by %s)", folder, state.step, saved["engine"]["name"])
@@ -121,7 +121,7 @@ def load_tensors(folder: Path, engine: Engine, ema: Ema, saved_by: dict) -> None
             + (f"; {wrong[0]} is of another size" if wrong else "")
             + ". model.base and method must stay as they were; start a new run (run.name) to change them."
         )
-    moments = set().union(*(part.moments for part in slices))
+    moments: set[str] = set().union(*(part.moments for part in slices))
     bound = _bound_state(engine)
     kinds = files.kinds() - {"weight", "ema"}
     if (moments, bool(bound)) != (kinds, saved_by["bound"]):
@@ -130,7 +130,7 @@ def load_tensors(folder: Path, engine: Engine, ema: Ema, saved_by: dict) -> None
         )
     if bound and saved_by["layout"] != engine.state_layout:
         raise InputError(
-            f"{folder}: the 8-bit optimizer state was saved by {saved_by['layout']} processes and cannot be cut for "
+            f"{folder}: the 8-bit optimizer state was saved as {saved_by['layout']} and cannot be made into "
             f"{engine.state_layout}. Go on with the engine and number of processes that saved it, or start a new run "
             "with train.optimizer=adamw, whose state fits any."
         )
@@ -144,7 +144,7 @@ def load_tensors(folder: Path, engine: Engine, ema: Ema, saved_by: dict) -> None
         if ema.averages:
             ema.averages[part.name].copy_(files.read("ema", part.name, part.start, count))
     if bound:
-        for name, value in files.read_bound(0 if engine.state_layout == "whole" else engine.rank).items():
+        for name, value in files.read_bound(0 if engine.state_layout == WHOLE else engine.rank).items():
             bound[name].copy_(value)
     for _, _, state in engine.optimizer_states():
         step = state.get("step")
@@ -228,7 +228,7 @@ def save_tensors(folder: Path, engine: Engine, ema: Ema) -> dict[str, list[int]]
                 yield f"ema/{part.name}", part.start, ema.averages[part.name]
 
     # Where every rank holds the whole optimizer, one copy is enough.
-    bound = _bound_state(engine) if engine.state_layout != "whole" or engine.is_main else {}
+    bound = _bound_state(engine) if engine.state_layout != WHOLE or engine.is_main else {}
     return write_rank(folder, engine.rank, pieces(), bound)
 
 

@@ -44,6 +44,6 @@ def test_recipes_write_to_folders_of_their_own() -> None:
 def test_demo_is_the_experiment_that_is_known_to_learn() -> None:
     config = load_config(FOLDER / "demo.yaml")
     assert config.method == FullConfig(type="full")
-    assert (config.train.steps, config.train.global_batch_size, config.train.lr) == (1500, 16, 1e-3)
+    assert (config.train.steps, config.train.global_batch_size, config.train.lr) == (900, 16, 1e-3)
     assert (config.train.warmup_steps, config.train.lr_final_fraction) == (50, 0.05)
     assert config.data.resolution == [64] and config.validation.images == 48

@@ -47,7 +47,7 @@ def test_the_manifest_is_written_last(made_up, monkeypatch):
     monkeypatch.setattr("data.manifest.write_text_atomically", stop)
     with pytest.raises(KeyboardInterrupt):
         write_manifest(made_up.folder, made_up.manifest, made_up.table)
-    with pytest.raises(InputError, match="no manifest.json, so no finished cache is there"):
+    with pytest.raises(InputError, match=r"no manifest\.json, so no finished cache is there"):
         read_manifest(made_up.folder)
 
 
@@ -58,17 +58,15 @@ def test_a_newer_format_is_refused(made_up):
         read_manifest(made_up.folder)
 
 
-def test_any_change_in_the_manifest_is_noticed(made_up):
+def test_a_flipped_bit_in_the_manifest_is_named(made_up):
     path = made_up.folder / "manifest.json"
     whole = path.read_bytes()
-    for place in range(0, len(whole) - 1, 3):  # the last byte is the end of the line
+    for place in range(0, len(whole), 3):
         damaged = bytearray(whole)
         damaged[place] ^= 1
         path.write_bytes(damaged)
-        try:
-            assert read_manifest(made_up.folder) == made_up.manifest, "a change went unnoticed"
-        except InputError as error:
-            assert "manifest.json: " in str(error)  # noqa: PT017 - white space may change, and then nothing has
+        with pytest.raises(InputError, match=r"manifest.json: "):
+            read_manifest(made_up.folder)
     path.write_bytes(whole.replace(b'"vae_scale": 0.3611', b'"vae_scale": 0.3511'))
     with pytest.raises(InputError, match=r"manifest.json: damaged \(its checksum differs\). .* whole shards are kept"):
         read_manifest(made_up.folder)
@@ -81,10 +79,10 @@ def test_a_manifest_that_is_none_is_named(made_up, content):
         read_manifest(made_up.folder)
 
 
-def test_any_flipped_bit_in_the_shard_table_is_noticed(made_up):
+def test_a_flipped_bit_in_the_shard_table_is_named_or_changes_nothing(made_up):
     path = made_up.folder / "shards.npz"
     whole = path.read_bytes()
-    unnoticed = 0
+    named = 0
     for place in range(0, len(whole), 5):
         damaged = bytearray(whole)
         damaged[place] ^= 16
@@ -92,12 +90,11 @@ def test_any_flipped_bit_in_the_shard_table_is_noticed(made_up):
         try:
             table = read_shard_table(made_up.folder)
         except InputError as error:
-            assert "shards.npz: " in str(error)  # noqa: PT017 - dates and the like in the zip may change
-        else:
-            unnoticed += 1
-            for name, column in vars(made_up.table).items():
-                np.testing.assert_array_equal(column, vars(table)[name])
-    assert unnoticed < len(whole) / 5 / 4
+            named += "shards.npz: " in str(error)
+            continue
+        for name, column in vars(made_up.table).items():  # it hit a date or the like
+            np.testing.assert_array_equal(column, vars(table)[name])
+    assert named > len(whole) / 5 / 2
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "html", "cut", "objects", "column", "lengths"])

@@ -109,6 +109,30 @@ def test_a_picture_above_the_limit_is_refused_undecoded(tmp_path, load):
         load(path, max_megapixels=LIMIT)
 
 
+def test_a_size_is_read_without_decoding(tmp_path, monkeypatch):
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda picture: pytest.fail(f"{picture} was decoded"))
+    monkeypatch.setattr("PIL.WebPImagePlugin.WebPImageFile.load", lambda picture: pytest.fail("decoded"))
+    for suffix in (".png", ".jpg", ".webp", ".bmp", ".tif"):
+        path = tmp_path / f"picture{suffix}"
+        Image.fromarray(asymmetric_picture()).save(path)
+        assert picture_size(path, max_megapixels=LIMIT) == (30, 18)
+    save_with_orientation(tmp_path / "turned.png", asymmetric_picture(), 6)
+    assert picture_size(tmp_path / "turned.png", max_megapixels=LIMIT) == (18, 30)
+
+
+def test_exif_behind_a_pngs_pixels_counts(tmp_path):
+    upright = asymmetric_picture()
+    path = tmp_path / "late.png"
+    save_with_orientation(path, stored_as(upright, 6), 6)
+    data = path.read_bytes()
+    start = data.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+    rest, last = data[:start] + data[end:-12], data[-12:]
+    path.write_bytes(rest + data[start:end] + last)
+    assert picture_size(path, max_megapixels=LIMIT) == (30, 18)
+    np.testing.assert_array_equal(np.asarray(load_picture(path, max_megapixels=LIMIT)), upright)
+
+
 def test_the_limit_may_be_above_pillows_own(tmp_path):
     path = tmp_path / "large.png"
     path.write_bytes(png_that_claims(20000, 20000))

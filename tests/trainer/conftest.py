@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from configs.schema import Config
+    from data.manifest import Cache
     from data.reader import MicroBatch
+    from trainer.engine import Engine
 
 TEXT_LENGTH = 64
 
@@ -89,7 +91,10 @@ def load_triple(tiny_model: Path, triples: Path) -> "Callable[..., RealTriple]":
 
 @pytest.fixture(scope="session")
 def config(tiny_model: Path, triples: Path, tmp_path_factory: pytest.TempPathFactory) -> "Config":
-    """The demo's config over a preprocessed cache of 16 triples, 4 of them held out. Runs go below a tmp folder."""
+    """The demo's config over a preprocessed cache of 16 triples, 4 of them held out, with a short sampler.
+
+    Its runs go below a tmp folder: give each a name of its own.
+    """
     from rich.console import Console
 
     from configs.loading import load_config
@@ -103,6 +108,23 @@ def config(tiny_model: Path, triples: Path, tmp_path_factory: pytest.TempPathFac
                 shutil.copy(path, folder / role)
     overrides = [f"data.datasets.0.{role}={folder / role}" for role in ("target", "mask", "source")]
     overrides += [f"model.base={tiny_model}", f"data.cache={folder / 'cache'}", f"run.dir={folder / 'runs'}"]
-    config = load_config(Path("configs/demo.yaml"), [*overrides, "data.holdout=4"])
+    overrides += ["data.holdout=4", "validation.images=5", "validation.sampler_steps=2"]
+    config = load_config(Path(__file__).parents[2] / "configs" / "demo.yaml", overrides)
     preprocess(config, Console(quiet=True))
     return config
+
+
+@pytest.fixture(scope="session")
+def cache(config: "Config", tiny_model: Path) -> "Cache":
+    """The config's cache."""
+    from data.manifest import open_cache
+
+    return open_cache(config, tiny_model)
+
+
+@pytest.fixture(scope="session")
+def engine(config: "Config") -> "Engine":
+    """The engine of this process alone, on the CPU."""
+    from trainer.engine import start_engine
+
+    return start_engine(config)

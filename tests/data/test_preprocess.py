@@ -1,0 +1,519 @@
+import fcntl
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load, load_file
+
+from configs.errors import InputError
+from data.encode import encode_pixels
+from data.manifest import EMPTY_TEXT, open_cache, read_manifest, read_shard_table
+from data.pictures import load_mask
+from data.preprocess import main, preprocess
+from data.shards import index_path, read_index
+from data.validation_items import FOLDER, read_validation_items
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def make_pictures(tmp_path):
+    """Writes triples of noise, 32 px, each with a caption of its own: `make_pictures(count)`; returns their folder."""
+    folder = tmp_path / "pictures"
+
+    def make(count):
+        for number in range(count):
+            write_triple(folder, f"picture-{number:02d}", seed=number)
+        return folder
+
+    return make
+
+
+def write_triple(folder, name, *, seed=0, size=(32, 32), hole=(8, 8, 20, 24)):
+    rng = np.random.default_rng(seed)
+    target = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    mask = Image.new("L", size)
+    if hole:
+        mask.paste(255, hole)
+    for role, picture in (("target", Image.fromarray(target)), ("mask", mask)):
+        (folder / role).mkdir(parents=True, exist_ok=True)
+        picture.save(folder / role / f"{name}.png")
+    (folder / "target" / f"{name}.txt").write_text(f"noise number {seed}")
+
+
+@pytest.fixture
+def config_of(demo_config, tmp_path):
+    """Makes a config of a folder of `make_pictures`. T5 texts take 64 KiB each, so 16 samples fill a shard of 1 MiB."""
+
+    def make(folder, *overrides, cache="cache"):
+        datasets = [f"data.datasets=[{{name: noise, target: {folder}/target, mask: {folder}/mask}}]"]
+        sizes = ["data.resolution=32", "data.holdout=0", "data.captions.text_length=512", "data.shard_size_mib=1"]
+        return demo_config(tmp_path / cache, *datasets, *sizes, *overrides)
+
+    return make
+
+
+def files_below(folder):
+    return {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+
+
+def stamps(folder, suffix=""):
+    """What tells a file that was written anew: its inode and time."""
+    return {
+        name: (path.stat().st_ino, path.stat().st_mtime_ns)
+        for name, path in files_below(folder).items()
+        if name.endswith(suffix)
+    }
+
+
+def shard_bytes(cache):
+    return {name: path.read_bytes() for name, path in files_below(cache / "shards").items()}
+
+
+def leftovers(cache):
+    return [name for name in files_below(cache) if ".part" in name]
+
+
+# --- what is stored ---------------------------------------------------------------------------------------------------
+
+
+def samples_of(cache):
+    """Every stored sample: (split, bucket, meta, tensors), through webdataset alone."""
+    for path, split, bucket in zip(cache.table.path, cache.table.split, cache.table.bucket, strict=True):
+        texts = {}
+        for entry in webdataset.WebDataset(str(cache.folder / str(path)), shardshuffle=False):
+            if "json" not in entry:
+                texts[entry["__key__"]] = load(entry["safetensors"])
+                continue
+            meta = json.loads(entry["json"])
+            tensors = load(entry["safetensors"]) | load(entry["m0.safetensors"]) | texts[meta["text"]]
+            yield str(split), str(bucket), meta, tensors
+
+
+def test_every_triple_is_stored_once_and_whole(cache, triples):
+    seen, counts = set(), {"train": 0, "holdout": 0}
+    for split, bucket, meta, tensors in samples_of(cache):
+        height, width = map(int, bucket.split("x"))
+        assert meta["original_size"] == [height, width]
+        assert meta["crop"] == [0, 0, height, width]
+        name = meta["target"]
+        assert meta["dataset"] == "photographs"
+        assert meta["caption"] == (triples / "target" / name).with_suffix(".txt").read_text().strip()
+        expected = np.asarray(load_mask(triples / "mask" / name, max_megapixels=1)) >= 128
+        bits = np.unpackbits(tensors.pop("mask").numpy(), axis=1).astype(bool)
+        np.testing.assert_array_equal(bits, expected)
+        assert meta["hole_fractions"] == [round(float(expected.mean()), 4)]
+        shapes = {kind: tuple(tensor.shape) for kind, tensor in tensors.items()}
+        latents = (16, height // 8, width // 8)
+        assert shapes == {"latents": latents, "masked_latents": latents, "t5": (32, 64), "pooled": (32,)}
+        for kind, tensor in tensors.items():
+            assert tensor.dtype == torch.bfloat16
+            assert torch.isfinite(tensor).all(), kind
+        assert not torch.equal(tensors["latents"], tensors["masked_latents"])
+        seen.add(name)
+        counts[split] += 1
+    assert seen == {path.name for path in (triples / "target").glob("*.png")}
+    assert counts == {"train": 48, "holdout": 48} == cache.manifest.samples["photographs"]
+
+
+def test_constants_stand_beside_the_manifest(cache):
+    empty = load_file(cache.folder / EMPTY_TEXT)
+    assert (empty["t5"].shape, empty["pooled"].shape) == ((32, 64), (32,))
+    for bucket in sorted(set(cache.table.bucket.tolist())):
+        height, width = map(int, bucket.split("x"))
+        blank = load_file(cache.folder / f"blank_{bucket}.safetensors")["masked_latents"]
+        assert blank.shape == (16, height // 8, width // 8)
+        assert torch.isfinite(blank).all()
+
+
+def test_held_out_pictures_are_kept_for_validation(cache, triples):
+    held_out = read_validation_items(cache.folder, split="holdout", count=100)
+    trained = read_validation_items(cache.folder, split="train", count=100)
+    assert (len(held_out), len(trained)) == (48, 48)
+    for item, pixels in [*held_out[:5], *trained[:5]]:
+        name = item.key.rsplit("-", 1)[0]
+        for role, found in (("target", pixels.target), ("source", pixels.image)):
+            with Image.open(triples / role / f"{name}.png") as picture:
+                np.testing.assert_array_equal(found, np.asarray(picture))
+
+
+def test_shards_say_nothing_of_the_machine_they_were_made_on(cache, triples, tiny_model):
+    for data in shard_bytes(cache.folder).values():
+        for secret in (triples.parent, tiny_model.parent, cache.folder.parent):
+            assert str(secret).encode() not in data
+
+
+def test_each_resolution_and_each_dataset_is_stored(make_pictures, config_of, tmp_path):
+    folder = make_pictures(3)
+    write_triple(tmp_path / "others", "wide", size=(96, 48), seed=50, hole=(40, 16, 60, 32))
+    both = (
+        f"data.datasets=[{{name: noise, target: {folder}/target, mask: {folder}/mask}}, "
+        f"{{name: others, target: {tmp_path}/others/target, mask: {tmp_path}/others/mask, weight: 2}}]"
+    )
+    config = config_of(folder, both, "data.resolution=[32,48]", "data.resolution_policy=each")
+    preprocess(config, QUIET)
+    table = open_cache(config, Path(config.model.base)).table
+    rows = sorted(zip(table.dataset.tolist(), table.bucket.tolist(), table.samples.tolist(), strict=True))
+    assert rows == [("noise", "32x32", 3), ("noise", "48x48", 3), ("others", "32x32", 1), ("others", "32x64", 1)]
+
+
+# --- again and again --------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_touches_nothing(make_pictures, config_of):
+    config = config_of(make_pictures(5), "data.holdout=2")
+    preprocess(config, QUIET)
+    before = stamps(config.data.cache)
+    preprocess(config, QUIET)
+    assert stamps(config.data.cache) == before
+
+
+def test_only_the_shards_of_changed_pictures_are_written_anew(make_pictures, config_of):
+    folder = make_pictures(40)
+    config = config_of(folder)
+    cache = config.data.cache
+    preprocess(config, QUIET)
+    assert len(stamps(cache, ".tar")) >= 3
+
+    def shards_written(change):
+        before = stamps(cache, ".tar")
+        change()
+        preprocess(config, QUIET)
+        after = stamps(cache, ".tar")
+        open_cache(config, Path(config.model.base))
+        assert stamps(cache, ".index").keys() == {name.replace(".tar", ".index") for name in after}
+        assert leftovers(cache) == []
+        return sum(before.get(name) != stamp for name, stamp in after.items()), len(after)
+
+    written, shards = shards_written(lambda: write_triple(folder, "picture-07", seed=7, hole=(0, 0, 5, 5)))
+    assert written == 1 < shards
+    written, shards = shards_written(lambda: write_triple(folder, "a-new-one", seed=100))
+    assert 1 <= written <= 2 < shards
+    written, shards = shards_written(lambda: (folder / "target" / "picture-09.txt").write_text("another caption"))
+    assert 1 <= written <= 3
+    written, shards = shards_written(lambda: [path.unlink() for path in folder.glob("*/picture-11.*")])
+    assert written <= 1 < shards
+
+    fresh = config_of(folder, cache="fresh")
+    preprocess(fresh, QUIET)
+    assert shard_bytes(cache) == shard_bytes(fresh.data.cache), "what was there before shows"
+    assert read_manifest(cache) == read_manifest(fresh.data.cache)
+
+
+@pytest.mark.parametrize("lost", ["tar", "index", "manifest", "table", "empty text", "blank", "validation", "picture"])
+def test_what_is_lost_or_damaged_is_mended(make_pictures, config_of, lost):
+    config = config_of(make_pictures(4), "data.holdout=1")
+    cache = config.data.cache
+    preprocess(config, QUIET)
+    whole = {name: path.read_bytes() for name, path in files_below(cache).items()}
+    (tar, *_) = sorted(cache.rglob("*.tar"))
+    if lost in ("tar", "index"):
+        (tar if lost == "tar" else index_path(tar)).unlink()
+    elif lost in ("manifest", "table"):
+        (cache / {"manifest": "manifest.json", "table": "shards.npz"}[lost]).write_text("<!DOCTYPE html>")
+    elif lost == "validation":
+        shutil.rmtree(cache / FOLDER)
+    else:
+        name = {"empty text": EMPTY_TEXT, "blank": "blank_32x32.safetensors", "picture": f"{FOLDER}/0000.mask.png"}[
+            lost
+        ]
+        (cache / name).unlink()
+    preprocess(config, QUIET)
+    mended = {name: path.read_bytes() for name, path in files_below(cache).items()}
+    mended.pop("shards.npz"), whole.pop("shards.npz")  # a zip holds the time of day
+    assert mended == whole
+
+
+def test_other_settings_make_every_shard_anew(make_pictures, config_of):
+    folder = make_pictures(4)
+    config = config_of(folder)
+    preprocess(config, QUIET)
+    before = stamps(config.data.cache, ".tar")
+    longer = config_of(folder, "data.captions.text_length=64")
+    preprocess(longer, QUIET)
+    after = stamps(config.data.cache, ".tar")
+    assert before.keys() == after.keys()
+    assert not set(before.values()) & set(after.values())
+    with pytest.raises(InputError, match="text_length is 512, the cache was made with 64"):
+        open_cache(config, Path(config.model.base))
+    assert load_file(config.data.cache / EMPTY_TEXT)["t5"].shape == (64, 64)
+
+
+def test_a_second_process_is_refused(make_pictures, config_of):
+    config = config_of(make_pictures(2))
+    config.data.cache.mkdir()
+    with (config.data.cache / "preprocess.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match=r"cache: another process is encoding into it. Wait for it or stop it"):
+            preprocess(config, QUIET)
+    preprocess(config, QUIET)
+
+
+# --- interruptions ----------------------------------------------------------------------------------------------------
+
+
+def cut(path):
+    """Keep a picture's header and lose its end: nothing tells before it is decoded."""
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    return data
+
+
+def test_a_picture_that_cannot_be_decoded_stops_only_its_shard(make_pictures, config_of):
+    folder = make_pictures(40)
+    config = config_of(folder)
+    cache = config.data.cache
+    preprocess(config, QUIET)
+    whole = shard_bytes(cache)
+    rows = {name: read_index(cache / "shards" / name).keys for name in whole if name.endswith(".index")}
+    assert len(rows) >= 3
+    first, second, *others = sorted(rows)
+    pictures = [folder / "target" / f"{rows[name][0].rsplit('-', 1)[0]}.png" for name in (first, second)]
+    shutil.rmtree(cache)
+
+    lost = [cut(picture) for picture in pictures]
+    with pytest.raises(InputError) as caught:
+        preprocess(config, QUIET)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 2, "every picture at fault, in one go"
+    for picture, line in zip(sorted(pictures), sorted(lines), strict=True):
+        assert re.match(rf"{picture}: cannot be decoded \(.*Replace or remove the file", line)
+    assert leftovers(cache) == []
+    assert not (cache / "manifest.json").exists()
+    expected = {name for stem in others for name in (stem, stem.replace(".index", ".tar"))}
+    assert shard_bytes(cache).keys() == expected
+
+    kept = stamps(cache / "shards")
+    for picture, data in zip(pictures, lost, strict=True):
+        picture.write_bytes(data)
+    preprocess(config, QUIET)
+    assert shard_bytes(cache) == whole
+    assert {name: stamp for name, stamp in stamps(cache / "shards").items() if name in kept} == kept
+
+
+def test_an_exception_leaves_no_part_and_no_manifest(make_pictures, config_of, monkeypatch):
+    config = config_of(make_pictures(6), "data.encode_batch_size=2")
+    cache = config.data.cache
+    calls = []
+
+    def fail_at_the_second(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("as on a full GPU")
+        return encode_pixels(*arguments)
+
+    monkeypatch.setattr("data.preprocess.encode_pixels", fail_at_the_second)
+    with pytest.raises(torch.OutOfMemoryError):
+        preprocess(config, QUIET)
+    assert leftovers(cache) == []
+    assert shard_bytes(cache) == {}
+    assert not (cache / "manifest.json").exists()
+    preprocess(config, QUIET)
+    assert open_cache(config, Path(config.model.base)).table.samples.sum() == 6
+
+
+def _preprocess_in_a_process(config):
+    torch.set_num_threads(1)  # the parent's pool of threads does not survive the fork
+    preprocess(config, QUIET)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_killed_job_goes_on_and_ends_the_same(make_pictures, config_of):
+    """Forked, as importing diffusers would take ten seconds each time."""
+    folder = make_pictures(40)
+    fork = multiprocessing.get_context("fork")
+    undisturbed = config_of(folder, "data.holdout=6", "data.encode_batch_size=2", cache="undisturbed")
+    start = time.monotonic()
+    process = fork.Process(target=_preprocess_in_a_process, args=(undisturbed,))
+    process.start()
+    process.join(120)
+    seconds = time.monotonic() - start
+    assert process.exitcode == 0
+    expected = shard_bytes(undisturbed.data.cache)
+    assert len(expected) >= 6
+
+    moments = random.Random()
+    codes = []
+    for number in range(3):
+        config = config_of(folder, "data.holdout=6", "data.encode_batch_size=2", cache=f"killed-{number}")
+        process = fork.Process(target=_preprocess_in_a_process, args=(config,))
+        process.start()
+        delay = moments.uniform(0.1, 0.8) * seconds
+        time.sleep(delay)
+        process.kill()
+        process.join(60)
+        codes.append(process.exitcode)
+        cache = config.data.cache
+        if process.exitcode == -9:
+            assert not (cache / "manifest.json").exists(), f"killed after {delay:.2f} s of {seconds:.2f}"
+        preprocess(config, QUIET)
+        assert shard_bytes(cache) == expected, f"killed after {delay:.2f} s of {seconds:.2f}"
+        assert leftovers(cache) == []
+        assert read_manifest(cache) == read_manifest(undisturbed.data.cache)
+        np.testing.assert_array_equal(read_shard_table(cache).sha256, read_shard_table(undisturbed.data.cache).sha256)
+    assert -9 in codes, "no kill came before the end"
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def write_config(path, config):
+    from configs.loading import dump_config
+
+    path.write_text(dump_config(config), encoding="utf-8")
+    return str(path)
+
+
+def refused(config, tmp_path, capsys, *overrides):
+    """main()'s message for a config that it must refuse with exit code 2, leaving nothing."""
+    code = main(["--config", write_config(tmp_path / "config.yaml", config), *overrides])
+    message = capsys.readouterr().err
+    assert code == 2
+    assert "Traceback" not in message
+    cache = config.data.cache
+    assert not (cache / "manifest.json").exists()
+    assert not cache.exists(), "nothing was wrong with the cache: there is no reason to begin one"
+    return message
+
+
+BAD_PICTURES = {
+    "missing mask": (
+        lambda folder: (folder / "mask" / "picture-01.png").unlink(),
+        r"target/picture-01\.png: no mask of the same name in \S+/mask\. Add it, or remove the target\.",
+    ),
+    "missing target": (
+        lambda folder: (folder / "target" / "picture-01.png").unlink(),
+        r"mask/picture-01\.png: no target of the same name in \S+/target\. Add it, or remove this mask\.",
+    ),
+    "empty folder": (
+        lambda folder: [path.unlink() for path in (folder / "mask").iterdir()],
+        r"dataset noise: mask folder \S+/mask holds no picture \(\.bmp.*\)\. Check data\.datasets\.\*\.mask\.",
+    ),
+    "missing folder": (
+        lambda folder: shutil.rmtree(folder / "mask"),
+        r"dataset noise: mask folder \S+/mask does not exist\.",
+    ),
+    "mask of another size": (
+        lambda folder: Image.new("L", (32, 40)).save(folder / "mask" / "picture-01.png"),
+        r"mask/picture-01\.png: the mask is 32x40, its target \S+target/picture-01\.png is 32x32\. Make the mask anew",
+    ),
+    "black mask": (
+        lambda folder: write_triple(folder, "picture-01", hole=None),
+        r"mask/picture-01\.png: the mask is all black \(its brightest pixel is 0 of 255\): nothing to paint\. .*is it",
+    ),
+    "mask of 0 and 1": (
+        lambda folder: Image.new("L", (32, 32), 1).save(folder / "mask" / "picture-01.png"),
+        r"mask/picture-01\.png: the mask is all black \(its brightest pixel is 1 of 255\)",
+    ),
+    "white mask": (
+        lambda folder: write_triple(folder, "picture-01", hole=(0, 0, 32, 32)),
+        r"mask/picture-01\.png: the mask is all white \(its darkest pixel is 255 of 255\): nothing to keep\. .*is",
+    ),
+    "unreadable target": (
+        lambda folder: (folder / "target" / "picture-01.png").write_text("<!DOCTYPE html>"),
+        r"target/picture-01\.png: not a readable picture \(.*\)\. Replace or remove the file\.",
+    ),
+    "unreadable mask": (
+        lambda folder: cut(folder / "mask" / "picture-01.png"),
+        r"mask/picture-01\.png: (cannot be decoded|not a readable picture) \(.*\)\. Replace or remove the file\.",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_PICTURES)
+def test_bad_pictures_are_named_and_nothing_is_begun(make_pictures, config_of, tmp_path, capsys, kind):
+    spoil, pattern = BAD_PICTURES[kind]
+    folder = make_pictures(3)
+    spoil(folder)
+    assert re.search(pattern, refused(config_of(folder), tmp_path, capsys))
+
+
+def test_a_picture_above_the_limit_is_refused(make_pictures, config_of, tmp_path, capsys):
+    message = refused(config_of(make_pictures(2)), tmp_path, capsys, "data.max_megapixels=0.001")
+    for number in range(2):
+        assert f"picture-0{number}.png: 32x32 is 0 megapixels, above data.max_megapixels 0.001" in message
+
+
+def test_a_source_of_another_size_is_refused(make_pictures, config_of, tmp_path, capsys):
+    folder = make_pictures(2)
+    shutil.copytree(folder / "target", folder / "source")
+    Image.new("RGB", (16, 32)).save(folder / "source" / "picture-01.png")
+    config = config_of(folder, f"data.datasets.0.source={folder}/source")
+    message = refused(config, tmp_path, capsys)
+    assert "source/picture-01.png: the source is 16x32, its target" in message
+
+
+def test_holding_everything_back_is_refused(make_pictures, config_of, tmp_path, capsys):
+    message = refused(config_of(make_pictures(3), "data.holdout=64"), tmp_path, capsys)
+    assert "data.holdout 64 keeps back all 3 pictures and leaves none to train on. Lower it below 3" in message
+
+
+def test_all_that_is_wrong_is_said_at_once(make_pictures, config_of, tmp_path, capsys):
+    folder = make_pictures(5)
+    write_triple(folder, "picture-00", hole=None)
+    write_triple(folder, "picture-03", hole=(0, 0, 32, 32))
+    message = refused(config_of(folder), tmp_path, capsys)
+    assert "picture-00.png: the mask is all black" in message
+    assert "picture-03.png: the mask is all white" in message
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder_2", "tokenizer", "transformer"])
+def test_a_model_without_a_part_is_refused(make_pictures, config_of, tiny_model, tmp_path, capsys, part):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    shutil.rmtree(model / part)
+    config = config_of(make_pictures(2), f"model.base={model}")
+    message = refused(config, tmp_path, capsys)
+    assert f"model.base {model}: {model} lacks {part}." in message
+
+
+def test_a_config_with_a_mistake_is_refused(make_pictures, config_of, tmp_path, capsys):
+    message = refused(config_of(make_pictures(2)), tmp_path, capsys, "data.resolutoin=64")
+    assert "resolution" in message
+
+
+def test_a_cache_that_cannot_be_written_is_refused(make_pictures, config_of, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    config = config_of(make_pictures(2), cache="file/cache")
+    message = refused(config, tmp_path, capsys)
+    assert f"data.cache {tmp_path}/file/cache: cannot be written to (Not a directory). Point data.cache at" in message
+
+
+def test_a_hole_that_the_crop_loses_is_named(make_pictures, config_of):
+    folder = make_pictures(2)
+    write_triple(folder, "long", size=(320, 32), hole=(0, 0, 20, 32))
+    with pytest.raises(
+        InputError, match=r"mask/long\.png: at the size of its bucket, 32x32, there is nothing to paint"
+    ):
+        preprocess(config_of(folder), QUIET)
+
+
+def test_bad_input_does_not_take_a_finished_cache_away(make_pictures, config_of):
+    folder = make_pictures(3)
+    config = config_of(folder)
+    preprocess(config, QUIET)
+    before = stamps(config.data.cache)
+    write_triple(folder, "picture-01", hole=None)
+    with pytest.raises(InputError, match="all black"):
+        preprocess(config, QUIET)
+    assert stamps(config.data.cache) == before
+    open_cache(config, Path(config.model.base))
+
+
+def test_main_ends_with_0_and_a_table(make_pictures, config_of, tmp_path, capsys):
+    config = config_of(make_pictures(3))
+    assert main(["--config", write_config(tmp_path / "config.yaml", config)]) == 0
+    printed = capsys.readouterr().out
+    assert "3 of 3 samples were encoded now" in printed
+    assert os.fspath(config.data.cache.name) in printed

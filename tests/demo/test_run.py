@@ -1,0 +1,29 @@
+"""`make demo` as a user runs it, to its end: the proof that the whole path is right."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_demo_learns_its_training_crops_up_to_the_vaes_ceiling():
+    demo = subprocess.run([sys.executable, "demo/run.py"], cwd=ROOT, capture_output=True, text=True)
+    assert demo.returncode == 0, demo.stderr[-3000:]
+    assert ".venv/bin/fluxfill train my.yaml" in demo.stdout  # what to type next
+    run = ROOT / "runs" / "demo"
+    lines = [json.loads(line) for line in (run / "validation.jsonl").read_text(encoding="utf-8").splitlines()]
+    first, last = lines[0], lines[-1]
+    assert (first["step"], last["step"]) == (0, 900)
+    trained = last["train"]
+    assert trained["items"] >= 48
+    assert trained["hole_psnr"] > trained["hole_psnr_ceiling"] - 0.5
+    assert trained["hole_psnr"] > first["train"]["hole_psnr"] + 11
+    assert last["holdout"]["items"] >= 48
+    assert (run / "samples" / "step-00000900-train.png").is_file()
+    assert (run / "final" / "model_index.json").is_file()

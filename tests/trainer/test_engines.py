@@ -1,0 +1,216 @@
+"""One run on every engine and number of processes: the same losses, the same weights, and a resume that is one.
+
+Real processes (gloo, CPU) run the real trainer. A launch is made once a session and looked at by many tests.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+
+STEPS, HALF = 8, 4
+SINGLE = ("single", 1)
+# Engine, processes. Three do not divide the global batch of 8: ranks get floor or ceil of the rows.
+FAST = [("ddp", 2), ("ddp", 3), ("fsdp2", 2), ("zero2", 2)]
+SLOW = [
+    ("ddp", 4),
+    ("fsdp2", 1),
+    ("fsdp2", 3),
+    ("fsdp2", 4),
+    ("hsdp", 4),
+    ("zero1", 2),
+    ("zero1", 3),
+    ("zero3", 2),
+    ("zero3", 3),
+]
+LAUNCHES = [*FAST, *(pytest.param(*launch, marks=pytest.mark.slow) for launch in SLOW)]
+
+
+def train(arguments: list[str]) -> int:
+    """The trainer, in a forked rank."""
+    from trainer.main import train
+
+    return train(arguments)
+
+
+@pytest.fixture(scope="session")
+def launch(config, tmp_path_factory) -> Callable[..., Path]:
+    """Runs the trainer: `launch(engine, processes, name, "key=value", ...)`; returns the run's folder."""
+    from configs.loading import dump_config
+
+    runs = tmp_path_factory.mktemp("runs")
+    path = runs / "config.yaml"
+    path.write_text(dump_config(config), encoding="utf-8")
+
+    def run(engine: str, num_processes: int, name: str, *overrides: str) -> Path:
+        quick = [
+            f"run.dir={runs}",
+            "train.global_batch_size=8",
+            "train.micro_batch_size=3",
+            f"train.steps={STEPS}",
+            "train.warmup_steps=3",
+            "train.ema_decay=0.9",
+            "validation.every_steps=null",
+            f"checkpoint.every_steps={HALF}",
+            "checkpoint.keep_last=null",
+            "logging.trackers=[]",
+        ]
+        node_size = num_processes // 2 if engine == "hsdp" else None
+        run_ranks(
+            engine,
+            num_processes,
+            train,
+            ["--config", str(path), f"run.name={name}", *quick, *overrides],
+            node_size=node_size,
+        )
+        return runs / name
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def undisturbed(launch) -> Callable[..., Path]:
+    """The folder of a run of 8 steps with checkpoints at 4 and 8: `undisturbed(engine, processes)`, made once."""
+    made: dict[tuple[str, int], Path] = {}
+
+    def run(engine: str, num_processes: int) -> Path:
+        if (engine, num_processes) not in made:
+            made[engine, num_processes] = launch(engine, num_processes, f"{engine}-{num_processes}")
+        return made[engine, num_processes]
+
+    return run
+
+
+@pytest.fixture
+def resumed(launch, undisturbed) -> Callable[..., Path]:
+    """The folder of a run that was stopped after 4 steps of one launch and went on under another."""
+
+    def run(before: tuple[str, int], after: tuple[str, int]) -> Path:
+        name = "-".join(map(str, (*before, "then", *after)))
+        source = undisturbed(*before)
+        folder = source.parent / name
+        checkpoint = Path("checkpoints", f"step-{HALF:08d}")
+        shutil.copytree(source / checkpoint, folder / checkpoint)
+        lines = (source / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / "metrics.jsonl").write_text("".join(lines[: HALF + 1]), encoding="utf-8")  # one past the checkpoint
+        return launch(*after, name)
+
+    return run
+
+
+def read_losses(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    return [line["loss"] for line in lines]
+
+
+def read_tensors(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+    """ "<kind>/<parameter>" -> flat tensor, of weights, moments and average alike."""
+    from trainer.state_files import StateFiles
+
+    files = StateFiles(run / "checkpoints" / f"step-{step:08d}")
+    return {
+        f"{kind}/{name}": files.read(kind, name, 0, numel)
+        for kind in sorted(files.kinds())
+        for name, numel in files.sizes.items()
+    }
+
+
+def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+@pytest.mark.parametrize("engine, num_processes", LAUNCHES)
+def test_losses_and_weights_are_those_of_one_process(undisturbed, engine, num_processes):
+    run, alone = undisturbed(engine, num_processes), undisturbed(*SINGLE)
+    assert read_losses(run) == pytest.approx(read_losses(alone), abs=1e-5)
+    tensors = read_tensors(run)
+    assert {name.split("/")[0] for name in tensors} == {"weight", "exp_avg", "exp_avg_sq", "ema"}
+    assert furthest(tensors, read_tensors(alone)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "engine, num_processes",
+    [SINGLE, ("ddp", 2), ("fsdp2", 2), ("zero2", 2)]
+    + [pytest.param(*launch, marks=pytest.mark.slow) for launch in (("hsdp", 4), ("zero1", 2), ("zero3", 2))],
+)
+def test_resume_by_the_same_launch_is_bit_equal(undisturbed, resumed, engine, num_processes):
+    whole, halves = undisturbed(engine, num_processes), resumed((engine, num_processes), (engine, num_processes))
+    assert read_losses(halves) == read_losses(whole)
+    assert furthest(read_tensors(halves), read_tensors(whole)) == 0.0
+    undone = (halves / "metrics.1.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in undone] == [HALF + 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine, num_processes", [SINGLE, ("ddp", 2), ("fsdp2", 2), ("zero2", 2)])
+def test_8_bit_adamw_trains_and_resumes_exactly(launch, undisturbed, engine, num_processes):
+    name = f"8bit-{engine}-{num_processes}"
+    whole = launch(engine, num_processes, name, "train.optimizer=adamw8bit")
+    assert read_losses(whole) == pytest.approx(read_losses(undisturbed(*SINGLE)), rel=0.1)
+    halves = whole.parent / f"{name}-halves"
+    checkpoint = Path("checkpoints", f"step-{HALF:08d}")
+    shutil.copytree(whole / checkpoint, halves / checkpoint)
+    shutil.copy(whole / "metrics.jsonl", halves)
+    launch(engine, num_processes, halves.name, "train.optimizer=adamw8bit")
+    assert read_losses(halves) == read_losses(whole)
+    assert furthest(read_tensors(halves), read_tensors(whole)) == 0.0
+
+
+@pytest.mark.slow
+def test_8_bit_state_of_other_ranks_is_refused(launch):
+    run = launch("fsdp2", 2, "8bit-shards", "train.optimizer=adamw8bit")
+    shutil.rmtree(run / "checkpoints" / f"step-{STEPS:08d}")
+    with pytest.raises(
+        AssertionError, match="saved as slices of fsdp2 on 2 processes and cannot be made into slices of fsdp2 on 3"
+    ):
+        launch("fsdp2", 3, "8bit-shards", "train.optimizer=adamw8bit")
+
+
+CHANGES = [(("ddp", 2), SINGLE), (("fsdp2", 2), ("ddp", 3)), (("zero2", 2), ("fsdp2", 2)), (SINGLE, ("zero2", 2))]
+SLOW_CHANGES = [
+    (("fsdp2", 2), ("fsdp2", 1)),
+    (("fsdp2", 1), ("fsdp2", 2)),
+    (("fsdp2", 2), ("fsdp2", 4)),
+    (SINGLE, ("ddp", 2)),
+    (("ddp", 2), ("ddp", 4)),
+    (("zero1", 2), ("zero1", 3)),
+    (("zero2", 2), ("zero2", 1)),
+    (("zero3", 2), ("zero3", 3)),
+    (("zero3", 2), ("hsdp", 4)),
+    (("hsdp", 4), ("zero3", 2)),
+]
+
+
+@pytest.mark.parametrize(
+    "before, after", [*CHANGES, *(pytest.param(*change, marks=pytest.mark.slow) for change in SLOW_CHANGES)]
+)
+def test_resume_by_another_engine_or_number_of_processes_goes_on_with_the_same_run(undisturbed, resumed, before, after):
+    halves, alone = resumed(before, after), undisturbed(*SINGLE)
+    assert read_losses(halves) == pytest.approx(read_losses(alone), abs=1e-5)
+    assert furthest(read_tensors(halves), read_tensors(alone)) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_chain_of_engines_lands_on_the_undisturbed_weights(launch, undisturbed):
+    before = None
+    for step, engine in zip((0, 2, 4, 6), [("ddp", 2), ("fsdp2", 2), ("zero2", 2), ("ddp", 3)], strict=True):
+        name = f"chain-{step}"
+        if before is not None:
+            checkpoint = Path("checkpoints", f"step-{step:08d}")
+            shutil.copytree(before / checkpoint, before.parent / name / checkpoint)
+            shutil.copy(before / "metrics.jsonl", before.parent / name)
+        before = launch(*engine, name, "checkpoint.every_steps=2")
+    assert read_losses(before) == pytest.approx(read_losses(undisturbed(*SINGLE)), abs=1e-5)
+    assert furthest(read_tensors(before), read_tensors(undisturbed(*SINGLE))) < 1e-5
+
+
+def test_an_engine_that_was_not_asked_for_is_refused(launch):
+    with pytest.raises(AssertionError, match=r"parallel\.engine is fsdp2, but this process was started as ddp"):
+        launch("ddp", 2, "other-engine", "parallel.engine=fsdp2")

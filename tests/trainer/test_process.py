@@ -1,0 +1,167 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs.errors import InputError
+from trainer.process import BAD_INPUT, check_command_line, read_command_line, run_and_report
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """A single process that nobody asked for an outcome."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("FLUXFILL_OUTCOME", raising=False)
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # quiet_libraries sets it for good
+
+
+@pytest.fixture
+def arguments(tmp_path, monkeypatch) -> list[str]:
+    """A command line of a run in tmp_path, and sys.argv with it."""
+    given = ["--config", str(ROOT / "configs" / "demo.yaml"), f"run.dir={tmp_path}", "run.name=test"]
+    monkeypatch.setattr(sys, "argv", ["main.py", *given])
+    return given
+
+
+def outcome_in(folder: Path) -> dict:
+    return json.loads((folder / "outcome.json").read_text())
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def test_config_overrides_and_resume_are_read_in_any_order(arguments):
+    command = read_command_line([*arguments, "--resume", "never", "train.lr=5e-5"])
+    assert (command.config.run.name, command.config.train.lr, command.resume) == ("test", 5e-5, "never")
+    assert read_command_line(arguments).resume == "auto"
+
+
+def test_without_a_config_three_commands_are_told():
+    with pytest.raises(InputError, match="needs a config: --config CONFIG") as refused:
+        read_command_line([])
+    commands = [line.strip() for line in str(refused.value).splitlines()[1:]]
+    assert [command.split()[0] for command in commands] == ["fluxfill", "accelerate", "make"]
+    for command in commands:
+        configs = [word for word in command.split() if word.endswith(".yaml")]
+        assert all((ROOT / name).is_file() for name in configs)
+
+
+def test_an_unknown_option_is_bad_input(arguments):
+    with pytest.raises(InputError, match="--learning-rate"):
+        read_command_line([*arguments, "--learning-rate", "1"])
+
+
+def test_a_wrong_key_is_bad_input(arguments):
+    with pytest.raises(InputError, match=r"train\.lr"):
+        read_command_line([*arguments, "train.learning_rate=1"])
+
+
+# --- the outcome ------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_leaves_its_step_in_the_run_folder(arguments, tmp_path):
+    assert run_and_report(lambda: 1500) == 0
+    assert outcome_in(tmp_path / "test") == {"code": 0, "reason": "done", "step": 1500}
+
+
+def test_bad_input_is_code_2_told_once_and_on_one_stream(arguments, tmp_path, capsys):
+    def work():
+        raise InputError("model.base /x: no such folder. Give one.")
+
+    assert run_and_report(work) == BAD_INPUT == 2
+    assert outcome_in(tmp_path / "test") == {
+        "code": 2,
+        "reason": "model.base /x: no such folder. Give one.",
+        "step": None,
+    }
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("", "model.base /x: no such folder. Give one.\n")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error"), KeyboardInterrupt("stopped")])
+def test_anything_else_is_written_and_raised_on(arguments, tmp_path, error):
+    def work():
+        raise error
+
+    with pytest.raises(type(error)):
+        run_and_report(work)
+    assert outcome_in(tmp_path / "test") == {"code": 1, "reason": f"{type(error).__name__}: {error}", "step": None}
+
+
+def test_the_outcome_goes_where_it_was_asked_for(arguments, tmp_path, monkeypatch):
+    monkeypatch.setenv("FLUXFILL_OUTCOME", str(tmp_path / "asked" / "outcome.json"))
+    run_and_report(lambda: 7)
+    assert outcome_in(tmp_path / "asked")["step"] == 7
+    assert not (tmp_path / "test").exists()
+
+
+def test_only_rank_0_speaks_and_writes(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+
+    def work():
+        raise InputError("wrong")
+
+    assert run_and_report(work) == BAD_INPUT
+    assert run_and_report(lambda: 3) == 0
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err == ""
+
+
+def test_a_check_that_passes_is_no_outcome(arguments, tmp_path):
+    """Were it one, a run killed right after it would look done."""
+    assert run_and_report(check_command_line) == 0
+    assert not (tmp_path / "test" / "outcome.json").exists()
+
+
+def test_the_outcome_of_an_earlier_start_is_gone_once_work_begins(arguments, tmp_path):
+    run_and_report(lambda: 10)
+    seen = []
+    run_and_report(lambda: seen.append((tmp_path / "test" / "outcome.json").exists()))
+    assert seen == [False]
+    assert not (tmp_path / "test" / "outcome.json").exists()
+
+
+def test_a_wrong_config_has_no_run_folder_to_write_to(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["main.py", "--config", "missing.yaml"])
+    assert run_and_report(check_command_line) == BAD_INPUT
+    assert list(tmp_path.iterdir()) == []
+    assert "missing.yaml" in capsys.readouterr().err
+
+
+# --- the program ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "needs a config: --config CONFIG.yaml"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--config", "configs/demo.yaml", "train.lrr=1"], "train.lr"),
+    ],
+)
+def test_bad_input_ends_the_program_at_once_with_code_2(tmp_path, arguments, words):
+    """Before torch is imported: that alone takes ten seconds."""
+    outcome = tmp_path / "outcome.json"
+    ended = subprocess.run(
+        [sys.executable, "-X", "importtime", "trainer/main.py", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "FLUXFILL_OUTCOME": str(outcome)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    told = [line for line in ended.stderr.splitlines() if not line.startswith("import time:")]
+    imported = {
+        line.rsplit("|", 1)[-1].strip() for line in ended.stderr.splitlines() if line.startswith("import time:")
+    }
+    assert ended.returncode == 2
+    assert words in "\n".join(told)
+    assert not any("Traceback" in line for line in told)
+    assert not {"torch", "diffusers", "transformers", "accelerate"} & imported
+    assert json.loads(outcome.read_text())["code"] == 2

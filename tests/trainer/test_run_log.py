@@ -1,0 +1,172 @@
+import io
+import json
+import logging
+import math
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from configs.loading import load_config
+from data.order import OrderSettings
+from trainer.batches import open_stream
+from trainer.engine import Update
+from trainer.run_log import RunLog, configure_logging
+from trainer.run_state import RunState
+
+GOOD = Update(loss=0.5, grad_norm=1.25, applied=True)
+FIGURES = {"hole_psnr": 11.0, "hole_psnr_ceiling": 24.0, "loss_sigma_0.5": 1.5}
+
+
+@pytest.fixture
+def run(config, tmp_path):
+    """The config of a run in tmp_path."""
+    return config.model_copy(update={"run": config.run.model_copy(update={"dir": tmp_path, "name": "logged"})})
+
+
+@pytest.fixture
+def start(run, engine, cache):
+    """start(step, restarts): a run log and its stream, as a process that begins there has them."""
+    opened = []
+
+    def begin(step: int, restarts: int = 0):
+        order = OrderSettings.current(seed=1, global_batch_size=run.train.global_batch_size)
+        state = RunState(step=step, batch=step, skips=0, restarts=restarts, order=order)
+        stream = open_stream(run, engine, cache, state)
+        log = RunLog(run, engine, state, Console(file=io.StringIO()))
+        opened.extend([stream, log])
+        return log, stream, state
+
+    yield begin
+    for thing in opened:
+        thing.close()
+
+
+def advance(log, stream, state, updates):
+    for update in updates:
+        next(stream)
+        state = state.after(update)
+        log.step(state, update, 1e-3, stream)
+    return state
+
+
+def lines(run, name: str) -> list[dict]:
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    path = run.run.folder / name
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def test_every_step_is_a_line_with_its_figures(run, start):
+    advance(*start(0), [GOOD, GOOD])
+    first, second = lines(run, "metrics.jsonl")
+    assert [first["step"], second["step"]] == [1, 2]
+    assert (first["loss"], first["grad_norm"], first["lr"], first["epoch"]) == (0.5, 1.25, 1e-3, 0)
+    assert second["samples"] == 2 * run.train.global_batch_size
+    assert 0 <= first["data_wait_seconds"] <= first["seconds"]
+    assert first["samples_per_second"] == pytest.approx(run.train.global_batch_size / first["seconds"], rel=0.05)
+
+
+def test_a_step_that_is_not_finite_is_valid_json_and_told(run, start, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("fluxfill"), "propagate", True)
+    advance(*start(0), [Update(loss=math.nan, grad_norm=math.inf, applied=False), GOOD])
+    skipped, _ = lines(run, "metrics.jsonl")
+    assert (skipped["loss"], skipped["grad_norm"]) == (None, None)
+    assert "step 1 skipped" in caplog.text
+
+
+def test_the_config_in_the_run_folder_loads_as_the_same_config(run, start):
+    start(0)
+    assert load_config(run.run.folder / "config.yaml", []) == run
+
+
+def test_resume_moves_the_undone_lines_aside(run, start):
+    log, stream, state = start(0)
+    advance(log, stream, state, [GOOD] * 5)
+    log.validation({"step": 0, "train": dict(FIGURES)})
+    log.validation({"step": 4, "train": dict(FIGURES)})
+    log, stream, state = start(3, restarts=1)
+    assert [line["step"] for line in lines(run, "metrics.jsonl")] == [1, 2, 3]
+    assert [line["step"] for line in lines(run, "metrics.1.jsonl")] == [4, 5]
+    assert [line["step"] for line in lines(run, "validation.jsonl")] == [0]
+    assert [line["step"] for line in lines(run, "validation.1.jsonl")] == [4]
+    advance(log, stream, state, [GOOD])
+    assert [line["step"] for line in lines(run, "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_two_starts_from_one_checkpoint_keep_both_sets_of_undone_lines(run, start):
+    advance(*start(0), [GOOD] * 4)
+    advance(*start(2, restarts=1), [GOOD] * 3)
+    start(2, restarts=1)
+    assert [line["step"] for line in lines(run, "metrics.1.jsonl")] == [3, 4]
+    assert [line["step"] for line in lines(run, "metrics.2.jsonl")] == [3, 4, 5]
+
+
+def test_a_fresh_start_begins_fresh_files(run, start):
+    log, *_ = start(0)
+    log.validation({"step": 0, "train": dict(FIGURES)})
+    log, *_ = start(0)
+    log.validation({"step": 0, "train": dict(FIGURES) | {"hole_psnr": 9.0}})
+    log.validation({"step": 2, "train": dict(FIGURES)})
+    assert [line["step"] for line in lines(run, "validation.jsonl")] == [0, 2]
+    assert lines(run, "validation.jsonl")[1]["train"]["hole_psnr_untrained"] == 9.0
+
+
+def test_the_line_of_a_killed_process_is_dropped(run, start):
+    advance(*start(0), [GOOD] * 3)
+    path = run.run.folder / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 4, "los')
+    start(3, restarts=1)
+    assert [line["step"] for line in lines(run, "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_every_validation_carries_the_untrained_figure(run, start):
+    log, *_ = start(0)
+    for step, hole_psnr in ((0, 11.0), (5, 20.0)):
+        log.validation({"step": step, "holdout": dict(FIGURES) | {"hole_psnr": hole_psnr}, "train": {}})
+    log, *_ = start(5, restarts=1)
+    log.validation({"step": 10, "holdout": dict(FIGURES) | {"hole_psnr": math.nan}, "train": {}})
+    found = lines(run, "validation.jsonl")
+    assert [line["holdout"]["hole_psnr_untrained"] for line in found] == [11.0] * 3
+    assert [line["holdout"]["hole_psnr"] for line in found] == [11.0, 20.0, None]
+
+
+def test_tensorboard_shows_each_step_once_after_a_resume(run, start):
+    log, stream, state = start(0)
+    advance(log, stream, state, [GOOD] * 5)
+    log.close()
+    log, stream, state = start(3, restarts=1)
+    advance(log, stream, state, [Update(loss=0.25, grad_norm=1.0, applied=True)] * 4)
+    log.close()
+    events = EventAccumulator(str(run.run.folder / "tensorboard"))
+    events.Reload()
+    shown = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert shown == {1: 0.5, 2: 0.5, 3: 0.5, 4: 0.25, 5: 0.25, 6: 0.25, 7: 0.25}
+
+
+def test_a_terminal_gets_a_bar_and_its_end(run, engine, cache):
+    screen = io.StringIO()
+    order = OrderSettings.current(seed=1, global_batch_size=run.train.global_batch_size)
+    state = RunState(step=0, batch=0, skips=0, restarts=0, order=order)
+    stream = open_stream(run, engine, cache, state)
+    log = RunLog(run, engine, state, Console(file=screen, force_terminal=True, width=100))
+    advance(log, stream, state, [GOOD])
+    log.close()
+    stream.close()
+    assert "loss 0.5000" in screen.getvalue()
+
+
+@pytest.mark.parametrize("is_main, heard", [(True, ["told", "warned"]), (False, ["warned"])])
+def test_ranks_but_the_first_only_warn(capsys, is_main, heard):
+    log = logging.getLogger("fluxfill")
+    before = log.handlers, log.propagate, log.level
+    try:
+        configure_logging(SimpleNamespace(is_main=is_main))
+        log.info("told")
+        log.warning("warned")
+        assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()] == heard
+    finally:
+        log.handlers, log.propagate = before[:2]
+        log.setLevel(before[2])
