@@ -10,6 +10,7 @@ last and goes first: a cache that has it is complete. One process does the work;
 
 import argparse
 import fcntl
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -495,6 +496,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, required=True, help="the run's YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example data.resolution=[512]")
     options = parser.parse_args(arguments)
+    if os.environ.get("RANK", "0") != "0":
+        return 0  # accelerate launch starts a process per GPU, and the first does all of the work
     console = Console()
     quiet_libraries()
     try:

@@ -153,12 +153,16 @@ def load_tensors(folder: Path, engine: Engine, ema: Ema, saved_by: dict) -> None
 
 
 def _bound_state(engine: Engine) -> dict[str, Tensor]:
-    """Optimizer tensors that cannot be cut by element: 8-bit moments and their scales."""
+    """Optimizer tensors that cannot be cut by element: 8-bit moments and their scales.
+
+    Not bitsandbytes' qmaps: the code book is a constant that all parameters share.
+    """
     return {
         f"{name}//{key}": value
         for name, owner, state in engine.optimizer_states()
         for key, value in state.items()
-        if isinstance(value, Tensor) and key != "step" and key not in dict(movable(state, owner))
+        if isinstance(value, Tensor) and key != "step" and not key.startswith("qmap")
+        if key not in dict(movable(state, owner))
     }
 
 
@@ -237,7 +241,7 @@ def write_head(
 ) -> None:
     """index.json, state.json and config.yaml of a checkpoint."""
     write_index(folder, dict(enumerate(spans)), engine.trained_sizes)
-    steps = next((float(s["step"]) for _, _, s in engine.optimizer_states() if "step" in s), 0.0)
+    steps = next((int(s["step"]) for _, _, s in engine.optimizer_states() if "step" in s), 0)
     saved_by = {
         "name": engine.name,
         "world_size": engine.world_size,

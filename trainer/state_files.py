@@ -67,6 +67,10 @@ class StateFiles:
         self._tensors: dict[str, list] = index["tensors"]
         self._files: dict[str, safe_open] = {}
 
+    def names(self) -> list[str]:
+        """All tensors: "<kind>/<parameter>"."""
+        return sorted(self._tensors)
+
     def kinds(self) -> set[str]:
         """What is kept of each parameter: "weight", the moments' names, perhaps "ema"."""
         return {name.split("/", 1)[0] for name in self._tensors}

@@ -303,8 +303,12 @@ def test_a_picture_that_cannot_be_decoded_stops_only_its_shard(make_pictures, co
 
 
 def test_an_exception_leaves_no_part_and_no_manifest(make_pictures, config_of, monkeypatch):
-    config = config_of(make_pictures(6), "data.encode_batch_size=2")
+    folder = make_pictures(6)
+    config = config_of(folder, "data.encode_batch_size=2")
     cache = config.data.cache
+    preprocess(config, QUIET)
+    before = shard_bytes(cache)
+    write_triple(folder, "picture-01", seed=1, hole=(0, 0, 5, 5))
     calls = []
 
     def fail_at_the_second(*arguments):
@@ -317,10 +321,11 @@ def test_an_exception_leaves_no_part_and_no_manifest(make_pictures, config_of, m
     with pytest.raises(torch.OutOfMemoryError):
         preprocess(config, QUIET)
     assert leftovers(cache) == []
-    assert shard_bytes(cache) == {}
-    assert not (cache / "manifest.json").exists()
+    assert shard_bytes(cache) == before
+    assert not (cache / "manifest.json").exists(), "it would speak of a cache that is being changed"
     preprocess(config, QUIET)
     assert open_cache(config, Path(config.model.base)).table.samples.sum() == 6
+    assert shard_bytes(cache) != before
 
 
 def _preprocess_in_a_process(config):
@@ -517,3 +522,14 @@ def test_main_ends_with_0_and_a_table(make_pictures, config_of, tmp_path, capsys
     printed = capsys.readouterr().out
     assert "3 of 3 samples were encoded now" in printed
     assert os.fspath(config.data.cache.name) in printed
+
+
+def test_of_several_launched_processes_the_first_works_alone(make_pictures, config_of, tmp_path, monkeypatch):
+    config = config_of(make_pictures(2))
+    arguments = ["--config", write_config(tmp_path / "config.yaml", config)]
+    monkeypatch.setenv("RANK", "1")
+    assert main(arguments) == 0
+    assert not config.data.cache.exists()
+    monkeypatch.setenv("RANK", "0")
+    assert main(arguments) == 0
+    open_cache(config, Path(config.model.base))

@@ -113,12 +113,15 @@ def read_tensors(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
     """ "<kind>/<parameter>" -> flat tensor, of weights, moments and average alike."""
     from trainer.state_files import StateFiles
 
-    files = StateFiles(run / "checkpoints" / f"step-{step:08d}")
-    return {
-        f"{kind}/{name}": files.read(kind, name, 0, numel)
-        for kind in sorted(files.kinds())
-        for name, numel in files.sizes.items()
-    }
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    files = StateFiles(folder)
+    tensors = {}
+    for name in files.names():
+        kind, parameter = name.split("/", 1)
+        tensors[name] = files.read(kind, parameter, 0, files.sizes[parameter])
+    for rank in range(len(list(folder.glob("rank-*")))):
+        tensors |= {f"{rank}/{name}": value.float() for name, value in files.read_bound(rank).items()}
+    return tensors
 
 
 def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:

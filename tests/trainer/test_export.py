@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -165,12 +166,14 @@ def adapted(request, tmp_path):
     return transformer, model, tmp_path / "final"
 
 
-def test_a_good_adapter_passes_and_the_live_one_is_as_before(adapted):
+def test_a_good_adapter_passes_and_the_live_one_is_as_before(adapted, recwarn, caplog, monkeypatch):
     transformer, model, folder = adapted
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
     before = {name: parameter.clone() for name, parameter in transformer.named_parameters()}
     trains = [name for name, parameter in transformer.named_parameters() if parameter.requires_grad]
     transformer.train()
     verify_adapter(transformer, model, folder)
+    assert not [*recwarn, *(record for record in caplog.records if record.levelno >= logging.WARNING)]
     assert transformer.training
     assert list(transformer.peft_config) == [ADAPTER]
     assert transformer.active_adapters() == [ADAPTER]
