@@ -80,12 +80,15 @@ def validation_is_due(config: Config, step: int) -> bool:
 
 
 class Validator:
-    """Samples and measures the watched items; built once, before the first step."""
+    """Samples and measures the watched items; built once, before the first step. Holds nothing if validation is off."""
 
     def __init__(self, config: Config, engine: Engine, model: Path, cache: Cache) -> None:
         manifest, table = cache.manifest, cache.table
         self._engine, self._flow, self._sampler_steps = engine, config.flow, config.validation.sampler_steps
         self._folder = config.run.folder / "samples"
+        self._items: list[_Item] = []
+        if config.validation.every_steps is None:
+            return  # never due: the VAE need not be loaded
         self._vae = load_vae(model, device=engine.device, dtype=engine.compute_dtype)
         self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(model, subfolder="scheduler")
         reader = ShardReader(cache.folder, manifest, table)

@@ -105,7 +105,7 @@ def test_config_is_frozen() -> None:
         ("flow.shift", None),
         ("flow.guidance", 101),
         ("flow.keep_weight", -1),
-        ("parallel.engine", "fsdp2"),
+        ("parallel.engine", "fsdp1"),
         ("validation.every_steps", 0),
         ("checkpoint.keep_last", 0),
         ("logging.trackers", ["wandb"]),

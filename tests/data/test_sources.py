@@ -1,5 +1,8 @@
 import os
 import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -98,13 +101,27 @@ def test_a_name_that_is_not_utf8_is_refused(tmp_path):
         triples_of(tmp_path)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path):
-    make_files(tmp_path / "target", "a.png", "locked/b.png")
-    make_files(tmp_path / "mask", "a.png", "locked/b.png")
-    (tmp_path / "target" / "locked").chmod(0)
-    with pytest.raises(InputError, match=r"target/locked cannot be read \(Permission denied\)"):
-        triples_of(tmp_path)
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """Root may read everything: within the context it is another user."""
+    user = os.geteuid()
+    os.seteuid(65534 if user == 0 else user)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over():
+    with tempfile.TemporaryDirectory() as name:  # pytest's own is closed to other users
+        folder = Path(name)
+        folder.chmod(0o755)
+        make_files(folder / "target", "a.png", "locked/b.png")
+        make_files(folder / "mask", "a.png", "locked/b.png")
+        (folder / "target" / "locked").chmod(0)
+        with as_nobody(), pytest.raises(InputError, match=r"target/locked cannot be read \(Permission denied\)"):
+            triples_of(folder)
+        (folder / "target" / "locked").chmod(0o755)
 
 
 @pytest.mark.parametrize("where", ["target", "source"])
