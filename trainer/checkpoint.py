@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
 
 from configs.errors import InputError
@@ -46,9 +47,24 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], Mapping[str, s
     for inner in (path for path in folder.rglob("*") if path.is_dir()):
         fsync_folder(inner)  # the files are on disk, now their names
     write_text_atomically(folder / MANIFEST, json.dumps(hashes, indent=1))
+    _set_later_ones_aside(run, step)
     write_text_atomically(folder / COMPLETE, "")
     fsync_folder(folder.parent)
     return folder
+
+
+def _set_later_ones_aside(run: Path, step: int) -> None:
+    """Rename complete checkpoints of later steps to step-<number>.undone.
+
+    The run went back behind them, by choice or because they are damaged. Left in place they would be the newest: the
+    next resume would take one, and pruning would delete the checkpoint that was just saved.
+    """
+    for folder in complete_checkpoints(run):
+        if step_of(folder) > step:
+            names = (f"{folder.name}.undone{number or ''}" for number in count())
+            aside = next(path for name in names if not (path := folder.with_name(name)).exists())
+            folder.rename(aside)
+            log.warning("%s: the run went back behind it; kept as %s, to be deleted by hand", folder, aside.name)
 
 
 def flush_and_hash(path: Path) -> str:

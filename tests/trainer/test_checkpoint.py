@@ -43,11 +43,10 @@ def heard(caplog, monkeypatch):
 
 
 def test_a_saved_checkpoint_is_the_latest_and_whole(tmp_path, heard):
-    for step in (100, 20, 3):
+    for step in (3, 20, 100):
         folder = save_checkpoint(tmp_path, step, write)
         assert damage_of(folder) is None
-    assert folder == tmp_path / "checkpoints" / "step-00000003"
-    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-00000100"
+    assert latest_checkpoint(tmp_path) == folder == tmp_path / "checkpoints" / "step-00000100"
     assert {name: (folder / name).read_bytes() for name in FILES} == FILES
     assert not heard.records
 
@@ -60,7 +59,7 @@ def test_a_run_without_checkpoints_has_no_latest(tmp_path):
 
 
 def test_order_is_that_of_the_step_not_of_time_or_name(tmp_path):
-    for step in (99_999_999, 100_000_000, 5):
+    for step in (5, 99_999_999, 100_000_000):
         save_checkpoint(tmp_path, step, write)
     os.utime(tmp_path / "checkpoints" / "step-00000005")
     assert names(complete_checkpoints(tmp_path)) == [5, 99_999_999, 100_000_000]
@@ -179,6 +178,36 @@ def test_a_damaged_checkpoint_is_written_anew(tmp_path):
     assert save_checkpoint(tmp_path, 2, write) == folder
     assert damage_of(folder) is None
     assert not (folder / "stray").exists()
+
+
+# --- going back -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_went_back_goes_on_from_its_new_course(tmp_path, heard):
+    """Started again from step 1 by choice: what the old course left later must neither be resumed nor crowd out the new."""
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, write)
+    save_checkpoint(tmp_path, 2, write)
+    prune_checkpoints(tmp_path, keep_last=1)
+    assert step_of(latest_checkpoint(tmp_path)) == 2
+    assert "step-00000003: the run went back behind it; kept as step-00000003.undone" in heard.text
+    save_checkpoint(tmp_path, 3, write)
+    save_checkpoint(tmp_path, 2, write)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000002",
+        "step-00000003.undone",
+        "step-00000003.undone1",
+    ]
+
+
+def test_pruning_to_one_never_leaves_a_damaged_checkpoint_alone(tmp_path):
+    """The newest was damaged, the run went on from the one before: what it saves then is the one to keep."""
+    save_checkpoint(tmp_path, 1, write)
+    (save_checkpoint(tmp_path, 3, write) / "state.json").write_text("{}")
+    assert step_of(latest_checkpoint(tmp_path)) == 1
+    save_checkpoint(tmp_path, 2, write)
+    prune_checkpoints(tmp_path, keep_last=1)
+    assert step_of(latest_checkpoint(tmp_path)) == 2
 
 
 # --- pruning ----------------------------------------------------------------------------------------------------------
