@@ -184,7 +184,7 @@ def test_a_damaged_checkpoint_is_written_anew(tmp_path):
 
 
 def test_a_run_that_went_back_goes_on_from_its_new_course(tmp_path, heard):
-    """Started again from step 1 by choice: what the old course left later must neither be resumed nor crowd out the new."""
+    """Started again from step 1 by choice: what the old course left must neither be resumed nor crowd out the new."""
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, step, write)
     save_checkpoint(tmp_path, 2, write)
