@@ -279,8 +279,11 @@ class Engine:
     @torch.no_grad()
     def full_weights(self) -> dict[str, Tensor]:
         """All trained parameters in fp32, whole, on the CPU of rank 0; empty elsewhere. All ranks call it."""
+        if not self.is_main:
+            return {}
+        # Copies, also where fp32 weights lie on the CPU already: an average may stand in their place a moment later.
         named = trained_parameters(self.plain_transformer)
-        return {name: parameter.detach().float().cpu() for name, parameter in named.items()} if self.is_main else {}
+        return {name: torch.empty(parameter.shape).copy_(parameter.detach()) for name, parameter in named.items()}
 
     # --- the ranks ---------------------------------------------------------------------------------------------------
 
@@ -350,6 +353,8 @@ class FsdpEngine(Engine):
         # the shards themselves, which share their memory with the DTensors.
         self._shards = {p: nn.Parameter(p.to_local().detach()) for p in trained(self._transformer)}
         self._optimizer = build_optimizer([shard for shard in self._shards.values() if shard.numel()])
+        # Kept from now on: after a forward pass without a backward (validation) the model holds its root whole.
+        self._named = trained_parameters(self._transformer)
         return self._transformer
 
     def _apply_gradients(self) -> None:
@@ -364,7 +369,7 @@ class FsdpEngine(Engine):
 
     def local_slices(self) -> list[LocalSlice]:
         slices = []
-        for name, parameter in trained_parameters(self._transformer).items():
+        for name, parameter in self._named.items():
             local = parameter.to_local().detach()
             mesh = parameter.device_mesh
             shard_dim = mesh.ndim - 1  # hsdp: (replicate, shard)
@@ -378,8 +383,7 @@ class FsdpEngine(Engine):
         return slices
 
     def optimizer_states(self) -> list[tuple[str, Tensor, dict]]:
-        named = trained_parameters(self._transformer)
-        shards = {name: self._shards[parameter] for name, parameter in named.items()}
+        shards = {name: self._shards[parameter] for name, parameter in self._named.items()}
         return [(name, shard, self._optimizer.state[shard]) for name, shard in shards.items() if shard.numel()]
 
     @property
@@ -389,7 +393,7 @@ class FsdpEngine(Engine):
     @torch.no_grad()
     def full_weights(self) -> dict[str, Tensor]:
         weights = {}
-        for name, parameter in trained_parameters(self._transformer).items():
+        for name, parameter in self._named.items():
             whole = parameter.detach().full_tensor()  # one at a time: twelve billion would not fit a card
             if self.is_main:  # the copy waits for the gathering and leaves a plain tensor
                 weights[name] = torch.empty(whole.shape).copy_(whole)

@@ -1,5 +1,6 @@
 """The run folder's records and what a person sees while it trains. Rank 0 writes, the others keep silent."""
 
+import atexit
 import json
 import logging
 import math
@@ -71,6 +72,7 @@ class RunLog:
             )
             self._task = self._progress.add_task("training", total=self._steps, completed=first_step, figures="")
             self._progress.start()
+            atexit.register(self._progress.stop)  # also when the run raises: a bar left running hides the cursor
 
     def step(self, state: RunState, update: Update, lr: float, stream: BatchStream) -> None:
         """Record the update that led to `state`."""

@@ -8,8 +8,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageChops
 
 from tests.ranks import run_ranks
 
@@ -151,6 +153,32 @@ def test_resume_by_the_same_launch_is_bit_equal(undisturbed, resumed, engine, nu
     assert [json.loads(line)["step"] for line in undone] == [HALF + 1]
 
 
+LORA = ("method={type: lora, rank: 8, alpha: 16}",)
+
+
+@pytest.fixture(scope="session")
+def lora_alone(launch) -> Path:
+    return launch(*SINGLE, "lora-alone", *LORA)
+
+
+@pytest.mark.parametrize(
+    "engine, num_processes",
+    [("ddp", 2), ("fsdp2", 2), *(pytest.param(f"zero{n}", 2, marks=pytest.mark.slow) for n in (2, 3))],
+)
+def test_a_lora_is_that_of_one_process_in_every_file_of_it(launch, lora_alone, engine, num_processes):
+    from safetensors.torch import load_file
+
+    run = launch(engine, num_processes, f"lora-{engine}-{num_processes}", *LORA)
+    assert read_losses(run) == pytest.approx(read_losses(lora_alone), abs=1e-5)
+    assert furthest(read_tensors(run), read_tensors(lora_alone)) < 1e-5
+    for place in ("final", f"checkpoints/step-{HALF:08d}/adapter", "final-ema"):
+        file = Path(place, "pytorch_lora_weights.safetensors")
+        assert furthest(load_file(run / file), load_file(lora_alone / file)) < 1e-5
+    adapter = load_file(run / "final" / "pytorch_lora_weights.safetensors")
+    assert furthest(adapter, load_file(run / "final-ema" / "pytorch_lora_weights.safetensors")) > 1e-4
+    assert any(tensor.abs().max() > 0 for name, tensor in adapter.items() if "lora_B" in name)  # it has learned
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine, num_processes", [SINGLE, ("ddp", 2), ("fsdp2", 2), ("zero2", 2)])
 def test_8_bit_adamw_trains_and_resumes_exactly(launch, undisturbed, engine, num_processes):
@@ -212,6 +240,34 @@ def test_a_chain_of_engines_lands_on_the_undisturbed_weights(launch, undisturbed
         before = launch(*engine, name, "checkpoint.every_steps=2")
     assert read_losses(before) == pytest.approx(read_losses(undisturbed(*SINGLE)), abs=1e-5)
     assert furthest(read_tensors(before), read_tensors(undisturbed(*SINGLE))) < 1e-5
+
+
+WATCHED = ("validation.every_steps=8", "validation.images=3", "validation.sampler_steps=3")
+
+
+@pytest.fixture(scope="session")
+def watched_alone(launch) -> Path:
+    return launch(*SINGLE, "watched-alone", *WATCHED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero3"])
+def test_validation_gives_the_figures_and_pictures_of_one_process(launch, watched_alone, engine):
+    run = launch(engine, 2, f"watched-{engine}", *WATCHED)
+    for mine, alone in zip(read_validation(run), read_validation(watched_alone), strict=True):
+        assert mine["step"] == alone["step"]
+        for split in ("train", "holdout"):
+            assert mine[split] == pytest.approx(alone[split], abs=1e-3)
+    for picture in sorted((watched_alone / "samples").glob("*.png")):
+        with Image.open(picture) as alone, Image.open(run / "samples" / picture.name) as mine:
+            apart = np.asarray(ImageChops.difference(mine, alone))
+        assert apart.max() <= 2  # of 255: the last digit of a rounding
+
+
+def read_validation(run: Path) -> list[dict]:
+    lines = (run / "validation.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, STEPS]
+    return [json.loads(line) for line in lines]
 
 
 def test_an_engine_that_was_not_asked_for_is_refused(launch):
