@@ -26,6 +26,7 @@ from torch.distributed import all_gather_object, all_reduce
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from configs.combinations import check_engine
 from configs.errors import InputError
 from configs.schema import Config
 from data.reader import MicroBatch
@@ -95,7 +96,7 @@ def launched_engine(environment: Mapping[str, str]) -> str:
 def start_engine(config: Config) -> "Engine":
     """Join the processes of the run under the engine they were launched with.
 
-    Raises InputError if the config asks for another engine.
+    Raises InputError if the config asks for another engine, or for something that this one cannot do.
     """
     name = launched_engine(os.environ)
     asked = config.parallel.engine
@@ -104,6 +105,7 @@ def start_engine(config: Config) -> "Engine":
             f"parallel.engine is {asked}, but this process was started as {name}. Start it by `fluxfill train`, or "
             f"`accelerate launch --config_file configs/engines/{asked}.yaml ...`, or set parallel.engine={name}."
         )
+    check_engine(config, name)
     if name.startswith("zero"):
         return ZeroEngine(config, name)
     if name.startswith(("fsdp2", "hsdp")):
