@@ -57,7 +57,7 @@ class Rule:
 REFUSED: tuple[Rule, ...] = (
     Rule(
         {"method": ("full",), "precision": QUANTIZED},
-        "full training changes every weight of the base, and a quantised weight cannot take a small change",
+        "full training changes every weight of the base, and a quantized weight cannot take a small change",
     ),
     Rule(
         {"method": ("lokr",), "precision": ("nf4",)},
@@ -72,12 +72,12 @@ REFUSED: tuple[Rule, ...] = (
         "prodigy finds its step size from all weights together, and here each process would find one of its own",
     ),
     Rule(
-        {"precision": ("int8",), "engine": (*FSDP, *ZERO3)},
-        "bitsandbytes keeps an 8-bit weight with its scales in one tensor that cannot be sharded",
+        {"precision": QUANTIZED, "engine": ZERO3},
+        "DeepSpeed shards plain numbers, without the shape and the scales of a quantized weight",
     ),
     Rule(
-        {"precision": ("nf4", "fp8"), "engine": ZERO3},
-        "DeepSpeed shards plain tensors, without the shape and the scales of a quantised weight",
+        {"method": ("dora",), "precision": ("int8", "fp8")},
+        "DoRA measures the base's weights, and peft would measure their stored bits",
     ),
 )
 
@@ -97,7 +97,11 @@ NOTES: tuple[Rule, ...] = (
         {"precision": ("nf4",), "engine": FSDP},
         "the packed 4-bit weights are stored as bf16 tensors, the only kind that is sharded and gathered unharmed",
     ),
-    Rule({"precision": ("fp8",)}, "needs a GPU of compute capability 8.9 or higher (Ada, Hopper); checked at start"),
+    Rule(
+        {"precision": ("int8", "fp8")},
+        "torchao quantizes the blocks' weights, one scale per row; products are computed in bf16 from weights made "
+        "whole for the moment, on any card",
+    ),
 )
 
 
