@@ -232,6 +232,10 @@ class TrainConfig(Section):
     activation_checkpointing: Literal["auto"] | Annotated[bool, Field(strict=True)] = "auto"
     """Compute activations again in the backward pass to save memory. auto: decided at start."""
 
+    compile: Literal["regional", "off"] = "off"
+    """regional: torch.compile of the blocks, one graph for all of a kind and for every size of picture; it costs a minute
+    or more at start. What it gains has not been measured on a GPU yet, so it is off unless asked for."""
+
     @field_validator("micro_batch_size")
     @classmethod
     def _micro_batch_fits(cls, micro: int | Literal["auto"], info: ValidationInfo) -> int | Literal["auto"]:
