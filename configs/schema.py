@@ -72,11 +72,8 @@ class ModelConfig(Section):
     engine: docs/combinations.md."""
 
 
-class LoraConfig(Section):
-    """Train a low-rank adapter; the base's weights stay as they are."""
-
-    type: Literal["lora"]
-    """lora: train a low-rank adapter."""
+class _AdapterSection(Section):
+    """What all adapters have in common; the base's weights stay as they are."""
 
     rank: PositiveInt = 32
     """Width of the adapter's two factors."""
@@ -92,7 +89,32 @@ class LoraConfig(Section):
     module names as peft takes them."""
 
     init_from: PathText | None = None
-    """LoRA in diffusers' format to start from. null: start at zero."""
+    """Adapter of the same type to start from, as .safetensors. null: start at the base's output."""
+
+
+class LoraConfig(_AdapterSection):
+    """Train a low-rank adapter; the base's weights stay as they are."""
+
+    type: Literal["lora"]
+    """lora: train a low-rank adapter."""
+
+
+class DoraConfig(_AdapterSection):
+    """Train a low-rank adapter and the length of every row of the weights it adapts."""
+
+    type: Literal["dora"]
+    """dora: train a low-rank adapter, and the lengths of the weights' rows beside it."""
+
+
+class LokrConfig(_AdapterSection):
+    """Train an adapter that is a Kronecker product, as LyCORIS' LoKr."""
+
+    type: Literal["lokr"]
+    """lokr: train a Kronecker product of a small and a larger matrix."""
+
+    factor: Annotated[int, Field(strict=True, ge=2)] | Literal["auto"] = "auto"
+    """Side of the small matrix; the larger one has the layer's sides divided by it, and is whole where `rank` is at
+    least half of them. auto: about the square root of the layer's sides (LyCORIS' factor -1)."""
 
 
 class FullConfig(Section):
@@ -329,8 +351,8 @@ class Config(Section):
     model: ModelConfig
     """The model that training starts from."""
 
-    method: Annotated[LoraConfig | FullConfig, Field(discriminator="type")]
-    """What is trained: a low-rank adapter, or every weight."""
+    method: Annotated[LoraConfig | DoraConfig | LokrConfig | FullConfig, Field(discriminator="type")]
+    """What is trained: an adapter, or every weight."""
 
     data: DataConfig
     """The pictures, and the cache of encoded samples that is made from them."""

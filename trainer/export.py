@@ -14,7 +14,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxFillPipeline, FluxTra
 from torch import Tensor
 
 from data.model_folder import PARTS
-from trainer.lora import ADAPTER
+from trainer.adapter import ADAPTER, is_lokr, prepare_layers
 
 log = logging.getLogger("fluxfill")
 
@@ -22,7 +22,7 @@ _CHECK_ADAPTER = "reloaded"
 
 
 def verify_adapter(transformer: FluxTransformer2DModel, model: Path, folder: Path) -> None:
-    """Load an exported adapter beside the live one, by the pipeline's own loader, and compare the two outputs.
+    """Load an exported adapter beside the live one, by diffusers' own loader, and compare the two outputs.
 
     Raises RuntimeError if they differ.
     """
@@ -38,7 +38,11 @@ def verify_adapter(transformer: FluxTransformer2DModel, model: Path, folder: Pat
     )
     live = _probe(transformer)
     with _nothing_said_of_what_is_meant():
-        pipeline.load_lora_weights(str(folder), adapter_name=_CHECK_ADAPTER)
+        if is_lokr(transformer):
+            transformer.load_lora_adapter(str(folder), adapter_name=_CHECK_ADAPTER, use_safetensors=True)
+        else:
+            pipeline.load_lora_weights(str(folder), adapter_name=_CHECK_ADAPTER)
+    prepare_layers(transformer, _CHECK_ADAPTER)  # the file is compared here, not peft's arithmetic
     try:
         transformer.set_adapter(_CHECK_ADAPTER)
         reloaded = _probe(transformer)
@@ -157,4 +161,4 @@ def _refuse_difference(live: Tensor, reloaded: Tensor, folder: Path, device: tor
     allowed = 1e-5 * live.abs().max().item() + (0 if device.type == "cpu" else 1e-2)
     if not difference <= allowed:  # a difference that is not a number is one
         raise RuntimeError(f"{folder}: the adapter read back gives another output (apart by {difference:.2g})")
-    log.info("%s: read back by load_lora_weights, output apart from the run's by %.1g", folder, difference)
+    log.info("%s: read back by diffusers, output apart from the run's by %.1g", folder, difference)

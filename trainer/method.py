@@ -9,9 +9,9 @@ from diffusers import FluxTransformer2DModel
 from configs.combinations import notes_of
 from configs.schema import Config
 from data.model_folder import read_part_config
+from trainer.adapter import add_adapter
 from trainer.engine import Engine
 from trainer.flux import DEV_CHANNELS, empty_transformer, load_transformer
-from trainer.lora import add_lora
 
 log = logging.getLogger("fluxfill")
 
@@ -19,8 +19,8 @@ log = logging.getLogger("fluxfill")
 def build_transformer(config: Config, model: Path, engine: Engine) -> FluxTransformer2DModel:
     """The base with 384 inputs, ready to train by the config's method.
 
-    full: every weight trains and is kept in fp32.  lora: the base is frozen in the compute dtype, the adapter trains in
-    fp32.  Raises InputError for a base that is no FLUX.1, or an adapter that does not fit.
+    full: every weight trains and is kept in fp32.  Else the base is frozen in the compute dtype, and an adapter trains
+    in fp32.  Raises InputError for a base that is no FLUX.1, or an adapter that does not fit.
     """
     for note in notes_of(config, engine.name):
         log.info("%s", note)
@@ -28,9 +28,9 @@ def build_transformer(config: Config, model: Path, engine: Engine) -> FluxTransf
     dtype = torch.float32 if method.type == "full" else engine.compute_dtype
     # Rank 0 alone reads the weights: eight ranks would hold eight copies of them in their node's memory.
     transformer = (load_transformer if engine.is_main else empty_transformer)(model, dtype=dtype)
-    if method.type == "lora":
+    if method.type != "full":
         expanded = read_part_config(model, "transformer").get("in_channels", DEV_CHANNELS) == DEV_CHANNELS
-        add_lora(transformer, method, expanded=expanded, seed=config.run.seed)
+        add_adapter(transformer, method, expanded=expanded, seed=config.run.seed)
     if checkpoints_activations(config, engine):
         transformer.enable_gradient_checkpointing()
     counts = [sum(p.numel() for p in transformer.parameters() if p.requires_grad is wanted) for wanted in (True, False)]

@@ -13,6 +13,7 @@ from configs.errors import InputError
 from configs.loading import dump_config
 from configs.schema import Config
 from data.order import OrderSettings
+from trainer.adapter import save_adapter
 from trainer.checkpoint import (
     complete_checkpoints,
     damage_of,
@@ -23,7 +24,6 @@ from trainer.checkpoint import (
 )
 from trainer.ema import Ema
 from trainer.engine import WHOLE, Engine, Update, movable
-from trainer.lora import save_adapter
 from trainer.state_files import StateFiles, rank_file, write_index, write_rank
 
 MAX_SKIPS = 5
@@ -190,7 +190,7 @@ def save_if_due(config: Config, engine: Engine, state: RunState, ema: Ema) -> No
     except OSError as error:
         failure = str(error)
     everyone = engine.gather((failure, spans, sha256))
-    adapter = engine.full_weights() if config.method.type == "lora" else {}
+    adapter = engine.full_weights() if config.method.type != "full" else {}
 
     def write(folder: Path) -> dict[str, str]:
         for rank in range(engine.world_size):
