@@ -57,11 +57,7 @@ class Rule:
 REFUSED: tuple[Rule, ...] = (
     Rule(
         {"method": ("full",), "precision": QUANTIZED},
-        "full training changes every weight of the base, and a quantised weight cannot take a small change",
-    ),
-    Rule(
-        {"method": ("lokr",), "precision": ("nf4",)},
-        "a LoKr is added to the weight itself, and peft has no LoKr layer for weights packed in 4 bits",
+        "full training changes every weight of the base, and a quantized weight cannot take a small change",
     ),
     Rule(
         {"optimizer": ("adafactor",), "engine": (*FSDP, *ZERO)},
@@ -72,12 +68,8 @@ REFUSED: tuple[Rule, ...] = (
         "prodigy finds its step size from all weights together, and here each process would find one of its own",
     ),
     Rule(
-        {"precision": ("int8",), "engine": (*FSDP, *ZERO3)},
-        "bitsandbytes keeps an 8-bit weight with its scales in one tensor that cannot be sharded",
-    ),
-    Rule(
-        {"precision": ("nf4", "fp8"), "engine": ZERO3},
-        "DeepSpeed shards plain tensors, without the shape and the scales of a quantised weight",
+        {"precision": QUANTIZED, "engine": ZERO3},
+        "DeepSpeed shards plain numbers, without the shape and the scales of a quantized weight",
     ),
 )
 
@@ -94,10 +86,19 @@ NOTES: tuple[Rule, ...] = (
         "processes can go on with",
     ),
     Rule(
+        {"method": ("dora",), "engine": ZERO},
+        "where products are computed in bf16, DeepSpeed hands out the lengths of the rows in bf16 too, and small "
+        "changes of them show late",
+    ),
+    Rule(
         {"precision": ("nf4",), "engine": FSDP},
         "the packed 4-bit weights are stored as bf16 tensors, the only kind that is sharded and gathered unharmed",
     ),
-    Rule({"precision": ("fp8",)}, "needs a GPU of compute capability 8.9 or higher (Ada, Hopper); checked at start"),
+    Rule(
+        {"precision": ("int8", "fp8")},
+        "torchao quantizes the blocks' weights, one scale per row; products are computed in bf16 from weights made "
+        "whole for the moment, on any card",
+    ),
 )
 
 

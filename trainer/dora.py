@@ -8,6 +8,8 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
+from trainer.quantize import WeightOnlyLinear
+
 
 class RowLengths(DoraLinearLayer):
     """peft's layer with the same tensor, in the same place, and other arithmetic.
@@ -28,7 +30,7 @@ class RowLengths(DoraLinearLayer):
         adapter_name: str,
     ) -> Tensor:
         """What is added to `base_result`, the base layer's own output: [..., out]."""
-        lengths = row_lengths(dequantize_module_weight(base_layer), lora_A.weight, lora_B.weight, scaling)
+        lengths = row_lengths(_whole_weight(base_layer), lora_A.weight, lora_B.weight, scaling)
         # Where the engine hands out trained weights in bf16, the lengths are rounded alike: the quotient starts at 1.
         scale = self.weight.float() / lengths.to(self.weight.dtype)
         turned = base_result if base_layer.bias is None else base_result - base_layer.bias
@@ -45,6 +47,11 @@ def row_lengths(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     with torch.autocast(weight.device.type, enabled=False):
         turned = torch.addmm(weight, b.to(weight.dtype), a.to(weight.dtype), alpha=scaling)
     return torch.linalg.vector_norm(turned, dim=1, dtype=torch.float32)
+
+
+def _whole_weight(layer: nn.Linear) -> Tensor:
+    """[out, in], dequantized where the base is quantized."""
+    return layer.dequantized() if isinstance(layer, WeightOnlyLinear) else dequantize_module_weight(layer)
 
 
 def use_row_lengths(transformer: nn.Module, adapter: str) -> None:
@@ -64,7 +71,7 @@ def start_at_base(transformer: nn.Module, adapter: str) -> None:
     """
     for module in transformer.modules():
         if isinstance(module, LoraLayer) and adapter in module.lora_magnitude_vector:
-            weight = dequantize_module_weight(module.get_base_layer())
+            weight = _whole_weight(module.get_base_layer())
             if not weight.is_meta:
                 a: Any = module.lora_A[adapter].weight
                 b: Any = module.lora_B[adapter].weight

@@ -12,6 +12,7 @@ from data.model_folder import read_part_config
 from trainer.adapter import add_adapter
 from trainer.engine import Engine
 from trainer.flux import DEV_CHANNELS, empty_transformer, load_transformer
+from trainer.quantize import QUANTIZED, quantize_base
 
 log = logging.getLogger("fluxfill")
 
@@ -28,6 +29,8 @@ def build_transformer(config: Config, model: Path, engine: Engine) -> FluxTransf
     dtype = torch.float32 if method.type == "full" else engine.compute_dtype
     # Rank 0 alone reads the weights: eight ranks would hold eight copies of them in their node's memory.
     transformer = (load_transformer if engine.is_main else empty_transformer)(model, dtype=dtype)
+    if config.model.precision in QUANTIZED:
+        quantize_base(transformer, config.model.precision, engine.from_main)
     if method.type != "full":
         expanded = read_part_config(model, "transformer").get("in_channels", DEV_CHANNELS) == DEV_CHANNELS
         add_adapter(transformer, method, expanded=expanded, seed=config.run.seed)

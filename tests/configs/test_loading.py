@@ -208,7 +208,7 @@ def test_key_of_the_other_method_is_told_apart_from_an_unknown_one(config_file: 
 
 def test_unknown_and_missing_method_type(config_file: Path) -> None:
     (problem,) = problems_with(config_file, "type: lora", "type: lola")
-    assert ':6: method.type is "dora", but must be' in problem and "lora" in problem
+    assert ':6: method.type is "lola", but must be' in problem and "lora" in problem
     (problem,) = problems_with(config_file, "  type: lora\n", "")
     assert ":5: method.type is missing" in problem
 
