@@ -238,8 +238,10 @@ class TrainConfig(Section):
     warmup_steps: Count = 100
     """Steps in which the learning rate rises from zero to `lr`."""
 
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw8bit"
-    """adamw8bit keeps its two moments in 8 bits (bitsandbytes)."""
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy"] = "adamw8bit"
+    """adamw8bit keeps its two moments in 8 bits (bitsandbytes); adafactor keeps one, as a row and a column per weight;
+    prodigy finds the step size itself, which lr then multiplies: set it to 1. Which engines take which:
+    docs/combinations.md."""
 
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay, per step and times the learning rate."""
@@ -262,6 +264,14 @@ class TrainConfig(Section):
                 f"must not be above train.global_batch_size, {total}: lower it, or raise the global batch size"
             )
         return micro
+
+    @field_validator("optimizer")
+    @classmethod
+    def _prodigy_has_a_rate_of_its_own(cls, optimizer: str, info: ValidationInfo) -> str:
+        lr = info.data.get("lr")
+        if optimizer == "prodigy" and lr is not None and lr < 0.1:
+            raise ValueError(f"multiplies the step size that it finds by train.lr, {lr:g}: set train.lr=1")
+        return optimizer
 
     @field_validator("warmup_steps")
     @classmethod

@@ -254,6 +254,36 @@ def test_8_bit_adamw_trains_and_resumes_exactly(launch, undisturbed, engine, num
     assert furthest(read_tensors(halves), read_tensors(whole)) == 0.0
 
 
+OPTIMIZERS = {"adafactor": ("train.optimizer=adafactor",), "prodigy": ("train.optimizer=prodigy", "train.lr=1")}
+
+
+def bound_state(run: Path, step: int) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds of an optimizer that has not one number per element."""
+    from trainer.state_files import StateFiles
+
+    return StateFiles(run / "checkpoints" / f"step-{step:08d}").read_bound(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_adafactor_and_prodigy_are_those_of_one_process_and_go_on_exactly(launch, optimizer):
+    """Their rows and columns, and what they learned of all weights, are saved by one process and read by three."""
+    settings = OPTIMIZERS[optimizer]
+    whole = launch(*SINGLE, optimizer, *settings)
+    saved = bound_state(whole, HALF)
+    kinds = {name.rpartition("//")[2] for name in saved}
+    assert kinds >= ({"exp_avg_sq_row", "exp_avg_sq_col"} if optimizer == "adafactor" else {"s", "p0", "learned"})
+    checkpoint = Path("checkpoints", f"step-{HALF:08d}")
+    for number, (engine, allowed) in enumerate([(SINGLE, 0.0), (("ddp", 3), 1e-5)]):
+        halves = whole.parent / f"{optimizer}-halves-{number}"
+        shutil.copytree(whole / checkpoint, halves / checkpoint)
+        shutil.copy(whole / "metrics.jsonl", halves)
+        launch(*engine, halves.name, *settings)
+        assert read_losses(halves) == pytest.approx(read_losses(whole), abs=allowed)
+        assert furthest(read_tensors(halves), read_tensors(whole)) <= allowed
+        assert furthest(bound_state(halves, STEPS), bound_state(whole, STEPS)) <= allowed
+
+
 @pytest.mark.slow
 def test_8_bit_state_of_other_ranks_is_refused(launch):
     run = launch("fsdp2", 2, "8bit-shards", "train.optimizer=adamw8bit")
