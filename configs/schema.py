@@ -73,11 +73,8 @@ class ModelConfig(Section):
     engine: docs/combinations.md."""
 
 
-class LoraConfig(Section):
-    """Train a low-rank adapter; the base's weights stay as they are."""
-
-    type: Literal["lora"]
-    """lora: train a low-rank adapter."""
+class _AdapterSection(Section):
+    """What all adapters have in common; the base's weights stay as they are."""
 
     rank: PositiveInt = 32
     """Width of the adapter's two factors."""
@@ -93,7 +90,32 @@ class LoraConfig(Section):
     module names as peft takes them."""
 
     init_from: PathText | None = None
-    """LoRA in diffusers' format to start from. null: start at zero."""
+    """Adapter of the same type to start from, as .safetensors. null: start at the base's output."""
+
+
+class LoraConfig(_AdapterSection):
+    """Train a low-rank adapter; the base's weights stay as they are."""
+
+    type: Literal["lora"]
+    """lora: train a low-rank adapter."""
+
+
+class DoraConfig(_AdapterSection):
+    """Train a low-rank adapter and the length of every row of the weights it adapts."""
+
+    type: Literal["dora"]
+    """dora: train a low-rank adapter, and the lengths of the weights' rows beside it."""
+
+
+class LokrConfig(_AdapterSection):
+    """Train an adapter that is a Kronecker product, as LyCORIS' LoKr."""
+
+    type: Literal["lokr"]
+    """lokr: train a Kronecker product of a small and a larger matrix."""
+
+    factor: Annotated[int, Field(strict=True, ge=2)] | Literal["auto"] = "auto"
+    """Side of the small matrix; the larger one has the layer's sides divided by it, and is whole where `rank` is at
+    least half of them. auto: about the square root of the layer's sides (LyCORIS' factor -1)."""
 
 
 class FullConfig(Section):
@@ -217,8 +239,10 @@ class TrainConfig(Section):
     warmup_steps: Count = 100
     """Steps in which the learning rate rises from zero to `lr`."""
 
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw8bit"
-    """adamw8bit keeps its two moments in 8 bits (bitsandbytes)."""
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy"] = "adamw8bit"
+    """adamw8bit keeps its two moments in 8 bits (bitsandbytes); adafactor keeps one, as a row and a column per weight;
+    prodigy finds the step size itself, which lr then multiplies: set it to 1. Which engines take which:
+    docs/combinations.md."""
 
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay, per step and times the learning rate."""
@@ -245,6 +269,14 @@ class TrainConfig(Section):
                 f"must not be above train.global_batch_size, {total}: lower it, or raise the global batch size"
             )
         return micro
+
+    @field_validator("optimizer")
+    @classmethod
+    def _prodigy_has_a_rate_of_its_own(cls, optimizer: str, info: ValidationInfo) -> str:
+        lr = info.data.get("lr")
+        if optimizer == "prodigy" and lr is not None and lr < 0.1:
+            raise ValueError(f"multiplies the step size that it finds by train.lr, {lr:g}: set train.lr=1")
+        return optimizer
 
     @field_validator("warmup_steps")
     @classmethod
@@ -344,8 +376,8 @@ class Config(Section):
     model: ModelConfig
     """The model that training starts from."""
 
-    method: Annotated[LoraConfig | FullConfig, Field(discriminator="type")]
-    """What is trained: a low-rank adapter, or every weight."""
+    method: Annotated[LoraConfig | DoraConfig | LokrConfig | FullConfig, Field(discriminator="type")]
+    """What is trained: an adapter, or every weight."""
 
     data: DataConfig
     """The pictures, and the cache of encoded samples that is made from them."""
