@@ -3,6 +3,7 @@ there."""
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +19,14 @@ from data.manifest import (
     Manifest,
     ShardTable,
     cached_settings,
+    hash_files,
     read_manifest,
     read_shard_table,
 )
 from data.model_folder import read_part_number
 from data.order import ORDER_VERSION
 from data.shard_plan import ShardPlan
-from data.shards import ShardIndex, index_path
+from data.shards import ShardIndex, count_hole_fractions, index_path
 from data.validation_items import validation_items_are_there
 
 
@@ -48,7 +50,6 @@ def describe_cache(
 ) -> tuple[Manifest, ShardTable]:
     """The head of the finished cache."""
     names = [dataset.name for dataset in config.data.datasets]
-    holes = np.concatenate([index.hole_fraction.ravel() for index in indexes])
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         order_version=ORDER_VERSION,
@@ -62,7 +63,7 @@ def describe_cache(
         pooled_width=int(read_part_number(model, "text_encoder", "hidden_size")),
         mask_variants=dict.fromkeys(names, 1),
         samples={name: _count_splits(plans, name) for name in names},
-        hole_fractions=np.histogram(holes, bins=10, range=(0, 1))[0].tolist(),
+        hole_fractions=count_hole_fractions(indexes),
     )
     return manifest, shard_table(plans, indexes)
 
@@ -75,7 +76,7 @@ def is_current(cache: Path, manifest: Manifest, table: ShardTable) -> bool:
         return False
     constants = [cache / EMPTY_TEXT, *(blank_path(cache, str(bucket)) for bucket in np.unique(table.bucket))]
     return (
-        found == manifest
+        found == replace(manifest, files=hash_files(cache, found.files))
         and all(np.array_equal(column, vars(found_table)[name]) for name, column in vars(table).items())
         and all(path.is_file() for path in constants)
         and validation_items_are_there(cache)

@@ -9,11 +9,9 @@ last and goes first: a cache that has it is complete. One process does the work;
 """
 
 import argparse
-import fcntl
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from configs.errors import InputError
 from configs.loading import load_config
 from configs.schema import Config, DataConfig
 from data.cache_head import delete_unplanned, describe_cache, is_current, shard_table
+from data.cache_lock import lock_cache
 from data.decode_samples import load_pixels
 from data.encode import TextEncoders, load_text_encoders, load_vae
 from data.encode_shards import encode_shard, read_finished, write_constants
@@ -57,7 +56,7 @@ def preprocess(config: Config, console: Console) -> None:
         )
         indexes = _read_all_finished(cache, plans)
         if indexes is None or not is_current(cache, *describe_cache(config, model, encoders, plans, indexes)):
-            with _only_process(cache):
+            with lock_cache(cache):
                 # A manifest speaks of a whole cache: there is none while anything in it changes.
                 (cache / "manifest.json").unlink(missing_ok=True)
                 num_encoded = _encode_unfinished(cache, plans, model, config.data, progress)
@@ -68,30 +67,6 @@ def preprocess(config: Config, console: Console) -> None:
                 _write_validation_pictures(cache, plans, indexes, config.data, progress)
                 write_manifest(cache, *describe_cache(config, model, encoders, plans, indexes))
     print_report(console, cache, shard_table(plans, indexes), num_encoded=num_encoded)
-
-
-@contextmanager
-def _only_process(cache: Path) -> Iterator[None]:
-    """Keep other processes out of a cache while it changes; makes its folder. Raises InputError if one is in, or if the
-    folder cannot be written to."""
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        lock = (cache / "preprocess.lock").open("w")
-    except OSError as error:
-        raise InputError(
-            f"data.cache {cache}: cannot be written to ({error.strerror}). Point data.cache at a folder that can."
-        ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
-        except BlockingIOError:
-            raise InputError(
-                f"data.cache {cache}: another process is encoding into it. Wait for it or stop it; a single process "
-                "does all of the work."
-            ) from None
-        except OSError:
-            pass  # a filesystem without locks: nothing can be told
-        yield
 
 
 def _encode_unfinished(

@@ -10,9 +10,19 @@ import xxhash
 from safetensors.torch import save_file
 
 from data.geometry import Bucket
-from data.manifest import EMPTY_TEXT, FORMAT_VERSION, TRAIN, Cache, Manifest, ShardTable, parse_bucket, write_manifest
+from data.manifest import (
+    EMPTY_TEXT,
+    FORMAT_VERSION,
+    HOLDOUT,
+    TRAIN,
+    Cache,
+    Manifest,
+    ShardTable,
+    parse_bucket,
+    write_manifest,
+)
 from data.order import ORDER_VERSION
-from data.shards import SampleTensors, ShardIndex, ShardWriter
+from data.shards import SampleTensors, ShardIndex, ShardWriter, count_hole_fractions
 
 TEXT_LENGTH, TEXT_WIDTH, POOLED_WIDTH = 8, 6, 4
 
@@ -107,6 +117,9 @@ def make_cache(tmp_path: Path) -> Callable[..., Cache]:
             plan=np.array([index.plan for index in indexes]),
         )
         datasets = sorted(set(table.dataset.tolist()))
+        counts = {name: {TRAIN: 0, HOLDOUT: 0} for name in datasets}
+        for row in rows:
+            counts[row[1]][row[3]] += row[4]
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             order_version=ORDER_VERSION,
@@ -119,11 +132,10 @@ def make_cache(tmp_path: Path) -> Callable[..., Cache]:
             text_width=TEXT_WIDTH,
             pooled_width=POOLED_WIDTH,
             mask_variants=dict.fromkeys(datasets, num_variants),
-            samples={},
-            hole_fractions=[0] * 10,
+            samples=counts,
+            hole_fractions=count_hole_fractions(indexes),
         )
         save_file(_make_text("the empty caption"), folder / EMPTY_TEXT)
-        write_manifest(folder, manifest, table)
-        return Cache(folder, manifest, table)
+        return Cache(folder, write_manifest(folder, manifest, table), table)
 
     return make
