@@ -66,8 +66,10 @@ class ModelConfig(Section):
     base: Annotated[str, Field(min_length=1, examples=["black-forest-labs/FLUX.1-Fill-dev"])]
     """Hub id, or folder in diffusers' layout. FLUX.1-Fill-dev; or FLUX.1-dev, expanded from 64 to 384 inputs."""
 
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the transformer's arithmetic. auto: bf16 on a GPU, fp32 on a CPU."""
+    precision: Literal["auto", "fp32", "bf16", "int8", "nf4", "fp8"] = "auto"
+    """Of the transformer's weights and arithmetic. auto: bf16 on a GPU, fp32 on a CPU. int8, nf4 and fp8 keep the
+    frozen weights in 8 or 4 bits and compute in bf16: less memory, not more speed. Which go with which method and
+    engine: docs/combinations.md."""
 
 
 class LoraConfig(Section):

@@ -1,6 +1,7 @@
 """The stored bytes of samples, by (shard, row): read at their offsets, straight to their place, and checked.
 
-There is nothing to decode, `preadv` releases the GIL, and xxh3 (30 GB/s) costs next to nothing.
+There is nothing to decode, `preadv` releases the GIL, and xxh3 (30 GB/s) costs next to nothing. Members that lie side
+by side in the tar are read by one call.
 """
 
 import json
@@ -9,6 +10,7 @@ import os
 import struct
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,27 +25,32 @@ from data.shards import ShardIndex, index_path, read_index, rebuild_index
 # but goes round all of these; a process may have 1024 files open where nobody raised the limit.
 _OPEN_SHARDS = 256
 _MAX_HEADER = 1 << 16
+_MAX_GAP = 4096  # bytes between two members that are read along rather than by a call of their own: tar's header
 
 _ENCODE_ANEW = "Delete the shard and run `fluxfill preprocess CONFIG` again: only that shard is encoded anew."
+
+Buffers = Mapping[str, memoryview]  # tensor name -> its bytes, contiguous and writable
 
 
 class DamagedShard(InputError):
     """A shard on disk is not what the manifest promised."""
 
 
+class DamagedSample(DamagedShard):
+    """One sample of a shard is not what was written; the others may be."""
+
+
 @dataclass(frozen=True)
 class _Layout:
-    """How one kind of member looks: its safetensors header, and (name, bytes) in the order of its data."""
+    """How one kind of member looks: its safetensors header, and the names of its tensors in the order of their data."""
 
+    kind: str
     header: bytes
-    fields: tuple[tuple[str, int], ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return len(self.header) + sum(size for _, size in self.fields)
+    names: tuple[str, ...]
+    num_bytes: int
 
 
-def _parse_layout(data: bytes, expected: dict[str, tuple[str, list[int]]], where: str) -> _Layout:
+def _parse_layout(kind: str, data: bytes, expected: dict[str, tuple[str, list[int]]], where: str) -> _Layout:
     """Layout of a safetensors member from its first bytes.
 
     expected: name -> (safetensors dtype, shape).  Raises DamagedShard if the bytes are no header, or say otherwise.
@@ -61,16 +68,45 @@ def _parse_layout(data: bytes, expected: dict[str, tuple[str, list[int]]], where
         raise DamagedShard(
             f"{where}: holds {found}, the cache's bucket and text length ask for {expected}. {_ENCODE_ANEW}"
         )
-    sizes = {name: math.prod(shape) * (2 if dtype == "BF16" else 1) for name, (dtype, shape) in expected.items()}
-    return _Layout(data[: 8 + length], tuple((name, sizes[name]) for name in sorted(starts, key=starts.__getitem__)))
+    sizes = [math.prod(shape) * (2 if dtype == "BF16" else 1) for dtype, shape in expected.values()]
+    return _Layout(kind, data[: 8 + length], tuple(sorted(starts, key=starts.__getitem__)), 8 + length + sum(sizes))
 
 
 @dataclass(frozen=True)
+class _Member:
+    """One member to read. name: of what, for messages.  xxh3: of its bytes."""
+
+    layout: _Layout
+    name: str
+    offset: int
+    size: int
+    xxh3: int
+
+
 class _OpenShard:
-    path: Path
-    handle: "_Handle"
-    index: ShardIndex
-    layouts: dict[str, _Layout]
+    """A shard's handle and index. The index is kept as lists: single numbers are taken from them for every row."""
+
+    def __init__(self, path: Path, handle: "_Handle", index: ShardIndex, layouts: dict[str, _Layout]) -> None:
+        self.path, self.handle, self.index = path, handle, index
+        self._layouts = layouts
+        self._latents, self._latents_xxh3 = index.latents.tolist(), index.latents_xxh3.tolist()
+        self._masked, self._masked_xxh3 = index.masked.tolist(), index.masked_xxh3.tolist()
+        self._texts, self._texts_xxh3 = index.texts.tolist(), index.texts_xxh3.tolist()
+        self._text_row = index.text_row.tolist()
+
+    def latents(self, row: int) -> _Member:
+        offset, size = self._latents[row]
+        return _Member(self._layouts["latents"], self.index.keys[row], offset, size, self._latents_xxh3[row])
+
+    def masked(self, row: int, variant: int) -> _Member:
+        offset, size = self._masked[row][variant]
+        return _Member(self._layouts["masked"], self.index.keys[row], offset, size, self._masked_xxh3[row][variant])
+
+    def text(self, row: int) -> _Member:
+        text = self._text_row[row]
+        offset, size = self._texts[text]
+        name = f"the text of {self.index.keys[row]}"
+        return _Member(self._layouts["text"], name, offset, size, self._texts_xxh3[text])
 
 
 class ShardReader:
@@ -132,7 +168,7 @@ class ShardReader:
             )
         bucket = parse_bucket(str(self.table.bucket[number]))
         latents = ("BF16", [16, *bucket.latent_size])
-        text_length, manifest = self.manifest.text_length, self.manifest
+        manifest = self.manifest
         kinds = {
             "latents": (index.latents, {"latents": latents}),
             "masked": (
@@ -141,13 +177,13 @@ class ShardReader:
             ),
             "text": (
                 index.texts,
-                {"t5": ("BF16", [text_length, manifest.text_width]), "pooled": ("BF16", [manifest.pooled_width])},
+                {
+                    "t5": ("BF16", [manifest.text_length, manifest.text_width]),
+                    "pooled": ("BF16", [manifest.pooled_width]),
+                },
             ),
         }
-        layouts = {}
-        for kind, (places, expected) in kinds.items():
-            head = os.pread(handle, min(int(places[0, 1]), _MAX_HEADER), int(places[0, 0]))
-            layouts[kind] = _parse_layout(head, expected, f"{path}: first {kind} member")
+        layouts = {kind: _find_layout(handle, path, kind, *members) for kind, members in kinds.items()}
         return _OpenShard(path, handle, index, layouts)
 
     def key(self, shard: int, row: int) -> str:
@@ -158,63 +194,113 @@ class ShardReader:
         """Mask variants that every sample of a shard has."""
         return self.shard(shard).index.masked.shape[1]
 
-    def read_latents(self, shard: int, row: int, out: np.ndarray) -> None:
-        """Fill `out` (uint8, contiguous) with a sample's latents as they are stored."""
-        index = (opened := self.shard(shard)).index
-        self._read(opened, "latents", index.latents[row], index.latents_xxh3[row], {"latents": out}, index.keys[row])
+    def read(self, shard: int, row: int, out: Buffers, *, variant: int = 0) -> None:
+        """Fill buffers with a sample's tensors as they are stored; what is not in `out` is not read.
 
-    def read_masked(self, shard: int, row: int, variant: int, masked_latents: np.ndarray, mask: np.ndarray) -> None:
-        """Fill `masked_latents` and `mask` (uint8, contiguous) with one mask variant of a sample."""
-        index = (opened := self.shard(shard)).index
-        out = {"masked_latents": masked_latents, "mask": mask}
-        self._read(opened, "masked", index.masked[row, variant], index.masked_xxh3[row, variant], out, index.keys[row])
+        out: `latents`; `masked_latents` and `mask`, of one variant; `t5` and `pooled`.
+        Raises DamagedSample if they are not what was written.
+        """
+        opened = self.shard(shard)
+        members = []
+        if "latents" in out:
+            members.append(opened.latents(row))
+        if "mask" in out:
+            members.append(opened.masked(row, variant))
+        if "t5" in out:
+            members.append(opened.text(row))
+        members.sort(key=_offset)
+        run: list[_Member] = []
+        for member in members:
+            if run and member.offset - (run[-1].offset + run[-1].size) > _MAX_GAP:
+                self._read_run(opened, run, out)
+                run = []
+            run.append(member)
+        self._read_run(opened, run, out)
 
-    def read_text(self, shard: int, row: int, t5: np.ndarray, pooled: np.ndarray) -> None:
-        """Fill `t5` and `pooled` (uint8, contiguous) with the text of a sample."""
-        index = (opened := self.shard(shard)).index
-        text = index.text_row[row]
-        out = {"t5": t5, "pooled": pooled}
-        self._read(opened, "text", index.texts[text], index.texts_xxh3[text], out, f"the text of {index.keys[row]}")
-
-    def _read(
-        self, opened: _OpenShard, kind: str, place: np.ndarray, xxh3: np.uint64, out: dict[str, np.ndarray], name: str
-    ) -> None:
-        layout = opened.layouts[kind]
-        offset, size = int(place[0]), int(place[1])
-        where = f"{opened.path}: {name} ({kind}, {size} bytes at {offset})"
-        if size != layout.num_bytes:
-            raise DamagedShard(
-                f"{where} should have {layout.num_bytes} bytes, as the others of its shard. {_ENCODE_ANEW}"
-            )
-        if not hasattr(self._scratch, "header"):
-            self._scratch.header = bytearray(_MAX_HEADER)
-        header = memoryview(self._scratch.header)[: len(layout.header)]
-        parts = [header, *(out[field].reshape(-1).data for field, _ in layout.fields)]
+    def _read_run(self, opened: _OpenShard, run: list[_Member], out: Buffers) -> None:
+        """Read neighbouring members by one call: tensors to their buffers, what lies between them to a scratch."""
         try:
-            if os.preadv(opened.handle, parts, offset) != size:
-                _read_again(opened.handle, parts, offset, size, where)
+            scratch: memoryview = self._scratch.memory
+        except AttributeError:
+            scratch = self._scratch.memory = memoryview(bytearray(4 * _MAX_HEADER))
+        parts: list[memoryview] = []
+        headers: list[memoryview] = []
+        used, end = 0, run[0].offset
+        for member in run:
+            layout = member.layout
+            if member.size != layout.num_bytes:
+                raise DamagedSample(
+                    f"{_where(opened, member)} should have {layout.num_bytes} bytes, as the others of its shard. "
+                    f"{_ENCODE_ANEW}"
+                )
+            gap = member.offset - end
+            if gap:
+                parts.append(scratch[used : used + gap])
+                used += gap
+            header = scratch[used : used + len(layout.header)]
+            used += len(layout.header)
+            headers.append(header)
+            parts.append(header)
+            parts += [out[name] for name in layout.names]
+            end = member.offset + member.size
+        start = run[0].offset
+        try:
+            if os.preadv(opened.handle, parts, start) != end - start:
+                _read_again(opened, parts, run)
         except OSError as error:
-            raise DamagedShard(f"{where} cannot be read ({error.strerror}). Look at the disk it lies on.") from error
-        digest = xxhash.xxh3_64()
-        for part in parts:
-            digest.update(part)
-        if digest.intdigest() != int(xxh3):
-            raise DamagedShard(f"{where} does not match its checksum. {_ENCODE_ANEW}")
-        if header != layout.header:
-            raise DamagedShard(f"{where} holds other tensors than the others of its shard. {_ENCODE_ANEW}")
+            raise DamagedShard(
+                f"{_where(opened, run[0])} cannot be read ({error.strerror}). Look at the disk it lies on."
+            ) from error
+        for member, header in zip(run, headers, strict=True):
+            digest = xxhash.xxh3_64(header)
+            for name in member.layout.names:
+                digest.update(out[name])
+            if digest.intdigest() != member.xxh3:
+                raise DamagedSample(f"{_where(opened, member)} does not match its checksum. {_ENCODE_ANEW}")
+            if header != member.layout.header:
+                raise DamagedSample(
+                    f"{_where(opened, member)} holds other tensors than the others of its shard. {_ENCODE_ANEW}"
+                )
 
 
-def _read_again(handle: int, parts: list, offset: int, size: int, where: str) -> None:
+def _offset(member: _Member) -> int:
+    return member.offset
+
+
+def _where(opened: _OpenShard, member: _Member) -> str:
+    return f"{opened.path}: {member.name} ({member.layout.kind}, {member.size} bytes at {member.offset})"
+
+
+def _find_layout(
+    handle: int, path: Path, kind: str, places: np.ndarray, expected: dict[str, tuple[str, list[int]]]
+) -> _Layout:
+    """The layout that a shard's members of one kind share: of the first one whose header is whole.
+
+    places: int64 [n, 2], offset and size of each.  Raises DamagedShard, of the first one, if no header is.
+    """
+    problem = None
+    for number, (offset, size) in enumerate(places.tolist()):
+        head = os.pread(handle, min(size, _MAX_HEADER), offset)
+        try:
+            return _parse_layout(kind, head, expected, f"{path}: {'first' if number == 0 else 'a later'} {kind} member")
+        except DamagedShard as error:
+            problem = problem or error
+    raise problem or DamagedShard(f"{path}: holds no {kind} member. {_ENCODE_ANEW}")
+
+
+def _read_again(opened: _OpenShard, parts: list[memoryview], run: list[_Member]) -> None:
     """Finish a short read: legal on network filesystems, and the only answer at the end of a cut file."""
+    start, end = run[0].offset, run[-1].offset + run[-1].size
     data = bytearray()
-    while len(data) < size and (piece := os.pread(handle, size - len(data), offset + len(data))):
+    while len(data) < end - start and (piece := os.pread(opened.handle, end - start - len(data), start + len(data))):
         data += piece
-    if len(data) != size:
-        raise DamagedShard(f"{where}: the file ends there. {_ENCODE_ANEW}")
-    start = 0
+    cut = next((m for m in run if m.offset + m.size > start + len(data)), None)
+    if cut is not None:
+        raise DamagedShard(f"{_where(opened, cut)}: the file ends there. {_ENCODE_ANEW}")
+    at = 0
     for part in parts:
-        part[:] = data[start : start + len(part)]
-        start += len(part)
+        part[:] = data[at : at + len(part)]
+        at += len(part)
 
 
 class _Handle(int):

@@ -20,7 +20,7 @@ from configs.schema import Config
 from data.encode import decode_latents, load_vae
 from data.geometry import Bucket, Pixels
 from data.manifest import HOLDOUT, TRAIN, Cache, Manifest, parse_bucket
-from data.micro_batch import MicroBatch
+from data.micro_batch import MicroBatch, bytes_of
 from data.noise import draw_noise
 from data.shard_reader import ShardReader
 from data.validation_items import ValidationItem, read_validation_items
@@ -256,12 +256,8 @@ def _read_rows(reader: ShardReader, manifest: Manifest, shard: int, item: Valida
         position=torch.tensor([number]),
     )
 
-    def raw(tensor: Tensor) -> np.ndarray:
-        return tensor.view(torch.uint8).numpy()
-
-    reader.read_latents(shard, row, raw(rows.latents))
-    reader.read_masked(shard, row, 0, raw(rows.masked_latents), raw(rows.mask))
-    reader.read_text(shard, row, raw(rows.t5), raw(rows.pooled))
+    stored = ("latents", "masked_latents", "mask", "t5", "pooled")
+    reader.read(shard, row, {name: bytes_of(getattr(rows, name)) for name in stored})
     draw_noise(_NOISE_SEED, _noise_key(item), rows.noise.numpy())
     return rows
 

@@ -339,7 +339,7 @@ def test_few_shards_stay_open(make_cache, make_sample, monkeypatch):
         out = np.empty(16 * 4 * 4 * 2, np.uint8)
         for turn in range(60):
             shard, row = (turn * 5 + shift) % 12, turn % 2
-            reader.read_latents(shard, row, out)
+            reader.read(shard, row, {"latents": memoryview(out)})
             stored = make_sample(f"a-{shard}-{row}", Bucket(32, 32), text="").latents
             if out.tobytes() != stored.contiguous().view(torch.uint8).numpy().tobytes():
                 wrong.append((shard, row))
@@ -374,17 +374,19 @@ def read_everything(cache):
     reader, manifest = ShardReader(cache.folder, cache.manifest, cache.table), cache.manifest
     bucket = parse_bucket(str(cache.table.bucket[0]))
     h, w = bucket.latent_size
-    latents, mask = np.empty(16 * h * w * 2, np.uint8), np.empty(bucket.height * bucket.width // 8, np.uint8)
-    t5, pooled = np.empty(manifest.text_length * manifest.text_width * 2, np.uint8), np.empty(8, np.uint8)
+    sizes = {
+        "latents": 16 * h * w * 2,
+        "masked_latents": 16 * h * w * 2,
+        "mask": bucket.height * bucket.width // 8,
+        "t5": manifest.text_length * manifest.text_width * 2,
+        "pooled": manifest.pooled_width * 2,
+    }
+    out = {name: memoryview(bytearray(size)) for name, size in sizes.items()}
     found = []
     for row in range(int(cache.table.samples[0])):
-        reader.read_latents(0, row, latents)
-        found.append(latents.tobytes())
         for variant in range(reader.num_variants(0)):
-            reader.read_masked(0, row, variant, latents, mask)
-            found += [latents.tobytes(), mask.tobytes()]
-        reader.read_text(0, row, t5, pooled)
-        found += [t5.tobytes(), pooled.tobytes()]
+            reader.read(0, row, out, variant=variant)
+            found += [bytes(value) for value in out.values()]
     return found
 
 
@@ -429,12 +431,12 @@ def test_a_shard_that_is_cut_while_it_is_read_is_named(one_shard):
     cache, path, index = one_shard
     reader = ShardReader(cache.folder, cache.manifest, cache.table)
     out = np.empty(16 * 6 * 8 * 2, np.uint8)
-    reader.read_latents(0, 0, out)
+    reader.read(0, 0, {"latents": memoryview(out)})
     os.truncate(path, int(index.latents[3, 0]) + 100)
-    reader.read_latents(0, 2, out)
+    reader.read(0, 2, {"latents": memoryview(out)})
     for row in (3, 4):
         with pytest.raises(DamagedShard, match=rf"a-0-{row} \(latents, \d+ bytes at \d+\): the file ends there"):
-            reader.read_latents(0, row, out)
+            reader.read(0, row, {"latents": memoryview(out)})
 
 
 def test_a_page_in_the_place_of_a_shard_is_named(one_shard):
@@ -467,7 +469,7 @@ def test_a_disk_that_fails_is_named(one_shard, monkeypatch):
     with pytest.raises(
         DamagedShard, match=r"48x64-000000\.tar: a-0-1 \(latents.* cannot be read \(Input/output error\)"
     ):
-        reader.read_latents(0, 1, np.empty(16 * 6 * 8 * 2, np.uint8))
+        reader.read(0, 1, {"latents": memoryview(np.empty(16 * 6 * 8 * 2, np.uint8))})
 
 
 def test_short_reads_are_finished(one_shard, monkeypatch):
