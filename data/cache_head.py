@@ -58,7 +58,7 @@ def describe_cache(
         vae_shift=read_part_number(model, "vae", "shift_factor"),
         vae_scale=read_part_number(model, "vae", "scaling_factor"),
         text_length=config.data.captions.text_length,
-        text_dtype="bf16",
+        text_dtype=config.data.captions.text_dtype,
         text_width=int(read_part_number(model, "text_encoder_2", "d_model")),
         pooled_width=int(read_part_number(model, "text_encoder", "hidden_size")),
         mask_variants=dict.fromkeys(names, 1),

@@ -17,6 +17,7 @@ from data.manifest import EMPTY_TEXT
 from data.shard_plan import PlannedSample, ShardPlan
 from data.shards import SampleTensors, ShardIndex, ShardWriter, index_path, read_index
 from data.sources import listed
+from data.stored_text import store_text
 
 
 def read_finished(cache: Path, plan: ShardPlan) -> ShardIndex | None:
@@ -51,7 +52,7 @@ def encode_shard(
                 text_encoders, [captions[name] for name in names], text_length=data.captions.text_length
             )
             for row, name in enumerate(names):
-                writer.add_text(name, t5=text.t5[row].bfloat16(), pooled=text.pooled[row].bfloat16())
+                writer.add_text(name, **store_text(text.t5[row], text.pooled[row], data.captions.text_dtype))
                 tokens[name] = text.tokens[row]
         for batch in decode_batches(plan.samples, data, problems):
             advance(len(batch))
@@ -95,7 +96,7 @@ def write_constants(
     """What belongs to no sample: the empty caption (for caption dropout), and per bucket the latents of a picture that
     is all hole."""
     text = encode_captions(text_encoders, [""], text_length=data.captions.text_length)
-    empty = {"t5": text.t5[0].bfloat16().contiguous(), "pooled": text.pooled[0].bfloat16().contiguous()}
+    empty = store_text(text.t5[0], text.pooled[0], data.captions.text_dtype)
     write_atomically(cache / EMPTY_TEXT, partial(save_file, empty))
     for bucket in buckets:
         grey = torch.zeros(1, 3, bucket.height, bucket.width)

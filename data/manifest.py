@@ -78,6 +78,7 @@ def cached_settings(config: Config) -> dict:
         "data.captions.default": data.captions.default,
         "data.captions.trigger": data.captions.trigger,
         "data.captions.text_length": data.captions.text_length,
+        "data.captions.text_dtype": data.captions.text_dtype,
         "data.holdout": data.holdout,
     }
 

@@ -42,7 +42,7 @@ def preprocess(config: Config, console: Console) -> None:
 
     Raises InputError for whatever the user can mend: shards finished by then stay, parts of one do not.
     """
-    cache = config.data.cache
+    cache, captions = config.data.cache, config.data.captions
     model = find_model(config.model.base)
     encoders = encoder_fingerprints(model)
     text_width = int(read_part_number(model, "text_encoder_2", "d_model"))
@@ -51,8 +51,12 @@ def preprocess(config: Config, console: Console) -> None:
         plans = plan_shards(
             plan_samples(config, progress),
             size_limit=config.data.shard_size_mib << 20,
-            text_bytes=config.data.captions.text_length * text_width * 2,
-            encoding={"encoders": encoders, "text_length": config.data.captions.text_length},
+            text_bytes=captions.text_length * (text_width + 4 if captions.text_dtype == "int8" else text_width * 2),
+            encoding={
+                "encoders": encoders,
+                "text_length": captions.text_length,
+                "text_dtype": captions.text_dtype,
+            },
         )
         indexes = _read_all_finished(cache, plans)
         if indexes is None or not is_current(cache, *describe_cache(config, model, encoders, plans, indexes)):

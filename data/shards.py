@@ -188,15 +188,16 @@ class ShardWriter:
         self._offset = offset + -(-len(data) // _BLOCK) * _BLOCK
         return offset, len(data), xxhash.xxh3_64_intdigest(data)
 
-    def add_text(self, text: str, *, t5: Tensor, pooled: Tensor) -> None:
-        """Store a caption's tensors (bf16 [L, D] and [P]) under `text`, once.
+    def add_text(self, text: str, **tensors: Tensor) -> None:
+        """Store a caption's tensors under `text`, once: `pooled` bf16 [P], `t5` bf16 [L, D] (or int8 with `t5_scale`
+        fp32 [L]).
 
         Raises ValueError if they are not finite.
         """
-        self._refuse_non_finite(text, t5=t5, pooled=pooled)
-        tensors = {"t5": t5.contiguous(), "pooled": pooled.contiguous()}
+        self._refuse_non_finite(text, **tensors)
         self._text_rows[text] = len(self._texts)
-        self._texts.append(self._add_member(text, "safetensors", save(tensors)))
+        data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+        self._texts.append(self._add_member(text, "safetensors", data))
 
     def add_sample(self, sample: SampleTensors) -> None:
         """Store a sample whose text was added before. Raises ValueError if its tensors are not finite."""

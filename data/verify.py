@@ -19,7 +19,8 @@ from data.manifest import (
     read_shard_table,
 )
 from data.shards import index_path
-from data.verify_shard import CheckedShard, ExpectedShard, Problem, WholeTar, check_shard, stored_tensors
+from data.stored_tensors import sample_tensors
+from data.verify_shard import CheckedShard, ExpectedShard, Problem, WholeTar, check_shard
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def _expected_shards(manifest: Manifest | None, table: ShardTable) -> list[Expec
     """What the head says of every shard."""
     tensors = {}
     if manifest is not None:
-        tensors = {name: stored_tensors(parse_bucket(name), manifest) for name in np.unique(table.bucket).tolist()}
+        tensors = {name: sample_tensors(parse_bucket(name), manifest) for name in np.unique(table.bucket).tolist()}
     variants = manifest.mask_variants if manifest is not None else {}
     return [
         ExpectedShard(path, sha256, size, samples, variants.get(dataset), plan, tensors.get(bucket))

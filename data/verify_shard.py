@@ -7,7 +7,6 @@ damaged header does not hide the members after it, as it does from Python's tarf
 import hashlib
 import io
 import json
-import struct
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,16 +16,12 @@ import numpy as np
 import xxhash
 
 from configs.errors import InputError
-from data.geometry import Bucket
-from data.manifest import Manifest
 from data.shards import ShardIndex, count_hole_fractions, index_path, read_index
+from data.stored_tensors import Tensors, parse_header
 
 _BLOCK = 512  # tar's unit
 _READ_AHEAD = 1 << 20
 _ADVANCE_BYTES = 8 << 20  # told at once: a bar that is drawn for every member of small pictures costs more than hashing
-_MAX_HEADER = 1 << 16
-
-Tensors = Mapping[str, tuple[str, list[int]]]  # name -> (safetensors dtype, shape)
 
 
 @dataclass(frozen=True)
@@ -91,19 +86,6 @@ class _Member:
     offset: int
     size: int
     xxh3: int
-
-
-def stored_tensors(bucket: Bucket, manifest: Manifest) -> dict[str, Tensors]:
-    """What every member of a bucket's shards holds, by kind."""
-    latents = ("BF16", [16, *bucket.latent_size])
-    return {
-        "latents": {"latents": latents},
-        "masked": {"masked_latents": latents, "mask": ("U8", [bucket.height, bucket.width // 8])},
-        "text": {
-            "t5": ("BF16", [manifest.text_length, manifest.text_width]),
-            "pooled": ("BF16", [manifest.pooled_width]),
-        },
-    }
 
 
 def check_shard(cache: Path, expected: ExpectedShard, advance: Callable[[int], None]) -> CheckedShard:
@@ -291,10 +273,13 @@ class _Walk:
         return should
 
     def _check_tensors(self, name: str, body: memoryview, should: Tensors) -> None:
-        found = _tensors_of(body)
-        if found is None:
-            self._note(name, "no safetensors header")
-        elif found != should:
+        try:
+            _, entries = parse_header(body)
+        except ValueError as error:
+            self._note(name, f"no safetensors header ({error})")
+            return
+        found = {tensor: (entry["dtype"], entry["shape"]) for tensor, entry in entries.items()}
+        if found != should:
             self._note(name, f"holds {found}, the cache asks for {dict(should)}")
 
     def _check_meta(self, name: str, body: bytes, row: int, index: ShardIndex) -> None:
@@ -351,15 +336,3 @@ def _use_of(member: _Member, index: ShardIndex) -> str:
 
 def _padded(size: int) -> int:
     return -(-size // _BLOCK) * _BLOCK
-
-
-def _tensors_of(data: memoryview) -> Tensors | None:
-    """The tensors of a safetensors member, or None if it is none."""
-    try:
-        (length,) = struct.unpack_from("<Q", data)
-        if length > _MAX_HEADER:
-            return None
-        entries = json.loads(bytes(data[8 : 8 + length]))
-        return {name: (entry["dtype"], entry["shape"]) for name, entry in entries.items()}
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError):
-        return None

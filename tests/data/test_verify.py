@@ -57,6 +57,14 @@ def test_a_whole_cache_has_no_problems_and_every_byte_is_counted(folder):
     assert total == [tars] and sum(counted) == tars
 
 
+def test_a_whole_cache_of_int8_texts_has_no_problems(make_cache):
+    folder = make_cache(SHARDS, text_dtype="int8").folder
+    assert verify(folder).problems == []
+    manifest, table = read_manifest(folder), read_shard_table(folder)
+    write_manifest(folder, replace(manifest, text_dtype="bf16"), table)
+    assert all("holds {'t5_scale': ('F32', [8])" in what for _, _, what in found(folder))
+
+
 def test_verify_changes_nothing(folder):
     before = tree(folder)
     assert verify(folder).problems == []
