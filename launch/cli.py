@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from configs.errors import InputError
 from configs.loading import json_schema, load_config
+from data.which_worker import which_worker
 from launch.command import choose_engine, render_command, render_environment, render_shell_line
 from launch.gpus import count_gpus
 from launch.supervise import run_supervised
@@ -71,15 +72,27 @@ def schema(
 
 
 @app.command()
-def preprocess(config: ConfigPath, overrides: Overrides = None) -> None:
+def preprocess(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    worker: Annotated[
+        int | None, typer.Option(min=0, help="Which of several workers this is, from 0.", show_default=False)
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="How many workers there are.", show_default=False)] = None,
+) -> None:
     """Encode the pictures once and write the shards that training reads.
+
+    Any number of processes may do it together, on one machine or many: the tasks of a SLURM array, the ranks of
+    accelerate launch or srun, or those told --worker and --workers. Each takes shards that nobody has. Stopped at any
+    moment, the same command does the rest.
 
     Example: fluxfill preprocess configs/fill_lora.yaml data.encode_batch_size=16
     """
     run = load_config(config, overrides or [])
+    which = which_worker(os.environ, worker=worker, workers=workers)
     from data.preprocess import preprocess as encode  # imports torch, which the other commands do without
 
-    encode(run, Console())
+    encode(run, Console(), which)
 
 
 @app.command()
