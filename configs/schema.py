@@ -23,6 +23,7 @@ def _list_of_one(value: object) -> object:
     return [value] if isinstance(value, int) else value
 
 
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:\d+)$", examples=["cuda:1"])]
 PathText = Annotated[Path, BeforeValidator(_refuse_empty), Field(json_schema_extra={"minLength": 1})]
 
 
@@ -141,6 +142,23 @@ class CaptionsConfig(Section):
     has not been measured."""
 
 
+class EncodersConfig(Section):
+    """Where preprocessing runs the VAE and the text encoders: all on one device, or spread."""
+
+    vae: Device = "auto"
+    """Device of the VAE. auto: the process's own GPU (cpu if there is none); or cpu, cuda:0, cuda:1, ..."""
+
+    clip: Device = "auto"
+    """Device of CLIP. auto: as for the VAE."""
+
+    t5: Device = "auto"
+    """Device of T5, which takes 9.5 GB in bf16. auto: as for the VAE."""
+
+    t5_precision: Literal["auto", "int8"] = "auto"
+    """auto: bf16 on a GPU, fp32 on a CPU. int8: weights in 8 bits (bitsandbytes), for GPUs that hold no more; the text
+    tensors differ from those of bf16, so the cache says that it was so, and all workers must agree."""
+
+
 class DataConfig(Section):
     """The pictures, and the cache of encoded samples that is made from them."""
 
@@ -173,7 +191,10 @@ class DataConfig(Section):
     """Pictures of more megapixels are refused, not decoded."""
 
     encode_batch_size: PositiveInt = 8
-    """Pictures that go through the VAE at once."""
+    """Pictures that go through the VAE at once, and captions through T5."""
+
+    encoders: EncodersConfig = EncodersConfig()
+    """Where preprocessing runs the VAE and the text encoders: all on one device, or spread."""
 
     reader_threads: PositiveInt = 2
     """Threads that read samples, in each training process."""

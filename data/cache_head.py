@@ -10,7 +10,7 @@ import numpy as np
 
 from configs.errors import InputError
 from configs.schema import Config
-from data.encode_shards import blank_path
+from data.constants import blank_path
 from data.manifest import (
     EMPTY_TEXT,
     FORMAT_VERSION,

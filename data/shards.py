@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import secrets
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -154,14 +155,15 @@ class _HashingFile(io.RawIOBase):
 class ShardWriter:
     """Writes one shard: `add_text` before the samples that use it, `add_sample`, then `finish`.
 
-    The tar grows as <path>.part and gets its name in `finish`; its index comes last, so a shard with an index is done.
-    Its bytes depend on what is stored alone (no times, no user, no paths, no order of arrival).
+    The tar grows as <path>.<random>.part and gets its name in `finish`; its index comes last, so a shard with an index
+    is done. Its bytes depend on what is stored alone (no times, no user, no paths, no order of arrival).
     """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._part = path.with_name(f"{path.name}.part")
+        # Of its own name: a worker that was taken for dead may still write when another makes the shard anew.
+        self._part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
         self._sink = _HashingFile(self._part)
         self._tar = TarWriter(self._sink, encoder=False, mtime=0, user="fluxfill", group="fluxfill")
         self._offset = 0
