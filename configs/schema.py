@@ -23,6 +23,7 @@ def _list_of_one(value: object) -> object:
     return [value] if isinstance(value, int) else value
 
 
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:\d+)$", examples=["cuda:1"])]
 PathText = Annotated[Path, BeforeValidator(_refuse_empty), Field(json_schema_extra={"minLength": 1})]
 
 
@@ -159,6 +160,27 @@ class CaptionsConfig(Section):
     text_length: Annotated[int, Field(strict=True, ge=16, le=512)] = 512
     """Tokens of T5's text; longer captions are cut, shorter ones padded."""
 
+    text_dtype: Literal["bf16", "int8"] = "bf16"
+    """How the cache stores T5's text. int8: half the bytes, with a scale per token; what that does to the trained model
+    has not been measured."""
+
+
+class EncodersConfig(Section):
+    """Where preprocessing runs the VAE and the text encoders: all on one device, or spread."""
+
+    vae: Device = "auto"
+    """Device of the VAE. auto: the process's own GPU (cpu if there is none); or cpu, cuda:0, cuda:1, ..."""
+
+    clip: Device = "auto"
+    """Device of CLIP. auto: as for the VAE."""
+
+    t5: Device = "auto"
+    """Device of T5, which takes 9.5 GB in bf16. auto: as for the VAE."""
+
+    t5_precision: Literal["auto", "int8"] = "auto"
+    """auto: bf16 on a GPU, fp32 on a CPU. int8: weights in 8 bits (bitsandbytes), for GPUs that hold no more; the text
+    tensors differ from those of bf16, so the cache says that it was so, and all workers must agree."""
+
 
 class DataConfig(Section):
     """The pictures, and the cache of encoded samples that is made from them."""
@@ -192,7 +214,10 @@ class DataConfig(Section):
     """Pictures of more megapixels are refused, not decoded."""
 
     encode_batch_size: PositiveInt = 8
-    """Pictures that go through the VAE at once."""
+    """Pictures that go through the VAE at once, and captions through T5."""
+
+    encoders: EncodersConfig = EncodersConfig()
+    """Where preprocessing runs the VAE and the text encoders: all on one device, or spread."""
 
     reader_threads: PositiveInt = 2
     """Threads that read samples, in each training process."""

@@ -1,4 +1,5 @@
-"""What the warm server of ranks imports once. Starts no threads: a fork takes only the thread that forks."""
+"""What the warm server of ranks imports once. What `data` imports late, for the sake of the command
+line, is fetched too. Starts no threads: a fork takes only the thread that forks."""
 
 from data.library_noise import quiet_libraries
 

@@ -15,8 +15,8 @@ if __name__ == "__main__":
         sys.exit(code)
 
 from data.manifest import open_cache
+from data.micro_batch import unpack_mask
 from data.model_folder import find_model
-from data.reader import unpack_mask
 from trainer.batches import open_stream
 from trainer.ema import Ema
 from trainer.engine import start_engine

@@ -9,11 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from configs.errors import InputError
 from data.geometry import Bucket
 from data.manifest import EMPTY_TEXT, TRAIN, parse_bucket
+from data.micro_batch import MicroBatch, unpack_mask
 from data.noise import draw_dropout, draw_noise, draw_uniform, draw_variant
 from data.order import Order, OrderSettings
-from data.reader import BatchStream, DamagedShard, MicroBatch, ShardReader, unpack_mask
+from data.reader import BatchStream
+from data.shard_reader import DamagedShard, ShardReader
 from data.shards import index_path
 
 SEED = 11
@@ -235,11 +238,67 @@ def test_without_dropout_the_empty_caption_is_not_needed(make_cache):
         open_stream(cache, caption_dropout=0.1)
 
 
+def test_an_empty_caption_with_a_flipped_bit_is_refused(make_cache):
+    cache = make_cache(SHARDS)
+    data = bytearray((cache.folder / EMPTY_TEXT).read_bytes())
+    data[-5] ^= 1
+    (cache.folder / EMPTY_TEXT).write_bytes(data)
+    with pytest.raises(InputError, match=rf"{EMPTY_TEXT}: cannot be read \(its checksum differs\)"):
+        open_stream(cache, caption_dropout=0.1)
+
+
 def test_an_empty_caption_of_another_length_is_refused(make_cache):
     cache = make_cache(SHARDS)
     other = replace(cache, manifest=replace(cache.manifest, text_length=1))
-    with pytest.raises(Exception, match=rf"{EMPTY_TEXT}: .*it holds .*, not bf16"):
+    with pytest.raises(Exception, match=rf"{EMPTY_TEXT}: .*it holds .*\[8, 6\].*, not .*\[1, 6\]"):
         open_stream(other, caption_dropout=0.1)
+
+
+# --- texts in 8 bits --------------------------------------------------------------------------------------------------
+
+
+def test_texts_of_an_int8_cache_are_bf16_once_their_rows_are_moved(make_cache, make_text):
+    cache = make_cache(SHARDS, text_dtype="int8")
+    empty = make_text("the empty caption", "int8")
+    texts = [make_text(f"text-{number:016x}", "int8") for number in range(2)]
+    stream = open_stream(cache, caption_dropout=0.4)
+    num_dropped = 0
+    for index in range(12):
+        for rows in next(stream):
+            moved = rows.to(torch.device("cpu"))
+            assert rows.t5.dtype == torch.int8 and moved.t5.dtype == torch.bfloat16 and moved.t5_scale is None
+            keys = stream.keys(stream.current)
+            for place, position in enumerate(rows.position.tolist()):
+                dropped = draw_dropout(SEED, position, 0.4)
+                num_dropped += dropped
+                stored = empty if dropped else texts[int(keys[position - 7 * index].split("-")[2]) % 2]
+                expected = (stored["t5"].float() * stored["t5_scale"][:, None]).bfloat16()
+                assert torch.equal(moved.t5[place], expected)
+                assert torch.equal(moved.pooled[place], stored["pooled"])
+    stream.close()
+    assert num_dropped > 10
+
+
+def test_an_int8_cache_differs_from_its_bf16_twin_in_the_texts_alone(make_cache, tmp_path):
+    bf16 = take(make_cache(SHARDS), 6)
+    (tmp_path / "made-up-cache").rename(tmp_path / "twin")
+    for ours, twin in zip(take(make_cache(SHARDS, text_dtype="int8"), 6), bf16, strict=True):
+        for rows, others in zip(ours, twin, strict=True):
+            moved = rows.to(torch.device("cpu"))
+            for name, value in vars(others).items():
+                if isinstance(value, Tensor) and name != "t5":
+                    assert torch.equal(getattr(moved, name), value), name
+            largest = others.t5.float().abs().amax(dim=-1, keepdim=True)
+            assert ((moved.t5.float() - others.t5.float()).abs() <= largest / 127 + 1e-6).all()
+            assert not torch.equal(moved.t5, others.t5)
+
+
+def test_idle_rows_of_an_int8_cache_are_finite(make_cache):
+    for batch in take(make_cache(SHARDS, text_dtype="int8"), 4, size=4, rank=0, world_size=3, micro=1):
+        for rows in batch:
+            moved = rows.to(torch.device("cpu"))
+            assert torch.isfinite(moved.t5).all()
+            assert not moved.t5[rows.weight == 0].any()
 
 
 # --- memory, threads and files ----------------------------------------------------------------------------------------
@@ -328,7 +387,7 @@ def test_a_forgotten_stream_leaves_no_file(make_cache):
 
 
 def test_few_shards_stay_open(make_cache, make_sample, monkeypatch):
-    monkeypatch.setattr("data.reader._OPEN_SHARDS", 2)
+    monkeypatch.setattr("data.shard_reader._OPEN_SHARDS", 2)
     cache = make_cache([("a", "32x32", 2)] * 12)
     reader = ShardReader(cache.folder, cache.manifest, cache.table)
     wrong = []
@@ -337,7 +396,7 @@ def test_few_shards_stay_open(make_cache, make_sample, monkeypatch):
         out = np.empty(16 * 4 * 4 * 2, np.uint8)
         for turn in range(60):
             shard, row = (turn * 5 + shift) % 12, turn % 2
-            reader.read_latents(shard, row, out)
+            reader.read(shard, row, {"latents": memoryview(out)})
             stored = make_sample(f"a-{shard}-{row}", Bucket(32, 32), text="").latents
             if out.tobytes() != stored.contiguous().view(torch.uint8).numpy().tobytes():
                 wrong.append((shard, row))
@@ -372,17 +431,19 @@ def read_everything(cache):
     reader, manifest = ShardReader(cache.folder, cache.manifest, cache.table), cache.manifest
     bucket = parse_bucket(str(cache.table.bucket[0]))
     h, w = bucket.latent_size
-    latents, mask = np.empty(16 * h * w * 2, np.uint8), np.empty(bucket.height * bucket.width // 8, np.uint8)
-    t5, pooled = np.empty(manifest.text_length * manifest.text_width * 2, np.uint8), np.empty(8, np.uint8)
+    sizes = {
+        "latents": 16 * h * w * 2,
+        "masked_latents": 16 * h * w * 2,
+        "mask": bucket.height * bucket.width // 8,
+        "t5": manifest.text_length * manifest.text_width * 2,
+        "pooled": manifest.pooled_width * 2,
+    }
+    out = {name: memoryview(bytearray(size)) for name, size in sizes.items()}
     found = []
     for row in range(int(cache.table.samples[0])):
-        reader.read_latents(0, row, latents)
-        found.append(latents.tobytes())
         for variant in range(reader.num_variants(0)):
-            reader.read_masked(0, row, variant, latents, mask)
-            found += [latents.tobytes(), mask.tobytes()]
-        reader.read_text(0, row, t5, pooled)
-        found += [t5.tobytes(), pooled.tobytes()]
+            reader.read(0, row, out, variant=variant)
+            found += [bytes(value) for value in out.values()]
     return found
 
 
@@ -427,12 +488,12 @@ def test_a_shard_that_is_cut_while_it_is_read_is_named(one_shard):
     cache, path, index = one_shard
     reader = ShardReader(cache.folder, cache.manifest, cache.table)
     out = np.empty(16 * 6 * 8 * 2, np.uint8)
-    reader.read_latents(0, 0, out)
+    reader.read(0, 0, {"latents": memoryview(out)})
     os.truncate(path, int(index.latents[3, 0]) + 100)
-    reader.read_latents(0, 2, out)
+    reader.read(0, 2, {"latents": memoryview(out)})
     for row in (3, 4):
         with pytest.raises(DamagedShard, match=rf"a-0-{row} \(latents, \d+ bytes at \d+\): the file ends there"):
-            reader.read_latents(0, row, out)
+            reader.read(0, row, {"latents": memoryview(out)})
 
 
 def test_a_page_in_the_place_of_a_shard_is_named(one_shard):
@@ -465,7 +526,7 @@ def test_a_disk_that_fails_is_named(one_shard, monkeypatch):
     with pytest.raises(
         DamagedShard, match=r"48x64-000000\.tar: a-0-1 \(latents.* cannot be read \(Input/output error\)"
     ):
-        reader.read_latents(0, 1, np.empty(16 * 6 * 8 * 2, np.uint8))
+        reader.read(0, 1, {"latents": memoryview(np.empty(16 * 6 * 8 * 2, np.uint8))})
 
 
 def test_short_reads_are_finished(one_shard, monkeypatch):
