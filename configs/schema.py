@@ -174,6 +174,11 @@ class DataConfig(Section):
     reader_threads: PositiveInt = 2
     """Threads that read samples, in each training process."""
 
+    streams: PositiveInt = 1
+    """Shares that the shards of each bucket are dealt to; each global batch takes as many samples from one as from the
+    other. One per node lets a node fetch only its own share from remote storage; 1 mixes best. A run keeps the number
+    that it began with."""
+
     @field_validator("datasets")
     @classmethod
     def _names_are_unique(cls, datasets: list[DatasetConfig]) -> list[DatasetConfig]:

@@ -54,8 +54,8 @@ class BatchStream:
     What a thread could not read is raised where its micro-batch would have come, and again at every later try: the
     stream does not pass over it.
 
-    current: the global batch last asked for.  batch_start: when, by the monotonic clock.  wait_seconds: how long its
-    user waited for it.
+    current: the global batch last asked for, this rank's rows of it.  batch_start: when, by the monotonic clock.
+    wait_seconds: how long its user waited for it.
 
     micro_batch_size: rows per forward of the largest bucket; smaller buckets get more, at the same number of tokens.
     start: the first global batch.  threads: that read.  depth: micro-batches read ahead of the one in use.
@@ -79,7 +79,8 @@ class BatchStream:
         self.order = order
         self.next_batch = start
         self.batch_start, self.wait_seconds = time.monotonic(), 0.0
-        self._rank, self._world_size = rank, world_size
+        self._mine = rank_rows(order.settings.global_batch_size, rank=rank, world_size=world_size)
+        self._world_size = world_size
         self._micro_batch_size = micro_batch_size
         self._buckets = {name: parse_bucket(name) for name in order.buckets}
         self._largest = max(bucket.tokens for bucket in self._buckets.values())
@@ -109,11 +110,9 @@ class BatchStream:
 
     def _plan(self, start: int) -> Iterator[_Planned]:
         """Every micro-batch from a global batch on, endlessly."""
-        size = self.order.settings.global_batch_size
-        mine = rank_rows(size, rank=self._rank, world_size=self._world_size)
-        index = start
+        mine, index = self._mine, start
         while True:
-            batch = self.order.batch(index)
+            batch = self.order.batch(index, mine)
             bucket = self._buckets[batch.pool[1]]
             width = min(self.micro_batch_size(bucket), self._most_rows)
             num_steps = self.num_micro_steps(bucket)
@@ -139,8 +138,8 @@ class BatchStream:
         batch, mine = planned.batch, planned.rows
         for place in range(first, planned.width, step):
             if place < len(mine):
-                row = mine[place]
-                self._fill_row(rows, place, int(batch.shards[row]), int(batch.rows[row]), batch.position + row)
+                at = mine[place] - batch.part.start
+                self._fill_row(rows, place, int(batch.shards[at]), int(batch.rows[at]), batch.position + mine[place])
             else:
                 rows.clear(place)
 
@@ -161,7 +160,7 @@ class BatchStream:
         return self
 
     def __next__(self) -> Iterator[MicroBatch]:
-        self.current = self.order.batch(self.next_batch)
+        self.current = self.order.batch(self.next_batch, self._mine)
         self.batch_start, self.wait_seconds = time.monotonic(), 0.0
         self.next_batch += 1
         return self._micro_batches(self.next_batch - 1)
@@ -187,8 +186,9 @@ class BatchStream:
                 yield replace(ahead.rows.batch, is_last=ahead.planned.is_last)
 
     def keys(self, batch: Batch) -> list[str]:
-        """Names of a global batch's samples, in order."""
-        return [self.reader.key(int(s), int(r)) for s, r in zip(batch.shards, batch.rows, strict=True)]
+        """Names of all of a global batch's samples, in order. Opens every shard that it touches."""
+        whole = self.order.batch(batch.index)
+        return [self.reader.key(int(s), int(r)) for s, r in zip(whole.shards, whole.rows, strict=True)]
 
     def close(self) -> None:
         """Stop reading ahead and let go of the shards. The stream cannot be used after it."""

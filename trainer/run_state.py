@@ -62,13 +62,13 @@ class RunState:
 # --- going on ---------------------------------------------------------------------------------------------------------
 
 
-def resume(config: Config, resume_from: str, engine: Engine, ema: Ema) -> RunState:
+def resume(config: Config, resume_from: str, engine: Engine, ema: Ema, order: OrderSettings) -> RunState:
     """Where the run goes on, with weights, optimizer and average loaded; all zero for a fresh start.
 
     resume_from: "auto" (the newest whole checkpoint of the run folder, if there is one), "never", or a checkpoint's
-    folder.  Raises InputError if it cannot be: another batch size or seed, another method, a damaged folder.
+    folder.  order: of a run that would start now.  Raises InputError if it cannot be: another order of the samples,
+    another method, a damaged folder.
     """
-    order = OrderSettings.current(seed=config.run.seed, global_batch_size=config.train.global_batch_size)
     # Rank 0 looks, for all: checking reads every byte, and ranks that chose differently would drift apart in silence.
     chosen = _choose_checkpoint(config, resume_from) if engine.is_main else (None, None)
     folder, problem = engine.gather(chosen)[0]
@@ -78,15 +78,34 @@ def resume(config: Config, resume_from: str, engine: Engine, ema: Ema) -> RunSta
         return RunState(step=0, batch=0, skips=0, restarts=0, order=order)
     saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     state = RunState(**saved["state"] | {"order": OrderSettings(**saved["state"]["order"])})
-    if (state.order.seed, state.order.global_batch_size) != (order.seed, order.global_batch_size):
-        raise InputError(
-            f"{folder}: the run has run.seed {state.order.seed} and train.global_batch_size "
-            f"{state.order.global_batch_size}, the config {order.seed} and {order.global_batch_size}. They fix the "
-            "order of the samples: set them back, or start a new run (run.name)."
-        )
+    _refuse_another_order(folder, state.order, order)
     load_tensors(folder, engine, ema, saved["engine"])
     log.info("resumed from %s, step %d (saved by %s)", folder, state.step, saved["engine"]["name"])
     return replace(state, restarts=state.restarts + 1)
+
+
+def _refuse_another_order(folder: Path, saved: OrderSettings, current: OrderSettings) -> None:
+    """Raise InputError that lists what would change the order of a run's samples. Version, streams and blocks are not
+    asked of the config again: the run keeps its own."""
+    problems = [
+        f"{key} is {now!r}, the run has {before!r}"
+        for key, now, before in (
+            ("run.seed", current.seed, saved.seed),
+            ("train.global_batch_size", current.global_batch_size, saved.global_batch_size),
+            ("weight of data.datasets", current.weights, saved.weights),
+        )
+        if now != before
+    ]
+    if current.shards != saved.shards:
+        problems.append("data.cache holds other training samples than when the run began")
+    if problems:
+        raise InputError(
+            f"{folder}: another order of the samples:\n  " + "\n  ".join(problems) + "\n"
+            "Set them back (the cache: `fluxfill preprocess CONFIG` with the pictures as they were), or start a new "
+            "run (run.name)."
+        )
+    if current.streams != saved.streams:
+        log.info("data.streams %d: the run keeps the %d that it began with", current.streams, saved.streams)
 
 
 def _choose_checkpoint(config: Config, resume_from: str) -> tuple[Path | None, str | None]:

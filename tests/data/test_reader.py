@@ -13,7 +13,7 @@ from data.geometry import Bucket
 from data.manifest import EMPTY_TEXT, TRAIN, parse_bucket
 from data.micro_batch import MicroBatch, unpack_mask
 from data.noise import draw_dropout, draw_noise, draw_uniform, draw_variant
-from data.order import Order, OrderSettings
+from data.order import Order, OrderSettings, hash_shards
 from data.reader import BatchStream
 from data.shard_reader import DamagedShard, ShardReader
 from data.shards import index_path
@@ -29,13 +29,14 @@ SHARDS = [
 ]
 
 
-def open_stream(cache, *, size=7, rank=0, world_size=1, micro=2, **options):
+def open_stream(cache, *, size=7, rank=0, world_size=1, micro=2, streams=1, **options):
     table = cache.table
     samples = np.where(table.split == TRAIN, table.samples, 0)
     weights = dict.fromkeys(table.dataset.tolist(), 1.0)
-    order = Order(
-        table.dataset, table.bucket, samples, weights, OrderSettings.current(seed=SEED, global_batch_size=size)
+    settings = OrderSettings.current(
+        seed=SEED, global_batch_size=size, weights=weights, shards=hash_shards(table.path, samples), streams=streams
     )
+    order = Order(table.dataset, table.bucket, samples, settings)
     return BatchStream(cache, order, rank=rank, world_size=world_size, micro_batch_size=micro, **options)
 
 

@@ -31,7 +31,7 @@ def start(run, engine, cache):
     opened = []
 
     def begin(step: int, restarts: int = 0):
-        order = OrderSettings.current(seed=1, global_batch_size=run.train.global_batch_size)
+        order = OrderSettings.current(seed=1, global_batch_size=run.train.global_batch_size, weights={}, shards="")
         state = RunState(step=step, batch=step, skips=0, restarts=restarts, order=order)
         stream = open_stream(run, engine, cache, state)
         log = RunLog(run, engine, state, Console(file=io.StringIO()))
@@ -148,7 +148,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(run, start):
 
 def test_a_terminal_gets_a_bar_and_its_end(run, engine, cache):
     screen = io.StringIO()
-    order = OrderSettings.current(seed=1, global_batch_size=run.train.global_batch_size)
+    order = OrderSettings.current(seed=1, global_batch_size=run.train.global_batch_size, weights={}, shards="")
     state = RunState(step=0, batch=0, skips=0, restarts=0, order=order)
     stream = open_stream(run, engine, cache, state)
     log = RunLog(run, engine, state, Console(file=screen, force_terminal=True, width=100))
