@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -67,6 +66,12 @@ def write_head(folder: Path, num_shards: int) -> None:
     write_manifest(folder, manifest, table)
 
 
+def _peak_mib() -> int:
+    """Most memory this process has had. Not ru_maxrss: that counts what its parent had when it was started."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM:"))
+
+
 def start_rank(folder: Path, *, rank: int, ranks: int, streams: int, share: float) -> dict:
     """What a rank does before it reads its first sample, `share` of an epoch on; times and memory of it."""
     import_start = time.perf_counter()
@@ -77,7 +82,7 @@ def start_rank(folder: Path, *, rank: int, ranks: int, streams: int, share: floa
     from data.reader import BatchStream  # noqa: F401  a rank has it, and torch with it
 
     start = time.perf_counter()
-    before_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    before_mib = _peak_mib()
     read_manifest(folder)
     table = read_shard_table(folder)
     read = time.perf_counter()
@@ -111,7 +116,7 @@ def start_rank(folder: Path, *, rank: int, ranks: int, streams: int, share: floa
         "seconds_to_first_batch": round(found - start, 2),
         "milliseconds_a_later_batch": round((time.perf_counter() - found) * 10, 3),
         "import_peak_mib": round(before_mib),
-        "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_mib": _peak_mib(),
     }
 
 
