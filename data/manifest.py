@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -84,7 +85,7 @@ def write_manifest(cache: Path, manifest: Manifest, table: ShardTable) -> None:
     def write_table(temporary: Path) -> None:
         with temporary.open("wb") as file:
             # Text of fixed width: the columns of a table that was read would be pickled.
-            columns = {
+            columns: dict[str, Any] = {
                 name: np.array(column.tolist()) if column.dtype.kind == "T" else column
                 for name, column in vars(table).items()
             }
