@@ -136,6 +136,10 @@ class CaptionsConfig(Section):
     text_length: Annotated[int, Field(strict=True, ge=16, le=512)] = 512
     """Tokens of T5's text; longer captions are cut, shorter ones padded."""
 
+    text_dtype: Literal["bf16", "int8"] = "bf16"
+    """How the cache stores T5's text. int8: half the bytes, with a scale per token; what that does to the trained model
+    has not been measured."""
+
 
 class DataConfig(Section):
     """The pictures, and the cache of encoded samples that is made from them."""

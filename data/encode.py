@@ -105,14 +105,35 @@ def decode_latents(vae, latents: Tensor) -> Tensor:
     return vae.decode(raw.to(vae.device, vae.dtype)).sample.float().add(1).div(2).clamp(0, 1)
 
 
+@dataclass(frozen=True)
+class EncodedPixels:
+    """One sample.  latents: fp32 [16, h, w].  masked_latents: fp32 [16, h, w] per mask variant.  On the CPU."""
+
+    latents: Tensor
+    masked_latents: list[Tensor]
+
+
 def encode_pixels(vae, batch: Sequence[Pixels]) -> tuple[Tensor, Tensor]:
     """Triples of one bucket -> (latents, masked_latents), each fp32 [B, 16, h, w] on the CPU."""
-    target = to_signed(np.stack([pixels.target for pixels in batch]))
+    return _encode_targets(vae, batch), _encode_masked(vae, batch)
+
+
+def encode_samples(vae, batch: Sequence[Sequence[Pixels]]) -> list[EncodedPixels]:
+    """Samples of one bucket, each as its mask variants (all equally many, those of a sample of one target)."""
+    latents = _encode_targets(vae, [variants[0] for variants in batch])
+    # One variant of every sample at a time: a variant's latents do not hang on how many others there are.
+    masked_latents = [_encode_masked(vae, column) for column in zip(*batch, strict=True)]
+    return [EncodedPixels(latents[row], [masked[row] for masked in masked_latents]) for row in range(len(batch))]
+
+
+def _encode_targets(vae, batch: Sequence[Pixels]) -> Tensor:
+    return encode_images(vae, to_signed(np.stack([pixels.target for pixels in batch]))).cpu()
+
+
+def _encode_masked(vae, batch: Sequence[Pixels]) -> Tensor:
     image = to_signed(np.stack([pixels.image for pixels in batch]))
     mask = torch.from_numpy(np.stack([pixels.mask for pixels in batch])).unsqueeze(1).float()
-    latents = encode_images(vae, target)
-    masked_latents = encode_images(vae, blank_hole(image, mask))
-    return latents.cpu(), masked_latents.cpu()
+    return encode_images(vae, blank_hole(image, mask)).cpu()
 
 
 @dataclass(frozen=True)

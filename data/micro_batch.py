@@ -11,6 +11,8 @@ from torch import Tensor
 
 from data.geometry import Bucket
 from data.manifest import Manifest
+from data.stored_tensors import DTYPES, sample_tensors
+from data.stored_text import dequantize_tokens
 
 _ALIGNMENT = 64  # bytes, of each tensor in a slot
 
@@ -20,7 +22,8 @@ class MicroBatch:
     """Rows of one bucket, one forward pass.  B rows, the last of them perhaps idle (weight 0).
 
     latents, masked_latents: bf16 [B, 16, h, w].  mask: uint8 [B, H, W/8], bit-packed rows, 1 = paint.
-    t5: bf16 [B, L, D].  pooled: bf16 [B, P].  noise: fp32 [B, 16, h, w].  uniform: fp64 [B] in (0, 1).
+    t5: bf16 [B, L, D]; from a cache of int8 texts int8, with t5_scale fp32 [B, L], until `to` moves the rows.
+    pooled: bf16 [B, P].  noise: fp32 [B, 16, h, w].  uniform: fp64 [B] in (0, 1).
     weight: fp32 [B], 1 for a row that counts, 0 for one that fills up.  position: int64 [B], place in the order.
     is_last: the last micro-batch of its global batch.
     """
@@ -36,12 +39,17 @@ class MicroBatch:
     uniform: Tensor
     weight: Tensor
     position: Tensor
+    t5_scale: Tensor | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same rows on a device; from pinned memory the copies do not block."""
+        """The same rows on a device, texts in bf16; from pinned memory the copies do not block."""
         copies: dict[str, Any] = {
             name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
+        if self.t5_scale is not None:
+            # There and not in the reader's threads: half the bytes cross over, and a thread would take longer over this
+            # than over reading.
+            copies |= {"t5": dequantize_tokens(copies["t5"], copies["t5_scale"]), "t5_scale": None}
         return replace(self, **copies)
 
 
@@ -72,14 +80,14 @@ class RowField:
 
 def row_fields(bucket: Bucket, manifest: Manifest) -> tuple[RowField, ...]:
     """What a row of a bucket consists of."""
-    h, w = bucket.latent_size
+    stored = (
+        RowField(name, DTYPES[dtype], tuple(shape))
+        for tensors in sample_tensors(bucket, manifest).values()
+        for name, (dtype, shape) in tensors.items()
+    )
     return (
-        RowField("latents", torch.bfloat16, (16, h, w)),
-        RowField("masked_latents", torch.bfloat16, (16, h, w)),
-        RowField("mask", torch.uint8, (bucket.height, bucket.width // 8)),
-        RowField("t5", torch.bfloat16, (manifest.text_length, manifest.text_width)),
-        RowField("pooled", torch.bfloat16, (manifest.pooled_width,)),
-        RowField("noise", torch.float32, (16, h, w), is_stored=False),
+        *stored,
+        RowField("noise", torch.float32, (16, *bucket.latent_size), is_stored=False),
         RowField("uniform", torch.float64, (), is_stored=False),
         RowField("weight", torch.float32, (), is_stored=False),
         RowField("position", torch.int64, (), is_stored=False),

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-import torch
-from safetensors.torch import load_file
+import xxhash
+from safetensors.torch import load
 
 from configs.errors import InputError
 from data.geometry import Bucket
@@ -20,6 +20,7 @@ from data.micro_batch import MicroBatch, Rows, Slot, bytes_of, row_fields
 from data.noise import draw_dropout, draw_noise, draw_uniform, draw_variant
 from data.order import Batch, Order, num_micro_steps, rank_rows
 from data.shard_reader import ShardReader
+from data.stored_tensors import parse_header, text_tensors
 
 
 @dataclass(frozen=True)
@@ -198,14 +199,17 @@ class BatchStream:
 
 
 def _read_empty_text(cache: Cache) -> dict[str, memoryview]:
-    """Bytes of the empty caption's t5 and pooled, from beside the manifest. Raises InputError if they do not fit it."""
-    path, manifest = cache.folder / EMPTY_TEXT, cache.manifest
-    expected = {"t5": (manifest.text_length, manifest.text_width), "pooled": (manifest.pooled_width,)}
+    """Bytes of the empty caption's tensors, from beside the manifest. Raises InputError if they do not fit it."""
+    path, expected = cache.folder / EMPTY_TEXT, text_tensors(cache.manifest)
     try:
-        tensors = load_file(path)
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if found != expected or any(tensor.dtype != torch.bfloat16 for tensor in tensors.values()):
-            raise ValueError(f"it holds {found}, not bf16 {expected}")
+        data = path.read_bytes()
+        _, entries = parse_header(data)
+        found = {name: (entry["dtype"], entry["shape"]) for name, entry in entries.items()}
+        if found != expected:
+            raise ValueError(f"it holds {found}, not {expected}")
+        if xxhash.xxh3_128_hexdigest(data) != cache.manifest.files.get(EMPTY_TEXT):
+            raise ValueError("its checksum differs")
+        tensors = load(data)
     except Exception as error:  # of files, and safetensors' own
         raise InputError(
             f"{path}: cannot be read ({error}). Delete it and run `fluxfill preprocess CONFIG` again; whole shards are "

@@ -4,10 +4,7 @@ There is nothing to decode, `preadv` releases the GIL, and xxh3 (30 GB/s) costs 
 by side in the tar are read by one call.
 """
 
-import json
-import math
 import os
-import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -20,11 +17,11 @@ import xxhash
 from configs.errors import InputError
 from data.manifest import Manifest, ShardTable, parse_bucket
 from data.shards import ShardIndex, index_path, read_index, rebuild_index
+from data.stored_tensors import MAX_HEADER, Tensors, num_bytes, parse_header, sample_tensors
 
 # File handles and indexes that a reader keeps. The order stays within a block or two of shards per dataset and bucket,
 # but goes round all of these; a process may have 1024 files open where nobody raised the limit.
 _OPEN_SHARDS = 256
-_MAX_HEADER = 1 << 16
 _MAX_GAP = 4096  # bytes between two members that are read along rather than by a call of their own: tar's header
 
 _ENCODE_ANEW = "Delete the shard and run `fluxfill preprocess CONFIG` again: only that shard is encoded anew."
@@ -50,26 +47,23 @@ class _Layout:
     num_bytes: int
 
 
-def _parse_layout(kind: str, data: bytes, expected: dict[str, tuple[str, list[int]]], where: str) -> _Layout:
+def _parse_layout(kind: str, data: bytes, expected: Tensors, where: str) -> _Layout:
     """Layout of a safetensors member from its first bytes.
 
     expected: name -> (safetensors dtype, shape).  Raises DamagedShard if the bytes are no header, or say otherwise.
     """
     try:
-        (length,) = struct.unpack_from("<Q", data)
-        if length > _MAX_HEADER:
-            raise ValueError(f"a header of {length} bytes")
-        entries = json.loads(data[8 : 8 + length])
-        found = {name: (entry["dtype"], entry["shape"]) for name, entry in entries.items()}
-        starts = {name: entry["data_offsets"][0] for name, entry in entries.items()}
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        length, entries = parse_header(data)
+    except ValueError as error:
         raise DamagedShard(f"{where}: no safetensors header ({error}). {_ENCODE_ANEW}") from error
+    found = {name: (entry["dtype"], entry["shape"]) for name, entry in entries.items()}
+    starts = {name: entry["data_offsets"][0] for name, entry in entries.items()}
     if found != expected:
         raise DamagedShard(
             f"{where}: holds {found}, the cache's bucket and text length ask for {expected}. {_ENCODE_ANEW}"
         )
-    sizes = [math.prod(shape) * (2 if dtype == "BF16" else 1) for dtype, shape in expected.values()]
-    return _Layout(kind, data[: 8 + length], tuple(sorted(starts, key=starts.__getitem__)), 8 + length + sum(sizes))
+    names = tuple(sorted(starts, key=starts.__getitem__))
+    return _Layout(kind, data[:length], names, length + num_bytes(expected))
 
 
 @dataclass(frozen=True)
@@ -166,24 +160,9 @@ class ShardReader:
             raise DamagedShard(
                 f"{index_path(path)}: belongs to another shard. Delete it: it is rebuilt from the shard."
             )
-        bucket = parse_bucket(str(self.table.bucket[number]))
-        latents = ("BF16", [16, *bucket.latent_size])
-        manifest = self.manifest
-        kinds = {
-            "latents": (index.latents, {"latents": latents}),
-            "masked": (
-                index.masked.reshape(-1, 2),
-                {"masked_latents": latents, "mask": ("U8", [bucket.height, bucket.width // 8])},
-            ),
-            "text": (
-                index.texts,
-                {
-                    "t5": ("BF16", [manifest.text_length, manifest.text_width]),
-                    "pooled": ("BF16", [manifest.pooled_width]),
-                },
-            ),
-        }
-        layouts = {kind: _find_layout(handle, path, kind, *members) for kind, members in kinds.items()}
+        places = {"latents": index.latents, "masked": index.masked.reshape(-1, 2), "text": index.texts}
+        expected = sample_tensors(parse_bucket(str(self.table.bucket[number])), self.manifest)
+        layouts = {kind: _find_layout(handle, path, kind, places[kind], expected[kind]) for kind in places}
         return _OpenShard(path, handle, index, layouts)
 
     def key(self, shard: int, row: int) -> str:
@@ -197,7 +176,8 @@ class ShardReader:
     def read(self, shard: int, row: int, out: Buffers, *, variant: int = 0) -> None:
         """Fill buffers with a sample's tensors as they are stored; what is not in `out` is not read.
 
-        out: `latents`; `masked_latents` and `mask`, of one variant; `t5` and `pooled`.
+        out: `latents`; `masked_latents` and `mask`, of one variant; `t5` and `pooled` (and `t5_scale`
+        where texts are int8).
         Raises DamagedSample if they are not what was written.
         """
         opened = self.shard(shard)
@@ -222,7 +202,7 @@ class ShardReader:
         try:
             scratch: memoryview = self._scratch.memory
         except AttributeError:
-            scratch = self._scratch.memory = memoryview(bytearray(4 * _MAX_HEADER))
+            scratch = self._scratch.memory = memoryview(bytearray(4 * MAX_HEADER))
         parts: list[memoryview] = []
         headers: list[memoryview] = []
         used, end = 0, run[0].offset
@@ -271,16 +251,14 @@ def _where(opened: _OpenShard, member: _Member) -> str:
     return f"{opened.path}: {member.name} ({member.layout.kind}, {member.size} bytes at {member.offset})"
 
 
-def _find_layout(
-    handle: int, path: Path, kind: str, places: np.ndarray, expected: dict[str, tuple[str, list[int]]]
-) -> _Layout:
+def _find_layout(handle: int, path: Path, kind: str, places: np.ndarray, expected: Tensors) -> _Layout:
     """The layout that a shard's members of one kind share: of the first one whose header is whole.
 
     places: int64 [n, 2], offset and size of each.  Raises DamagedShard, of the first one, if no header is.
     """
     problem = None
     for number, (offset, size) in enumerate(places.tolist()):
-        head = os.pread(handle, min(size, _MAX_HEADER), offset)
+        head = os.pread(handle, min(size, MAX_HEADER), offset)
         try:
             return _parse_layout(kind, head, expected, f"{path}: {'first' if number == 0 else 'a later'} {kind} member")
         except DamagedShard as error:

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from configs.combinations import check_engine
 from configs.errors import InputError
 from configs.loading import json_schema, load_config
+from launch import shards
 from launch.command import choose_engine, render_command, render_environment, render_shell_line
 from launch.gpus import count_gpus
 from launch.supervise import run_supervised
@@ -38,6 +39,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(shards.app, name="shards")
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/fill_lora.yaml.")]
 Overrides = Annotated[

@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.torch import load, load_file
 
 from configs.errors import InputError
-from data.encode import encode_pixels
+from data.encode import encode_samples
 from data.manifest import EMPTY_TEXT, open_cache, read_manifest, read_shard_table
 from data.pictures import load_mask
 from data.preprocess import main, preprocess
@@ -315,9 +315,9 @@ def test_an_exception_leaves_no_part_and_no_manifest(make_pictures, config_of, m
         calls.append(1)
         if len(calls) == 2:
             raise torch.OutOfMemoryError("as on a full GPU")
-        return encode_pixels(*arguments)
+        return encode_samples(*arguments)
 
-    monkeypatch.setattr("data.preprocess.encode_pixels", fail_at_the_second)
+    monkeypatch.setattr("data.encode_shards.encode_samples", fail_at_the_second)
     with pytest.raises(torch.OutOfMemoryError):
         preprocess(config, QUIET)
     assert leftovers(cache) == []

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from configs.errors import InputError
 from data.geometry import Bucket
 from data.manifest import EMPTY_TEXT, TRAIN, parse_bucket
 from data.micro_batch import MicroBatch, unpack_mask
@@ -238,11 +239,67 @@ def test_without_dropout_the_empty_caption_is_not_needed(make_cache):
         open_stream(cache, caption_dropout=0.1)
 
 
+def test_an_empty_caption_with_a_flipped_bit_is_refused(make_cache):
+    cache = make_cache(SHARDS)
+    data = bytearray((cache.folder / EMPTY_TEXT).read_bytes())
+    data[-5] ^= 1
+    (cache.folder / EMPTY_TEXT).write_bytes(data)
+    with pytest.raises(InputError, match=rf"{EMPTY_TEXT}: cannot be read \(its checksum differs\)"):
+        open_stream(cache, caption_dropout=0.1)
+
+
 def test_an_empty_caption_of_another_length_is_refused(make_cache):
     cache = make_cache(SHARDS)
     other = replace(cache, manifest=replace(cache.manifest, text_length=1))
-    with pytest.raises(Exception, match=rf"{EMPTY_TEXT}: .*it holds .*, not bf16"):
+    with pytest.raises(Exception, match=rf"{EMPTY_TEXT}: .*it holds .*\[8, 6\].*, not .*\[1, 6\]"):
         open_stream(other, caption_dropout=0.1)
+
+
+# --- texts in 8 bits --------------------------------------------------------------------------------------------------
+
+
+def test_texts_of_an_int8_cache_are_bf16_once_their_rows_are_moved(make_cache, make_text):
+    cache = make_cache(SHARDS, text_dtype="int8")
+    empty = make_text("the empty caption", "int8")
+    texts = [make_text(f"text-{number:016x}", "int8") for number in range(2)]
+    stream = open_stream(cache, caption_dropout=0.4)
+    num_dropped = 0
+    for index in range(12):
+        for rows in next(stream):
+            moved = rows.to(torch.device("cpu"))
+            assert rows.t5.dtype == torch.int8 and moved.t5.dtype == torch.bfloat16 and moved.t5_scale is None
+            keys = stream.keys(stream.current)
+            for place, position in enumerate(rows.position.tolist()):
+                dropped = draw_dropout(SEED, position, 0.4)
+                num_dropped += dropped
+                stored = empty if dropped else texts[int(keys[position - 7 * index].split("-")[2]) % 2]
+                expected = (stored["t5"].float() * stored["t5_scale"][:, None]).bfloat16()
+                assert torch.equal(moved.t5[place], expected)
+                assert torch.equal(moved.pooled[place], stored["pooled"])
+    stream.close()
+    assert num_dropped > 10
+
+
+def test_an_int8_cache_differs_from_its_bf16_twin_in_the_texts_alone(make_cache, tmp_path):
+    bf16 = take(make_cache(SHARDS), 6)
+    (tmp_path / "made-up-cache").rename(tmp_path / "twin")
+    for ours, twin in zip(take(make_cache(SHARDS, text_dtype="int8"), 6), bf16, strict=True):
+        for rows, others in zip(ours, twin, strict=True):
+            moved = rows.to(torch.device("cpu"))
+            for name, value in vars(others).items():
+                if isinstance(value, Tensor) and name != "t5":
+                    assert torch.equal(getattr(moved, name), value), name
+            largest = others.t5.float().abs().amax(dim=-1, keepdim=True)
+            assert ((moved.t5.float() - others.t5.float()).abs() <= largest / 127 + 1e-6).all()
+            assert not torch.equal(moved.t5, others.t5)
+
+
+def test_idle_rows_of_an_int8_cache_are_finite(make_cache):
+    for batch in take(make_cache(SHARDS, text_dtype="int8"), 4, size=4, rank=0, world_size=3, micro=1):
+        for rows in batch:
+            moved = rows.to(torch.device("cpu"))
+            assert torch.isfinite(moved.t5).all()
+            assert not moved.t5[rows.weight == 0].any()
 
 
 # --- memory, threads and files ----------------------------------------------------------------------------------------
