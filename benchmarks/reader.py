@@ -215,7 +215,7 @@ def measure(folder: Path, side: int, *, gib: float, repeats: int) -> dict:
         runs["webdataset"].append(rate(webdataset, lambda batch: len(batch["t5"]), num_samples))
         for name in ("fluxfill", "fluxfill_with_noise"):
             stream = open_stream(cache, batch_size)
-            with mock.patch("data.reader.draw_noise") if name == "fluxfill" else nullcontext():
+            with mock.patch("data.row_filler.draw_noise") if name == "fluxfill" else nullcontext():
                 runs[name].append(rate(_micro_batches(stream), lambda rows: len(rows.weight), num_samples))
                 stream.close()
     medians = {name: statistics.median(values) for name, values in runs.items()}

@@ -163,6 +163,13 @@ class DataConfig(Section):
     captions: CaptionsConfig = CaptionsConfig()
     """The text that goes with a picture."""
 
+    mask_choice: Literal["random", "cycle", "first"] = "random"
+    """Where samples have several masks. random: one drawn each time; cycle: each in turn, one an epoch; first: always
+    the first."""
+
+    mask_dropout: Fraction = 0.0
+    """Share of the samples that are trained with a hole as large as the picture."""
+
     holdout: Count = 64
     """Pictures kept out of training for validation, chosen by a stable hash of the target's content."""
 
@@ -319,6 +326,13 @@ class CheckpointConfig(Section):
     """Older checkpoints are removed. null: keep all."""
 
 
+class GuardConfig(Section):
+    """What a run survives before it stops."""
+
+    max_bad_samples: Count = 16
+    """Damaged samples that are replaced by the next whole one of their shard; with more the run stops."""
+
+
 class LoggingConfig(Section):
     """Where figures go beside metrics.jsonl."""
 
@@ -358,6 +372,9 @@ class Config(Section):
 
     checkpoint: CheckpointConfig = CheckpointConfig()
     """What a stopped run goes on from."""
+
+    guard: GuardConfig = GuardConfig()
+    """What a run survives before it stops."""
 
     logging: LoggingConfig = LoggingConfig()
     """Where figures go beside metrics.jsonl."""

@@ -13,7 +13,7 @@ from data.atomic_write import write_atomically
 from data.decode_samples import batched, decode_batches
 from data.encode import TextEncoders, encode_captions, encode_images, encode_samples
 from data.geometry import Bucket
-from data.manifest import EMPTY_TEXT
+from data.manifest import EMPTY_TEXT, blank_name
 from data.shard_plan import PlannedSample, ShardPlan
 from data.shards import SampleTensors, ShardIndex, ShardWriter, index_path, read_index
 from data.sources import listed
@@ -105,4 +105,4 @@ def write_constants(
 
 
 def blank_path(cache: Path, bucket: str) -> Path:
-    return cache / f"blank_{bucket}.safetensors"
+    return cache / blank_name(bucket)

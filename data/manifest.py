@@ -22,6 +22,11 @@ MANIFEST, SHARD_TABLE = "manifest.json", "shards.npz"
 EMPTY_TEXT = "empty_text.safetensors"  # beside the manifest: t5 and pooled of the empty caption
 
 
+def blank_name(bucket: str) -> str:
+    """File beside the manifest: masked_latents of a bucket's picture that is all hole."""
+    return f"blank_{bucket}.safetensors"
+
+
 @dataclass(frozen=True)
 class ShardTable:
     """One row a shard, as columns of equal length.

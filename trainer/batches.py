@@ -8,6 +8,7 @@ from configs.schema import Config
 from data.manifest import TRAIN, Cache
 from data.order import Order, OrderSettings, hash_shards
 from data.reader import BatchStream
+from data.row_filler import RowPolicy
 from trainer.engine import Engine
 from trainer.run_state import RunState
 
@@ -53,7 +54,13 @@ def open_stream(config: Config, engine: Engine, cache: Cache, state: RunState) -
         rank=engine.rank,
         world_size=engine.world_size,
         micro_batch_size=micro,
-        caption_dropout=config.data.captions.dropout,
+        policy=RowPolicy(
+            mask_choice=config.data.mask_choice,
+            caption_dropout=config.data.captions.dropout,
+            mask_dropout=config.data.mask_dropout,
+            max_bad_samples=config.guard.max_bad_samples,
+        ),
+        replaced=state.replaced,
         start=state.batch,
         threads=config.data.reader_threads,
         pin_memory=engine.device.type == "cuda",

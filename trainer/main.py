@@ -62,7 +62,7 @@ def train(arguments: list[str] | None = None) -> int:
         log.step(state, update, lr, stream)
         if validation_is_due(config, state.step):
             log.validation(validator.run(engine.plain_transformer, state.step))
-        save_if_due(config, engine, state, ema)
+        save_if_due(config, engine, state, ema, stream)
 
     stream.close()
     export_and_verify(config, engine, model, ema)

@@ -13,6 +13,8 @@ from configs.errors import InputError
 from configs.loading import dump_config
 from configs.schema import Config
 from data.order import OrderSettings
+from data.reader import BatchStream
+from data.row_filler import ReplacedRow, refuse_too_many
 from trainer.checkpoint import (
     complete_checkpoints,
     damage_of,
@@ -37,6 +39,7 @@ class RunState:
 
     step: updates done.  batch: global batches taken from the order.  skips: updates in a row that were not applied.
     restarts: times the run was resumed.  order: what the order depends on; a resumed run keeps it.
+    replaced: damaged rows that another row stood in for, of all ranks, up to the last save.
     """
 
     step: int
@@ -44,6 +47,7 @@ class RunState:
     skips: int
     restarts: int
     order: OrderSettings
+    replaced: tuple[ReplacedRow, ...] = ()
 
     def after(self, update: Update) -> "RunState":
         """The state after an update; one that was skipped has used up its step and its batch.
@@ -57,6 +61,16 @@ class RunState:
                 f"gradient norm {update.grad_norm}). Lower train.lr, or look at the samples of the last steps."
             )
         return replace(self, step=self.step + 1, batch=self.batch + 1, skips=skips)
+
+
+def gather_replaced(config: Config, engine: Engine, state: RunState, stream: BatchStream) -> RunState:
+    """The state with every rank's replaced rows; all ranks call it.
+
+    Raises InputError, on all of them, if together they are more than guard.max_bad_samples: each alone counts its own.
+    """
+    replaced = tuple(sorted(set().union(*engine.gather(stream.replaced()))))
+    refuse_too_many(replaced, config.guard.max_bad_samples)
+    return replace(state, replaced=replaced)
 
 
 # --- going on ---------------------------------------------------------------------------------------------------------
@@ -77,7 +91,9 @@ def resume(config: Config, resume_from: str, engine: Engine, ema: Ema, order: Or
     if folder is None:
         return RunState(step=0, batch=0, skips=0, restarts=0, order=order)
     saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    state = RunState(**saved["state"] | {"order": OrderSettings(**saved["state"]["order"])})
+    fields = saved["state"]
+    replaced = tuple(ReplacedRow(**row) for row in fields["replaced"])
+    state = RunState(**fields | {"order": OrderSettings(**fields["order"]), "replaced": replaced})
     _refuse_another_order(folder, state.order, order)
     load_tensors(folder, engine, ema, saved["engine"])
     log.info("resumed from %s, step %d (saved by %s)", folder, state.step, saved["engine"]["name"])
@@ -188,7 +204,7 @@ def _bound_state(engine: Engine) -> dict[str, Tensor]:
 # --- saving -----------------------------------------------------------------------------------------------------------
 
 
-def save_if_due(config: Config, engine: Engine, state: RunState, ema: Ema) -> None:
+def save_if_due(config: Config, engine: Engine, state: RunState, ema: Ema, stream: BatchStream) -> None:
     """Every `checkpoint.every_steps` and at the end: save, then delete what is too old. All ranks call it.
 
     A save that fails (a full disk) is reported and the run goes on; the checkpoints before it are untouched.
@@ -196,6 +212,7 @@ def save_if_due(config: Config, engine: Engine, state: RunState, ema: Ema) -> No
     every = config.checkpoint.every_steps
     if every is None or (state.step % every and state.step != config.train.steps):
         return
+    state = gather_replaced(config, engine, state, stream)
     run = config.run.folder
     staging = run / "checkpoints" / f"step-{state.step:08d}.staging"
     if engine.is_main:
