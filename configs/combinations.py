@@ -6,6 +6,7 @@ docs/combinations.md all read these rules.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 
 from configs.errors import InputError
@@ -147,13 +148,18 @@ def _nearest(asked: Combination) -> Combination:
         size = sum(2**place for place, differs in enumerate(changed) if differs)
         return size, [values.index(getattr(found, key)) for key, values in CHOICES.items()]
 
-    return min((found for found in all_combinations() if _works(found)), key=distance)
+    return min(_working(), key=distance)
 
 
 def all_combinations() -> Iterator[Combination]:
     """Every combination there is, working or not."""
     for values in product(*CHOICES.values()):
         yield Combination(**dict(zip(CHOICES, values, strict=True)))
+
+
+@cache
+def _working() -> tuple[Combination, ...]:
+    return tuple(found for found in all_combinations() if _works(found))
 
 
 def _works(combination: Combination) -> bool:

@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from data.micro_batch import MicroBatch
 from trainer.build_lock import clear_stale_build_locks
 from trainer.quantize import QUANTIZED
 from trainer.self_check import check_against_twins, dequantized_twins
+from trainer.stop_signals import stop_signal
 
 log = logging.getLogger("fluxfill")
 
@@ -46,12 +47,13 @@ class Update:
     """What one optimizer update did, alike on every rank.
 
     loss: mean over the global batch.  grad_norm: before clipping.  applied: False if either was not finite; then no
-    weight changed.
+    weight changed.  stop: a rank has been told to stop, so all do after this update.
     """
 
     loss: float
     grad_norm: float
     applied: bool
+    stop: bool = False
 
 
 @dataclass(frozen=True)
@@ -220,13 +222,18 @@ class Engine:
 
     def step(self, lr: float) -> Update:
         """Clip and apply the gradients at learning rate `lr`, unless loss or gradient is not finite on any rank."""
+        stop = stop_signal() is not None
         if self.world_size > 1:
-            all_reduce(self._loss)
+            # One message for both: what each rank has been told reaches all of them at the same update.
+            told = torch.stack([self._loss, torch.full_like(self._loss, float(stop))])
+            all_reduce(told)
+            self._loss.copy_(told[0])
+            stop = bool(told[1] > 0)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         update = self._step()
         self._loss.zero_()
-        return update
+        return replace(update, stop=stop)
 
     def _step(self) -> Update:
         norm = torch.nn.utils.clip_grad_norm_(trained(self._transformer), self._max_grad_norm or float("inf"))
@@ -305,6 +312,14 @@ class Engine:
         items: list = [None] * self.world_size
         all_gather_object(items, item)
         return items
+
+    def sum(self, value: float) -> float:
+        """The sum of every rank's number, on every rank."""
+        if self.world_size == 1:
+            return float(value)
+        total = torch.tensor(float(value), dtype=torch.float64, device=self.device)
+        all_reduce(total)
+        return total.item()
 
     def from_main(self, tensor: Tensor) -> Tensor:
         """Rank 0's tensor on every rank's device. Elsewhere `tensor` tells shape and dtype and may be on meta."""

@@ -18,7 +18,7 @@ from trainer.quantize import dequantized_linear, is_quantized
 # Relative, of bf16 products summed in another order: some thousandths.  The trap's error is about 1.
 TOLERANCE = 0.05
 
-_BLOCKS = ("transformer_blocks.0", "single_transformer_blocks.0")
+_FIRST_BLOCKS = ("transformer_blocks.0.", "single_transformer_blocks.0.")
 
 log = logging.getLogger("fluxfill")
 
@@ -29,10 +29,9 @@ def dequantized_twins(transformer: nn.Module) -> dict[str, nn.Linear]:
     Empty for a base that is not quantized.  To be made before the model is spread over the ranks.
     """
     return {
-        f"{block}.{name}": dequantized_linear(layer)
-        for block in _BLOCKS
-        for name, layer in transformer.get_submodule(block).named_modules()
-        if is_quantized(layer)
+        name: dequantized_linear(layer)
+        for name, layer in transformer.named_modules()
+        if is_quantized(layer) and name.startswith(_FIRST_BLOCKS)
     }
 
 
