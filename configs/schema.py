@@ -204,6 +204,13 @@ class DataConfig(Section):
     captions: CaptionsConfig = CaptionsConfig()
     """The text that goes with a picture."""
 
+    mask_choice: Literal["random", "cycle", "first"] = "random"
+    """Where samples have several masks. random: one drawn each time; cycle: each in turn, one an epoch; first: always
+    the first."""
+
+    mask_dropout: Fraction = 0.0
+    """Share of the samples that are trained with a hole as large as the picture."""
+
     holdout: Count = 64
     """Pictures kept out of training for validation, chosen by a stable hash of the target's content."""
 
@@ -221,6 +228,11 @@ class DataConfig(Section):
 
     reader_threads: PositiveInt = 2
     """Threads that read samples, in each training process."""
+
+    streams: PositiveInt = 1
+    """Shares that the shards of each bucket are dealt to; each global batch takes as many samples from one as from the
+    other. One per node lets a node fetch only its own share from remote storage; 1 mixes best. A run keeps the number
+    that it began with."""
 
     @field_validator("datasets")
     @classmethod
@@ -282,8 +294,8 @@ class TrainConfig(Section):
     """Compute activations again in the backward pass to save memory. auto: decided at start."""
 
     compile: Literal["regional", "off"] = "off"
-    """regional: torch.compile of the blocks, one graph for all of a kind and for every size of picture; it costs a minute
-    or more at start. What it gains has not been measured on a GPU yet, so it is off unless asked for."""
+    """regional: torch.compile of the blocks, one graph for all of a kind and for every size of picture; it costs a
+    minute or more at start. What it gains has not been measured on a GPU yet, so it is off unless asked for."""
 
     @field_validator("micro_batch_size")
     @classmethod
@@ -382,6 +394,13 @@ class CheckpointConfig(Section):
     """Write checkpoints while training goes on, from a copy in the host's memory (as large as the checkpoint)."""
 
 
+class GuardConfig(Section):
+    """What a run survives before it stops."""
+
+    max_bad_samples: Count = 16
+    """Damaged samples that are replaced by the next whole one of their shard; with more the run stops."""
+
+
 class LoggingConfig(Section):
     """Where figures go beside metrics.jsonl."""
 
@@ -421,6 +440,9 @@ class Config(Section):
 
     checkpoint: CheckpointConfig = CheckpointConfig()
     """What a stopped run goes on from."""
+
+    guard: GuardConfig = GuardConfig()
+    """What a run survives before it stops."""
 
     logging: LoggingConfig = LoggingConfig()
     """Where figures go beside metrics.jsonl."""
