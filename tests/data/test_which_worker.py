@@ -71,7 +71,7 @@ def test_a_worker_says_who_told_it():
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    "given, message",
     [
         ({"worker": 1}, "--worker and --workers belong together: give both"),
         ({"workers": 3}, "--worker and --workers belong together"),
