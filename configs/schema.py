@@ -40,6 +40,7 @@ class Section(BaseModel):
         validate_default=True,
         allow_inf_nan=False,
         use_attribute_docstrings=True,
+        serialize_by_alias=True,  # one key is a word of Python
     )
 
 
@@ -67,8 +68,10 @@ class ModelConfig(Section):
     base: Annotated[str, Field(min_length=1, examples=["black-forest-labs/FLUX.1-Fill-dev"])]
     """Hub id, or folder in diffusers' layout. FLUX.1-Fill-dev; or FLUX.1-dev, expanded from 64 to 384 inputs."""
 
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the transformer's arithmetic. auto: bf16 on a GPU, fp32 on a CPU."""
+    precision: Literal["auto", "fp32", "bf16", "int8", "nf4", "fp8"] = "auto"
+    """Of the transformer's weights and arithmetic. auto: bf16 on a GPU, fp32 on a CPU. int8, nf4 and fp8 keep the
+    frozen weights in 8 or 4 bits and compute in bf16: less memory, not more speed. Which go with which method and
+    engine: docs/combinations.md."""
 
 
 class LoraConfig(Section):
@@ -323,10 +326,20 @@ class CheckpointConfig(Section):
     """What a stopped run goes on from."""
 
     every_steps: PositiveInt | None = 250
-    """Save every so many steps, and at the end. null: only at the end."""
+    """Save every so many steps, and at the end. null: only at the end, and by the clock."""
+
+    every_minutes: PositiveFloat | None = None
+    """Save when so many minutes have passed since the last save, too. null: by steps alone."""
 
     keep_last: PositiveInt | None = 3
-    """Older checkpoints are removed. null: keep all."""
+    """Older checkpoints are removed, once the new one is whole. null: keep all."""
+
+    keep_best: Literal["hole_psnr", "loss"] | None = "hole_psnr"
+    """Never remove the best one so far, by this figure of validations at the steps that were saved: hole_psnr, or loss
+    (the mean over noise levels); of held-out pictures if there are any. null: it is removed like the others."""
+
+    asynchronous: Annotated[bool, Field(strict=True, alias="async")] = True
+    """Write checkpoints while training goes on, from a copy in the host's memory (as large as the checkpoint)."""
 
 
 class LoggingConfig(Section):

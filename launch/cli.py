@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
+from configs.combinations import check_engine
 from configs.errors import InputError
 from configs.loading import json_schema, load_config
 from data.which_worker import which_worker
@@ -111,6 +112,7 @@ def train(
     """
     run = load_config(config, overrides or [])
     engine, count = choose_engine(run.parallel.engine, num_processes, count_gpus(os.environ))
+    check_engine(run, engine)
     outcome_file = run.run.folder / "outcome.json"
     command = render_command(config, overrides or [], engine, count, port=0)
     environment = render_environment(outcome_file, count, len(os.sched_getaffinity(0)), inherited=os.environ)

@@ -6,10 +6,13 @@ accelerate launch trainer/main.py --config configs/fill_lora.yaml [--resume auto
 import sys
 from functools import partial
 
-from trainer.process import check_command_line, read_command_line, run_and_report
+from trainer.process import Stopped, check_command_line, read_command_line, run_and_report
+from trainer.stop_signals import install_stop_signals, stop_signal
 
-if __name__ == "__main__" and (code := run_and_report(check_command_line)):
-    sys.exit(code)  # what is wrong with a config is said now, not after ten seconds of imports
+if __name__ == "__main__":
+    install_stop_signals()  # now, not after ten seconds of imports; and what is wrong with a config is said now
+    if code := run_and_report(check_command_line):
+        sys.exit(code)
 
 from data.manifest import open_cache
 from data.model_folder import find_model
@@ -23,7 +26,8 @@ from trainer.flux import predict_velocity
 from trainer.method import build_transformer
 from trainer.optimizer import build_optimizer, learning_rate
 from trainer.run_log import RunLog, configure_logging
-from trainer.run_state import resume, save_if_due
+from trainer.run_state import resume
+from trainer.saver import Saver
 from trainer.validate import Validator, validation_is_due
 
 
@@ -40,6 +44,7 @@ def train(arguments: list[str] | None = None) -> int:
     state = resume(config, resume_from, engine, ema)
     stream = open_stream(config, engine, cache, state)
     log = RunLog(config, engine, state, console)
+    saver = Saver(config, engine, ema)
     validator = Validator(config, engine, model, cache)
     if validation_is_due(config, 0) and state.step == 0:
         log.validation(validator.run(engine.plain_transformer, 0))
@@ -61,7 +66,9 @@ def train(arguments: list[str] | None = None) -> int:
         log.step(state, update, lr, stream)
         if validation_is_due(config, state.step):
             log.validation(validator.run(engine.plain_transformer, state.step))
-        save_if_due(config, engine, state, ema)
+        saver.save_if_due(state, stopping=update.stop)
+        if update.stop and state.step < config.train.steps:
+            raise Stopped(state.step, stop_signal())
 
     stream.close()
     export_and_verify(config, engine, model, ema)

@@ -2,29 +2,19 @@
 
 import json
 import logging
-import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from configs.errors import InputError
-from configs.loading import dump_config
 from configs.schema import Config
 from data.order import OrderSettings
-from trainer.checkpoint import (
-    complete_checkpoints,
-    damage_of,
-    flush_and_hash,
-    latest_checkpoint,
-    prune_checkpoints,
-    save_checkpoint,
-)
+from trainer.checkpoint import complete_checkpoints, damage_of, latest_checkpoint
 from trainer.ema import Ema
 from trainer.engine import WHOLE, Engine, Update, movable
-from trainer.lora import save_adapter
-from trainer.state_files import StateFiles, rank_file, write_index, write_rank
+from trainer.state_files import StateFiles
 
 MAX_SKIPS = 5
 
@@ -122,7 +112,7 @@ def load_tensors(folder: Path, engine: Engine, ema: Ema, saved_by: dict) -> None
             + ". model.base and method must stay as they were; start a new run (run.name) to change them."
         )
     moments: set[str] = set().union(*(part.moments for part in slices))
-    bound = _bound_state(engine)
+    bound = bound_state(engine)
     kinds = files.kinds() - {"weight", "ema"}
     if (moments, bool(bound)) != (kinds, saved_by["bound"]):
         raise InputError(
@@ -152,7 +142,7 @@ def load_tensors(folder: Path, engine: Engine, ema: Ema, saved_by: dict) -> None
     engine.loaded()
 
 
-def _bound_state(engine: Engine) -> dict[str, Tensor]:
+def bound_state(engine: Engine) -> dict[str, Tensor]:
     """Optimizer tensors that cannot be cut by element: 8-bit moments and their scales.
 
     Not bitsandbytes' qmaps: the code book is a constant that all parameters share.
@@ -164,91 +154,3 @@ def _bound_state(engine: Engine) -> dict[str, Tensor]:
         if isinstance(value, Tensor) and key != "step" and not key.startswith("qmap")
         if key not in dict(movable(state, owner))
     }
-
-
-# --- saving -----------------------------------------------------------------------------------------------------------
-
-
-def save_if_due(config: Config, engine: Engine, state: RunState, ema: Ema) -> None:
-    """Every `checkpoint.every_steps` and at the end: save, then delete what is too old. All ranks call it.
-
-    A save that fails (a full disk) is reported and the run goes on; the checkpoints before it are untouched.
-    """
-    every = config.checkpoint.every_steps
-    if every is None or (state.step % every and state.step != config.train.steps):
-        return
-    run = config.run.folder
-    staging = run / "checkpoints" / f"step-{state.step:08d}.staging"
-    if engine.is_main:
-        shutil.rmtree(staging, ignore_errors=True)
-    engine.wait()
-    failure, spans, sha256 = None, {}, ""
-    try:
-        staging.mkdir(parents=True, exist_ok=True)
-        spans = save_tensors(staging, engine, ema)
-        sha256 = flush_and_hash(staging / rank_file(engine.rank))
-    except OSError as error:
-        failure = str(error)
-    everyone = engine.gather((failure, spans, sha256))
-    adapter = engine.full_weights() if config.method.type == "lora" else {}
-
-    def write(folder: Path) -> dict[str, str]:
-        for rank in range(engine.world_size):
-            (staging / rank_file(rank)).rename(folder / rank_file(rank))
-        write_head(folder, config, engine, state, [spans for _, spans, _ in everyone])
-        if adapter:
-            save_adapter(engine.plain_transformer, folder / "adapter", tensors=adapter)
-        return {rank_file(rank): sha256 for rank, (_, _, sha256) in enumerate(everyone)}
-
-    if engine.is_main:
-        failures = [failure for failure, _, _ in everyone if failure]
-        try:
-            if failures:
-                raise OSError(failures[0])
-            log.info("saved %s", save_checkpoint(run, state.step, write))
-            if config.checkpoint.keep_last is not None:
-                prune_checkpoints(run, keep_last=config.checkpoint.keep_last)
-        except OSError as error:
-            log.error("step %d was not saved (%s); the run goes on, earlier checkpoints are whole", state.step, error)
-        shutil.rmtree(staging, ignore_errors=True)
-    engine.wait()
-
-
-def save_tensors(folder: Path, engine: Engine, ema: Ema) -> dict[str, list[int]]:
-    """Write this rank's slices; returns which elements of which tensors they are.
-
-    Raises FloatingPointError rather than save weights that are not finite.
-    """
-    owned = [part for part in engine.local_slices() if part.owned]
-    for part in owned:
-        if not torch.isfinite(part.weight).all():
-            raise FloatingPointError(f"{part.name} is not finite on rank {engine.rank}; such weights are never saved")
-
-    def pieces():
-        for part in owned:
-            yield f"weight/{part.name}", part.start, part.weight
-            yield from ((f"{key}/{part.name}", part.start, moment) for key, moment in part.moments.items())
-            if ema.averages:
-                yield f"ema/{part.name}", part.start, ema.averages[part.name]
-
-    # Where every rank holds the whole optimizer, one copy is enough.
-    bound = _bound_state(engine) if engine.state_layout != WHOLE or engine.is_main else {}
-    return write_rank(folder, engine.rank, pieces(), bound)
-
-
-def write_head(
-    folder: Path, config: Config, engine: Engine, state: RunState, spans: list[dict[str, list[int]]]
-) -> None:
-    """index.json, state.json and config.yaml of a checkpoint."""
-    write_index(folder, dict(enumerate(spans)), engine.trained_sizes)
-    steps = next((int(s["step"]) for _, _, s in engine.optimizer_states() if "step" in s), 0)
-    saved_by = {
-        "name": engine.name,
-        "world_size": engine.world_size,
-        "layout": engine.state_layout,
-        "bound": bool(_bound_state(engine)),
-        "steps": steps,
-    }
-    text = json.dumps({"state": asdict(state), "engine": saved_by}, indent=1)
-    (folder / "state.json").write_text(text, encoding="utf-8")
-    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
