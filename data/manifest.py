@@ -74,6 +74,7 @@ def cached_settings(config: Config) -> dict:
         "data.captions.default": data.captions.default,
         "data.captions.trigger": data.captions.trigger,
         "data.captions.text_length": data.captions.text_length,
+        "data.encoders.t5_precision": data.encoders.t5_precision,
         "data.holdout": data.holdout,
     }
 
