@@ -85,6 +85,7 @@ def cached_settings(config: Config) -> dict:
         "data.captions.trigger": data.captions.trigger,
         "data.captions.text_length": data.captions.text_length,
         "data.captions.text_dtype": data.captions.text_dtype,
+        "data.encoders.t5_precision": data.encoders.t5_precision,
         "data.holdout": data.holdout,
     }
 
