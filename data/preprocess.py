@@ -90,6 +90,9 @@ _FREE_KEYS: Any = {
     "encode_batch_size": True,
     "encoders": {"vae", "clip", "t5"},
     "reader_threads": True,
+    "streams": True,
+    "mask_choice": True,
+    "mask_dropout": True,
     "captions": {"dropout"},
     "datasets": {"__all__": {"weight"}},
 }
