@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configs.errors import InputError
 from configs.schema import Config
-from data.reader import MicroBatch
+from data.micro_batch import MicroBatch
 from trainer.build_lock import clear_stale_build_locks
 
 log = logging.getLogger("fluxfill")

@@ -12,8 +12,8 @@ if __name__ == "__main__" and (code := run_and_report(check_command_line)):
     sys.exit(code)  # what is wrong with a config is said now, not after ten seconds of imports
 
 from data.manifest import open_cache
+from data.micro_batch import unpack_mask
 from data.model_folder import find_model
-from data.reader import unpack_mask
 from trainer.batches import open_stream
 from trainer.ema import Ema
 from trainer.engine import start_engine

@@ -20,8 +20,9 @@ from configs.schema import Config
 from data.encode import decode_latents, load_vae
 from data.geometry import Bucket, Pixels
 from data.manifest import HOLDOUT, TRAIN, Cache, Manifest, parse_bucket
+from data.micro_batch import MicroBatch
 from data.noise import draw_noise
-from data.reader import MicroBatch, ShardReader
+from data.shard_reader import ShardReader
 from data.validation_items import ValidationItem, read_validation_items
 from trainer.engine import Engine
 from trainer.flow import flow_loss, mix_noise

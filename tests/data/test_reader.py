@@ -11,9 +11,11 @@ from torch import Tensor
 
 from data.geometry import Bucket
 from data.manifest import EMPTY_TEXT, TRAIN, parse_bucket
+from data.micro_batch import MicroBatch, unpack_mask
 from data.noise import draw_dropout, draw_noise, draw_uniform, draw_variant
 from data.order import Order, OrderSettings
-from data.reader import BatchStream, DamagedShard, MicroBatch, ShardReader, unpack_mask
+from data.reader import BatchStream
+from data.shard_reader import DamagedShard, ShardReader
 from data.shards import index_path
 
 SEED = 11
@@ -328,7 +330,7 @@ def test_a_forgotten_stream_leaves_no_file(make_cache):
 
 
 def test_few_shards_stay_open(make_cache, make_sample, monkeypatch):
-    monkeypatch.setattr("data.reader._OPEN_SHARDS", 2)
+    monkeypatch.setattr("data.shard_reader._OPEN_SHARDS", 2)
     cache = make_cache([("a", "32x32", 2)] * 12)
     reader = ShardReader(cache.folder, cache.manifest, cache.table)
     wrong = []
