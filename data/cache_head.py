@@ -21,6 +21,7 @@ from data.manifest import (
     read_manifest,
     read_shard_table,
 )
+from data.mask_recipe import recipe_of
 from data.model_folder import read_part_number
 from data.order import ORDER_VERSION
 from data.shard_plan import ShardPlan
@@ -48,7 +49,6 @@ def describe_cache(
 ) -> tuple[Manifest, ShardTable]:
     """The head of the finished cache."""
     names = [dataset.name for dataset in config.data.datasets]
-    holes = np.concatenate([index.hole_fraction.ravel() for index in indexes])
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         order_version=ORDER_VERSION,
@@ -60,9 +60,9 @@ def describe_cache(
         text_dtype="bf16",
         text_width=int(read_part_number(model, "text_encoder_2", "d_model")),
         pooled_width=int(read_part_number(model, "text_encoder", "hidden_size")),
-        mask_variants=dict.fromkeys(names, 1),
+        mask_variants={dataset.name: recipe_of(dataset).variants for dataset in config.data.datasets},
         samples={name: _count_splits(plans, name) for name in names},
-        hole_fractions=np.histogram(holes, bins=10, range=(0, 1))[0].tolist(),
+        hole_fractions={name: _count_holes(plans, indexes, name) for name in names},
     )
     return manifest, shard_table(plans, indexes)
 
@@ -93,6 +93,12 @@ def shard_table(plans: Sequence[ShardPlan], indexes: Sequence[ShardIndex]) -> Sh
         sha256=np.array([index.tar_sha256 for index in indexes]),
         plan=np.array([plan.plan for plan in plans]),
     )
+
+
+def _count_holes(plans: Sequence[ShardPlan], indexes: Sequence[ShardIndex], dataset: str) -> list[int]:
+    """Masks of a dataset, all variants, per tenth of the area that is painted."""
+    found = [index.hole_fraction.ravel() for plan, index in zip(plans, indexes, strict=True) if plan.dataset == dataset]
+    return np.histogram(np.concatenate(found), bins=10, range=(0, 1))[0].tolist()
 
 
 def _count_splits(plans: Sequence[ShardPlan], dataset: str) -> dict[str, int]:

@@ -61,7 +61,7 @@ def encode_shard(
             for (sample, variants), tensors in zip(batch, encoded, strict=True):
                 writer.add_sample(
                     SampleTensors(
-                        key=sample.triple.key,
+                        key=sample.key,
                         latents=tensors.latents.bfloat16(),
                         masked_latents=[latents.bfloat16() for latents in tensors.masked_latents],
                         masks=[pixels.mask for pixels in variants],
@@ -85,6 +85,7 @@ def _describe_sample(sample: PlannedSample) -> dict:
         "original_size": [sample.size[1], sample.size[0]],
         "resized": [crop.height, crop.width],
         "crop": [crop.top, crop.left, sample.bucket.height, sample.bucket.width],
+        "flip": sample.flip,  # after the crop
         "fingerprint": triple.content,
     }
 

@@ -33,6 +33,7 @@ from data.manifest import write_manifest
 from data.model_folder import encoder_fingerprints, find_model, read_part_number
 from data.plan_samples import plan_samples
 from data.preprocess_report import open_progress, print_report
+from data.scan import delete_copies
 from data.shard_plan import ShardPlan, plan_shards
 from data.shards import ShardIndex
 from data.validation_items import choose_validation_items, write_validation_items
@@ -67,6 +68,7 @@ def preprocess(config: Config, console: Console) -> None:
                     raise RuntimeError(f"{cache}: shards that were just written are gone")
                 _write_validation_pictures(cache, plans, indexes, config.data, progress)
                 write_manifest(cache, *describe_cache(config, model, encoders, plans, indexes))
+    delete_copies(cache)
     print_report(console, cache, shard_table(plans, indexes), num_encoded=num_encoded)
 
 
