@@ -147,7 +147,7 @@ def _resolve(table: str, cell: object, where: str) -> str:
             f"{where} is {path!a}, which leads out of the table's folder. Write a path relative to the table, below it."
         )
     folder, separator, _ = table.partition("?")[0].rpartition("/")
-    return f"{folder}{separator}{path}"
+    return f"{folder}{separator}{PurePosixPath(path)}"
 
 
 # --- rows: (number from 0, how messages call it, column -> cell) ------------------------------------------------------

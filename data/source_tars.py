@@ -37,11 +37,12 @@ def expand_tars(patterns: Sequence[str], dataset: str) -> list[str]:
     for tar in tars:
         if is_url(tar):
             check_url(tar, f"dataset {dataset}: tar")
-        if (other := places.setdefault(tar_name(tar), tar)) is not tar:
+        if (name := tar_name(tar)) in places:
             raise InputError(
-                f"dataset {dataset}: {other} and {tar} have the same name, by which their samples are called. "
+                f"dataset {dataset}: {places[name]} and {tar} have the same name, by which their samples are called. "
                 "Rename one, or make two datasets of them."
             )
+        places[name] = tar
     return tars
 
 

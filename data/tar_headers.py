@@ -79,6 +79,8 @@ def _read_all(file: BinaryIO, size: int, called: str) -> list[Member]:
                 raise ValueError("a damaged header")
             length = _number(header[124:136]) if ahead.size is None else ahead.size
             kind, data_offset = header[156:157], offset + _BLOCK
+            if length < 0:
+                raise ValueError(f"a member of {length} bytes")
             if data_offset + length > size:
                 raise ValueError(f"cut off within a member of {length} bytes")
             if kind in _AHEAD:
@@ -152,9 +154,9 @@ def _read_ahead(kind: bytes, record: bytes, ahead: _Ahead) -> _Ahead:
     name, size = ahead.name, ahead.size
     while record:
         length = int(record.partition(b" ")[0])  # of the whole entry: "25 path=a/b/c.target.png\n"
-        entry, record = record[:length], record[length:]
+        whole, entry, record = length <= len(record), record[:length], record[length:]
         key, separator, value = entry.partition(b" ")[2].removesuffix(b"\n").partition(b"=")
-        if not separator:
+        if not whole or not separator:
             raise ValueError("a damaged record of a name")
         if key == b"path":
             name = value.decode("utf-8", "surrogateescape")
