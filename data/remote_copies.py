@@ -11,7 +11,7 @@ import xxhash
 from configs.urls import is_url
 from data.atomic_write import write_atomically
 from data.retry import with_retries
-from data.urls import open_url
+from data.urls import open_url, refuse_short
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,18 @@ class Copies:
             with_retries(lambda: write_atomically(copy, lambda temporary: _fetch(place, temporary)), place)
         try:
             yield copy
-        finally:
-            if self.are_too_many():
-                copy.unlink(missing_ok=True)
+        except BaseException:
+            copy.unlink(missing_ok=True)  # perhaps it is the copy that is at fault
+            raise
+        if self.are_too_many():
+            copy.unlink(missing_ok=True)
 
     def are_too_many(self) -> bool:
-        """Whether they take more than they may."""
-        return sum(file.stat().st_size for file in self.folder.glob("*")) > self.limit
+        """Whether they take all that they may, or more."""
+        return sum(file.stat().st_size for file in self.folder.glob("*")) >= self.limit
 
 
 def _fetch(url: str, path: Path) -> None:
     with open_url(url) as remote, path.open("wb") as file:
         shutil.copyfileobj(remote, file, 1 << 20)
+        refuse_short(remote)

@@ -3,7 +3,7 @@
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.client import HTTPMessage
+from http.client import HTTPMessage, HTTPResponse
 from typing import IO, BinaryIO
 
 import fsspec
@@ -66,7 +66,16 @@ def read_range(url: str, offset: int, size: int) -> bytes:
         if file.status != 206 and offset:  # a server that knows no ranges begins at the beginning
             for begin in range(0, offset, 1 << 20):
                 file.read(min(1 << 20, offset - begin))
-        return file.read(size)
+        data = file.read(size)
+        if len(data) < size:
+            refuse_short(file)
+        return data
+
+
+def refuse_short(file: BinaryIO | IO[bytes]) -> None:
+    """Raise OSError if a file over https, read to its end, had fewer bytes than its server announced."""
+    if isinstance(file, HTTPResponse) and file.length:
+        raise OSError(f"the connection ended {file.length} bytes early")
 
 
 def url_stamp(url: str) -> str | None:

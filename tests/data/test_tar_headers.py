@@ -201,7 +201,6 @@ def test_links_and_devices_are_refused(tmp_path, kind, message, target):
 @pytest.mark.parametrize(
     "record",
     [
-        b"",
         b"x path=a\n",
         b"0 path=a\n",
         b"-5 path=a\n",
