@@ -232,7 +232,7 @@ def _expected(node: JsonSchema, root: JsonSchema) -> str:
         if entry is None:
             texts += _choices(part) or [_expected_single(part)]
         elif entry in parts:
-            texts.append("a list of one or more such" if node.get("minItems") else "a list of such")
+            texts.append("a list of one or more such" if {**part, **node}.get("minItems") else "a list of such")
         else:
             many = "one or more entries" if part.get("minItems") else "entries"
             texts.append(f"a list of {many}, each {_expected(entry, root)}")
