@@ -45,7 +45,7 @@ from data.scan_results import (
     row_of_item,
     with_facts,
 )
-from data.source_folders import list_folders, mask_folder, read_caption_beside
+from data.source_folders import list_folders, mask_folder, read_caption_file
 from data.source_items import Item, listed
 from data.source_tables import find_tables, list_table, names_are_below
 from data.source_tars import expand_tars, list_tar
@@ -173,8 +173,9 @@ class _Scanner:
     def scan_files(self, items: Sequence[Item]) -> list[ScannedItem]:
         """Items whose pictures are files of their own, or in a table's."""
         if self.dataset.target is not None:
-            captions = self.picture_pool.map(read_caption_beside, items)
-            items = [replace(item, caption=caption) for item, caption in zip(items, captions, strict=True)]
+            texts = dict.fromkeys(item.caption for item in items if item.caption is not None)
+            captions = dict(zip(texts, self.picture_pool.map(read_caption_file, texts), strict=True))
+            items = [replace(item, caption=captions.get(item.caption or "")) for item in items]
         places = {file.place for item in items for file in item.pictures}
         stamps = {place: place if is_url(place) else _stamp_of(place) for place in places}
         described = [[item.name, *([stamps[f.place], f.offset, f.size] for f in item.pictures)] for item in items]

@@ -8,7 +8,7 @@ end up together, where their text is stored once.
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import xxhash
 
@@ -124,8 +124,8 @@ def _plan_hash(samples: Sequence[PlannedSample], encoding: Mapping[str, object])
             "content": sample.triple.content,
             "caption": sample.triple.caption,
             "bucket": str(sample.bucket),
-            "crop": asdict(sample.crop),
-            "masks": asdict(sample.recipe),
+            "crop": vars(sample.crop),
+            "masks": vars(sample.recipe),
             "flip": sample.flip,
         }
         for sample in samples

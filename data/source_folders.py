@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from configs.errors import InputError
 from configs.schema import DatasetConfig
@@ -11,38 +12,40 @@ from data.source_items import Item, decode_text, is_utf8, listed
 
 
 def list_folders(target: Path, mask: Path | None, source: Path | None, dataset: str) -> list[Item]:
-    """The items of two or three folders, sorted by name, without their captions (`read_caption_beside`).
+    """The items of two or three folders, sorted by name; captions are the paths of their files (`read_caption_file`).
 
     mask: None where masks are random.  Raises one InputError that names every target without mask (or source), and
     every mask or source without target.
     """
     folders = {"target": target, "mask": mask, "source": source}
-    found = {
-        role: _pictures_by_name(folder, role, dataset) if folder is not None else {} for role, folder in folders.items()
-    }
-    targets, partners = found["target"], [role for role in ("mask", "source") if folders[role] is not None]
+    found = {role: _find(folder, role, dataset) if folder else _Found({}, {}) for role, folder in folders.items()}
+    targets, partners = found["target"].pictures, [role for role in ("mask", "source") if folders[role] is not None]
     problems = [
         f"{targets[name]}: no {role} of the same name in {folders[role]}. Add it, or remove the target."
         for role in partners
-        for name in sorted(targets.keys() - found[role].keys())
+        for name in sorted(targets.keys() - found[role].pictures.keys())
     ] + [
-        f"{found[role][name]}: no target of the same name in {target}. Add it, or remove this {role}."
+        f"{found[role].pictures[name]}: no target of the same name in {target}. Add it, or remove this {role}."
         for role in partners
-        for name in sorted(found[role].keys() - targets.keys())
+        for name in sorted(found[role].pictures.keys() - targets.keys())
     ]
     if problems:
         raise InputError(listed(problems))
-    return [
-        Item(name, targets[name], found["mask"].get(name), found["source"].get(name), None) for name in sorted(targets)
-    ]
+    masks, sources = found["mask"].pictures, found["source"].pictures
+    texts = found["source"].texts | found["target"].texts  # the one beside the target comes first
+    return [Item(name, targets[name], masks.get(name), sources.get(name), texts.get(name)) for name in sorted(targets)]
 
 
-def _pictures_by_name(folder: Path, role: str, dataset: str) -> dict[str, PictureFile]:
-    """Relative path without suffix -> file, for every picture below a folder.
+class _Found(NamedTuple):
+    """What a folder holds, by relative path without suffix: pictures, and paths of .txt files."""
 
-    Raises InputError if there is none, a folder is missing or cannot be read, a name is not UTF-8, or two pictures
-    differ in their suffix alone.
-    """
+    pictures: dict[str, PictureFile]
+    texts: dict[str, str]
+
+
+def _find(folder: Path, role: str, dataset: str) -> _Found:
+    """Raises InputError if there is no picture, a folder is missing or cannot be read, a name is not UTF-8, or two
+    pictures differ in their suffix alone."""
     where = f"dataset {dataset}: {role} folder {folder}"
     if not folder.is_dir():
         raise InputError(f"{where} does not exist. Check data.datasets.*.{role}.")
@@ -52,38 +55,42 @@ def _pictures_by_name(folder: Path, role: str, dataset: str) -> dict[str, Pictur
             f"{where}: {error.filename} cannot be read ({error.strerror}). Change its permissions."
         ) from error
 
-    found: dict[str, PictureFile] = {}
+    found = _Found({}, {})
     problems = []
     for parent, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for file in sorted(files):
-            path = Path(parent, file)
-            if path.suffix.lower() not in PICTURE_SUFFIXES or file.startswith("."):
+        below = os.path.relpath(parent, folder)
+        for file in sorted(files):  # of a million: no Path is made of each
+            stem, suffix = os.path.splitext(file)
+            if file.startswith(".") or suffix.lower() not in _SUFFIXES:
                 continue
-            name = path.relative_to(folder).with_suffix("").as_posix()
-            if name in found:
-                other = Path(found[name].place).name
+            name = stem if below == "." else f"{below}/{stem}"
+            if suffix == ".txt":
+                found.texts[name] = os.path.join(parent, file)
+                continue
+            if name in found.pictures:
+                other = os.path.basename(found.pictures[name].place)
                 problems.append(f"{where}: {other} and {file} have the same name. Keep one of them.")
             if not is_utf8(name):
                 problems.append(f"{where}: the name of {name!a} is not UTF-8. Rename it.")
-            found[name] = PictureFile(str(path))
+            found.pictures[name] = PictureFile(os.path.join(parent, file))
     if problems:
         raise InputError(listed(problems))
-    if not found:
+    if not found.pictures:
         kinds = ", ".join(sorted(PICTURE_SUFFIXES))
         raise InputError(f"{where} holds no picture ({kinds}). Check data.datasets.*.{role}.")
     return found
 
 
-def read_caption_beside(item: Item) -> str | None:
-    """The text of the .txt beside the target, else beside the source, else None."""
-    for picture in (item.target, item.source):
-        if picture is not None and (file := Path(picture.place).with_suffix(".txt")).is_file():
-            try:
-                return decode_text(file.read_bytes(), str(file))
-            except OSError as error:
-                raise InputError(f"{file}: cannot be read ({error.strerror}). Change its permissions.") from error
-    return None
+_SUFFIXES = PICTURE_SUFFIXES | {".txt"}
+
+
+def read_caption_file(path: str) -> str:
+    """The text of a caption's file. Raises InputError if it cannot be read, or is not UTF-8."""
+    try:
+        return decode_text(Path(path).read_bytes(), path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}). Change its permissions.") from error
 
 
 def mask_folder(dataset: DatasetConfig) -> Path | None:

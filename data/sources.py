@@ -1,5 +1,6 @@
 """Pictures -> triples: target, mask, optional source, caption; from folders, tars or tables alike."""
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -10,6 +11,9 @@ from configs.schema import DataConfig, DatasetConfig
 from data.picture_files import PictureFile
 from data.scan import ScannedItem, scan_dataset
 from data.source_items import finish_caption, listed
+
+
+_NOT_IN_KEYS = re.compile(r"[^A-Za-z0-9_-]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +39,7 @@ class Triple:
     def key(self) -> str:
         """Name inside a shard: letters, digits, - and _ only, at most 70 long, with a hash of the whole name (stems
         collide, and webdataset cuts names at the first dot)."""
-        stem = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in self.name)[-48:]
+        stem = _NOT_IN_KEYS.sub("_", self.name[-48:])
         return f"{stem}-{xxhash.xxh3_64_hexdigest(f'{self.dataset}/{self.name}'.encode())}"
 
 
