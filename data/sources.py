@@ -12,7 +12,6 @@ from data.picture_files import PictureFile
 from data.scan import ScannedItem, scan_dataset
 from data.source_items import finish_caption, listed
 
-
 _NOT_IN_KEYS = re.compile(r"[^A-Za-z0-9_-]")
 
 
