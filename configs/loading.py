@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 
+from configs.combinations import problem_of
 from configs.errors import InputError
 from configs.problems import explain_errors, render_value
 from configs.schema import Config
@@ -48,6 +49,10 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     except ValidationError as error:
         explained = explain_errors(error, raw, json_schema())
         problems += [f"{_place(key, places, path)}: {text}" for key, text in explained]
+    else:
+        if (mismatch := problem_of(config)) is not None:
+            key, text = mismatch
+            problems.append(f"{_place(tuple(key.split('.')), places, path)}: {text}.")
     if problems:
         raise InputError("\n".join(problems))
     return config

@@ -29,6 +29,7 @@ def _list_of_word(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:\d+)$", examples=["cuda:1"])]
 PathText = Annotated[Path, BeforeValidator(_refuse_empty), Field(json_schema_extra={"minLength": 1})]
 Word = Annotated[str, Field(min_length=1)]
 Suffix = Annotated[str, Field(pattern=r"^[a-z0-9_-]+(\.[a-z0-9_-]+)*$")]
@@ -52,6 +53,7 @@ class Section(BaseModel):
         validate_default=True,
         allow_inf_nan=False,
         use_attribute_docstrings=True,
+        serialize_by_alias=True,  # one key is a word of Python
     )
 
 
@@ -79,15 +81,14 @@ class ModelConfig(Section):
     base: Annotated[str, Field(min_length=1, examples=["black-forest-labs/FLUX.1-Fill-dev"])]
     """Hub id, or folder in diffusers' layout. FLUX.1-Fill-dev; or FLUX.1-dev, expanded from 64 to 384 inputs."""
 
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the transformer's arithmetic. auto: bf16 on a GPU, fp32 on a CPU."""
+    precision: Literal["auto", "fp32", "bf16", "int8", "nf4", "fp8"] = "auto"
+    """Of the transformer's weights and arithmetic. auto: bf16 on a GPU, fp32 on a CPU. int8, nf4 and fp8 keep the
+    frozen weights in 8 or 4 bits and compute in bf16: less memory, not more speed. Which go with which method and
+    engine: docs/combinations.md."""
 
 
-class LoraConfig(Section):
-    """Train a low-rank adapter; the base's weights stay as they are."""
-
-    type: Literal["lora"]
-    """lora: train a low-rank adapter."""
+class _AdapterSection(Section):
+    """What all adapters have in common; the base's weights stay as they are."""
 
     rank: PositiveInt = 32
     """Width of the adapter's two factors."""
@@ -103,7 +104,32 @@ class LoraConfig(Section):
     module names as peft takes them."""
 
     init_from: PathText | None = None
-    """LoRA in diffusers' format to start from. null: start at zero."""
+    """Adapter of the same type to start from, as .safetensors. null: start at the base's output."""
+
+
+class LoraConfig(_AdapterSection):
+    """Train a low-rank adapter; the base's weights stay as they are."""
+
+    type: Literal["lora"]
+    """lora: train a low-rank adapter."""
+
+
+class DoraConfig(_AdapterSection):
+    """Train a low-rank adapter and the length of every row of the weights it adapts."""
+
+    type: Literal["dora"]
+    """dora: train a low-rank adapter, and the lengths of the weights' rows beside it."""
+
+
+class LokrConfig(_AdapterSection):
+    """Train an adapter that is a Kronecker product, as LyCORIS' LoKr."""
+
+    type: Literal["lokr"]
+    """lokr: train a Kronecker product of a small and a larger matrix."""
+
+    factor: Annotated[int, Field(strict=True, ge=2)] | Literal["auto"] = "auto"
+    """Side of the small matrix; the larger one has the layer's sides divided by it, and is whole where `rank` is at
+    least half of them. auto: about the square root of the layer's sides (LyCORIS' factor -1)."""
 
 
 class FullConfig(Section):
@@ -370,6 +396,27 @@ class CaptionsConfig(Section):
     text_length: Annotated[int, Field(strict=True, ge=16, le=512)] = 512
     """Tokens of T5's text; longer captions are cut, shorter ones padded."""
 
+    text_dtype: Literal["bf16", "int8"] = "bf16"
+    """How the cache stores T5's text. int8: half the bytes, with a scale per token; what that does to the trained model
+    has not been measured."""
+
+
+class EncodersConfig(Section):
+    """Where preprocessing runs the VAE and the text encoders: all on one device, or spread."""
+
+    vae: Device = "auto"
+    """Device of the VAE. auto: the process's own GPU (cpu if there is none); or cpu, cuda:0, cuda:1, ..."""
+
+    clip: Device = "auto"
+    """Device of CLIP. auto: as for the VAE."""
+
+    t5: Device = "auto"
+    """Device of T5, which takes 9.5 GB in bf16. auto: as for the VAE."""
+
+    t5_precision: Literal["auto", "int8"] = "auto"
+    """auto: bf16 on a GPU, fp32 on a CPU. int8: weights in 8 bits (bitsandbytes), for GPUs that hold no more; the text
+    tensors differ from those of bf16, so the cache says that it was so, and all workers must agree."""
+
 
 class DataConfig(Section):
     """The pictures, and the cache of encoded samples that is made from them."""
@@ -393,6 +440,13 @@ class DataConfig(Section):
     captions: CaptionsConfig = CaptionsConfig()
     """The text that goes with a picture."""
 
+    mask_choice: Literal["random", "cycle", "first"] = "random"
+    """Where samples have several masks. random: one drawn each time; cycle: each in turn, one an epoch; first: always
+    the first."""
+
+    mask_dropout: Fraction = 0.0
+    """Share of the samples that are trained with a hole as large as the picture."""
+
     holdout: Count = 64
     """Pictures kept out of training for validation, chosen by a stable hash of the target's content."""
 
@@ -407,10 +461,18 @@ class DataConfig(Section):
     twice."""
 
     encode_batch_size: PositiveInt = 8
-    """Pictures that go through the VAE at once."""
+    """Pictures that go through the VAE at once, and captions through T5."""
+
+    encoders: EncodersConfig = EncodersConfig()
+    """Where preprocessing runs the VAE and the text encoders: all on one device, or spread."""
 
     reader_threads: PositiveInt = 2
     """Threads that read samples, in each training process."""
+
+    streams: PositiveInt = 1
+    """Shares that the shards of each bucket are dealt to; each global batch takes as many samples from one as from the
+    other. One per node lets a node fetch only its own share from remote storage; 1 mixes best. A run keeps the number
+    that it began with."""
 
     @field_validator("datasets")
     @classmethod
@@ -454,8 +516,10 @@ class TrainConfig(Section):
     warmup_steps: Count = 100
     """Steps in which the learning rate rises from zero to `lr`."""
 
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw8bit"
-    """adamw8bit keeps its two moments in 8 bits (bitsandbytes)."""
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy"] = "adamw8bit"
+    """adamw8bit keeps its two moments in 8 bits (bitsandbytes); adafactor keeps one, as a row and a column per weight;
+    prodigy finds the step size itself, which lr then multiplies: set it to 1. Which engines take which:
+    docs/combinations.md."""
 
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay, per step and times the learning rate."""
@@ -469,6 +533,10 @@ class TrainConfig(Section):
     activation_checkpointing: Literal["auto"] | Annotated[bool, Field(strict=True)] = "auto"
     """Compute activations again in the backward pass to save memory. auto: decided at start."""
 
+    compile: Literal["regional", "off"] = "off"
+    """regional: torch.compile of the blocks, one graph for all of a kind and for every size of picture; it costs a
+    minute or more at start. What it gains has not been measured on a GPU yet, so it is off unless asked for."""
+
     @field_validator("micro_batch_size")
     @classmethod
     def _micro_batch_fits(cls, micro: int | Literal["auto"], info: ValidationInfo) -> int | Literal["auto"]:
@@ -478,6 +546,14 @@ class TrainConfig(Section):
                 f"must not be above train.global_batch_size, {total}: lower it, or raise the global batch size"
             )
         return micro
+
+    @field_validator("optimizer")
+    @classmethod
+    def _prodigy_has_a_rate_of_its_own(cls, optimizer: str, info: ValidationInfo) -> str:
+        lr = info.data.get("lr")
+        if optimizer == "prodigy" and lr is not None and lr < 0.1:
+            raise ValueError(f"multiplies the step size that it finds by train.lr, {lr:g}: set train.lr=1")
+        return optimizer
 
     @field_validator("warmup_steps")
     @classmethod
@@ -542,10 +618,27 @@ class CheckpointConfig(Section):
     """What a stopped run goes on from."""
 
     every_steps: PositiveInt | None = 250
-    """Save every so many steps, and at the end. null: only at the end."""
+    """Save every so many steps, and at the end. null: only at the end, and by the clock."""
+
+    every_minutes: PositiveFloat | None = None
+    """Save when so many minutes have passed since the last save, too. null: by steps alone."""
 
     keep_last: PositiveInt | None = 3
-    """Older checkpoints are removed. null: keep all."""
+    """Older checkpoints are removed, once the new one is whole. null: keep all."""
+
+    keep_best: Literal["hole_psnr", "loss"] | None = "hole_psnr"
+    """Never remove the best one so far, by this figure of validations at the steps that were saved: hole_psnr, or loss
+    (the mean over noise levels); of held-out pictures if there are any. null: it is removed like the others."""
+
+    asynchronous: Annotated[bool, Field(strict=True, alias="async")] = True
+    """Write checkpoints while training goes on, from a copy in the host's memory (as large as the checkpoint)."""
+
+
+class GuardConfig(Section):
+    """What a run survives before it stops."""
+
+    max_bad_samples: Count = 16
+    """Damaged samples that are replaced by the next whole one of their shard; with more the run stops."""
 
 
 class LoggingConfig(Section):
@@ -567,8 +660,8 @@ class Config(Section):
     model: ModelConfig
     """The model that training starts from."""
 
-    method: Annotated[LoraConfig | FullConfig, Field(discriminator="type")]
-    """What is trained: a low-rank adapter, or every weight."""
+    method: Annotated[LoraConfig | DoraConfig | LokrConfig | FullConfig, Field(discriminator="type")]
+    """What is trained: an adapter, or every weight."""
 
     data: DataConfig
     """The pictures, and the cache of encoded samples that is made from them."""
@@ -587,6 +680,9 @@ class Config(Section):
 
     checkpoint: CheckpointConfig = CheckpointConfig()
     """What a stopped run goes on from."""
+
+    guard: GuardConfig = GuardConfig()
+    """What a run survives before it stops."""
 
     logging: LoggingConfig = LoggingConfig()
     """Where figures go beside metrics.jsonl."""

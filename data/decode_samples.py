@@ -1,10 +1,11 @@
 """Planned samples -> their pixels, decoded by threads ahead of where they are used."""
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -18,8 +19,7 @@ from data.shard_plan import PlannedSample
 from data.sources import content_of
 
 _T = TypeVar("_T")
-
-_DECODE_THREADS = 4  # Pillow releases the GIL, so pictures are decoded while the batch before them is encoded
+_Tag = TypeVar("_Tag")
 
 
 def load_pixels(sample: PlannedSample, data: DataConfig) -> list[Pixels]:
@@ -58,29 +58,51 @@ def load_pixels(sample: PlannedSample, data: DataConfig) -> list[Pixels]:
     return [replace(pixels, mask=mask) for mask in masks]
 
 
+@dataclass(frozen=True)
+class DecodedBatch(Generic[_Tag]):
+    """Samples that could be decoded with their pixels (one per mask variant), and what is wrong with the others.
+
+    tag: whatever its samples were given with.
+    """
+
+    tag: _Tag
+    samples: list[PlannedSample]
+    pixels: list[list[Pixels]]
+    problems: list[str]
+
+
 def decode_batches(
-    samples: Sequence[PlannedSample], data: DataConfig, problems: list[str]
-) -> Iterator[list[tuple[PlannedSample, list[Pixels]]]]:
-    """Batches of decoded samples, a batch ahead of the one in use. What cannot be decoded goes to `problems`."""
-    with ThreadPoolExecutor(_DECODE_THREADS) as pool:
-
-        def submit(batch: Iterable[PlannedSample]) -> list[tuple[PlannedSample, Future[list[Pixels]]]]:
-            return [(sample, pool.submit(load_pixels, sample, data)) for sample in batch]
-
-        batches = batched(samples, data.encode_batch_size)
-        ahead = submit(next(batches, ()))
-        while ahead:
-            now, ahead = ahead, submit(next(batches, ()))
-            decoded = []
-            for sample, future in now:
-                try:
-                    decoded.append((sample, future.result()))
-                except InputError as error:
-                    problems.append(str(error))
-            yield decoded
+    batches: Iterable[tuple[_Tag, Sequence[PlannedSample]]], data: DataConfig, pool: Executor, *, ahead: int
+) -> Iterator[DecodedBatch[_Tag]]:
+    """Batches in their order, decoded by `pool`, while the samples of the next `ahead` batches are waiting there."""
+    waiting: deque[tuple[_Tag, list[tuple[PlannedSample, Future[list[Pixels]]]]]] = deque()
+    try:
+        for tag, samples in batches:
+            waiting.append((tag, [(sample, pool.submit(load_pixels, sample, data)) for sample in samples]))
+            if len(waiting) > ahead:
+                yield _gather(*waiting.popleft())
+        while waiting:
+            yield _gather(*waiting.popleft())
+    finally:
+        for _, submitted in waiting:
+            for _, future in submitted:
+                future.cancel()
 
 
-def batched(items: Iterable[_T], size: int) -> Iterator[tuple[_T, ...]]:
+def _gather(tag: _Tag, submitted: Iterable[tuple[PlannedSample, Future[list[Pixels]]]]) -> DecodedBatch[_Tag]:
+    batch: DecodedBatch[_Tag] = DecodedBatch(tag, [], [], [])
+    for sample, future in submitted:
+        try:
+            pixels = future.result()
+        except InputError as error:
+            batch.problems.append(str(error))
+        else:
+            batch.samples.append(sample)
+            batch.pixels.append(pixels)
+    return batch
+
+
+def in_batches(items: Iterable[_T], size: int) -> Iterator[tuple[_T, ...]]:
     """Runs of `size` items, the last perhaps shorter."""
     rest = iter(items)
     return iter(lambda: tuple(islice(rest, size)), ())

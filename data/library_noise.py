@@ -1,7 +1,7 @@
 """Import-time chatter of libraries, kept off a user's screen.
 
-Only named loggers, and only below an error: what torchao says of kernels for cards that are not there, torch of enums,
-diffusers of torchao, transformers of a torchvision that FLUX does not use.
+Only named loggers, and only below an error: what torchao and bitsandbytes say of kernels that are not there, torch of
+enums, diffusers of torchao, transformers of a torchvision that FLUX does not use.
 """
 
 import logging
@@ -10,9 +10,11 @@ import sys
 import warnings
 
 _CHATTERING = (
+    "bitsandbytes.autograd._functions",
     "torchao",
     "torch.utils._pytree",
     "diffusers.quantizers.torchao.torchao_quantizer",
+    "bitsandbytes.backends.cpu.ops",
     "transformers.utils.import_utils",
     "transformers.models.auto.image_processing_auto",
 )

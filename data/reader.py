@@ -6,30 +6,37 @@ processes. Beside the stored tensors a row gets what is random about it (`data/n
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-import numpy as np
-import torch
-from safetensors.torch import load_file
-
-from configs.errors import InputError
+from data.blanks import read_blank, read_empty_text
 from data.geometry import Bucket
-from data.manifest import EMPTY_TEXT, Cache, parse_bucket
-from data.micro_batch import MicroBatch, Slot, row_fields
-from data.noise import draw_dropout, draw_noise, draw_uniform, draw_variant
+from data.manifest import Cache, parse_bucket
+from data.micro_batch import MicroBatch, Rows, Slot, row_fields
 from data.order import Batch, Order, num_micro_steps, rank_rows
+from data.row_filler import ReplacedRow, RowFiller, RowPolicy
 from data.shard_reader import ShardReader
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """One micro-batch to come. rows: of the global batch.  width: rows per forward; those that are missing fill up."""
+
+    batch: Batch
+    is_last: bool
+    rows: range
+    bucket: Bucket
+    width: int
 
 
 @dataclass(frozen=True)
 class _Ahead:
     """A micro-batch that is being read."""
 
-    batch: Batch
-    is_last: bool
+    planned: _Planned
     slot: Slot
+    rows: Rows
     work: list[Future]
 
 
@@ -44,10 +51,11 @@ class BatchStream:
     What a thread could not read is raised where its micro-batch would have come, and again at every later try: the
     stream does not pass over it.
 
-    current: the global batch last asked for.  batch_start: when, by the monotonic clock.  wait_seconds: how long its
-    user waited for it.
+    current: the global batch last asked for, this rank's rows of it.  batch_start: when, by the monotonic clock.
+    wait_seconds: how long its user waited for it.
 
     micro_batch_size: rows per forward of the largest bucket; smaller buckets get more, at the same number of tokens.
+    policy: how a sample's stored parts are put together.  replaced: rows that earlier processes of the run replaced.
     start: the first global batch.  threads: that read.  depth: micro-batches read ahead of the one in use.
     """
 
@@ -59,7 +67,8 @@ class BatchStream:
         rank: int,
         world_size: int,
         micro_batch_size: int,
-        caption_dropout: float = 0.0,
+        policy: RowPolicy = RowPolicy(),  # noqa: B008  frozen
+        replaced: Iterable[ReplacedRow] = (),
         start: int = 0,
         threads: int = 2,
         depth: int = 3,
@@ -69,15 +78,22 @@ class BatchStream:
         self.order = order
         self.next_batch = start
         self.batch_start, self.wait_seconds = time.monotonic(), 0.0
-        self._rank, self._world_size = rank, world_size
+        self._mine = rank_rows(order.settings.global_batch_size, rank=rank, world_size=world_size)
+        self._world_size = world_size
         self._micro_batch_size = micro_batch_size
         self._buckets = {name: parse_bucket(name) for name in order.buckets}
         self._largest = max(bucket.tokens for bucket in self._buckets.values())
         self._fields = {bucket: row_fields(bucket, cache.manifest) for bucket in self._buckets.values()}
         self._most_rows = -(-order.settings.global_batch_size // world_size)
-        self._dropout = caption_dropout
-        self._empty_text = _read_empty_text(cache) if caption_dropout else None
-        self._depth = depth
+        self._filler = RowFiller(
+            self.reader,
+            order.settings.seed,
+            policy,
+            empty_text=read_empty_text(cache) if policy.caption_dropout else {},
+            blanks={bucket: read_blank(cache, bucket) for bucket in self._fields} if policy.mask_dropout else {},
+            replaced=replaced,
+        )
+        self._depth, self._threads = depth, threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="reader")
         slot_bytes = max(
             sum(field.slot_bytes(min(self.micro_batch_size(bucket), self._most_rows)) for field in fields)
@@ -85,7 +101,7 @@ class BatchStream:
         )
         self._free = [Slot(slot_bytes, pin_memory) for _ in range(depth + 1)]
         self._lent: Slot | None = None
-        self._planned: Iterator[tuple[Batch, bool, range, Bucket, int]] = self._plan(start)
+        self._planned = self._plan(start)
         self._ahead: deque[_Ahead] = deque()
 
     def micro_batch_size(self, bucket: Bucket) -> int:
@@ -97,59 +113,53 @@ class BatchStream:
         size = self.order.settings.global_batch_size
         return num_micro_steps(size, world_size=self._world_size, micro_batch_size=self.micro_batch_size(bucket))
 
-    def _plan(self, start: int) -> Iterator[tuple[Batch, bool, range, Bucket, int]]:
-        """(batch, whether it ends the batch, its rows, bucket, rows per forward) of every micro-batch, endlessly."""
-        size = self.order.settings.global_batch_size
-        mine = rank_rows(size, rank=self._rank, world_size=self._world_size)
-        index = start
+    def _plan(self, start: int) -> Iterator[_Planned]:
+        """Every micro-batch from a global batch on, endlessly."""
+        mine, index = self._mine, start
         while True:
-            batch = self.order.batch(index)
+            batch = self.order.batch(index, mine)
             bucket = self._buckets[batch.pool[1]]
             width = min(self.micro_batch_size(bucket), self._most_rows)
             num_steps = self.num_micro_steps(bucket)
             for step in range(num_steps):
                 rows = mine[step * width : (step + 1) * width]
-                yield batch, step == num_steps - 1, rows, bucket, min(width, self._most_rows - step * width)
+                yield _Planned(batch, step == num_steps - 1, rows, bucket, min(width, self._most_rows - step * width))
             index += 1
 
     def _read_ahead(self) -> None:
         while len(self._ahead) < self._depth:
-            batch, is_last, rows, bucket, width = next(self._planned)
+            planned = next(self._planned)
             slot = self._free.pop()
-            slot.lay_out(bucket, self._fields[bucket], width)
-            work = [self._pool.submit(self._fill, slot, place, batch, row) for place, row in enumerate(rows)]
-            work += [self._pool.submit(self._idle, slot, place) for place in range(len(rows), width)]
-            self._ahead.append(_Ahead(batch, is_last, slot, work))
+            rows = slot.lay_out(planned.bucket, self._fields[planned.bucket], planned.width)
+            # A share of the rows for each thread rather than a task for each row: handing one over costs as much as
+            # reading a small one.
+            shares = min(self._threads, planned.width)
+            work = [self._pool.submit(self._fill, planned, slot, rows, first, shares) for first in range(shares)]
+            self._ahead.append(_Ahead(planned, slot, rows, work))
 
-    def _fill(self, slot: Slot, place: int, batch: Batch, row: int) -> None:
-        """Read row `row` of a global batch into `place` of a slot, and draw what is random about it."""
+    def _fill(self, planned: _Planned, slot: Slot, rows: Rows, first: int, step: int) -> None:
+        """Fill every `step`-th place of a micro-batch from `first` on: read the row, draw what is random about it."""
         slot.wait_until_free()
-        shard, sample, position = int(batch.shards[row]), int(batch.rows[row]), batch.position + row
-        seed, out = self.order.settings.seed, {name: rows[place] for name, rows in slot.rows.items()}
-        self.reader.read_latents(shard, sample, out["latents"])
-        variant = draw_variant(seed, position, self.reader.num_variants(shard))
-        self.reader.read_masked(shard, sample, variant, out["masked_latents"], out["mask"])
-        if self._empty_text is not None and draw_dropout(seed, position, self._dropout):
-            out["t5"][:], out["pooled"][:] = self._empty_text
-        else:
-            self.reader.read_text(shard, sample, out["t5"], out["pooled"])
-        draw_noise(seed, position, slot.noise[place])
-        slot.uniform[place] = draw_uniform(seed, position)
-        slot.weight[place] = 1.0
-        slot.position[place] = position
-
-    def _idle(self, slot: Slot, place: int) -> None:
-        """A row that only fills up: finite numbers, weight 0."""
-        slot.wait_until_free()
-        for rows in slot.rows.values():
-            rows[place] = 0
-        slot.uniform[place] = 0.5
+        batch, mine = planned.batch, planned.rows
+        for place in range(first, planned.width, step):
+            if place < len(mine):
+                at = mine[place] - batch.part.start
+                self._filler.fill(
+                    rows,
+                    place,
+                    shard=int(batch.shards[at]),
+                    row=int(batch.rows[at]),
+                    turn=int(batch.rounds[at]),
+                    position=batch.position + mine[place],
+                )
+            else:
+                rows.clear(place)
 
     def __iter__(self) -> "BatchStream":
         return self
 
     def __next__(self) -> Iterator[MicroBatch]:
-        self.current = self.order.batch(self.next_batch)
+        self.current = self.order.batch(self.next_batch, self._mine)
         self.batch_start, self.wait_seconds = time.monotonic(), 0.0
         self.next_batch += 1
         return self._micro_batches(self.next_batch - 1)
@@ -162,7 +172,7 @@ class BatchStream:
                 self._lent = None
             self._read_ahead()
             ahead = self._ahead[0]
-            if ahead.batch.index > index:
+            if ahead.planned.batch.index > index:
                 return
             wait_start = time.monotonic()
             for future in ahead.work:
@@ -171,33 +181,22 @@ class BatchStream:
             self._ahead.popleft()
             self._lent = ahead.slot
             self._read_ahead()  # while its user computes
-            if ahead.batch.index == index:  # else left over from a batch that was not read to its end
-                yield replace(ahead.slot.batch, is_last=ahead.is_last)
+            if ahead.planned.batch.index == index:  # else left over from a batch that was not read to its end
+                yield replace(ahead.rows.batch, is_last=ahead.planned.is_last)
+
+    def replaced(self) -> list[ReplacedRow]:
+        """The damaged rows up to the global batch last asked for that were replaced, in order: those of this rank, and
+        those that were given."""
+        end = self.next_batch * self.order.settings.global_batch_size
+        return sorted(row for row in list(self._filler.replaced) if row.position < end)
 
     def keys(self, batch: Batch) -> list[str]:
-        """Names of a global batch's samples, in order."""
-        return [self.reader.key(int(s), int(r)) for s, r in zip(batch.shards, batch.rows, strict=True)]
+        """Names of all of a global batch's samples, in order. Opens every shard that it touches."""
+        whole = self.order.batch(batch.index)
+        return [self.reader.key(int(s), int(r)) for s, r in zip(whole.shards, whole.rows, strict=True)]
 
     def close(self) -> None:
         """Stop reading ahead and let go of the shards. The stream cannot be used after it."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._ahead.clear()
         self.reader.close()
-
-
-def _read_empty_text(cache: Cache) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes of the empty caption's t5 and pooled, from beside the manifest. Raises InputError if they do not fit it."""
-    path, manifest = cache.folder / EMPTY_TEXT, cache.manifest
-    expected = {"t5": (manifest.text_length, manifest.text_width), "pooled": (manifest.pooled_width,)}
-    try:
-        tensors = load_file(path)
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if found != expected or any(tensor.dtype != torch.bfloat16 for tensor in tensors.values()):
-            raise ValueError(f"it holds {found}, not bf16 {expected}")
-    except Exception as error:  # of files, and safetensors' own
-        raise InputError(
-            f"{path}: cannot be read ({error}). Delete it and run `fluxfill preprocess CONFIG` again; whole shards are "
-            "kept."
-        ) from error
-    t5, pooled = (tensors[name].flatten().view(torch.uint8).numpy() for name in ("t5", "pooled"))
-    return t5, pooled

@@ -4,6 +4,7 @@ Importing torch and diffusers takes ten seconds; a fork takes none, and each cas
 state of an earlier one.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import socket
@@ -40,8 +41,11 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _rank_main(environment: dict[str, str], function: Callable, arguments: tuple, results: Connection) -> None:
+def _rank_main(
+    environment: dict[str, str], function: Callable, arguments: tuple, results: Connection, timeout_seconds: float
+) -> None:
     os.environ.update(environment)
+    faulthandler.dump_traceback_later(0.9 * timeout_seconds)  # where it hangs, before it is killed for that
     import torch
 
     torch.set_num_threads(1)
@@ -49,6 +53,13 @@ def _rank_main(environment: dict[str, str], function: Callable, arguments: tuple
         results.send(("done", function(*arguments)))
     except BaseException as error:  # the test's process raises it again
         results.send(("failed", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+
+
+def warm_context() -> multiprocessing.context.ForkServerContext:
+    """Processes of it are forked from the warm server."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    return context
 
 
 class RankFailure(AssertionError):
@@ -68,8 +79,7 @@ def run_ranks(
     function: of a module, so that it can be sent.  node_size: ranks on one simulated node (all of them by default).
     Raises RankFailure if a rank raises, dies or is not done in time; the others are ended.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context = warm_context()
     node_size = node_size or num_processes
     shared = launch_environment(engine, num_processes) | {
         "WORLD_SIZE": str(num_processes),
@@ -82,7 +92,8 @@ def run_ranks(
     for rank in range(num_processes):
         receiver, sender = context.Pipe(duplex=False)
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank % node_size)}
-        process = context.Process(target=_rank_main, args=(shared | own, function, arguments, sender), daemon=True)
+        case = (shared | own, function, arguments, sender, timeout_seconds)
+        process = context.Process(target=_rank_main, args=case, daemon=True)
         process.start()
         sender.close()
         ranks.append((process, receiver))

@@ -113,15 +113,16 @@ def latest_checkpoint(run: Path) -> Path | None:
     return None
 
 
-def prune_checkpoints(run: Path, *, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` complete checkpoints, and half-written ones older than the newest, from the
-    oldest on."""
-    kept = complete_checkpoints(run)[-keep_last:]
-    if not kept:
+def prune_checkpoints(run: Path, *, keep_last: int, best: Path | None = None) -> None:
+    """Delete all but the newest `keep_last` complete checkpoints and `best`, and half-written ones older than the
+    newest, from the oldest on."""
+    newest = complete_checkpoints(run)[-keep_last:]
+    if not newest:
         return
+    kept = [*newest, best]
     folders = [path for path in (run / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name)]
     for folder in sorted(folders, key=step_of):
-        if folder not in kept and step_of(folder) < step_of(kept[-1]):
+        if folder not in kept and step_of(folder) < step_of(newest[-1]):
             _delete(folder)
 
 

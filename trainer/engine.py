@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,14 +22,18 @@ from accelerate.utils import (
     ParallelismConfig,
 )
 from torch import Tensor, nn
-from torch.distributed import all_gather_object, all_reduce
+from torch.distributed import all_gather_object, all_reduce, broadcast
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from configs.combinations import check_engine
 from configs.errors import InputError
 from configs.schema import Config
 from data.micro_batch import MicroBatch
 from trainer.build_lock import clear_stale_build_locks
+from trainer.quantize import QUANTIZED
+from trainer.self_check import check_against_twins, dequantized_twins
+from trainer.stop_signals import stop_signal
 
 log = logging.getLogger("fluxfill")
 
@@ -43,12 +47,13 @@ class Update:
     """What one optimizer update did, alike on every rank.
 
     loss: mean over the global batch.  grad_norm: before clipping.  applied: False if either was not finite; then no
-    weight changed.
+    weight changed.  stop: a rank has been told to stop, so all do after this update.
     """
 
     loss: float
     grad_norm: float
     applied: bool
+    stop: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ def launched_engine(environment: Mapping[str, str]) -> str:
 def start_engine(config: Config) -> "Engine":
     """Join the processes of the run under the engine they were launched with.
 
-    Raises InputError if the config asks for another engine.
+    Raises InputError if the config asks for another engine, or for something that this one cannot do.
     """
     name = launched_engine(os.environ)
     asked = config.parallel.engine
@@ -104,6 +109,7 @@ def start_engine(config: Config) -> "Engine":
             f"parallel.engine is {asked}, but this process was started as {name}. Start it by `fluxfill train`, or "
             f"`accelerate launch --config_file configs/engines/{asked}.yaml ...`, or set parallel.engine={name}."
         )
+    check_engine(config, name)
     if name.startswith("zero"):
         return ZeroEngine(config, name)
     if name.startswith(("fsdp2", "hsdp")):
@@ -155,8 +161,15 @@ class Engine:
         """Spread the model over the ranks and build the optimizer of what this rank holds.
 
         transformer: on rank 0 with its weights, elsewhere on the meta device; they are handed out here.  Asserts that
-        the outcome is what the engine promises.
+        the outcome is what the engine promises, and that a quantized base came through unharmed.
         """
+        twins = dequantized_twins(transformer)
+        prepared = self._prepare(transformer, build_optimizer)
+        if twins:
+            check_against_twins(prepared, self.plain_transformer, twins, self.device, self.autocast)
+        return prepared
+
+    def _prepare(self, transformer: nn.Module, build_optimizer: BuildOptimizer) -> nn.Module:
         transformer = self._on_device(transformer)
         if self.name == "ddp":
             transformer = self._accelerator.prepare_model(transformer)
@@ -209,13 +222,18 @@ class Engine:
 
     def step(self, lr: float) -> Update:
         """Clip and apply the gradients at learning rate `lr`, unless loss or gradient is not finite on any rank."""
+        stop = stop_signal() is not None
         if self.world_size > 1:
-            all_reduce(self._loss)
+            # One message for both: what each rank has been told reaches all of them at the same update.
+            told = torch.stack([self._loss, torch.full_like(self._loss, float(stop))])
+            all_reduce(told)
+            self._loss.copy_(told[0])
+            stop = bool(told[1] > 0)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         update = self._step()
         self._loss.zero_()
-        return update
+        return replace(update, stop=stop)
 
     def _step(self) -> Update:
         norm = torch.nn.utils.clip_grad_norm_(trained(self._transformer), self._max_grad_norm or float("inf"))
@@ -295,6 +313,24 @@ class Engine:
         all_gather_object(items, item)
         return items
 
+    def sum(self, value: float) -> float:
+        """The sum of every rank's number, on every rank."""
+        if self.world_size == 1:
+            return float(value)
+        total = torch.tensor(float(value), dtype=torch.float64, device=self.device)
+        all_reduce(total)
+        return total.item()
+
+    def from_main(self, tensor: Tensor) -> Tensor:
+        """Rank 0's tensor on every rank's device. Elsewhere `tensor` tells shape and dtype and may be on meta."""
+        if self.is_main:
+            value = tensor.detach().to(self.device).contiguous()
+        else:
+            value = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
+        if self.world_size > 1:
+            broadcast(value, src=0)
+        return value
+
     def wait(self) -> None:
         """Return when every rank has come here."""
         self._accelerator.wait_for_everyone()
@@ -313,8 +349,10 @@ class FsdpEngine(Engine):
         dtype = compute_dtype(config, PartialState().device)
         plugin = FullyShardedDataParallelPlugin(  # the rest comes from the engine file
             fsdp_version=2,
-            mixed_precision_policy=_fsdp_precision(dtype),
-            cpu_ram_efficient_loading=True,
+            # An adapter is gathered in fp32, small as it is: a DoRA's lengths would lose their changes in bf16.
+            mixed_precision_policy=_fsdp_precision(dtype if config.method.type == "full" else torch.float32),
+            # A quantized base is on every rank already when it is cut.
+            cpu_ram_efficient_loading=config.model.precision not in QUANTIZED,
         )
         parallelism = None
         if self.name == "hsdp":
@@ -340,7 +378,7 @@ class FsdpEngine(Engine):
     def holds_whole_model(self) -> bool:
         return False
 
-    def prepare(self, transformer: nn.Module, build_optimizer: BuildOptimizer) -> nn.Module:
+    def _prepare(self, transformer: nn.Module, build_optimizer: BuildOptimizer) -> nn.Module:
         from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
         # Not accelerator.prepare: it maps an optimizer's old parameters to the sharded ones by their addresses, which
@@ -435,7 +473,7 @@ class ZeroEngine(Engine):
         # Not with cpu=True: accelerate would make DDP of it and say nothing.
         return Accelerator(deepspeed_plugin=plugin, kwargs_handlers=handlers)
 
-    def prepare(self, transformer: nn.Module, build_optimizer: BuildOptimizer) -> nn.Module:
+    def _prepare(self, transformer: nn.Module, build_optimizer: BuildOptimizer) -> nn.Module:
         import deepspeed
 
         if self._accelerator.distributed_type is not DistributedType.DEEPSPEED:
@@ -547,11 +585,11 @@ class ZeroEngine(Engine):
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """model.precision as a dtype; auto: bf16 on a GPU, fp32 on a CPU."""
+    """What model.precision computes in; auto: bf16 on a GPU, fp32 on a CPU. Over a quantized base always bf16."""
     precision = config.model.precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+    return torch.float32 if precision == "fp32" else torch.bfloat16
 
 
 def _fsdp_precision(dtype: torch.dtype):

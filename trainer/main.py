@@ -6,15 +6,18 @@ accelerate launch trainer/main.py --config configs/fill_lora.yaml [--resume auto
 import sys
 from functools import partial
 
-from trainer.process import check_command_line, read_command_line, run_and_report
+from trainer.process import Stopped, check_command_line, read_command_line, run_and_report
+from trainer.stop_signals import install_stop_signals, stop_signal
 
-if __name__ == "__main__" and (code := run_and_report(check_command_line)):
-    sys.exit(code)  # what is wrong with a config is said now, not after ten seconds of imports
+if __name__ == "__main__":
+    install_stop_signals()  # now, not after ten seconds of imports; and what is wrong with a config is said now
+    if code := run_and_report(check_command_line):
+        sys.exit(code)
 
 from data.manifest import open_cache
 from data.micro_batch import unpack_mask
 from data.model_folder import find_model
-from trainer.batches import open_stream
+from trainer.batches import choose_order, open_stream
 from trainer.ema import Ema
 from trainer.engine import start_engine
 from trainer.finish import export_and_verify
@@ -23,7 +26,8 @@ from trainer.flux import predict_velocity
 from trainer.method import build_transformer
 from trainer.optimizer import build_optimizer, learning_rate
 from trainer.run_log import RunLog, configure_logging
-from trainer.run_state import resume, save_if_due
+from trainer.run_state import resume
+from trainer.saver import Saver
 from trainer.validate import Validator, validation_is_due
 
 
@@ -34,12 +38,14 @@ def train(arguments: list[str] | None = None) -> int:
     console = configure_logging(engine)
     model = find_model(config.model.base)
     cache = open_cache(config, model)  # the VAE and the text encoders did their work in data/
+    order = choose_order(config, cache)  # of the samples: fixed for the run
     transformer = build_transformer(config, model, engine)  # 384 inputs; all of it trains, or an adapter
     transformer = engine.prepare(transformer, partial(build_optimizer, train=config.train))
     ema = Ema(engine.local_slices(), config.train.ema_decay)
-    state = resume(config, resume_from, engine, ema)
+    state = resume(config, resume_from, engine, ema, order)
     stream = open_stream(config, engine, cache, state)
     log = RunLog(config, engine, state, console)
+    saver = Saver(config, engine, ema, stream)
     validator = Validator(config, engine, model, cache)
     if validation_is_due(config, 0) and state.step == 0:
         log.validation(validator.run(engine.plain_transformer, 0))
@@ -61,7 +67,9 @@ def train(arguments: list[str] | None = None) -> int:
         log.step(state, update, lr, stream)
         if validation_is_due(config, state.step):
             log.validation(validator.run(engine.plain_transformer, state.step))
-        save_if_due(config, engine, state, ema)
+        saver.save_if_due(state, stopping=update.stop)
+        if update.stop and state.step < config.train.steps:
+            raise Stopped(state.step, stop_signal())
 
     stream.close()
     export_and_verify(config, engine, model, ema)

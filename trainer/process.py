@@ -18,12 +18,21 @@ from data.atomic_write import write_text_atomically
 from data.library_noise import quiet_libraries
 
 BAD_INPUT = 2
+STOPPED = 75  # on purpose; the same command line goes on
 
 _USAGE = """\
 Three commands to begin with:
   fluxfill preprocess configs/fill_lora.yaml     encode the pictures once
   accelerate launch trainer/main.py --config configs/fill_lora.yaml
   make demo                                      the whole path on a small example, on a CPU"""
+
+
+class Stopped(Exception):
+    """The run was told to stop, saved, and can go on from `step`.  signal: what told this process; None: another."""
+
+    def __init__(self, step: int, signal: str | None) -> None:
+        super().__init__(f"stopped by {signal or 'a signal to another process'} after step {step}; resumable")
+        self.step = step
 
 
 class CommandLine(NamedTuple):
@@ -60,8 +69,8 @@ def run_and_report(work: Callable[[], int | None]) -> int:
     """Do `work` and write outcome.json {code, reason, step} on rank 0: how it failed, or the step that it reached.
 
     `accelerate launch` turns every exit code into 1; whoever needs the real one reads it there. Work that returns None
-    (a check) has no outcome unless it fails. Returns the code: 0 done, 2 bad input; anything else is raised on, with
-    its traceback, after it was written.
+    (a check) has no outcome unless it fails. Returns the code: 0 done, 2 bad input, 75 stopped on purpose; anything
+    else is raised on, with its traceback, after it was written.
     """
     if _is_main() and (old := _outcome_file()) is not None:
         old.unlink(missing_ok=True)  # of an earlier start; should this process be killed, there is none
@@ -73,6 +82,11 @@ def run_and_report(work: Callable[[], int | None]) -> int:
             colour, end = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
             print(f"{colour}{error}{end}", file=sys.stderr)
         return BAD_INPUT
+    except Stopped as stopped:
+        _write_outcome(STOPPED, str(stopped), stopped.step)
+        if _is_main():
+            print(stopped)
+        return STOPPED
     except SystemExit:  # --help
         raise
     except BaseException as error:

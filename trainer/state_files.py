@@ -7,7 +7,7 @@ reader asks for any range of any tensor, so a run saved by eight ranks of FSDP g
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -24,19 +24,9 @@ def rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def write_rank(folder: Path, rank: int, pieces: Iterable[tuple[str, int, Tensor]], bound: Mapping[str, Tensor]) -> dict:
-    """Write a rank's file: pieces (tensor, first element, values) and layout-bound tensors.
-
-    Returns what `write_index` needs to know of it: tensor -> [start, stop].
-    """
-    tensors, spans = {}, {}
-    for name, start, values in pieces:
-        if values.numel():
-            tensors[name] = values.detach().cpu().contiguous()
-            spans[name] = [start, start + values.numel()]
-    tensors |= {f"state/{name}": value.detach().cpu().contiguous() for name, value in bound.items()}
-    save_file(tensors, folder / rank_file(rank))
-    return spans
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a rank's file."""
+    save_file(tensors, path)
 
 
 def write_index(folder: Path, spans: Mapping[int, Mapping[str, list[int]]], sizes: Mapping[str, int]) -> None:

@@ -24,6 +24,7 @@ from data.preprocess import preprocess
 from data.preprocess_report import open_progress
 from data.shard_plan import sample_bytes
 from data.validation_items import read_validation_items
+from data.which_worker import Worker
 
 QUIET = Console(quiet=True)
 SIDE = 64
@@ -81,7 +82,7 @@ def stored_samples(config):
 
 
 def planned(config):
-    with open_progress(QUIET) as progress:
+    with open_progress(QUIET, Worker()) as progress:
         return plan_samples(config, progress)
 
 

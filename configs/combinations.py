@@ -1,0 +1,192 @@
+"""Which methods, base precisions, optimizers and engines work together; why the others do not, and what comes nearest.
+
+Everything is said here once: the check of a config, the check at start, the notes in the log and the page
+docs/combinations.md all read these rules.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+
+from configs.errors import InputError
+from configs.schema import Config
+
+ADAPTERS = ("lora", "dora", "lokr")
+QUANTIZED = ("int8", "nf4", "fp8")
+FSDP = ("fsdp2", "fsdp2-offload", "hsdp")
+ZERO = ("zero1", "zero2", "zero3", "zero3-offload")
+ZERO3 = ("zero3", "zero3-offload")
+
+# The values of each key, those first that are offered first in the place of one that does not work. Keys too are in
+# that order: another optimizer is a smaller change than another engine, and far smaller than another method.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "optimizer": ("adamw8bit", "adamw", "adafactor", "prodigy"),
+    "engine": ("fsdp2", "ddp", "zero2", "hsdp", "zero1", "zero3", "fsdp2-offload", "zero3-offload", "single"),
+    "precision": ("int8", "nf4", "bf16", "fp8", "fp32", "auto"),
+    "method": ("lora", "dora", "lokr", "full"),
+}
+KEYS = {
+    "optimizer": "train.optimizer",
+    "engine": "parallel.engine",
+    "precision": "model.precision",
+    "method": "method.type",
+}
+
+
+@dataclass(frozen=True)
+class Combination:
+    """What a run combines, by the config's words; the engine is one of CHOICES, never auto."""
+
+    method: str
+    precision: str
+    optimizer: str
+    engine: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Something about the combinations in which every key of `when` has one of the values given there."""
+
+    when: Mapping[str, tuple[str, ...]]
+    text: str
+
+    def fits(self, combination: Combination) -> bool:
+        return all(getattr(combination, key) in values for key, values in self.when.items())
+
+
+REFUSED: tuple[Rule, ...] = (
+    Rule(
+        {"method": ("full",), "precision": QUANTIZED},
+        "full training changes every weight of the base, and a quantized weight cannot take a small change",
+    ),
+    Rule(
+        {"optimizer": ("adafactor",), "engine": (*FSDP, *ZERO)},
+        "adafactor needs whole rows and columns of a weight's gradient, and here each process holds a slice of it",
+    ),
+    Rule(
+        {"optimizer": ("prodigy",), "engine": (*FSDP, *ZERO)},
+        "prodigy finds its step size from all weights together, and here each process would find one of its own",
+    ),
+    Rule(
+        {"precision": QUANTIZED, "engine": ZERO3},
+        "DeepSpeed shards plain numbers, without the shape and the scales of a quantized weight",
+    ),
+)
+
+# What is done in another way than the words say. It goes to the log of every run that it concerns.
+NOTES: tuple[Rule, ...] = (
+    Rule(
+        {"optimizer": ("adamw8bit",), "engine": FSDP},
+        "bitsandbytes works on the local shards, whose 8-bit state only the same engine and number of processes can "
+        "go on with",
+    ),
+    Rule(
+        {"optimizer": ("adamw8bit",), "engine": ZERO},
+        "bitsandbytes works on each process's flat partition, whose 8-bit state only the same engine and number of "
+        "processes can go on with",
+    ),
+    Rule(
+        {"method": ("dora",), "engine": ZERO},
+        "where products are computed in bf16, DeepSpeed hands out the lengths of the rows in bf16 too, and small "
+        "changes of them show late",
+    ),
+    Rule(
+        {"precision": ("nf4",), "engine": FSDP},
+        "the packed 4-bit weights are stored as bf16 tensors, the only kind that is sharded and gathered unharmed",
+    ),
+    Rule(
+        {"precision": ("int8", "fp8")},
+        "torchao quantizes the blocks' weights, one scale per row; products are computed in bf16 from weights made "
+        "whole for the moment, on any card",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a combination cannot be trained, and the nearest one that can."""
+
+    asked: Combination
+    rule: Rule
+    nearest: Combination
+
+    @property
+    def changes(self) -> dict[str, str]:
+        """Key of Combination -> value, of what the nearest combination has otherwise."""
+        return {
+            key: getattr(self.nearest, key) for key in KEYS if getattr(self.asked, key) != getattr(self.nearest, key)
+        }
+
+    def explain(self) -> str:
+        """One sentence of what does not go together, why, and what to write instead."""
+        pair = [f"{KEYS[key]} {getattr(self.asked, key)}" for key in self.rule.when]
+        instead = ", ".join(f"{KEYS[key]}={value}" for key, value in self.changes.items())
+        return f"{' and '.join(pair)} do not go together: {self.rule.text}. Nearest that works: {instead}"
+
+
+def combination_of(config: Config, engine: str) -> Combination:
+    """What a config combines under an engine that is decided."""
+    return Combination(config.method.type, config.model.precision, config.train.optimizer, engine)
+
+
+def refuse(combination: Combination) -> Refusal | None:
+    """Why the combination does not work, or None if it does."""
+    rule = next((rule for rule in REFUSED if rule.fits(combination)), None)
+    return Refusal(combination, rule, _nearest(combination)) if rule else None
+
+
+def _nearest(asked: Combination) -> Combination:
+    """The working combination with the smallest change."""
+
+    def distance(found: Combination) -> tuple[int, list[int]]:
+        changed = [getattr(found, key) != getattr(asked, key) for key in CHOICES]
+        # Each key weighs as much as all before it together.
+        size = sum(2**place for place, differs in enumerate(changed) if differs)
+        return size, [values.index(getattr(found, key)) for key, values in CHOICES.items()]
+
+    return min(_working(), key=distance)
+
+
+def all_combinations() -> Iterator[Combination]:
+    """Every combination there is, working or not."""
+    for values in product(*CHOICES.values()):
+        yield Combination(**dict(zip(CHOICES, values, strict=True)))
+
+
+@cache
+def _working() -> tuple[Combination, ...]:
+    return tuple(found for found in all_combinations() if _works(found))
+
+
+def _works(combination: Combination) -> bool:
+    return not any(rule.fits(combination) for rule in REFUSED)
+
+
+def problem_of(config: Config) -> tuple[str, str] | None:
+    """(dotted key, sentence) of a config that no engine it allows can train, or None. Engine auto may become any."""
+    asked = config.parallel.engine
+    engines: Sequence[str] = CHOICES["engine"] if asked == "auto" else (asked,)
+    refusals = [refuse(combination_of(config, engine)) for engine in engines]
+    if None in refusals:
+        return None
+    refusal = refusals[-1]  # of auto: that of one process, where nothing but the combination itself is in the way
+    assert refusal is not None
+    return KEYS[next(iter(refusal.changes))], refusal.explain()
+
+
+def check_engine(config: Config, engine: str) -> None:
+    """Raise InputError if the config cannot be trained under the engine that auto, or the launch, has come to."""
+    if refusal := refuse(combination_of(config, engine)):
+        raise InputError(f"under {engine}, {refusal.explain()}.")
+
+
+def notes_of(config: Config, engine: str) -> list[str]:
+    """What the run does in another way than the config's words say, for its log."""
+    combination = combination_of(config, engine)
+    found = []
+    for rule in NOTES:
+        if rule.fits(combination):
+            subject = " under ".join(getattr(combination, key) for key in rule.when)
+            found.append(f"{subject}: {rule.text}")
+    return found

@@ -1,0 +1,99 @@
+"""Rules of what goes together: complete, alike everywhere, and with a way out of every refusal."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from configs.combinations import CHOICES, NOTES, REFUSED, Combination, all_combinations, check_engine, notes_of, refuse
+from configs.combinations_page import render_page
+from configs.errors import InputError
+from configs.loading import load_config
+from configs.schema import ModelConfig, ParallelConfig, TrainConfig
+
+ROOT = Path(__file__).parents[2]
+
+CONFIG = """\
+run: {name: try}
+model: {base: some/model}
+method: {type: lora}
+data: {cache: cache, datasets: [{name: a, target: t, mask: m}]}
+train: {steps: 200, global_batch_size: 4, lr: 1e-4, optimizer: adamw}
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG, encoding="utf-8")
+    return path
+
+
+def test_the_rules_know_every_word_of_the_schema() -> None:
+    assert set(CHOICES["precision"]) == set(get_args(ModelConfig.model_fields["precision"].annotation))
+    engines = set(get_args(ParallelConfig.model_fields["engine"].annotation))
+    assert set(CHOICES["engine"]) == engines - {"auto"}
+    assert set(CHOICES["optimizer"]) >= set(get_args(TrainConfig.model_fields["optimizer"].annotation))
+
+
+@pytest.mark.parametrize("rule", [*REFUSED, *NOTES], ids=lambda rule: "-".join(next(iter(rule.when.values()))))
+def test_a_rule_speaks_of_words_that_exist(rule) -> None:
+    assert all(set(values) <= set(CHOICES[key]) for key, values in rule.when.items())
+
+
+def test_every_refusal_names_a_combination_that_works_and_changes_as_little_as_it_can() -> None:
+    refused = [found for combination in all_combinations() if (found := refuse(combination))]
+    assert refused
+    for refusal in refused:
+        assert refuse(refusal.nearest) is None
+        singles = [
+            Combination(**asdict(refusal.asked) | {key: value}) for key, values in CHOICES.items() for value in values
+        ]
+        if any(refuse(single) is None for single in singles):
+            assert len(refusal.changes) == 1
+
+
+@pytest.mark.parametrize(
+    "asked, changes",
+    [
+        (Combination("full", "nf4", "adamw", "fsdp2"), {"precision": "bf16"}),
+        (Combination("lora", "bf16", "adafactor", "zero3"), {"optimizer": "adamw8bit"}),
+        (Combination("full", "bf16", "prodigy", "fsdp2"), {"optimizer": "adamw8bit"}),
+        (Combination("lora", "int8", "adamw", "zero3"), {"engine": "fsdp2"}),
+        (Combination("lora", "nf4", "adamw", "zero3"), {"engine": "fsdp2"}),
+    ],
+)
+def test_the_nearest_combination_keeps_what_matters_most(asked: Combination, changes: dict[str, str]) -> None:
+    refusal = refuse(asked)
+    assert refusal is not None and refusal.changes == changes
+
+
+def test_loading_refuses_with_line_reason_and_remedy(config_file: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        load_config(config_file, ["method={type: full}", "model.precision=nf4"])
+    assert str(caught.value) == (
+        "command line: method.type full and model.precision nf4 do not go together: full training changes every weight "
+        "of the base, and a quantized weight cannot take a small change. Nearest that works: model.precision=bf16."
+    )
+
+
+def test_auto_is_refused_only_once_it_has_become_an_engine_that_cannot(config_file: Path) -> None:
+    config = load_config(config_file, ["model.precision=int8"])
+    check_engine(config, "ddp")
+    with pytest.raises(InputError, match=r"under zero3.*shards plain numbers.*parallel\.engine=fsdp2"):
+        check_engine(config, "zero3")
+    with pytest.raises(InputError, match=r"run\.yaml:\d+|command line"):
+        load_config(config_file, ["model.precision=int8", "parallel.engine=zero3"])
+
+
+def test_what_is_done_otherwise_is_noted(config_file: Path) -> None:
+    config = load_config(config_file, ["train.optimizer=adamw8bit"])
+    assert notes_of(config, "ddp") == []
+    (note,) = notes_of(config, "fsdp2")
+    assert note.startswith("adamw8bit under fsdp2: bitsandbytes works on the local shards")
+
+
+def test_the_page_is_what_the_rules_say() -> None:
+    page = (ROOT / "docs" / "combinations.md").read_text(encoding="utf-8")
+    assert page == render_page(), "python -m configs.combinations_page > docs/combinations.md"

@@ -1,0 +1,177 @@
+"""A frozen base in 4 or 8 bits: less memory for its weights, the same arithmetic in bf16.
+
+nf4: bitsandbytes' 4-bit layers.  int8, fp8: torchao's scales, one per output row.  Both keep weights only: products are
+computed in bf16 from weights made whole for a moment, so nothing here asks for a card of a certain generation.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from configs.errors import InputError
+
+Precision = Literal["nf4", "int8", "fp8"]
+QUANTIZED: tuple[Precision, ...] = ("nf4", "int8", "fp8")
+
+# The blocks' linear layers are 99.5 % of FLUX.1's weights; what lies outside of them is small and sensitive.
+_IN_A_BLOCK = re.compile(r"(single_)?transformer_blocks\.\d+\..+")
+
+log = logging.getLogger("fluxfill")
+
+
+class _DequantizedLinear(torch.autograd.Function):
+    """x @ weight.T with a weight that is made whole again in the backward pass.
+
+    Left to autograd, the whole weights would be kept from forward to backward: more memory than they have unquantized.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bits: Tensor, scale: Tensor, layout: torch.dtype) -> Tensor:
+        ctx.save_for_backward(bits, scale)
+        ctx.layout = layout
+        return linear(x, _dequantize(bits, scale, layout, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        bits, scale = ctx.saved_tensors
+        (gradient,) = gradients
+        return gradient @ _dequantize(bits, scale, ctx.layout, gradient.dtype), None, None, None
+
+
+def _dequantize(bits: Tensor, scale: Tensor, layout: torch.dtype, dtype: torch.dtype) -> Tensor:
+    """uint8 [out, in] that holds numbers of `layout`, times fp32 [out, 1]."""
+    return (bits.view(layout).to(torch.float32) * scale).to(dtype)
+
+
+class WeightOnlyLinear(nn.Linear):
+    """A frozen linear layer with weights of 8 bits and a scale per output row.
+
+    weight: uint8 [out, in], the bits of int8 or float8_e4m3fn numbers: engines move and cut bytes as they are, where
+    they would round or refuse those types.  scale: fp32 [out, 1].  Computes in the dtype of its input, under autocast
+    in autocast's.
+    """
+
+    scale: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, precision: Literal["int8", "fp8"]) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+        bits, scale = quantize_rows(weight, precision)
+        self.layout = bits.dtype
+        self.weight = nn.Parameter(bits.view(torch.uint8), requires_grad=False)
+        self.register_buffer("scale", scale)
+        if bias is not None:
+            self.bias = nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        kind = input.device.type
+        x = input.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else input
+        product = _DequantizedLinear.apply(x, self.weight, self.scale, self.layout)
+        return product if self.bias is None else product + self.bias.to(product.dtype)
+
+    def dequantized(self) -> Tensor:
+        """fp32 [out, in]."""
+        return _dequantize(self.weight, self.scale, self.layout, torch.float32)
+
+
+def quantize_rows(weight: Tensor, precision: Literal["int8", "fp8"]) -> tuple[Tensor, Tensor]:
+    """(int8 or float8_e4m3fn [out, in], fp32 scale [out, 1]) of a weight [out, in], as torchao quantizes it."""
+    try:
+        from torchao.quantization import Float8Tensor, Int8Tensor, PerRow
+    except ImportError as error:
+        raise InputError(
+            f"model.precision {precision} needs torchao ({error}). Install it, or set model.precision=bf16."
+        ) from error
+    if precision == "int8":
+        quantized = Int8Tensor.from_hp(weight, granularity=PerRow())
+    else:
+        quantized = Float8Tensor.from_hp(weight, granularity=PerRow())
+    return quantized.qdata, quantized.scale.float()
+
+
+def _nf4_layer(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """bitsandbytes' 4-bit layer of a bf16 weight. Its codes are stored as bf16 numbers, four in one, since that is what
+    FSDP2 can cut; its scales are quantized once more."""
+    try:
+        import bitsandbytes as bnb
+    except ImportError as error:
+        raise InputError(
+            f"model.precision nf4 needs bitsandbytes ({error}). Install it, or set model.precision=bf16."
+        ) from error
+
+    class Nf4Linear(bnb.nn.Linear4bit):
+        def forward(self, x: Tensor) -> Tensor:
+            # The layer would give back its input's dtype: under autocast, fp32 activations behind every norm.
+            return super().forward(x.to(self.compute_dtype))
+
+    out_features, in_features = weight.shape
+    settings = {"compress_statistics": True, "quant_type": "nf4", "quant_storage": weight.dtype}
+    layer = Nf4Linear(
+        in_features, out_features, bias is not None, compute_dtype=weight.dtype, device="meta", **settings
+    )
+    layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, module=layer, **settings).to(weight.device)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+    # On some CPUs it would repack the weights in place when it is not training: a shard could not be gathered again.
+    layer.support_avx512bf16_for_cpu = False
+    return layer
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a layer is one that `quantize_base` made."""
+    return isinstance(module, WeightOnlyLinear) or type(module).__name__ == "Nf4Linear"
+
+
+def dequantized_linear(layer: Any) -> nn.Linear:
+    """An ordinary linear layer, in the layer's compute dtype, that does what a quantized one should."""
+    twin = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    if isinstance(layer, WeightOnlyLinear):
+        weight = layer.dequantized()
+    else:
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    twin.weight = nn.Parameter(weight.to(torch.bfloat16), requires_grad=False)
+    if layer.bias is not None:
+        twin.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
+    return twin
+
+
+def quantizable_layers(transformer: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """(name, layer) of the linear layers inside the blocks."""
+    for name, module in transformer.named_modules():
+        if isinstance(module, nn.Linear) and _IN_A_BLOCK.fullmatch(name):
+            yield name, module
+
+
+@torch.no_grad()
+def quantize_base(transformer: nn.Module, precision: Precision, from_main: Callable[[Tensor], Tensor]) -> None:
+    """Quantize the blocks' linear layers in place, and bring the whole model to this rank's device. All ranks call it.
+
+    transformer: bf16, on rank 0 with its weights, elsewhere on the meta device.  from_main: rank 0's tensor on every
+    rank's device.  Layer by layer: a rank never holds more than one of them whole.
+    """
+    before = sum(parameter.numel() * parameter.element_size() for parameter in transformer.parameters())
+    for name, layer in list(quantizable_layers(transformer)):
+        weight = from_main(layer.weight)
+        bias = None if layer.bias is None else from_main(layer.bias)
+        quantized = _nf4_layer(weight, bias) if precision == "nf4" else WeightOnlyLinear(weight, bias, precision)
+        parent, _, child = name.rpartition(".")
+        setattr(transformer.get_submodule(parent), child, quantized)
+    for module in transformer.modules():
+        if is_quantized(module):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(from_main(parameter), requires_grad=False))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, from_main(buffer))
+    if precision == "nf4":
+        setattr(transformer, "is_loaded_in_4bit", True)  # noqa: B010  (peft asks for it before it adapts such layers)
+    after = sum(parameter.numel() * parameter.element_size() for parameter in transformer.parameters())
+    log.info(
+        "model.precision %s: the base's weights take %.2f GiB, in bf16 %.2f", precision, after / 2**30, before / 2**30
+    )
