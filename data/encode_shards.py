@@ -220,7 +220,7 @@ def _write_samples(shard: _OpenShard, batch: _ReadyBatch, latents: HostCopy, mas
     for row, sample in enumerate(batch.samples):
         shard.writer.add_sample(
             SampleTensors(
-                key=sample.triple.key,
+                key=sample.key,
                 latents=latents.wait()[row],
                 masked_latents=list(masked_latents.wait()[:, row]),
                 masks=list(batch.pixels.masks[:, row].numpy()),
@@ -241,5 +241,6 @@ def _describe_sample(sample: PlannedSample) -> dict:
         "original_size": [sample.size[1], sample.size[0]],
         "resized": [crop.height, crop.width],
         "crop": [crop.top, crop.left, sample.bucket.height, sample.bucket.width],
+        "flip": sample.flip,  # after the crop
         "fingerprint": triple.content,
     }
