@@ -4,9 +4,9 @@
 
 Real sizes: T5 512 x 4096, CLIP 768, 16 latent channels, at 512 and 1024 px. A shard of 256 MiB is written for each
 case, as `fluxfill preprocess` fills it, and counted as `fluxfill shards show` counts it; the files on the disk are the
-judge. Beside it one safetensors file for each sample and mask, with target latents, masked latents, mask (1 bit a pixel)
-and text in bf16, as trainers that cache per sample store them: their sizes are measured too. The numbers are random; no
-byte is compressed on either side.
+judge. Beside it one safetensors file for each sample and mask, with target latents, masked latents, mask (1 bit a
+pixel) and text in bf16, as trainers that cache per sample store them: their sizes are measured too. The numbers are
+random; no byte is compressed on either side.
 """
 
 import argparse
