@@ -13,7 +13,7 @@ import argparse
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,12 +24,12 @@ from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.cache_statistics import CacheStatistics, count_cache
+from data.cache_statistics import count_cache
 from data.geometry import Bucket
 from data.manifest import FORMAT_VERSION, TRAIN, Manifest, ShardTable
 from data.order import ORDER_VERSION
 from data.shard_plan import sample_bytes
-from data.shards import SampleTensors, ShardWriter, index_path
+from data.shards import SampleTensors, ShardIndex, ShardWriter, count_hole_fractions, index_path
 from data.stored_text import store_text, text_bytes
 
 TEXT_LENGTH, TEXT_WIDTH, POOLED_WIDTH = 512, 4096, 768
@@ -74,12 +74,12 @@ def make_tensors(case: Case) -> tuple[Tensor, np.ndarray, Tensor, Tensor]:
     return latents, mask, t5, torch.randn(POOLED_WIDTH, generator=random)
 
 
-def write_shard(folder: Path, case: Case) -> CacheStatistics:
-    """One shard of a case in `folder`, and what `fluxfill shards show` counts in it."""
+def write_shard(path: Path, case: Case) -> ShardIndex:
+    """One full shard of a case."""
     latents, mask, t5, pooled = make_tensors(case)
     text = store_text(t5, pooled, case.text_dtype)
     texts = 1 if case.captions == "one" else case.samples
-    with ShardWriter(folder / PATH) as writer:
+    with ShardWriter(path) as writer:
         for number in range(texts):
             writer.add_text(f"text-{number:016x}", **text)
         for number in range(case.samples):
@@ -102,17 +102,21 @@ def write_shard(folder: Path, case: Case) -> CacheStatistics:
                     },
                 )
             )
-        index = writer.finish(plan="0" * 32)
-    one = np.array
+        return writer.finish(plan="0" * 32)
+
+
+def describe(case: Case, shards: Mapping[str, ShardIndex]) -> tuple[Manifest, ShardTable]:
+    """The head of a cache of a case's shards. shards: path below the cache -> index."""
+    indexes = list(shards.values())
     table = ShardTable(
-        path=one([PATH]),
-        dataset=one(["photos"]),
-        bucket=one([str(case.bucket)]),
-        split=one([TRAIN]),
-        samples=one([case.samples]),
-        bytes=one([index.tar_bytes]),
-        sha256=one([index.tar_sha256]),
-        plan=one([index.plan]),
+        path=np.array(list(shards)),
+        dataset=np.array(["photos"] * len(indexes)),
+        bucket=np.array([str(case.bucket)] * len(indexes)),
+        split=np.array([TRAIN] * len(indexes)),
+        samples=np.array([index.num_samples for index in indexes]),
+        bytes=np.array([index.tar_bytes for index in indexes]),
+        sha256=np.array([index.tar_sha256 for index in indexes]),
+        plan=np.array([index.plan for index in indexes]),
     )
     manifest = Manifest(
         format_version=FORMAT_VERSION,
@@ -126,10 +130,10 @@ def write_shard(folder: Path, case: Case) -> CacheStatistics:
         text_width=TEXT_WIDTH,
         pooled_width=POOLED_WIDTH,
         mask_variants={"photos": case.masks},
-        samples={"photos": {TRAIN: case.samples}},
-        hole_fractions=[0] * 10,
+        samples={"photos": {TRAIN: int(table.samples.sum())}},
+        hole_fractions=count_hole_fractions(indexes),
     )
-    return count_cache(folder, manifest, table, [0], lambda: None)
+    return manifest, table
 
 
 def file_per_mask(folder: Path, case: Case) -> int:
@@ -145,8 +149,8 @@ def file_per_mask(folder: Path, case: Case) -> int:
 def measure(folder: Path, case: Case) -> dict:
     """Bytes per sample of one case, all its masks included."""
     folder.mkdir()
-    counted = write_shard(folder, case)
     tar = folder / PATH
+    counted = count_cache(folder, *describe(case, {PATH: write_shard(tar, case)}), [0], lambda: None)
     if counted.bytes != tar.stat().st_size or sum(counted.parts.values()) != counted.bytes:
         raise RuntimeError(f"{case}: counted {counted.bytes} bytes, the file has {tar.stat().st_size}")
     apart = case.masks * file_per_mask(folder, case)
