@@ -33,7 +33,7 @@ from webdataset import TarWriter, WebDataset
 
 from data.geometry import Bucket
 from data.manifest import FORMAT_VERSION, TRAIN, Cache, Manifest, ShardTable
-from data.order import ORDER_VERSION, Order, OrderSettings
+from data.order import ORDER_VERSION, Order, OrderSettings, hash_shards
 from data.reader import BatchStream
 from data.shards import SampleTensors, ShardWriter
 
@@ -160,8 +160,13 @@ def open_webdataset(paths: list[str], batch_size: int) -> DataLoader:
 def open_stream(cache: Cache, batch_size: int) -> BatchStream:
     """This project's reader over a cache."""
     table = cache.table
-    settings = OrderSettings.current(seed=0, global_batch_size=batch_size)
-    order = Order(table.dataset, table.bucket, table.samples, {"photos": 1.0}, settings)
+    settings = OrderSettings.current(
+        seed=0,
+        global_batch_size=batch_size,
+        weights={"photos": 1.0},
+        shards=hash_shards(table.path, table.samples),
+    )
+    order = Order(table.dataset, table.bucket, table.samples, settings)
     return BatchStream(cache, order, rank=0, world_size=1, micro_batch_size=batch_size, threads=WORKERS)
 
 
@@ -210,7 +215,7 @@ def measure(folder: Path, side: int, *, gib: float, repeats: int) -> dict:
         runs["webdataset"].append(rate(webdataset, lambda batch: len(batch["t5"]), num_samples))
         for name in ("fluxfill", "fluxfill_with_noise"):
             stream = open_stream(cache, batch_size)
-            with mock.patch("data.reader.draw_noise") if name == "fluxfill" else nullcontext():
+            with mock.patch("data.row_filler.draw_noise") if name == "fluxfill" else nullcontext():
                 runs[name].append(rate(_micro_batches(stream), lambda rows: len(rows.weight), num_samples))
                 stream.close()
     medians = {name: statistics.median(values) for name, values in runs.items()}

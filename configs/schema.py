@@ -74,11 +74,8 @@ class ModelConfig(Section):
     engine: docs/combinations.md."""
 
 
-class LoraConfig(Section):
-    """Train a low-rank adapter; the base's weights stay as they are."""
-
-    type: Literal["lora"]
-    """lora: train a low-rank adapter."""
+class _AdapterSection(Section):
+    """What all adapters have in common; the base's weights stay as they are."""
 
     rank: PositiveInt = 32
     """Width of the adapter's two factors."""
@@ -94,7 +91,32 @@ class LoraConfig(Section):
     module names as peft takes them."""
 
     init_from: PathText | None = None
-    """LoRA in diffusers' format to start from. null: start at zero."""
+    """Adapter of the same type to start from, as .safetensors. null: start at the base's output."""
+
+
+class LoraConfig(_AdapterSection):
+    """Train a low-rank adapter; the base's weights stay as they are."""
+
+    type: Literal["lora"]
+    """lora: train a low-rank adapter."""
+
+
+class DoraConfig(_AdapterSection):
+    """Train a low-rank adapter and the length of every row of the weights it adapts."""
+
+    type: Literal["dora"]
+    """dora: train a low-rank adapter, and the lengths of the weights' rows beside it."""
+
+
+class LokrConfig(_AdapterSection):
+    """Train an adapter that is a Kronecker product, as LyCORIS' LoKr."""
+
+    type: Literal["lokr"]
+    """lokr: train a Kronecker product of a small and a larger matrix."""
+
+    factor: Annotated[int, Field(strict=True, ge=2)] | Literal["auto"] = "auto"
+    """Side of the small matrix; the larger one has the layer's sides divided by it, and is whole where `rank` is at
+    least half of them. auto: about the square root of the layer's sides (LyCORIS' factor -1)."""
 
 
 class FullConfig(Section):
@@ -182,6 +204,13 @@ class DataConfig(Section):
     captions: CaptionsConfig = CaptionsConfig()
     """The text that goes with a picture."""
 
+    mask_choice: Literal["random", "cycle", "first"] = "random"
+    """Where samples have several masks. random: one drawn each time; cycle: each in turn, one an epoch; first: always
+    the first."""
+
+    mask_dropout: Fraction = 0.0
+    """Share of the samples that are trained with a hole as large as the picture."""
+
     holdout: Count = 64
     """Pictures kept out of training for validation, chosen by a stable hash of the target's content."""
 
@@ -199,6 +228,11 @@ class DataConfig(Section):
 
     reader_threads: PositiveInt = 2
     """Threads that read samples, in each training process."""
+
+    streams: PositiveInt = 1
+    """Shares that the shards of each bucket are dealt to; each global batch takes as many samples from one as from the
+    other. One per node lets a node fetch only its own share from remote storage; 1 mixes best. A run keeps the number
+    that it began with."""
 
     @field_validator("datasets")
     @classmethod
@@ -242,8 +276,10 @@ class TrainConfig(Section):
     warmup_steps: Count = 100
     """Steps in which the learning rate rises from zero to `lr`."""
 
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw8bit"
-    """adamw8bit keeps its two moments in 8 bits (bitsandbytes)."""
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy"] = "adamw8bit"
+    """adamw8bit keeps its two moments in 8 bits (bitsandbytes); adafactor keeps one, as a row and a column per weight;
+    prodigy finds the step size itself, which lr then multiplies: set it to 1. Which engines take which:
+    docs/combinations.md."""
 
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay, per step and times the learning rate."""
@@ -257,6 +293,10 @@ class TrainConfig(Section):
     activation_checkpointing: Literal["auto"] | Annotated[bool, Field(strict=True)] = "auto"
     """Compute activations again in the backward pass to save memory. auto: decided at start."""
 
+    compile: Literal["regional", "off"] = "off"
+    """regional: torch.compile of the blocks, one graph for all of a kind and for every size of picture; it costs a
+    minute or more at start. What it gains has not been measured on a GPU yet, so it is off unless asked for."""
+
     @field_validator("micro_batch_size")
     @classmethod
     def _micro_batch_fits(cls, micro: int | Literal["auto"], info: ValidationInfo) -> int | Literal["auto"]:
@@ -266,6 +306,14 @@ class TrainConfig(Section):
                 f"must not be above train.global_batch_size, {total}: lower it, or raise the global batch size"
             )
         return micro
+
+    @field_validator("optimizer")
+    @classmethod
+    def _prodigy_has_a_rate_of_its_own(cls, optimizer: str, info: ValidationInfo) -> str:
+        lr = info.data.get("lr")
+        if optimizer == "prodigy" and lr is not None and lr < 0.1:
+            raise ValueError(f"multiplies the step size that it finds by train.lr, {lr:g}: set train.lr=1")
+        return optimizer
 
     @field_validator("warmup_steps")
     @classmethod
@@ -346,6 +394,13 @@ class CheckpointConfig(Section):
     """Write checkpoints while training goes on, from a copy in the host's memory (as large as the checkpoint)."""
 
 
+class GuardConfig(Section):
+    """What a run survives before it stops."""
+
+    max_bad_samples: Count = 16
+    """Damaged samples that are replaced by the next whole one of their shard; with more the run stops."""
+
+
 class LoggingConfig(Section):
     """Where figures go beside metrics.jsonl."""
 
@@ -365,8 +420,8 @@ class Config(Section):
     model: ModelConfig
     """The model that training starts from."""
 
-    method: Annotated[LoraConfig | FullConfig, Field(discriminator="type")]
-    """What is trained: a low-rank adapter, or every weight."""
+    method: Annotated[LoraConfig | DoraConfig | LokrConfig | FullConfig, Field(discriminator="type")]
+    """What is trained: an adapter, or every weight."""
 
     data: DataConfig
     """The pictures, and the cache of encoded samples that is made from them."""
@@ -385,6 +440,9 @@ class Config(Section):
 
     checkpoint: CheckpointConfig = CheckpointConfig()
     """What a stopped run goes on from."""
+
+    guard: GuardConfig = GuardConfig()
+    """What a run survives before it stops."""
 
     logging: LoggingConfig = LoggingConfig()
     """Where figures go beside metrics.jsonl."""

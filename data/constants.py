@@ -17,13 +17,13 @@ from data.atomic_write import write_atomically
 from data.encode import encode_captions, encode_images
 from data.geometry import Bucket
 from data.load_encoders import Encoders
-from data.manifest import EMPTY_TEXT
+from data.manifest import EMPTY_TEXT, blank_name
 from data.shards import NotFinite
 from data.stored_text import store_text
 
 
 def blank_path(cache: Path, bucket: str) -> Path:
-    return cache / f"blank_{bucket}.safetensors"
+    return cache / blank_name(bucket)
 
 
 def _paths(cache: Path, buckets: Iterable[Bucket]) -> list[Path]:

@@ -7,7 +7,7 @@ last and goes first: a cache that has it is complete.
 Any number of processes do it together, started in any way and at any time: each takes shards that nobody has, one
 completes the cache when all are there, and all of them end when it is complete.
 
-    fluxfill preprocess CONFIG.yaml [key=value ...] [--worker I --workers N]
+    fluxfill preprocess CONFIG.yaml [key=value ...] [--worker I --workers N] [--dry-run]
     accelerate launch data/preprocess.py --config CONFIG.yaml [key=value ...]
 """
 
@@ -33,6 +33,7 @@ from data.cache_head import delete_unplanned, describe_cache, is_current
 from data.constants import constants_are_there, write_constants
 from data.crew import Crew, join_crew
 from data.decode_samples import load_pixels
+from data.dry_run import bytes_by_part, measure, print_bytes, print_counts, print_hours
 from data.encode_shards import encode_shards
 from data.library_noise import quiet_libraries
 from data.load_encoders import Encoders, load_encoders
@@ -75,6 +76,13 @@ class Job:
         keys = {f"data.{key}": value for key, value in data.items()}
         return {"format": FORMAT_VERSION, **{f"model's {part}": print for part, print in self.encoders.items()}, **keys}
 
+    @property
+    def text_bytes(self) -> int:
+        """Of one caption's tensors."""
+        t5_width = int(read_part_number(self.model, "text_encoder_2", "d_model"))
+        captions = self.config.data.captions
+        return text_bytes(captions.text_length, t5_width, captions.text_dtype)
+
 
 # Of the data section, what each worker may have as it likes, and what concerns training alone.
 _FREE_KEYS: Any = {
@@ -82,6 +90,9 @@ _FREE_KEYS: Any = {
     "encode_batch_size": True,
     "encoders": {"vae", "clip", "t5"},
     "reader_threads": True,
+    "streams": True,
+    "mask_choice": True,
+    "mask_dropout": True,
     "captions": {"dropout"},
     "datasets": {"__all__": {"weight"}},
 }
@@ -109,13 +120,30 @@ def preprocess(config: Config, console: Console, worker: Worker = _ALONE) -> Non
     print_report(console, cache, read_shard_table(cache), worker, num_encoded=backlog.num_encoded)
 
 
+def dry_run(config: Config, console: Console, worker: Worker = _ALONE) -> None:
+    """Print what `preprocess` would do: pictures and shards by dataset, bucket and split, bytes by part, and hours,
+    measured on a batch of each size. Writes no shard and claims none.
+
+    Raises InputError as `preprocess` does.
+    """
+    data = config.data
+    model = find_model(config.model.base)
+    job = Job(config, model, encoder_fingerprints(model))
+    with open_progress(console, worker) as progress:
+        plans = _make_plan(job, progress)
+    todo = [plan for plan in plans if read_finished(data.cache, plan) is None]
+    print_counts(console, data.cache, plans, todo)
+    print_bytes(console, bytes_by_part(plans, text_bytes=job.text_bytes))
+    if todo:
+        encoders = load_encoders(model, data.encoders, device_index=worker.device_index)
+        print_hours(console, measure(todo, encoders, data, worker, console), worker)
+
+
 def _make_plan(job: Job, progress: Progress) -> list[ShardPlan]:
-    data = job.config.data
-    text_width = int(read_part_number(job.model, "text_encoder_2", "d_model"))
     return plan_shards(
         plan_samples(job.config, progress),
-        size_limit=data.shard_size_mib << 20,
-        text_bytes=text_bytes(data.captions.text_length, text_width, data.captions.text_dtype),
+        size_limit=job.config.data.shard_size_mib << 20,
+        text_bytes=job.text_bytes,
         encoding=job.encoding,
     )
 
@@ -203,12 +231,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, required=True, help="the run's YAML file")
     parser.add_argument("--worker", type=int, help="this worker, from 0; with --workers")
     parser.add_argument("--workers", type=int, help="how many there are")
+    parser.add_argument("--dry-run", action="store_true", help="say what it would do, how large and how long")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example data.resolution=[512]")
     options = parser.parse_args(arguments)
     quiet_libraries()
     try:
         worker = which_worker(os.environ, worker=options.worker, workers=options.workers)
-        preprocess(load_config(options.config, options.overrides), Console(), worker)
+        run = dry_run if options.dry_run else preprocess
+        run(load_config(options.config, options.overrides), Console(), worker)
     except InputError as error:
         Console(stderr=True, soft_wrap=True).print(str(error), style="red", markup=False, highlight=False)
         return 2

@@ -6,21 +6,17 @@ processes. Beside the stored tensors a row gets what is random about it (`data/n
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-import xxhash
-from safetensors.torch import load
-
-from configs.errors import InputError
+from data.blanks import read_blank, read_empty_text
 from data.geometry import Bucket
-from data.manifest import EMPTY_TEXT, Cache, parse_bucket
-from data.micro_batch import MicroBatch, Rows, Slot, bytes_of, row_fields
-from data.noise import draw_dropout, draw_noise, draw_uniform, draw_variant
+from data.manifest import Cache, parse_bucket
+from data.micro_batch import MicroBatch, Rows, Slot, row_fields
 from data.order import Batch, Order, num_micro_steps, rank_rows
+from data.row_filler import ReplacedRow, RowFiller, RowPolicy
 from data.shard_reader import ShardReader
-from data.stored_tensors import parse_header, text_tensors
 
 
 @dataclass(frozen=True)
@@ -55,10 +51,11 @@ class BatchStream:
     What a thread could not read is raised where its micro-batch would have come, and again at every later try: the
     stream does not pass over it.
 
-    current: the global batch last asked for.  batch_start: when, by the monotonic clock.  wait_seconds: how long its
-    user waited for it.
+    current: the global batch last asked for, this rank's rows of it.  batch_start: when, by the monotonic clock.
+    wait_seconds: how long its user waited for it.
 
     micro_batch_size: rows per forward of the largest bucket; smaller buckets get more, at the same number of tokens.
+    policy: how a sample's stored parts are put together.  replaced: rows that earlier processes of the run replaced.
     start: the first global batch.  threads: that read.  depth: micro-batches read ahead of the one in use.
     """
 
@@ -70,7 +67,8 @@ class BatchStream:
         rank: int,
         world_size: int,
         micro_batch_size: int,
-        caption_dropout: float = 0.0,
+        policy: RowPolicy = RowPolicy(),  # noqa: B008  frozen
+        replaced: Iterable[ReplacedRow] = (),
         start: int = 0,
         threads: int = 2,
         depth: int = 3,
@@ -80,14 +78,21 @@ class BatchStream:
         self.order = order
         self.next_batch = start
         self.batch_start, self.wait_seconds = time.monotonic(), 0.0
-        self._rank, self._world_size = rank, world_size
+        self._mine = rank_rows(order.settings.global_batch_size, rank=rank, world_size=world_size)
+        self._world_size = world_size
         self._micro_batch_size = micro_batch_size
         self._buckets = {name: parse_bucket(name) for name in order.buckets}
         self._largest = max(bucket.tokens for bucket in self._buckets.values())
         self._fields = {bucket: row_fields(bucket, cache.manifest) for bucket in self._buckets.values()}
         self._most_rows = -(-order.settings.global_batch_size // world_size)
-        self._dropout = caption_dropout
-        self._empty_text = _read_empty_text(cache) if caption_dropout else None
+        self._filler = RowFiller(
+            self.reader,
+            order.settings.seed,
+            policy,
+            empty_text=read_empty_text(cache) if policy.caption_dropout else {},
+            blanks={bucket: read_blank(cache, bucket) for bucket in self._fields} if policy.mask_dropout else {},
+            replaced=replaced,
+        )
         self._depth, self._threads = depth, threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="reader")
         slot_bytes = max(
@@ -110,11 +115,9 @@ class BatchStream:
 
     def _plan(self, start: int) -> Iterator[_Planned]:
         """Every micro-batch from a global batch on, endlessly."""
-        size = self.order.settings.global_batch_size
-        mine = rank_rows(size, rank=self._rank, world_size=self._world_size)
-        index = start
+        mine, index = self._mine, start
         while True:
-            batch = self.order.batch(index)
+            batch = self.order.batch(index, mine)
             bucket = self._buckets[batch.pool[1]]
             width = min(self.micro_batch_size(bucket), self._most_rows)
             num_steps = self.num_micro_steps(bucket)
@@ -140,29 +143,23 @@ class BatchStream:
         batch, mine = planned.batch, planned.rows
         for place in range(first, planned.width, step):
             if place < len(mine):
-                row = mine[place]
-                self._fill_row(rows, place, int(batch.shards[row]), int(batch.rows[row]), batch.position + row)
+                at = mine[place] - batch.part.start
+                self._filler.fill(
+                    rows,
+                    place,
+                    shard=int(batch.shards[at]),
+                    row=int(batch.rows[at]),
+                    turn=int(batch.rounds[at]),
+                    position=batch.position + mine[place],
+                )
             else:
                 rows.clear(place)
-
-    def _fill_row(self, rows: Rows, place: int, shard: int, row: int, position: int) -> None:
-        seed, out = self.order.settings.seed, rows.stored[place]
-        variant = draw_variant(seed, position, self.reader.num_variants(shard))
-        if self._empty_text is not None and draw_dropout(seed, position, self._dropout):
-            out = dict(out)
-            for name, empty in self._empty_text.items():
-                out.pop(name)[:] = empty
-        self.reader.read(shard, row, out, variant=variant)
-        draw_noise(seed, position, rows.noise[place])
-        rows.uniform[place] = draw_uniform(seed, position)
-        rows.weight[place] = 1.0
-        rows.position[place] = position
 
     def __iter__(self) -> "BatchStream":
         return self
 
     def __next__(self) -> Iterator[MicroBatch]:
-        self.current = self.order.batch(self.next_batch)
+        self.current = self.order.batch(self.next_batch, self._mine)
         self.batch_start, self.wait_seconds = time.monotonic(), 0.0
         self.next_batch += 1
         return self._micro_batches(self.next_batch - 1)
@@ -187,32 +184,19 @@ class BatchStream:
             if ahead.planned.batch.index == index:  # else left over from a batch that was not read to its end
                 yield replace(ahead.rows.batch, is_last=ahead.planned.is_last)
 
+    def replaced(self) -> list[ReplacedRow]:
+        """The damaged rows up to the global batch last asked for that were replaced, in order: those of this rank, and
+        those that were given."""
+        end = self.next_batch * self.order.settings.global_batch_size
+        return sorted(row for row in list(self._filler.replaced) if row.position < end)
+
     def keys(self, batch: Batch) -> list[str]:
-        """Names of a global batch's samples, in order."""
-        return [self.reader.key(int(s), int(r)) for s, r in zip(batch.shards, batch.rows, strict=True)]
+        """Names of all of a global batch's samples, in order. Opens every shard that it touches."""
+        whole = self.order.batch(batch.index)
+        return [self.reader.key(int(s), int(r)) for s, r in zip(whole.shards, whole.rows, strict=True)]
 
     def close(self) -> None:
         """Stop reading ahead and let go of the shards. The stream cannot be used after it."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._ahead.clear()
         self.reader.close()
-
-
-def _read_empty_text(cache: Cache) -> dict[str, memoryview]:
-    """Bytes of the empty caption's tensors, from beside the manifest. Raises InputError if they do not fit it."""
-    path, expected = cache.folder / EMPTY_TEXT, text_tensors(cache.manifest)
-    try:
-        data = path.read_bytes()
-        _, entries = parse_header(data)
-        found = {name: (entry["dtype"], entry["shape"]) for name, entry in entries.items()}
-        if found != expected:
-            raise ValueError(f"it holds {found}, not {expected}")
-        if xxhash.xxh3_128_hexdigest(data) != cache.manifest.files.get(EMPTY_TEXT):
-            raise ValueError("its checksum differs")
-        tensors = load(data)
-    except Exception as error:  # of files, and safetensors' own
-        raise InputError(
-            f"{path}: cannot be read ({error}). Delete it and run `fluxfill preprocess CONFIG` again; whole shards are "
-            "kept."
-        ) from error
-    return {name: bytes_of(tensor) for name, tensor in tensors.items()}

@@ -35,7 +35,7 @@ def with_retries(attempt: Callable[[], _T], what: str, *, stop: threading.Event 
             if number == ATTEMPTS or (stop is not None and stop.is_set()):
                 raise InputError(
                     f"{what}: failed {number} time(s), at last with {reason}. Look at the storage and the network, "
-                    "then start again: the run goes on from its last checkpoint."
+                    "then start again: a run goes on from its last checkpoint."
                 ) from error
             wait = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2 ** (number - 1)) * random.uniform(0.5, 1.5)
             log.warning("%s: %s; attempt %d of %d in %.1f s", what, reason, number + 1, ATTEMPTS, wait)

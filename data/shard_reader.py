@@ -16,6 +16,7 @@ import xxhash
 
 from configs.errors import InputError
 from data.manifest import Manifest, ShardTable, parse_bucket
+from data.retry import with_retries
 from data.shards import ShardIndex, index_path, read_index, rebuild_index
 from data.stored_tensors import MAX_HEADER, Tensors, num_bytes, parse_header, sample_tensors
 
@@ -116,9 +117,21 @@ class ShardReader:
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._lock = threading.Lock()
         self._scratch = threading.local()
+        self._closing = threading.Event()
 
     def shard(self, number: int) -> _OpenShard:
-        """An open shard. Raises DamagedShard if it is missing, of another size, or not the one in the table."""
+        """An open shard.
+
+        Raises DamagedShard if it is of another size, or not the one in the table; InputError if it is missing or the
+        storage fails, and still does after a while.
+        """
+        try:
+            return self._find(number)
+        except OSError as error:
+            what = f"{self.cache / str(self.table.path[number])}: cannot be opened ({error.strerror})"
+            return with_retries(lambda: self._find(number), what, stop=self._closing)
+
+    def _find(self, number: int) -> _OpenShard:
         with self._lock:
             if number in self._open:
                 self._open.move_to_end(number)
@@ -134,19 +147,15 @@ class ShardReader:
             return opened
 
     def close(self) -> None:
-        """Let go of all shards: their files are closed when nobody reads from them any more."""
+        """Let go of all shards: their files are closed when nobody reads from them any more. Nothing is tried again."""
+        self._closing.set()
         with self._lock:
             self._open.clear()
 
     def _open_shard(self, number: int) -> _OpenShard:
         path = self.cache / str(self.table.path[number])
         sha256, size = str(self.table.sha256[number]), int(self.table.bytes[number])
-        try:
-            handle = _Handle(path)
-        except OSError as error:
-            raise DamagedShard(
-                f"{path}: cannot be opened ({error.strerror}). Restore it, or run `fluxfill preprocess CONFIG` again."
-            ) from error
+        handle = _Handle(path)
         if (actual := os.fstat(handle).st_size) != size:
             raise DamagedShard(
                 f"{path}: {actual} bytes, the manifest says {size}. Restore it, or delete it and run "
@@ -169,6 +178,10 @@ class ShardReader:
         """A sample's name."""
         return self.shard(shard).index.keys[row]
 
+    def num_samples(self, shard: int) -> int:
+        """Rows of a shard."""
+        return self.shard(shard).index.num_samples
+
     def num_variants(self, shard: int) -> int:
         """Mask variants that every sample of a shard has."""
         return self.shard(shard).index.masked.shape[1]
@@ -176,11 +189,25 @@ class ShardReader:
     def read(self, shard: int, row: int, out: Buffers, *, variant: int = 0) -> None:
         """Fill buffers with a sample's tensors as they are stored; what is not in `out` is not read.
 
-        out: `latents`; `masked_latents` and `mask`, of one variant; `t5` and `pooled` (and `t5_scale`
-        where texts are int8).
-        Raises DamagedSample if they are not what was written.
+        out: `latents`; `masked_latents` and `mask`, of one variant; `t5` and `pooled` (and `t5_scale` where texts are
+        int8).
+        Raises DamagedSample if they are not what was written, DamagedShard if the whole shard is not, InputError if the
+        storage keeps failing.
         """
         opened = self.shard(shard)
+        try:
+            self._read(opened, row, out, variant)
+        except OSError as error:
+            where = f"{opened.path}: {opened.index.keys[row]} cannot be read ({error.strerror})"
+            with_retries(lambda: self._read_anew(shard, row, out, variant), where, stop=self._closing)
+
+    def _read_anew(self, shard: int, row: int, out: Buffers, variant: int) -> None:
+        """Read with a new handle: that of a file that was replaced, or of a server that came back, stays stale."""
+        with self._lock:
+            self._open.pop(shard, None)
+        self._read(self._find(shard), row, out, variant)
+
+    def _read(self, opened: _OpenShard, row: int, out: Buffers, variant: int) -> None:
         members = []
         if "latents" in out:
             members.append(opened.latents(row))
@@ -224,13 +251,8 @@ class ShardReader:
             parts += [out[name] for name in layout.names]
             end = member.offset + member.size
         start = run[0].offset
-        try:
-            if os.preadv(opened.handle, parts, start) != end - start:
-                _read_again(opened, parts, run)
-        except OSError as error:
-            raise DamagedShard(
-                f"{_where(opened, run[0])} cannot be read ({error.strerror}). Look at the disk it lies on."
-            ) from error
+        if os.preadv(opened.handle, parts, start) != end - start:
+            _read_again(opened, parts, run)
         for member, header in zip(run, headers, strict=True):
             digest = xxhash.xxh3_64(header)
             for name in member.layout.names:

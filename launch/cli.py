@@ -82,6 +82,10 @@ def preprocess(
         int | None, typer.Option(min=0, help="Which of several workers this is, from 0.", show_default=False)
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="How many workers there are.", show_default=False)] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only say what it would do: pictures, shards, bytes, measured hours."),
+    ] = False,
 ) -> None:
     """Encode the pictures once and write the shards that training reads.
 
@@ -93,9 +97,9 @@ def preprocess(
     """
     run = load_config(config, overrides or [])
     which = which_worker(os.environ, worker=worker, workers=workers)
-    from data.preprocess import preprocess as encode  # imports torch, which the other commands do without
+    from data import preprocess as job  # imports torch, which the other commands do without
 
-    encode(run, Console(), which)
+    (job.dry_run if dry_run else job.preprocess)(run, Console(), which)
 
 
 @app.command()

@@ -349,7 +349,8 @@ class FsdpEngine(Engine):
         dtype = compute_dtype(config, PartialState().device)
         plugin = FullyShardedDataParallelPlugin(  # the rest comes from the engine file
             fsdp_version=2,
-            mixed_precision_policy=_fsdp_precision(dtype),
+            # An adapter is gathered in fp32, small as it is: a DoRA's lengths would lose their changes in bf16.
+            mixed_precision_policy=_fsdp_precision(dtype if config.method.type == "full" else torch.float32),
             # A quantized base is on every rank already when it is cut.
             cpu_ram_efficient_loading=config.model.precision not in QUANTIZED,
         )

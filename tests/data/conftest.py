@@ -19,6 +19,7 @@ from data.manifest import (
     Cache,
     Manifest,
     ShardTable,
+    blank_name,
     parse_bucket,
     write_manifest,
 )
@@ -97,6 +98,12 @@ def write_shard() -> Callable[..., ShardIndex]:
 
 
 @pytest.fixture
+def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tried again is tried at once."""
+    monkeypatch.setattr("data.retry.LONGEST_WAIT_SECONDS", 0.0)
+
+
+@pytest.fixture
 def make_cache(tmp_path: Path) -> Callable[..., Cache]:
     """Makes a cache: `make_cache([("photos", "48x64", 5), ("photos", "48x64", 3), ("removal", "32x32", 4)])`.
 
@@ -143,6 +150,9 @@ def make_cache(tmp_path: Path) -> Callable[..., Cache]:
             hole_fractions=count_hole_fractions(indexes),
         )
         save_file(_make_text("the empty caption", text_dtype), folder / EMPTY_TEXT)
+        for name in set(table.bucket.tolist()):
+            blank = torch.randn(16, *parse_bucket(name).latent_size, generator=_generator_of(f"blank {name}"))
+            save_file({"masked_latents": blank.bfloat16()}, folder / blank_name(name))
         return Cache(folder, write_manifest(folder, manifest, table), table)
 
     return make

@@ -247,6 +247,21 @@ def test_other_settings_make_every_shard_anew(make_pictures, config_of):
     assert load_file(config.data.cache / EMPTY_TEXT)["t5"].shape == (64, 64)
 
 
+def test_text_of_int8_is_another_cache_and_says_so(make_pictures, config_of):
+    folder = make_pictures(4)
+    config = config_of(folder)
+    preprocess(config, QUIET)
+    before = shard_bytes(config.data.cache)
+    int8 = config_of(folder, "data.encoders.t5_precision=int8")
+    preprocess(int8, QUIET)
+    after = shard_bytes(int8.data.cache)
+    assert before.keys() == after.keys()
+    assert not set(before.values()) & set(after.values())
+    assert read_manifest(int8.data.cache).settings["data.encoders.t5_precision"] == "int8"
+    with pytest.raises(InputError, match="t5_precision is 'auto', the cache was made with 'int8'"):
+        open_cache(config, Path(config.model.base))
+
+
 # --- interruptions ----------------------------------------------------------------------------------------------------
 
 
