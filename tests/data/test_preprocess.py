@@ -13,6 +13,7 @@ from rich.console import Console
 from safetensors.torch import load, load_file
 
 from configs.errors import InputError
+from data import encode
 from data.encode import encode_pixels
 from data.manifest import EMPTY_TEXT, open_cache, read_manifest
 from data.pictures import load_mask
@@ -301,6 +302,40 @@ def test_a_picture_that_cannot_be_decoded_stops_only_its_shard(make_pictures, co
     preprocess(config, QUIET)
     assert shard_bytes(cache) == whole
     assert {name: stamp for name, stamp in stamps(cache / "shards").items() if name in kept} == kept
+
+
+@pytest.mark.parametrize("where", ["picture", "text", "empty caption"])
+def test_numbers_that_are_not_finite_stop_their_shard_and_name_the_sample(make_pictures, config_of, monkeypatch, where):
+    """As a broken GPU or half precision gives them. The other shards are made."""
+    config = config_of(make_pictures(30))
+    names = {"picture": "encode_pixels", "text": "encode_captions", "empty caption": "encode_captions"}
+    module = "data.constants" if where == "empty caption" else "data.encode_shards"
+    real, calls = getattr(encode, names[where]), []
+
+    def encode_one_to_nan(*arguments, **options):
+        encoded = real(*arguments, **options)
+        calls.append(1)
+        if len(calls) == 1:
+            (encoded.latents if where == "picture" else encoded.t5)[0, -1, -1] = float("nan")
+        return encoded
+
+    monkeypatch.setattr(f"{module}.{names[where]}", encode_one_to_nan)
+    with pytest.raises(InputError, match="holds NaN or infinity") as caught:
+        preprocess(config, QUIET)
+    lines = str(caught.value).splitlines()
+    shards = [path for path in files_below(config.data.cache) if path.endswith(".tar")]
+    assert len(lines) == 1
+    if where == "empty caption":
+        assert "empty_text.safetensors: t5 holds NaN" in lines[0] and not shards
+    else:
+        tensor = "latents" if where == "picture" else "t5"
+        assert re.match(rf".*/target/picture-\d\d\.png: .*\.tar: {tensor} of ", lines[0])
+        assert shards, "one picture stopped everything"
+        assert where == "picture" or "The caption: 'noise number" in lines[0]
+    assert not [path for path in files_below(config.data.cache) if path.endswith((".part", "manifest.json"))]
+    monkeypatch.undo()
+    preprocess(config, QUIET)
+    assert read_manifest(config.data.cache).samples == {"noise": {"train": 30, "holdout": 0}}
 
 
 def test_an_exception_leaves_no_part_and_no_manifest(make_pictures, config_of, monkeypatch):
