@@ -35,6 +35,7 @@ from data.geometry import Bucket
 from data.manifest import FORMAT_VERSION, TRAIN, Cache, Manifest, ShardTable
 from data.order import ORDER_VERSION, Order, OrderSettings, hash_shards
 from data.reader import BatchStream
+from data.shard_rows import ShardRows
 from data.shards import SampleTensors, ShardWriter
 
 TEXT_LENGTH, TEXT_WIDTH, POOLED_WIDTH = 512, 4096, 768
@@ -167,7 +168,8 @@ def open_stream(cache: Cache, batch_size: int) -> BatchStream:
         shards=hash_shards(table.path, table.samples),
     )
     order = Order(table.dataset, table.bucket, table.samples, settings)
-    return BatchStream(cache, order, rank=0, world_size=1, micro_batch_size=batch_size, threads=WORKERS)
+    rows = ShardRows(cache, order, threads=WORKERS)
+    return BatchStream(cache.manifest, order, rows, rank=0, world_size=1, micro_batch_size=batch_size)
 
 
 def rate(batches: Iterator, count: Callable[[object], int], num_samples: int) -> float:

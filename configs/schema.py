@@ -30,6 +30,7 @@ def _list_of_word(value: object) -> object:
 
 
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:\d+)$", examples=["cuda:1"])]
+NamedDevice = Annotated[str, Field(pattern=r"^(cpu|cuda:\d+)$", examples=["cuda:1"])]
 PathText = Annotated[Path, BeforeValidator(_refuse_empty), Field(json_schema_extra={"minLength": 1})]
 Word = Annotated[str, Field(min_length=1)]
 Suffix = Annotated[str, Field(pattern=r"^[a-z0-9_-]+(\.[a-z0-9_-]+)*$")]
@@ -402,10 +403,11 @@ class CaptionsConfig(Section):
 
 
 class EncodersConfig(Section):
-    """Where preprocessing runs the VAE and the text encoders: all on one device, or spread."""
+    """Where the VAE and the text encoders run: all on one device, or spread."""
 
     vae: Device = "auto"
-    """Device of the VAE. auto: the process's own GPU (cpu if there is none); or cpu, cuda:0, cuda:1, ..."""
+    """Device of the VAE. auto: in preprocessing the process's own GPU (cpu if there is none), with mode online one of
+    encoder_devices; or cpu, cuda:0, cuda:1, ..."""
 
     clip: Device = "auto"
     """Device of CLIP. auto: as for the VAE."""
@@ -421,8 +423,22 @@ class EncodersConfig(Section):
 class DataConfig(Section):
     """The pictures, and the cache of encoded samples that is made from them."""
 
+    mode: Literal["cached", "online"] = "cached"
+    """cached: train from what `fluxfill preprocess` encoded. online: encode pictures and captions while training, with
+    the same outcome; nothing has to be preprocessed, and every epoch encodes anew."""
+
+    encoder_devices: Annotated[
+        Annotated[list[NamedDevice], Field(min_length=1)] | None,
+        BeforeValidator(
+            _list_of_word, json_schema_input_type=NamedDevice | Annotated[list[NamedDevice], Field(min_length=1)] | None
+        ),
+    ] = None
+    """With mode online: devices of the encoders, dealt to the training processes of a machine in turn, such as
+    [cuda:1]. `fluxfill train` trains on the others. null: each process encodes on the GPU that it trains on."""
+
     cache: Annotated[PathText, Field(examples=["/data/cache/removal"])]
-    """Folder of the encoded samples: written by `fluxfill preprocess`, read by the trainer."""
+    """Folder of the encoded samples: written by `fluxfill preprocess`, read by the trainer. With mode online only what
+    was found out about the pictures is kept there."""
 
     datasets: Annotated[list[DatasetConfig], Field(min_length=1)]
     """The sets of triples, each with a name of its own."""
@@ -464,7 +480,7 @@ class DataConfig(Section):
     """Pictures that go through the VAE at once, and captions through T5."""
 
     encoders: EncodersConfig = EncodersConfig()
-    """Where preprocessing runs the VAE and the text encoders: all on one device, or spread."""
+    """Where the VAE and the text encoders run: all on one device, or spread."""
 
     reader_threads: PositiveInt = 2
     """Threads that read samples, in each training process."""
@@ -473,6 +489,13 @@ class DataConfig(Section):
     """Shares that the shards of each bucket are dealt to; each global batch takes as many samples from one as from the
     other. One per node lets a node fetch only its own share from remote storage; 1 mixes best. A run keeps the number
     that it began with."""
+
+    @field_validator("encoder_devices")
+    @classmethod
+    def _something_encodes(cls, devices: list[str] | None, info: ValidationInfo) -> list[str] | None:
+        if devices is not None and info.data.get("mode") == "cached":
+            raise ValueError("with mode cached nothing is encoded while training: set data.mode=online, or remove it")
+        return devices
 
     @field_validator("datasets")
     @classmethod

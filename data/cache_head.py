@@ -50,8 +50,20 @@ def describe_cache(
     indexes: Sequence[ShardIndex],
 ) -> tuple[Manifest, ShardTable]:
     """The head of the finished cache."""
+    holes = {dataset.name: _count_holes(plans, indexes, dataset.name) for dataset in config.data.datasets}
+    return describe_samples(config, model, encoders, plans, holes), shard_table(plans, indexes)
+
+
+def describe_samples(
+    config: Config,
+    model: Path,
+    encoders: dict[str, str],
+    plans: Sequence[ShardPlan],
+    hole_fractions: dict[str, list[int]],
+) -> Manifest:
+    """What is true of all samples of a plan, encoded or not."""
     names = [dataset.name for dataset in config.data.datasets]
-    manifest = Manifest(
+    return Manifest(
         format_version=FORMAT_VERSION,
         order_version=ORDER_VERSION,
         settings=cached_settings(config),
@@ -64,9 +76,8 @@ def describe_cache(
         pooled_width=int(read_part_number(model, "text_encoder", "hidden_size")),
         mask_variants={dataset.name: recipe_of(dataset).variants for dataset in config.data.datasets},
         samples={name: _count_splits(plans, name) for name in names},
-        hole_fractions={name: _count_holes(plans, indexes, name) for name in names},
+        hole_fractions=hole_fractions,
     )
-    return manifest, shard_table(plans, indexes)
 
 
 def is_current(cache: Path, manifest: Manifest, table: ShardTable) -> bool:

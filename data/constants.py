@@ -61,12 +61,21 @@ def write_constants(
     captions: CaptionsConfig,
 ) -> None:
     """Write all of them, each whole or not at all."""
-    text = encode_captions(encoders.text, [""], text_length=captions.text_length)
-    _write(cache / EMPTY_TEXT, store_text(text.t5[0], text.pooled[0], captions.text_dtype), encoding)
+    _write(cache / EMPTY_TEXT, encode_empty_text(encoders, captions), encoding)
     for bucket in buckets:
-        grey = torch.zeros(1, 3, bucket.height, bucket.width)
-        blank = {"masked_latents": encode_images(encoders.vae, grey)[0].bfloat16()}
-        _write(blank_path(cache, str(bucket)), blank, encoding)
+        _write(blank_path(cache, str(bucket)), encode_blank(encoders, bucket), encoding)
+
+
+def encode_empty_text(encoders: Encoders, captions: CaptionsConfig) -> dict[str, Tensor]:
+    """The empty caption's tensors as shards store them."""
+    text = encode_captions(encoders.text, [""], text_length=captions.text_length)
+    return store_text(text.t5[0], text.pooled[0], captions.text_dtype)
+
+
+def encode_blank(encoders: Encoders, bucket: Bucket) -> dict[str, Tensor]:
+    """`masked_latents` of a bucket's picture that is all hole, as stored."""
+    grey = torch.zeros(1, 3, bucket.height, bucket.width)
+    return {"masked_latents": encode_images(encoders.vae, grey)[0].bfloat16()}
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], encoding: Mapping[str, object]) -> None:

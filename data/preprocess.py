@@ -45,7 +45,7 @@ from data.scan import delete_copies
 from data.shard_plan import ShardPlan, plan_shards
 from data.share_plan import agree_on_plan
 from data.stored_text import text_bytes
-from data.validation_items import choose_validation_items, write_validation_items
+from data.validation_items import choose_validation_items, num_watched, write_validation_items
 from data.which_worker import Worker, which_worker
 
 CREW_FOLDER = "crew"  # in the cache, while somebody works on it
@@ -88,6 +88,8 @@ class Job:
 # Of the data section, what each worker may have as it likes, and what concerns training alone.
 _FREE_KEYS: Any = {
     "cache": True,
+    "mode": True,
+    "encoder_devices": True,
     "copies_gib": True,
     "encode_batch_size": True,
     "encoders": {"vae", "clip", "t5"},
@@ -112,7 +114,7 @@ def preprocess(config: Config, console: Console, worker: Worker = _ALONE) -> Non
     try:
         with join_crew(cache / CREW_FOLDER, job.settings) as crew, open_progress(console, worker) as progress:
             before = _manifest_stamp(cache)
-            plans = agree_on_plan(crew, partial(_make_plan, job, progress), waiting=Waiting(progress))
+            plans = agree_on_plan(crew, partial(make_plan, job, progress), waiting=Waiting(progress))
             backlog = Backlog(cache, plans, crew, worker)
             _encode_what_is_left(job, plans, backlog, crew, worker, progress)
             _complete(job, plans, crew, progress, before=before)
@@ -132,7 +134,7 @@ def dry_run(config: Config, console: Console, worker: Worker = _ALONE) -> None:
     model = find_model(config.model.base)
     job = Job(config, model, encoder_fingerprints(model))
     with open_progress(console, worker) as progress:
-        plans = _make_plan(job, progress)
+        plans = make_plan(job, progress)
     todo = [plan for plan in plans if read_finished(data.cache, plan) is None]
     print_counts(console, data.cache, plans, todo)
     print_bytes(console, bytes_by_part(plans, text_bytes=job.text_bytes))
@@ -141,7 +143,9 @@ def dry_run(config: Config, console: Console, worker: Worker = _ALONE) -> None:
         print_hours(console, measure(todo, encoders, data, worker, console), worker)
 
 
-def _make_plan(job: Job, progress: Progress) -> list[ShardPlan]:
+def make_plan(job: Job, progress: Progress) -> list[ShardPlan]:
+    """Every shard of a job's cache: a function of the pictures and the settings. Raises InputError as `plan_samples`
+    does."""
     return plan_shards(
         plan_samples(job.config, progress),
         size_limit=job.config.data.shard_size_mib << 20,
@@ -220,7 +224,7 @@ def _write_head(job: Job, plans: Sequence[ShardPlan], progress: Progress) -> Non
         return delete_copies(cache)
     (cache / "manifest.json").unlink(missing_ok=True)
     delete_unplanned(cache, plans)
-    chosen = choose_validation_items(plans, indexes, count=max(config.data.holdout, 8))
+    chosen = choose_validation_items(plans, count=num_watched(config.data.holdout))
     bar = progress.add_task("validation pictures", total=len(chosen))
     pictures = ((item, load_pixels(sample, config.data)[0]) for item, sample in chosen)
     write_validation_items(cache, pictures, advance=lambda: progress.advance(bar))

@@ -1,19 +1,22 @@
-"""One row of a batch: its bytes from the shards, or from another row where they are damaged, and what is random in it.
+"""One row of a batch: which parts of a sample it takes, or of which other one if that is damaged, and what is random in
+it.
 
-All of it is a function of the row's position in the order, whoever reads it and whenever.
+All of it is a function of the row's position in the order, whoever fills it and whenever.
 """
 
 import logging
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from configs.errors import InputError
 from data.geometry import Bucket
 from data.micro_batch import Rows
 from data.noise import draw_dropout, draw_noise, draw_uniform, draw_variant, draw_whole_hole
-from data.shard_reader import DamagedSample, DamagedShard, ShardReader
+from data.shard_reader import Buffers, DamagedSample, DamagedShard
+
+_T = TypeVar("_T")
 
 log = logging.getLogger("fluxfill")
 
@@ -53,13 +56,14 @@ def refuse_too_many(replaced: Iterable[ReplacedRow], max_bad_samples: int) -> No
         places = ", ".join(f"{shard} row {row}" for shard, row in damaged)
         raise InputError(
             f"{len(damaged)} damaged sample(s), guard.max_bad_samples is {max_bad_samples}: {places}. Run "
-            "`fluxfill shards verify` on data.cache, with --repair to encode them anew, then start again: the run goes "
-            "on from its last checkpoint."
+            "`fluxfill shards verify` on data.cache, with --repair to encode them anew (with data.mode online mend the "
+            "pictures that were named), then start again: the run goes on from its last checkpoint."
         )
 
 
 class RowFiller:
-    """Fills rows; safe to call from many threads.
+    """Fills in what does not come from a row's own sample, and finds another sample where that one is damaged; safe to
+    call from many threads.
 
     empty_text: what a dropped caption becomes.  blanks: bucket -> what the mask becomes in a hole as large as the
     picture.  replaced: rows that were replaced so far, those of earlier processes of the run included.
@@ -67,23 +71,20 @@ class RowFiller:
 
     def __init__(
         self,
-        reader: ShardReader,
         seed: int,
         policy: RowPolicy,
-        empty_text: Mapping[str, memoryview],
-        blanks: Mapping[Bucket, Mapping[str, memoryview]],
+        empty_text: Buffers,
+        blanks: Mapping[Bucket, Buffers],
         replaced: Iterable[ReplacedRow] = (),
     ) -> None:
         self.replaced = set(replaced)
-        self._reader, self._seed, self._policy = reader, seed, policy
+        self._seed, self._policy = seed, policy
         self._empty_text, self._blanks = empty_text, blanks
         self._lock = threading.Lock()
 
-    def fill(self, rows: Rows, place: int, *, shard: int, row: int, turn: int, position: int) -> None:
-        """Put row `row` of a shard, met for the `turn`-th time (from 0), in a place of a micro-batch.
-
-        Raises DamagedShard if the shard has no whole row, InputError if too many samples are damaged.
-        """
+    def begin(self, rows: Rows, place: int, position: int) -> dict[str, memoryview]:
+        """Draw what is random about a row, and fill in what was dropped; returns what is still to be filled, by name:
+        what of its sample is wanted."""
         seed, policy, out = self._seed, self._policy, dict(rows.stored[place])
         if policy.caption_dropout and draw_dropout(seed, position, policy.caption_dropout):
             for name, empty in self._empty_text.items():
@@ -91,43 +92,49 @@ class RowFiller:
         if policy.mask_dropout and draw_whole_hole(seed, position, policy.mask_dropout):
             for name, blank in self._blanks[rows.batch.bucket].items():
                 out.pop(name)[:] = blank
-        self._read(out, shard, row, self._variant(shard, row, turn, position), position)
         draw_noise(seed, position, rows.noise[place])
         rows.uniform[place] = draw_uniform(seed, position)
         rows.weight[place] = 1.0
         rows.position[place] = position
+        return out
 
-    def _variant(self, shard: int, row: int, turn: int, position: int) -> int:
-        count = self._reader.num_variants(shard)
-        if count == 1 or self._policy.mask_choice == "first":
+    def choose_variant(self, num_variants: int, *, row: int, turn: int, position: int) -> int:
+        """Which of its sample's mask variants a row has."""
+        if num_variants == 1 or self._policy.mask_choice == "first":
             return 0
         if self._policy.mask_choice == "cycle":
-            return (turn + row) % count  # not all samples of an epoch at the same variant
-        return draw_variant(self._seed, position, count)
+            return (turn + row) % num_variants  # not all samples of an epoch at the same variant
+        return draw_variant(self._seed, position, num_variants)
 
-    def _read(self, out: dict[str, memoryview], shard: int, row: int, variant: int, position: int) -> None:
-        """Read a row, or the next one of its shard that is whole."""
+    def first_whole(
+        self, read: Callable[[int], _T], *, shard: str, num_samples: int, row: int, position: int
+    ) -> tuple[int, _T]:
+        """(row, what `read` gives for it) of a row, or of the next one of its shard that is whole.
+
+        shard: its path.  read: raises DamagedSample for a row that is not.
+        Raises DamagedShard if the shard has no whole row, InputError if too many samples are damaged.
+        """
         damage = None
-        count = self._reader.num_samples(shard)
-        for step in range(count):
-            candidate = (row + step) % count
+        for step in range(num_samples):
+            candidate = (row + step) % num_samples
             try:
-                self._reader.read(shard, candidate, out, variant=variant)
+                found = read(candidate)
             except DamagedSample as error:
                 damage = damage or error
                 continue
             if damage is not None:
-                self._record(ReplacedRow(position, str(self._reader.table.path[shard]), row, candidate), damage)
-            return
+                self._record(ReplacedRow(position, shard, row, candidate), damage)
+            return candidate, found
         raise DamagedShard(f"{damage} No other sample of the shard is whole.") from damage
 
     def _record(self, replaced: ReplacedRow, damage: DamagedSample) -> None:
         with self._lock:
             is_new = all((known.shard, known.row) != (replaced.shard, replaced.row) for known in self.replaced)
             self.replaced.add(replaced)
+            known = list(self.replaced)
         try:
-            refuse_too_many(self.replaced, self._policy.max_bad_samples)
+            refuse_too_many(known, self._policy.max_bad_samples)
         except InputError as error:
-            raise error from damage
+            raise InputError(f"{damage}\n{error}") from damage
         if is_new:
             log.warning("%s Row %d of the shard stands in for it.", damage, replaced.replacement)

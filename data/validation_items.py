@@ -18,7 +18,6 @@ from data.atomic_write import write_text_atomically
 from data.geometry import Pixels
 from data.manifest import HOLDOUT, TRAIN
 from data.shard_plan import PlannedSample, ShardPlan
-from data.shards import ShardIndex
 
 FOLDER = "validation"
 _ROLES = ("target", "image", "mask")
@@ -39,9 +38,7 @@ class ValidationItem:
     caption: str
 
 
-def choose_validation_items(
-    plans: Sequence[ShardPlan], indexes: Sequence[ShardIndex], *, count: int
-) -> list[tuple[ValidationItem, PlannedSample]]:
+def choose_validation_items(plans: Sequence[ShardPlan], *, count: int) -> list[tuple[ValidationItem, PlannedSample]]:
     """All held-out samples, and `count` training samples, each split in the order of its targets' hashes.
 
     Mirror images are left out: they would show the same pictures once more.
@@ -51,9 +48,9 @@ def choose_validation_items(
         found = sorted(
             (
                 (sample.triple.target_content, plan.path, row, sample)
-                for plan, index in zip(plans, indexes, strict=True)
+                for plan in plans
                 if plan.split == split
-                for row, sample in enumerate(_in_stored_order(plan, index))
+                for row, sample in enumerate(plan.samples)  # a shard's rows are its plan's
                 if not sample.flip
             ),
             key=lambda entry: entry[:3],
@@ -65,10 +62,9 @@ def choose_validation_items(
     return chosen
 
 
-def _in_stored_order(plan: ShardPlan, index: ShardIndex) -> list[PlannedSample]:
-    """A shard's planned samples, row by row."""
-    samples = {sample.key: sample for sample in plan.samples}
-    return [samples[key] for key in index.keys]
+def num_watched(holdout: int) -> int:
+    """How many of the training samples can be watched, beside all that are held out."""
+    return max(holdout, 8)
 
 
 def write_validation_items(

@@ -1,21 +1,52 @@
-"""The stream of micro-batches that a rank trains on."""
+"""The samples of a run, and the stream of micro-batches that a rank trains on."""
 
 import logging
+import os
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from rich.console import Console
 
+from configs.errors import InputError
 from configs.schema import Config
-from data.manifest import TRAIN, Cache
+from data.manifest import TRAIN, open_cache
+from data.online import OnlineSamples, encoder_device, plan_online
 from data.order import Order, OrderSettings, hash_shards
 from data.reader import BatchStream
 from data.row_filler import RowPolicy
+from data.samples import CachedSamples, Samples
+from data.which_worker import which_worker
 from trainer.engine import Engine
 from trainer.run_state import RunState
 
 log = logging.getLogger("fluxfill")
 
 
-def choose_order(config: Config, cache: Cache) -> OrderSettings:
+def open_samples(config: Config, model: Path, engine: Engine, console: Console) -> Samples:
+    """What the run trains on: its cache, or with data.mode online its pictures; all ranks call it.
+
+    Raises InputError if the cache is not there or not that of the config; or of pictures and devices.
+    """
+    if config.data.mode == "cached":
+        return CachedSamples(open_cache(config, model), threads=config.data.reader_threads)
+    device = encoder_device(config, local_rank=engine.local_rank, own=engine.device)
+    # Rank 0 reads the pictures, for all; and tells all if something is wrong with them.
+    planned: Any = None
+    if engine.is_main:
+        try:
+            planned = plan_online(config, model, console)
+        except InputError as error:
+            planned = str(error)
+    planned = engine.share(planned)
+    if isinstance(planned, str):
+        raise InputError(planned)
+    log.info("data.mode online: this process encodes on %s, nothing is cached", device)
+    threads = which_worker(os.environ).decode_threads
+    return OnlineSamples(config, model, planned, device=device, decode_threads=threads)
+
+
+def choose_order(config: Config, samples: Samples) -> OrderSettings:
     """What the order of a run that starts now depends on; one that is resumed keeps its own.
 
     Raises InputError if data.streams cannot share a global batch.
@@ -24,20 +55,20 @@ def choose_order(config: Config, cache: Cache) -> OrderSettings:
         seed=config.run.seed,
         global_batch_size=config.train.global_batch_size,
         weights={dataset.name: dataset.weight for dataset in config.data.datasets},
-        shards=hash_shards(cache.table.path, _training_samples(cache)),
+        shards=hash_shards(samples.table.path, _training_samples(samples)),
         streams=config.data.streams,
     )
 
 
-def _training_samples(cache: Cache) -> np.ndarray:
+def _training_samples(samples: Samples) -> np.ndarray:
     """Samples of each shard, 0 for those held out."""
-    return np.where(cache.table.split == TRAIN, cache.table.samples, 0)
+    return np.where(samples.table.split == TRAIN, samples.table.samples, 0)
 
 
-def open_stream(config: Config, engine: Engine, cache: Cache, state: RunState) -> BatchStream:
+def open_stream(config: Config, engine: Engine, samples: Samples, state: RunState) -> BatchStream:
     """This rank's micro-batches from the run's place in the order. Raises InputError if there is nothing to train."""
-    table = cache.table
-    order = Order(table.dataset, table.bucket, _training_samples(cache), state.order)
+    table = samples.table
+    order = Order(table.dataset, table.bucket, _training_samples(samples), state.order)
     micro = config.train.micro_batch_size
     if micro == "auto":
         micro = 1
@@ -48,20 +79,19 @@ def open_stream(config: Config, engine: Engine, cache: Cache, state: RunState) -
         state.order.global_batch_size,
         engine.world_size,
     )
+    policy = RowPolicy(
+        mask_choice=config.data.mask_choice,
+        caption_dropout=config.data.captions.dropout,
+        mask_dropout=config.data.mask_dropout,
+        max_bad_samples=config.guard.max_bad_samples,
+    )
     return BatchStream(
-        cache,
+        samples.manifest,
         order,
+        samples.open_rows(order, policy, state.replaced),
         rank=engine.rank,
         world_size=engine.world_size,
         micro_batch_size=micro,
-        policy=RowPolicy(
-            mask_choice=config.data.mask_choice,
-            caption_dropout=config.data.captions.dropout,
-            mask_dropout=config.data.mask_dropout,
-            max_bad_samples=config.guard.max_bad_samples,
-        ),
-        replaced=state.replaced,
         start=state.batch,
-        threads=config.data.reader_threads,
         pin_memory=engine.device.type == "cuda",
     )

@@ -22,7 +22,7 @@ from accelerate.utils import (
     ParallelismConfig,
 )
 from torch import Tensor, nn
-from torch.distributed import all_gather_object, all_reduce, broadcast
+from torch.distributed import all_gather_object, all_reduce, broadcast, broadcast_object_list
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -132,6 +132,7 @@ class Engine:
         self._accelerator = self._start_accelerator(config)
         self.rank = self._accelerator.process_index
         self.world_size = self._accelerator.num_processes
+        self.local_rank = self._accelerator.local_process_index
         self.device = self._accelerator.device
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if self.world_size != started:
@@ -313,6 +314,13 @@ class Engine:
         items: list = [None] * self.world_size
         all_gather_object(items, item)
         return items
+
+    def share(self, item: Any) -> Any:
+        """Rank 0's item on every rank."""
+        items = [item]
+        if self.world_size > 1:
+            broadcast_object_list(items, device=self.device)
+        return items[0]
 
     def sum(self, value: float) -> float:
         """The sum of every rank's number, on every rank."""

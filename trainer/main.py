@@ -14,10 +14,9 @@ if __name__ == "__main__":
     if code := run_and_report(check_command_line):
         sys.exit(code)
 
-from data.manifest import open_cache
 from data.micro_batch import unpack_mask
 from data.model_folder import find_model
-from trainer.batches import choose_order, open_stream
+from trainer.batches import choose_order, open_samples, open_stream
 from trainer.ema import Ema
 from trainer.engine import start_engine
 from trainer.finish import export_and_verify
@@ -37,16 +36,16 @@ def train(arguments: list[str] | None = None) -> int:
     engine = start_engine(config)  # the processes; the engine that was asked for, or an error
     console = configure_logging(engine)
     model = find_model(config.model.base)
-    cache = open_cache(config, model)  # the VAE and the text encoders did their work in data/
-    order = choose_order(config, cache)  # of the samples: fixed for the run
+    samples = open_samples(config, model, engine, console)  # the VAE's and the text encoders' work is that of data/
+    order = choose_order(config, samples)  # in which they come: fixed for the run
     transformer = build_transformer(config, model, engine)  # 384 inputs; all of it trains, or an adapter
     transformer = engine.prepare(transformer, partial(build_optimizer, train=config.train))
     ema = Ema(engine.local_slices(), config.train.ema_decay)
     state = resume(config, resume_from, engine, ema, order)
-    stream = open_stream(config, engine, cache, state)
+    stream = open_stream(config, engine, samples, state)
     log = RunLog(config, engine, state, console)
     saver = Saver(config, engine, ema, stream)
-    validator = Validator(config, engine, model, cache)
+    validator = Validator(config, engine, model, samples)
     if validation_is_due(config, 0) and state.step == 0:
         log.validation(validator.run(engine.plain_transformer, 0))
 

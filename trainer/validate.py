@@ -1,7 +1,7 @@
 """Watching a run: the real FluxFillPipeline with the live weights, on held-out pictures and a few trained ones.
 
-Text comes from the cache, so neither text encoder is loaded. All ranks sample in lockstep, the same number of calls
-each; every item has noise of its own, so a picture does not depend on who samples it.
+Text comes with the samples, so neither text encoder is needed here. All ranks sample in lockstep, the same number of
+calls each; every item has noise of its own, so a picture does not depend on who samples it.
 """
 
 import logging
@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from configs.schema import Config
 from data.encode import decode_latents, load_vae
 from data.geometry import Bucket, Pixels
-from data.manifest import HOLDOUT, TRAIN, Cache, Manifest, parse_bucket
-from data.micro_batch import MicroBatch, bytes_of, row_fields
+from data.manifest import HOLDOUT, TRAIN
+from data.micro_batch import MicroBatch
 from data.noise import draw_noise
 from data.picture_grid import save_grid
-from data.shard_reader import ShardReader
-from data.validation_items import ValidationItem, read_validation_items
+from data.samples import Samples, WatchedSample
+from data.validation_items import ValidationItem
 from trainer.engine import Engine
 from trainer.flow import flow_loss, mix_noise
 from trainer.flux import pack_latents, predict_velocity
@@ -84,8 +84,7 @@ def validation_is_due(config: Config, step: int) -> bool:
 class Validator:
     """Samples and measures the watched items; built once, before the first step. Holds nothing if validation is off."""
 
-    def __init__(self, config: Config, engine: Engine, model: Path, cache: Cache) -> None:
-        manifest, table = cache.manifest, cache.table
+    def __init__(self, config: Config, engine: Engine, model: Path, samples: Samples) -> None:
         self._engine, self._flow, self._sampler_steps = engine, config.flow, config.validation.sampler_steps
         self._folder = config.run.folder / "samples"
         self._items: list[_Item] = []
@@ -93,16 +92,13 @@ class Validator:
             return  # never due: the VAE need not be loaded
         self._vae = load_vae(model, device=engine.device, dtype=engine.compute_dtype)
         self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(model, subfolder="scheduler")
-        reader = ShardReader(cache.folder, manifest, table)
         watched = [
-            entry
+            sample
             for split in (HOLDOUT, TRAIN)
-            for entry in read_validation_items(cache.folder, split=split, count=config.validation.images)
+            for sample in samples.watched(split=split, count=config.validation.images)
         ]
-        shards = {str(path): number for number, path in enumerate(table.path)}
         self._items = [
-            _Item(number, item, pixels, _read_rows(reader, manifest, shards[item.shard], item, number))
-            for number, (item, pixels) in enumerate(watched)
+            _Item(number, sample.item, sample.pixels, _rows_of(sample, number)) for number, sample in enumerate(watched)
         ]
         self._chunks = _chunk(self._items)
         self._ceilings = self._vae_figures()
@@ -238,17 +234,20 @@ def _noise_key(item: ValidationItem) -> int:
     return xxhash.xxh3_64_intdigest(item.key.encode()) >> 1
 
 
-def _read_rows(reader: ShardReader, manifest: Manifest, shard: int, item: ValidationItem, number: int) -> MicroBatch:
-    """One stored sample (its first mask variant) as a micro-batch of one, with the item's fixed noise."""
-    bucket = parse_bucket(str(reader.table.bucket[shard]))
-    fields = row_fields(bucket, manifest)
-    tensors: dict[str, Any] = {field.name: torch.empty(1, *field.shape, dtype=field.dtype) for field in fields}
-    stored = {field.name: bytes_of(tensors[field.name]) for field in fields if field.is_stored}
-    reader.read(shard, item.row, stored)
-    rows = MicroBatch(bucket, is_last=True, **tensors)
-    rows.uniform[:], rows.weight[:], rows.position[:] = 0.5, 1, number
-    draw_noise(_NOISE_SEED, _noise_key(item), rows.noise.numpy())
-    return rows
+def _rows_of(sample: WatchedSample, number: int) -> MicroBatch:
+    """One sample as a micro-batch of one, with the item's fixed noise."""
+    stored: dict[str, Any] = {name: tensor.unsqueeze(0) for name, tensor in sample.tensors.items()}
+    noise = torch.empty(1, 16, *sample.bucket.latent_size)
+    draw_noise(_NOISE_SEED, _noise_key(sample.item), noise.numpy())
+    return MicroBatch(
+        sample.bucket,
+        is_last=True,
+        noise=noise,
+        uniform=torch.full((1,), 0.5, dtype=torch.float64),
+        weight=torch.ones(1),
+        position=torch.tensor([number]),
+        **stored,
+    )
 
 
 def _stack(chunk: Sequence[_Item]) -> MicroBatch:

@@ -19,6 +19,7 @@ from data.order import Order, OrderSettings, hash_shards
 from data.reader import BatchStream
 from data.row_filler import ReplacedRow, RowPolicy
 from data.shard_reader import DamagedShard, ShardReader
+from data.shard_rows import ShardRows
 from data.shards import index_path
 
 SEED = 11
@@ -32,7 +33,10 @@ SHARDS = [
 ]
 
 
-def open_stream(cache, *, size=7, rank=0, world_size=1, micro=2, streams=1, **options):
+def open_stream(
+    cache, *, size=7, rank=0, world_size=1, micro=2, streams=1, start=0, depth=3, pin_memory=False, **options
+):
+    """options: of ShardRows."""
     table = cache.table
     samples = np.where(table.split == TRAIN, table.samples, 0)
     weights = dict.fromkeys(table.dataset.tolist(), 1.0)
@@ -40,7 +44,17 @@ def open_stream(cache, *, size=7, rank=0, world_size=1, micro=2, streams=1, **op
         seed=SEED, global_batch_size=size, weights=weights, shards=hash_shards(table.path, samples), streams=streams
     )
     order = Order(table.dataset, table.bucket, samples, settings)
-    return BatchStream(cache, order, rank=rank, world_size=world_size, micro_batch_size=micro, **options)
+    return BatchStream(
+        cache.manifest,
+        order,
+        ShardRows(cache, order, **options),
+        rank=rank,
+        world_size=world_size,
+        micro_batch_size=micro,
+        start=start,
+        depth=depth,
+        pin_memory=pin_memory,
+    )
 
 
 def copy_of(rows: MicroBatch) -> MicroBatch:

@@ -50,7 +50,7 @@ def write(cache, numbers, split="holdout"):
 
 def test_all_held_out_and_a_few_training_samples_are_watched(plans_and_indexes):
     plans, indexes = plans_and_indexes
-    chosen = choose_validation_items(plans, indexes, count=5)
+    chosen = choose_validation_items(plans, count=5)
     splits = [item.split for item, _ in chosen]
     assert splits == ["holdout"] * 6 + ["train"] * 5
     for item, sample in chosen:
@@ -61,12 +61,12 @@ def test_all_held_out_and_a_few_training_samples_are_watched(plans_and_indexes):
 
 
 def test_who_is_watched_hangs_on_the_pictures_alone(plans_and_indexes):
-    plans, indexes = plans_and_indexes
-    chosen = choose_validation_items(plans, indexes, count=5)
-    assert choose_validation_items(plans[::-1], indexes[::-1], count=5) == chosen
+    plans, _ = plans_and_indexes
+    chosen = choose_validation_items(plans, count=5)
+    assert choose_validation_items(plans[::-1], count=5) == chosen
     trained = sorted(sample.triple.target_content for plan in plans if plan.split == "train" for sample in plan.samples)
     assert [sample.triple.target_content for item, sample in chosen if item.split == "train"] == trained[:5]
-    assert chosen[:6] == choose_validation_items(plans, indexes, count=0)
+    assert chosen[:6] == choose_validation_items(plans, count=0)
 
 
 def test_items_come_back_with_their_pixels(tmp_path):

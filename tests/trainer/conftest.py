@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from configs.schema import Config
-    from data.manifest import Cache
     from data.micro_batch import MicroBatch
+    from data.samples import CachedSamples
     from trainer.engine import Engine
 
 TEXT_LENGTH = 64
@@ -120,11 +120,12 @@ def config(tiny_model: Path, triples: Path, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="session")
-def cache(config: "Config", tiny_model: Path) -> "Cache":
-    """The config's cache."""
+def samples(config: "Config", tiny_model: Path) -> "CachedSamples":
+    """Those of the config's cache."""
     from data.manifest import open_cache
+    from data.samples import CachedSamples
 
-    return open_cache(config, tiny_model)
+    return CachedSamples(open_cache(config, tiny_model))
 
 
 @pytest.fixture(scope="session")

@@ -164,13 +164,13 @@ def train_and_watch_reads(arguments: list[str]) -> list[int]:
     from trainer.main import train
 
     read: list[int] = []
-    fill = RowFiller.fill
+    begin = RowFiller.begin
 
-    def watched(self, rows, place, *, position, **where):
+    def watched(self, rows, place, position):
         read.append(position)
-        fill(self, rows, place, position=position, **where)
+        return begin(self, rows, place, position)
 
-    RowFiller.fill = watched
+    RowFiller.begin = watched
     train(arguments)
     return read
 

@@ -25,14 +25,14 @@ def run(config, tmp_path):
 
 
 @pytest.fixture
-def start(run, engine, cache):
+def start(run, engine, samples):
     """start(step, restarts): a run log and its stream, as a process that begins there has them."""
     opened = []
 
     def begin(step: int, restarts: int = 0):
-        order = choose_order(run, cache)
+        order = choose_order(run, samples)
         state = RunState(step=step, batch=step, skips=0, restarts=restarts, order=order)
-        stream = open_stream(run, engine, cache, state)
+        stream = open_stream(run, engine, samples, state)
         log = RunLog(run, engine, state, Console(file=io.StringIO()))
         opened.extend([stream, log])
         return log, stream, state
@@ -145,11 +145,11 @@ def test_tensorboard_shows_each_step_once_after_a_resume(run, start):
     assert shown == {1: 0.5, 2: 0.5, 3: 0.5, 4: 0.25, 5: 0.25, 6: 0.25, 7: 0.25}
 
 
-def test_a_terminal_gets_a_bar_and_its_end(run, engine, cache):
+def test_a_terminal_gets_a_bar_and_its_end(run, engine, samples):
     screen = io.StringIO()
-    order = choose_order(run, cache)
+    order = choose_order(run, samples)
     state = RunState(step=0, batch=0, skips=0, restarts=0, order=order)
-    stream = open_stream(run, engine, cache, state)
+    stream = open_stream(run, engine, samples, state)
     log = RunLog(run, engine, state, Console(file=screen, force_terminal=True, width=100))
     advance(log, stream, state, [GOOD])
     log.close()

@@ -17,7 +17,7 @@ REPLACED = tuple(
 
 
 @pytest.fixture
-def saved(config, cache, engine, tmp_path):
+def saved(config, samples, engine, tmp_path):
     """Makes a checkpoint of a run in the given order: (config of the run, its checkpoint's folder)."""
 
     def save(order, replaced=()):
@@ -43,18 +43,18 @@ def saved(config, cache, engine, tmp_path):
         ({"shards": "0" * 32}, r"data\.cache holds other training samples than when the run began"),
     ],
 )
-def test_another_order_of_the_samples_is_refused(config, cache, engine, saved, change, problem):
-    run, folder = saved(replace(choose_order(config, cache), **change))
+def test_another_order_of_the_samples_is_refused(config, samples, engine, saved, change, problem):
+    run, folder = saved(replace(choose_order(config, samples), **change))
     with pytest.raises(InputError, match=rf"{folder}: another order of the samples:\n  {problem}\nSet them back"):
-        resume(run, "auto", engine, Ema([], None), choose_order(config, cache))
+        resume(run, "auto", engine, Ema([], None), choose_order(config, samples))
 
 
-def test_a_run_keeps_its_streams_and_blocks(config, cache, engine, saved, monkeypatch):
+def test_a_run_keeps_its_streams_and_blocks(config, samples, engine, saved, monkeypatch):
     """Chosen for the machines it began on; the samples' order outlives them."""
     monkeypatch.setattr("trainer.run_state.load_tensors", lambda *_: None)
-    before = replace(choose_order(config, cache), streams=2, block_shards=3)
+    before = replace(choose_order(config, samples), streams=2, block_shards=3)
     run, _ = saved(before, replaced=REPLACED[:2])
-    state = resume(run, "auto", engine, Ema([], None), choose_order(config, cache))
+    state = resume(run, "auto", engine, Ema([], None), choose_order(config, samples))
     assert state.order == before
     assert state.replaced == REPLACED[:2]
     assert (state.step, state.restarts) == (3, 1)
@@ -77,14 +77,14 @@ class Ranks:
         return self.of_each
 
 
-def test_replaced_rows_of_all_ranks_are_told_once_and_in_order(config, cache):
-    state = RunState(step=3, batch=3, skips=0, restarts=1, order=choose_order(config, cache), replaced=REPLACED[:1])
+def test_replaced_rows_of_all_ranks_are_told_once_and_in_order(config, samples):
+    state = RunState(step=3, batch=3, skips=0, restarts=1, order=choose_order(config, samples), replaced=REPLACED[:1])
     ranks = Ranks([REPLACED[0], REPLACED[3]], [REPLACED[0], REPLACED[2]], [REPLACED[0], REPLACED[1]])
     assert gather_replaced(config, ranks, state, ranks) == replace(state, replaced=REPLACED)
 
 
-def test_ranks_that_together_replaced_too_many_stop_together(config, cache):
-    state = RunState(step=3, batch=3, skips=0, restarts=0, order=choose_order(config, cache))
+def test_ranks_that_together_replaced_too_many_stop_together(config, samples):
+    state = RunState(step=3, batch=3, skips=0, restarts=0, order=choose_order(config, samples))
     ranks = Ranks(
         [ReplacedRow(n, "a.tar", n, n + 1) for n in range(9)], [ReplacedRow(50, "b.tar", n, 9) for n in range(8)]
     )

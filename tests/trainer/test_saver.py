@@ -21,7 +21,7 @@ def heard(caplog, monkeypatch):
 
 
 @pytest.fixture
-def make(config, engine, cache, tmp_path):
+def make(config, engine, samples, tmp_path):
     """Makes (state, saver, parameter) of a run that trains one matrix: `make("key=value", ...)`."""
     from configs.loading import dump_config, load_config
     from trainer.batches import choose_order, open_stream
@@ -37,8 +37,8 @@ def make(config, engine, cache, tmp_path):
         model = torch.nn.Linear(8, 4, bias=False)
         model.device = torch.device("cpu")
         engine.prepare(model, lambda parameters: torch.optim.AdamW(parameters))
-        state = RunState(step=10, batch=10, skips=0, restarts=0, order=choose_order(run, cache))
-        return state, Saver(run, engine, Ema([], None), open_stream(run, engine, cache, state)), model.weight
+        state = RunState(step=10, batch=10, skips=0, restarts=0, order=choose_order(run, samples))
+        return state, Saver(run, engine, Ema([], None), open_stream(run, engine, samples, state)), model.weight
 
     return start
 

@@ -35,10 +35,10 @@ def transformer(tiny_model):
 
 
 @pytest.fixture(scope="module")
-def line(named, engine, tiny_model, cache, transformer) -> dict:
+def line(named, engine, tiny_model, samples, transformer) -> dict:
     """One validation, at step 3, of the run "validated"."""
     transformer.train()
-    return Validator(named("validated"), engine, tiny_model, cache).run(transformer, 3)
+    return Validator(named("validated"), engine, tiny_model, samples).run(transformer, 3)
 
 
 def items_of(config, split: str, count: int) -> list[tuple[dict, dict[str, Image.Image]]]:
@@ -144,30 +144,30 @@ def test_figures_are_those_of_a_pipeline_called_from_scratch(line, config, pipel
 
 
 def test_figures_do_not_depend_on_how_items_are_chunked(
-    line, named, engine, tiny_model, cache, transformer, monkeypatch
+    line, named, engine, tiny_model, samples, transformer, monkeypatch
 ):
     monkeypatch.setattr(validate, "_SAMPLED_AT_ONCE", 0)  # one by one
-    again = Validator(named("one-by-one"), engine, tiny_model, cache).run(transformer, 3)
+    again = Validator(named("one-by-one"), engine, tiny_model, samples).run(transformer, 3)
     for split in SPLITS:
         assert again[split] == pytest.approx(line[split], abs=1e-3)
 
 
 def test_weights_of_the_regions_do_not_change_the_reported_loss(
-    line, named, engine, tiny_model, cache, transformer, config
+    line, named, engine, tiny_model, samples, transformer, config
 ):
     """Runs that weigh the hole otherwise stay comparable."""
     flow = config.flow.model_copy(update={"hole_weight": 5.0, "keep_weight": 0.1})
-    again = Validator(named("weighted", flow=flow), engine, tiny_model, cache).run(transformer, 3)
+    again = Validator(named("weighted", flow=flow), engine, tiny_model, samples).run(transformer, 3)
     assert again["holdout"]["loss_sigma_0.5"] == line["holdout"]["loss_sigma_0.5"]
 
 
-def test_no_text_encoder_is_loaded(named, engine, tiny_model, cache, monkeypatch):
+def test_no_text_encoder_is_loaded(named, engine, tiny_model, samples, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a text encoder was loaded")
 
     for name in ("T5EncoderModel", "CLIPTextModel", "AutoTokenizer"):
         monkeypatch.setattr(getattr(transformers, name), "from_pretrained", refuse)
-    Validator(named("no-text"), engine, tiny_model, cache)
+    Validator(named("no-text"), engine, tiny_model, samples)
 
 
 @pytest.mark.parametrize("every, due", [(None, []), (4, [0, 4, 8, 10]), (5, [0, 5, 10]), (100, [0, 10])])

@@ -1,0 +1,100 @@
+"""Samples through the encoders, batch by batch, beside whatever else their devices do."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configs.errors import InputError
+from configs.schema import CaptionsConfig
+from data.caption_texts import CaptionTensors, CaptionTexts
+from data.encode import HostCopy, collate_pixels, encode_pixels
+from data.geometry import Pixels
+from data.load_encoders import Encoders
+from data.shard_plan import PlannedSample
+from data.shards import NotFinite
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """A batch on its way to the host.
+
+    latents, masked_latents: bf16 [B, 16, h, w].  finite: bool [B], whether both are.  masks: uint8 [H, W/8] of each,
+    bit-packed rows.  texts: of each; None where none was asked for.
+    """
+
+    samples: Sequence[PlannedSample]
+    latents: HostCopy
+    masked_latents: HostCopy
+    finite: HostCopy
+    masks: Sequence[np.ndarray]
+    texts: Sequence[CaptionTensors | None]
+
+    def wait(self) -> list[dict[str, Tensor]]:
+        """What a shard would store of each sample, by name, once it is there. Raises NotFinite if an encoder failed."""
+        latents, masked_latents = self.latents.wait(), self.masked_latents.wait()
+        for sample, finite in zip(self.samples, self.finite.wait().tolist(), strict=True):
+            if not finite:
+                raise NotFinite(
+                    f"the latents of {sample.triple.target} hold NaN or infinity. Look at the model's files, at the "
+                    "GPU, and at this sample's pictures."
+                )
+        return [
+            {
+                "latents": latents[row],
+                "masked_latents": masked_latents[row],
+                "mask": torch.from_numpy(self.masks[row]),
+                **(text.wait() if text is not None else {}),
+            }
+            for row, text in enumerate(self.texts)
+        ]
+
+
+class BatchEncoder:
+    """Encodes on streams of its own: on a GPU that trains too, the two take turns instead of waiting for each other.
+
+    For one thread at a time.
+    """
+
+    def __init__(self, encoders: Encoders, captions: CaptionsConfig) -> None:
+        self._vae = encoders.vae
+        self._texts = CaptionTexts(encoders.text, captions)
+        parts = (encoders.vae, encoders.text.clip, encoders.text.t5)
+        devices = {part.device for part in parts if part.device.type == "cuda"}
+        for device in devices:
+            torch.cuda.synchronize(device)  # the weights were put there on another stream
+        self._streams = [torch.cuda.Stream(device) for device in devices]
+
+    def encode(
+        self, samples: Sequence[PlannedSample], pixels: Sequence[Pixels], *, with_text: Sequence[bool]
+    ) -> EncodedBatch:
+        """Queue a batch of one bucket, without waiting for the device.
+
+        with_text: whether a sample's caption is wanted.  Raises InputError if the device has no memory for it.
+        """
+        try:
+            with ExitStack() as streams:
+                for stream in self._streams:
+                    streams.enter_context(torch.cuda.stream(stream))
+                batch = collate_pixels([[each] for each in pixels], pin=self._vae.device.type == "cuda")
+                encoded = encode_pixels(self._vae, batch)
+                latents, masked_latents = encoded.latents, encoded.masked_latents[0]
+                return EncodedBatch(
+                    samples,
+                    HostCopy(latents.bfloat16().contiguous()),  # convolutions may leave the channels last
+                    HostCopy(masked_latents.bfloat16().contiguous()),
+                    HostCopy((torch.isfinite(latents) & torch.isfinite(masked_latents)).flatten(1).all(dim=1)),
+                    [np.packbits(each.mask, axis=1) for each in pixels],
+                    [
+                        self._texts.get(sample.triple.caption) if wanted else None
+                        for sample, wanted in zip(samples, with_text, strict=True)
+                    ],
+                )
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"{self._vae.device} has no memory left to encode {len(samples)} pictures at once ({error}). Lower "
+                "data.encode_batch_size, or give the encoders a device of their own by data.encoder_devices."
+            ) from error

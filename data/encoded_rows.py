@@ -1,0 +1,162 @@
+"""Rows that are encoded when they are needed, a few batches ahead of the training:
+
+    threads of their own    decode pictures, draw what is random about a row
+    a thread of its own     queue a batch's work on the encoders' device, never waiting for it
+    a thread of its own     wait for the tensors, put them into their places
+
+What goes through the VAE together is a matter of the order and data.encode_batch_size, never of time: the rows of whole
+micro-batches, of one global batch and one rank. So a resumed run encodes what an undisturbed one would.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from configs.errors import InputError
+from configs.schema import DataConfig
+from data.batch_encoder import BatchEncoder, EncodedBatch
+from data.decode_samples import in_batches, load_pixels
+from data.geometry import Pixels
+from data.micro_batch import Rows, Slot, bytes_of
+from data.row_filler import ReplacedRow, RowFiller
+from data.row_source import PlannedMicroBatch
+from data.shard_plan import PlannedSample, ShardPlan
+from data.shard_reader import Buffers, DamagedSample
+
+
+@dataclass(frozen=True)
+class _DecodedRow:
+    """A row that is to be encoded.  out: where its tensors go, by name; those that are not there are not wanted."""
+
+    sample: PlannedSample
+    pixels: Pixels
+    out: Buffers
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A micro-batch in the making.  decoded: a row each, None where it only fills up.  ready: when all is in place."""
+
+    decoded: Sequence["Future[_DecodedRow | None]"]
+    ready: "Future[None]"
+
+
+class EncodedRows:
+    """Planned shards as a RowSource: row i of a shard is sample i of its plan.
+
+    threads: that decode.
+    """
+
+    def __init__(
+        self,
+        plans: Sequence[ShardPlan],
+        num_variants: Mapping[str, int],
+        encoder: BatchEncoder,
+        filler: RowFiller,
+        data: DataConfig,
+        *,
+        threads: int,
+    ) -> None:
+        self._plans, self._num_variants, self._data = plans, num_variants, data
+        self._encoder, self._filler = encoder, filler
+        self._decoding = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self._delivering = ThreadPoolExecutor(1, thread_name_prefix="deliver")
+        self._group: list[_Begun] = []
+
+    @property
+    def replaced(self) -> set[ReplacedRow]:
+        return self._filler.replaced
+
+    def key(self, shard: int, row: int) -> str:
+        return self._plans[shard].samples[row].key
+
+    def _group_size(self, width: int) -> int:
+        """Micro-batches that are encoded together."""
+        return max(1, self._data.encode_batch_size // width)
+
+    def least_depth(self, width: int) -> int:
+        # One group in use, one ahead of it, and one micro-batch so that the next can begin.
+        return 2 * self._group_size(width) + 1
+
+    def fill(self, planned: PlannedMicroBatch, slot: Slot, rows: Rows) -> list[Future[None]]:
+        decoded = [self._decoding.submit(self._decode, planned, slot, rows, place) for place in range(planned.width)]
+        begun = _Begun(decoded, Future())
+        self._group.append(begun)
+        # The last micro-batch of a global batch may be narrower; the width of the others decides.
+        if planned.is_last or len(self._group) == self._group_size(planned.width):
+            self._encoding.submit(self._encode, self._group)
+            self._group = []
+        return [begun.ready]
+
+    # --- decoding
+
+    def _decode(self, planned: PlannedMicroBatch, slot: Slot, rows: Rows, place: int) -> _DecodedRow | None:
+        slot.wait_until_free()
+        wanted = planned.at(place)
+        if wanted is None:
+            rows.clear(place)
+            return None
+        plan = self._plans[wanted.shard]
+        out = self._filler.begin(rows, place, wanted.position)
+        variant = self._filler.choose_variant(
+            self._num_variants[plan.dataset], row=wanted.row, turn=wanted.turn, position=wanted.position
+        )
+        row, pixels = self._filler.first_whole(
+            lambda row: self._load(plan.samples[row], variant),
+            shard=plan.path,
+            num_samples=len(plan.samples),
+            row=wanted.row,
+            position=wanted.position,
+        )
+        return _DecodedRow(plan.samples[row], pixels, out)
+
+    def _load(self, sample: PlannedSample, variant: int) -> Pixels:
+        try:
+            return load_pixels(sample, self._data)[variant]
+        except InputError as error:
+            raise DamagedSample(str(error)) from error
+
+    # --- encoding
+
+    def _encode(self, group: Sequence[_Begun]) -> None:
+        """Queue the work of a group of micro-batches on the device; what fails is told to all of them."""
+        try:
+            decoded = [row for begun in group for future in begun.decoded if (row := future.result()) is not None]
+            encoded = [
+                (
+                    run,
+                    self._encoder.encode(
+                        [row.sample for row in run],
+                        [row.pixels for row in run],
+                        with_text=["t5" in row.out for row in run],
+                    ),
+                )
+                for run in in_batches(decoded, self._data.encode_batch_size)
+            ]
+        except BaseException as error:
+            _fail(group, error)
+            return
+        self._delivering.submit(self._deliver, group, encoded)
+
+    def _deliver(self, group: Sequence[_Begun], encoded: Iterable[tuple[Sequence[_DecodedRow], EncodedBatch]]) -> None:
+        try:
+            for run, batch in encoded:
+                for row, tensors in zip(run, batch.wait(), strict=True):
+                    for name, buffer in row.out.items():
+                        buffer[:] = bytes_of(tensors[name])
+        except BaseException as error:
+            _fail(group, error)
+            return
+        for begun in group:
+            begun.ready.set_result(None)
+
+    def close(self) -> None:
+        """Waits for what is being encoded, and for nothing that is yet to come."""
+        for pool in (self._decoding, self._encoding, self._delivering):
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _fail(group: Sequence[_Begun], error: BaseException) -> None:
+    for begun in group:
+        begun.ready.set_exception(error)

@@ -1,0 +1,171 @@
+"""Training without a cache: the samples that preprocessing would plan, encoded while a run trains on them.
+
+The plan is preprocessing's own, so the order, the noise and, up to rounding, the tensors are those of the cached run; a
+run may go on in the other mode. Nothing of it is written but what was found out about the pictures (data/scan.py).
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from configs.errors import InputError
+from configs.schema import Config
+from data.batch_encoder import BatchEncoder
+from data.cache_head import describe_samples
+from data.constants import encode_blank, encode_empty_text
+from data.decode_samples import in_batches, load_pixels
+from data.encoded_rows import EncodedRows
+from data.geometry import Bucket
+from data.load_encoders import Encoders, load_encoders
+from data.manifest import ShardTable, parse_bucket
+from data.micro_batch import bytes_of
+from data.model_folder import encoder_fingerprints
+from data.order import Order
+from data.preprocess import Job, make_plan
+from data.preprocess_report import open_progress
+from data.row_filler import ReplacedRow, RowFiller, RowPolicy
+from data.samples import WatchedSample
+from data.shard_plan import ShardPlan
+from data.validation_items import choose_validation_items, num_watched
+from data.which_worker import Worker
+
+
+def encoder_device(config: Config, *, local_rank: int, own: torch.device) -> torch.device:
+    """Where a training process encodes: one of data.encoder_devices, dealt in turn, or its own device.
+
+    Raises InputError if a device that is named there is not here.
+    """
+    named = config.data.encoder_devices
+    count = torch.cuda.device_count()
+    for name in named or []:
+        if name != "cpu" and torch.device(name).index >= count:
+            there = f"{count} ({', '.join(f'cuda:{n}' for n in range(count))})" if count else "none"
+            raise InputError(
+                f"data.encoder_devices names {name}, but of CUDA devices there are here: {there}. Name another, or "
+                "remove the key to encode on the GPU that trains."
+            )
+    return torch.device(named[local_rank % len(named)]) if named else own
+
+
+def plan_online(config: Config, model: Path, console: Console) -> list[ShardPlan]:
+    """The shards that preprocessing would make. Raises InputError that lists what is wrong with the pictures."""
+    with open_progress(console, Worker()) as progress:
+        return make_plan(Job(config, model, encoder_fingerprints(model)), progress)
+
+
+class OnlineSamples:
+    """Planned samples, encoded when they are needed. The encoders are loaded with the first of them.
+
+    device: of the encoders, where data.encoders does not say otherwise.  decode_threads: of this process.
+    """
+
+    def __init__(
+        self, config: Config, model: Path, plans: Sequence[ShardPlan], *, device: torch.device, decode_threads: int
+    ) -> None:
+        self.manifest = describe_samples(config, model, encoder_fingerprints(model), plans, hole_fractions={})
+        self.table = _table_of(plans)
+        self._config, self._model, self._plans = config, model, plans
+        self._device, self._decode_threads = device, decode_threads
+
+    @cached_property
+    def _encoders(self) -> Encoders:
+        placed = self._config.data.encoders
+        on_device = {part: str(self._device) for part in ("vae", "clip", "t5") if getattr(placed, part) == "auto"}
+        with _all_ranks_load():
+            return load_encoders(self._model, placed.model_copy(update=on_device), device_index=0)
+
+    @cached_property
+    def _encoder(self) -> BatchEncoder:
+        return BatchEncoder(self._encoders, self._config.data.captions)
+
+    def open_rows(self, order: Order, policy: RowPolicy, replaced: Iterable[ReplacedRow]) -> EncodedRows:
+        captions = self._config.data.captions
+        filler = RowFiller(
+            order.settings.seed,
+            policy,
+            empty_text=_bytes_of(encode_empty_text(self._encoders, captions)) if policy.caption_dropout else {},
+            blanks={bucket: self._blank(bucket) for bucket in _buckets_of(order)} if policy.mask_dropout else {},
+            replaced=replaced,
+        )
+        return EncodedRows(
+            self._plans,
+            self.manifest.mask_variants,
+            self._encoder,
+            filler,
+            self._config.data,
+            threads=self._decode_threads,
+        )
+
+    def _blank(self, bucket: Bucket) -> dict[str, memoryview]:
+        mask = memoryview(b"\xff" * (bucket.height * bucket.width // 8))
+        return _bytes_of(encode_blank(self._encoders, bucket)) | {"mask": mask}
+
+    def watched(self, *, split: str, count: int) -> list[WatchedSample]:
+        """Raises InputError, naming the file, if one cannot be decoded."""
+        chosen = [
+            (item, sample)
+            for item, sample in choose_validation_items(self._plans, count=num_watched(self._config.data.holdout))
+            if item.split == split
+        ][:count]
+        pixels = [load_pixels(sample, self._config.data)[0] for _, sample in chosen]
+        by_bucket: dict[Bucket, list[int]] = defaultdict(list)
+        for place, (_, sample) in enumerate(chosen):
+            by_bucket[sample.bucket].append(place)
+        tensors: dict[int, dict[str, Tensor]] = {}
+        for places in by_bucket.values():
+            for run in in_batches(places, self._config.data.encode_batch_size):
+                batch = self._encoder.encode(
+                    [chosen[place][1] for place in run],
+                    [pixels[place] for place in run],
+                    with_text=[True] * len(run),
+                )
+                tensors |= zip(run, batch.wait(), strict=True)
+        return [
+            WatchedSample(item, pixels[place], sample.bucket, tensors[place])
+            for place, (item, sample) in enumerate(chosen)
+        ]
+
+
+def _buckets_of(order: Order) -> list[Bucket]:
+    return [parse_bucket(name) for name in order.buckets]
+
+
+def _bytes_of(tensors: Mapping[str, Tensor]) -> dict[str, memoryview]:
+    return {name: bytes_of(tensor.cpu().contiguous()) for name, tensor in tensors.items()}
+
+
+def _table_of(plans: Sequence[ShardPlan]) -> ShardTable:
+    """The shards as a cache would list them, without what only a written one has."""
+    return ShardTable(
+        path=np.array([plan.path for plan in plans]),
+        dataset=np.array([plan.dataset for plan in plans]),
+        bucket=np.array([str(plan.bucket) for plan in plans]),
+        split=np.array([plan.split for plan in plans]),
+        samples=np.array([len(plan.samples) for plan in plans], dtype=np.int64),
+        bytes=np.zeros(len(plans), dtype=np.int64),
+        sha256=np.full(len(plans), ""),
+        plan=np.array([plan.plan for plan in plans]),
+    )
+
+
+@contextmanager
+def _all_ranks_load() -> Iterator[None]:
+    """transformers takes its part in FSDP's loading from the environment: only the first rank of a machine would get
+    the text encoders' weights, the others random numbers."""
+    name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
