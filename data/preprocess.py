@@ -42,7 +42,7 @@ def preprocess(config: Config, console: Console) -> None:
 
     Raises InputError for whatever the user can mend: shards finished by then stay, parts of one do not.
     """
-    cache, captions = config.data.cache, config.data.captions
+    cache, captions = config.data.cache_folder, config.data.captions
     model = find_model(config.model.base)
     encoders = encoder_fingerprints(model)
     text_width = int(read_part_number(model, "text_encoder_2", "d_model"))

@@ -14,7 +14,7 @@ if __name__ == "__main__":
     if code := run_and_report(check_command_line):
         sys.exit(code)
 
-from data.manifest import open_cache
+from data.cache import open_cache
 from data.micro_batch import unpack_mask
 from data.model_folder import find_model
 from trainer.batches import choose_order, open_stream

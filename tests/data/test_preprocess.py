@@ -17,8 +17,9 @@ from rich.console import Console
 from safetensors.torch import load, load_file
 
 from configs.errors import InputError
+from data.cache import open_cache
 from data.encode import encode_samples
-from data.manifest import EMPTY_TEXT, open_cache, read_manifest, read_shard_table
+from data.manifest import EMPTY_TEXT, read_manifest, read_shard_table
 from data.pictures import load_mask
 from data.preprocess import main, preprocess
 from data.shards import index_path, read_index

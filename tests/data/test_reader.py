@@ -465,7 +465,7 @@ def test_a_forgotten_stream_leaves_no_file(make_cache):
 def test_few_shards_stay_open(make_cache, make_sample, monkeypatch):
     monkeypatch.setattr("data.shard_reader._OPEN_SHARDS", 2)
     cache = make_cache([("a", "32x32", 2)] * 12)
-    reader = ShardReader(cache.folder, cache.manifest, cache.table)
+    reader = ShardReader(cache)
     wrong = []
 
     def read_all(shift):
@@ -499,12 +499,12 @@ def one_shard(make_cache):
     """(cache, path, index) of a single shard of five samples, two texts and two variants."""
     cache = make_cache(ONE_SHARD, num_variants=2)
     path = cache.folder / str(cache.table.path[0])
-    return cache, path, ShardReader(cache.folder, cache.manifest, cache.table).shard(0).index
+    return cache, path, ShardReader(cache).shard(0).index
 
 
 def read_everything(cache):
     """Every member of the first shard, as bytes. Raises what the reader raises."""
-    reader, manifest = ShardReader(cache.folder, cache.manifest, cache.table), cache.manifest
+    reader, manifest = ShardReader(cache), cache.manifest
     bucket = parse_bucket(str(cache.table.bucket[0]))
     h, w = bucket.latent_size
     sizes = {
@@ -562,7 +562,7 @@ def test_a_cut_shard_is_named(one_shard, where):
 
 def test_a_shard_that_is_cut_while_it_is_read_is_named(one_shard):
     cache, path, index = one_shard
-    reader = ShardReader(cache.folder, cache.manifest, cache.table)
+    reader = ShardReader(cache)
     out = np.empty(16 * 6 * 8 * 2, np.uint8)
     reader.read(0, 0, {"latents": memoryview(out)})
     os.truncate(path, int(index.latents[3, 0]) + 100)
@@ -609,7 +609,7 @@ def test_a_storage_that_fails_for_a_while_costs_time_alone(one_shard, no_waits, 
 
 def test_a_stale_handle_is_opened_anew(one_shard, no_waits, monkeypatch):
     cache, _, _ = one_shard
-    reader = ShardReader(cache.folder, cache.manifest, cache.table)
+    reader = ShardReader(cache)
     stale, works = int(reader.shard(0).handle), os.preadv
 
     def fail_if_stale(handle, *arguments):
@@ -627,7 +627,7 @@ def test_a_stale_handle_is_opened_anew(one_shard, no_waits, monkeypatch):
 
 def test_a_disk_that_keeps_failing_is_named(one_shard, no_waits, monkeypatch):
     cache, _, _ = one_shard
-    reader = ShardReader(cache.folder, cache.manifest, cache.table)
+    reader = ShardReader(cache)
     reader.shard(0)
 
     def fail(*_):
@@ -640,7 +640,7 @@ def test_a_disk_that_keeps_failing_is_named(one_shard, no_waits, monkeypatch):
 
 def test_members_side_by_side_are_read_by_one_call(one_shard, monkeypatch):
     cache, _, _ = one_shard
-    reader, calls, works = ShardReader(cache.folder, cache.manifest, cache.table), [], os.preadv
+    reader, calls, works = ShardReader(cache), [], os.preadv
     sizes = {"latents": 1536, "masked_latents": 1536, "mask": 384}
     out = {name: memoryview(bytearray(size)) for name, size in sizes.items()}
     monkeypatch.setattr("data.shard_reader._MAX_GAP", 1024)  # these members are small
@@ -732,7 +732,7 @@ def test_a_stream_does_not_pass_over_what_it_cannot_read(make_cache):
 def damage(cache, *rows, part="latents", shard=0):
     """Flip a bit in a member of some rows of a shard."""
     path = cache.folder / str(cache.table.path[shard])
-    index = ShardReader(cache.folder, cache.manifest, cache.table).shard(shard).index
+    index = ShardReader(cache).shard(shard).index
     data = bytearray(path.read_bytes())
     for row in rows:
         place = {

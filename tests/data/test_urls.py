@@ -1,34 +1,7 @@
-import http.server
-import threading
-
 import pytest
 
 from configs.errors import InputError
 from data.urls import check_url, open_url
-
-
-@pytest.fixture
-def serve(monkeypatch):
-    """Starts a server on this machine: `serve(handler)` -> its URL. Plain http is allowed as long as the test runs."""
-    monkeypatch.setattr("configs.urls.SCHEMES", ("https", "s3", "gs", "http"))
-    servers = []
-
-    def start(get):
-        class Handler(http.server.BaseHTTPRequestHandler):
-            do_GET = get  # noqa: N815
-
-            def log_message(self, *_):
-                pass
-
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
 
 
 def test_a_file_is_read_from_a_server(serve):
