@@ -17,7 +17,7 @@ from data.manifest import (
 )
 from data.remote_head import fetch_head
 from data.shard_copies import ShardCopies
-from data.sources import listed
+from data.source_items import listed
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,12 @@
 
 The plan comes first and is a pure function of the pictures, so an interrupted job goes on where it stopped: a shard
 with an index is whole, one made from other pictures is made anew, one no longer planned is deleted. manifest.json comes
-last and goes first: a cache that has it is complete. One process does the work; a second one is refused.
+last and goes first: a cache that has it is complete.
 
-    fluxfill preprocess CONFIG.yaml [key=value ...]
+Any number of processes do it together, started in any way and at any time: each takes shards that nobody has, one
+completes the cache when all are there, and all of them end when it is complete.
+
+    fluxfill preprocess CONFIG.yaml [key=value ...] [--worker I --workers N] [--dry-run]
     accelerate launch data/preprocess.py --config CONFIG.yaml [key=value ...]
 """
 
@@ -12,130 +15,233 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 
 from configs.errors import InputError
 from configs.loading import load_config
-from configs.schema import Config, DataConfig
-from data.cache_head import delete_unplanned, describe_cache, is_current, shard_table
-from data.cache_lock import lock_cache
+from configs.schema import Config
+from data.backlog import Backlog, read_finished
+from data.cache_head import delete_unplanned, describe_cache, is_current
+from data.constants import constants_are_there, write_constants
+from data.crew import Crew, join_crew
 from data.decode_samples import load_pixels
-from data.encode import TextEncoders, load_text_encoders, load_vae
-from data.encode_shards import encode_shard, read_finished, write_constants
+from data.dry_run import bytes_by_part, measure, print_bytes, print_counts, print_hours
+from data.encode_shards import encode_shards
 from data.library_noise import quiet_libraries
-from data.manifest import write_manifest
+from data.load_encoders import Encoders, load_encoders
+from data.manifest import FORMAT_VERSION, read_shard_table, write_manifest
 from data.model_folder import encoder_fingerprints, find_model, read_part_number
 from data.plan_samples import plan_samples
-from data.preprocess_report import open_progress, print_report
+from data.preprocess_report import Waiting, open_progress, print_report
+from data.scan import delete_copies
 from data.shard_plan import ShardPlan, plan_shards
-from data.shards import ShardIndex
+from data.share_plan import agree_on_plan
+from data.stored_text import text_bytes
 from data.validation_items import choose_validation_items, write_validation_items
+from data.which_worker import Worker, which_worker
+
+CREW_FOLDER = "crew"  # in the cache, while somebody works on it
+_CONSTANTS, _HEAD, _SHARD_CLAIMS = "constants", "head", "shards."  # what can be claimed
+
+_ALONE = Worker()
 
 
-def preprocess(config: Config, console: Console) -> None:
-    """Bring data.cache up to date with the datasets, model and settings of a config; touch nothing if it is.
+@dataclass(frozen=True)
+class Job:
+    """What is to be encoded, by which model.  encoders: part -> fingerprint."""
+
+    config: Config
+    model: Path
+    encoders: dict[str, str]
+
+    @property
+    def encoding(self) -> dict[str, object]:
+        """What shapes the tensors besides the pictures and captions."""
+        data = self.config.data
+        int8 = {"t5_precision": "int8"} if data.encoders.t5_precision == "int8" else {}
+        text = {"text_length": data.captions.text_length, "text_dtype": data.captions.text_dtype}
+        return {"encoders": dict(self.encoders), **text, **int8}
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What workers on one cache must agree in: all that shapes the plan."""
+        data = self.config.data.model_dump(mode="json", exclude=_FREE_KEYS)
+        keys = {f"data.{key}": value for key, value in data.items()}
+        return {"format": FORMAT_VERSION, **{f"model's {part}": print for part, print in self.encoders.items()}, **keys}
+
+    @property
+    def text_bytes(self) -> int:
+        """Of one caption's tensors."""
+        t5_width = int(read_part_number(self.model, "text_encoder_2", "d_model"))
+        captions = self.config.data.captions
+        return text_bytes(captions.text_length, t5_width, captions.text_dtype)
+
+
+# Of the data section, what each worker may have as it likes, and what concerns training alone.
+_FREE_KEYS: Any = {
+    "cache": True,
+    "copies_gib": True,
+    "encode_batch_size": True,
+    "encoders": {"vae", "clip", "t5"},
+    "reader_threads": True,
+    "streams": True,
+    "mask_choice": True,
+    "mask_dropout": True,
+    "captions": {"dropout"},
+    "datasets": {"__all__": {"weight"}},
+}
+
+
+def preprocess(config: Config, console: Console, worker: Worker = _ALONE) -> None:
+    """Bring data.cache up to date with the datasets, model and settings of a config, together with whoever else does;
+    touch nothing if it is. Returns when the cache is complete.
 
     Raises InputError for whatever the user can mend: shards finished by then stay, parts of one do not.
     """
-    cache, captions = config.data.cache_folder, config.data.captions
+    cache = config.data.cache_folder
     model = find_model(config.model.base)
-    encoders = encoder_fingerprints(model)
-    text_width = int(read_part_number(model, "text_encoder_2", "d_model"))
-    num_encoded = 0
-    with open_progress(console) as progress:
-        plans = plan_shards(
-            plan_samples(config, progress),
-            size_limit=config.data.shard_size_mib << 20,
-            text_bytes=captions.text_length * (text_width + 4 if captions.text_dtype == "int8" else text_width * 2),
-            encoding={
-                "encoders": encoders,
-                "text_length": captions.text_length,
-                "text_dtype": captions.text_dtype,
-            },
-        )
-        indexes = _read_all_finished(cache, plans)
-        if indexes is None or not is_current(cache, *describe_cache(config, model, encoders, plans, indexes)):
-            with lock_cache(cache):
-                # A manifest speaks of a whole cache: there is none while anything in it changes.
-                (cache / "manifest.json").unlink(missing_ok=True)
-                num_encoded = _encode_unfinished(cache, plans, model, config.data, progress)
-                delete_unplanned(cache, plans)
-                indexes = _read_all_finished(cache, plans)
-                if indexes is None:
-                    raise RuntimeError(f"{cache}: shards that were just written are gone")
-                _write_validation_pictures(cache, plans, indexes, config.data, progress)
-                write_manifest(cache, *describe_cache(config, model, encoders, plans, indexes))
-    print_report(console, cache, shard_table(plans, indexes), num_encoded=num_encoded)
+    job = Job(config, model, encoder_fingerprints(model))
+    try:
+        with join_crew(cache / CREW_FOLDER, job.settings) as crew, open_progress(console, worker) as progress:
+            before = _manifest_stamp(cache)
+            plans = agree_on_plan(crew, partial(_make_plan, job, progress), waiting=Waiting(progress))
+            backlog = Backlog(cache, plans, crew, worker)
+            _encode_what_is_left(job, plans, backlog, crew, worker, progress)
+            _complete(job, plans, crew, progress, before=before)
+    finally:
+        with suppress(OSError):
+            cache.rmdir()  # if nothing came of it
+    print_report(console, cache, read_shard_table(cache), worker, num_encoded=backlog.num_encoded)
 
 
-def _encode_unfinished(
-    cache: Path, plans: Sequence[ShardPlan], model: Path, data: DataConfig, progress: Progress
-) -> int:
-    """Write the constants and every shard that is not there yet; returns how many samples were encoded.
+def dry_run(config: Config, console: Console, worker: Worker = _ALONE) -> None:
+    """Print what `preprocess` would do: pictures and shards by dataset, bucket and split, bytes by part, and hours,
+    measured on a batch of each size. Writes no shard and claims none.
+
+    Raises InputError as `preprocess` does.
+    """
+    data = config.data
+    model = find_model(config.model.base)
+    job = Job(config, model, encoder_fingerprints(model))
+    with open_progress(console, worker) as progress:
+        plans = _make_plan(job, progress)
+    todo = [plan for plan in plans if read_finished(data.cache_folder, plan) is None]
+    print_counts(console, data.cache_folder, plans, todo)
+    print_bytes(console, bytes_by_part(plans, text_bytes=job.text_bytes))
+    if todo:
+        encoders = load_encoders(model, data.encoders, device_index=worker.device_index)
+        print_hours(console, measure(todo, encoders, data, worker, console), worker)
+
+
+def _make_plan(job: Job, progress: Progress) -> list[ShardPlan]:
+    return plan_shards(
+        plan_samples(job.config, progress),
+        size_limit=job.config.data.shard_size_mib << 20,
+        text_bytes=job.text_bytes,
+        encoding=job.encoding,
+    )
+
+
+def _encode_what_is_left(
+    job: Job, plans: Sequence[ShardPlan], backlog: Backlog, crew: Crew, worker: Worker, progress: Progress
+) -> None:
+    """Take part until every shard is there, and the constants. Waits for what others have in work: they may die.
 
     Raises one InputError that lists all pictures at fault, once every shard without one is written.
     """
-    todo = [plan for plan in plans if read_finished(cache, plan) is None]
-    num_samples = sum(len(plan.samples) for plan in todo)
-    bar = progress.add_task("encoding", total=num_samples)
-    vae, text_encoders = _load_encoders(model)
-    write_constants(cache, vae, text_encoders, {plan.bucket for plan in plans}, data)
-    problems = []
-    for plan in todo:
-        try:
-            encode_shard(cache, plan, vae, text_encoders, data, advance=partial(progress.advance, bar))
-        except InputError as error:
-            problems.append(str(error))
-    if problems:
-        raise InputError("\n".join(problems))
-    return num_samples
+    data = job.config.data
+    buckets = sorted({plan.bucket for plan in plans})
+    bar = progress.add_task("encoding", total=backlog.num_samples)
+    backlog.advance = partial(progress.advance, bar)
+    encoders: Encoders | None = None  # loaded once there is something to encode: T5 takes a minute
+    waiting = Waiting(progress)
+    while True:
+        constants = constants_are_there(data.cache_folder, buckets, job.encoding)
+        if not constants and crew.claim(_CONSTANTS):
+            encoders = encoders or load_encoders(job.model, data.encoders, device_index=worker.device_index)
+            (data.cache_folder / "manifest.json").unlink(missing_ok=True)
+            write_constants(data.cache_folder, encoders, buckets, job.encoding, data.captions)
+            crew.release(_CONSTANTS)
+            constants = True
+        shards = backlog.claim_shards()
+        if first := next(shards, None):
+            encoders = encoders or load_encoders(job.model, data.encoders, device_index=worker.device_index)
+            claimed = chain([first], shards)
+            encode_shards(data.cache_folder, claimed, backlog, encoders, data, threads=worker.decode_threads)
+        elif constants and not backlog.remaining:
+            break
+        else:
+            waiting(backlog.waiting_for())
+    backlog.raise_problems()
 
 
-def _write_validation_pictures(
-    cache: Path, plans: Sequence[ShardPlan], indexes: Sequence[ShardIndex], data: DataConfig, progress: Progress
+def _complete(
+    job: Job, plans: Sequence[ShardPlan], crew: Crew, progress: Progress, *, before: tuple[int, int] | None
 ) -> None:
-    chosen = choose_validation_items(plans, indexes, count=max(data.holdout, 8))
+    """Give the cache its head when everything else is there: one worker does, the others wait for it.
+
+    before: the manifest's stamp when this worker came; another one now is by this crew.
+    """
+    cache = job.config.data.cache_folder
+    waiting = Waiting(progress)
+    while _manifest_stamp(cache) in (None, before):
+        # Who is still at a shard took it for unfinished: it will see that it is not, or write the same bytes again.
+        if crew.claim(_HEAD):
+            if not crew.others_claim(_SHARD_CLAIMS):
+                return _write_head(job, plans, progress)
+            crew.release(_HEAD)
+        waiting(f"{crew.holder(_HEAD) or 'another worker'}, which completes the cache")
+
+
+def _manifest_stamp(cache: Path) -> tuple[int, int] | None:
+    """What tells one manifest from another; None if there is none."""
+    try:
+        status = (cache / "manifest.json").stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _write_head(job: Job, plans: Sequence[ShardPlan], progress: Progress) -> None:
+    cache, config = job.config.data.cache_folder, job.config
+    indexes = [index for plan in plans if (index := read_finished(cache, plan))]
+    if len(indexes) < len(plans):
+        raise RuntimeError(f"{cache}: shards that were just written are gone")
+    head = describe_cache(config, job.model, job.encoders, plans, indexes)
+    if is_current(cache, *head):
+        return delete_copies(cache)
+    (cache / "manifest.json").unlink(missing_ok=True)
+    delete_unplanned(cache, plans)
+    chosen = choose_validation_items(plans, indexes, count=max(config.data.holdout, 8))
     bar = progress.add_task("validation pictures", total=len(chosen))
-    pictures = ((item, load_pixels(sample, data)[0]) for item, sample in chosen)
+    pictures = ((item, load_pixels(sample, config.data)[0]) for item, sample in chosen)
     write_validation_items(cache, pictures, advance=lambda: progress.advance(bar))
-
-
-def _load_encoders(model: Path) -> tuple[torch.nn.Module, TextEncoders]:
-    """VAE in fp32 (latents are the training target), text encoders in bf16 on a GPU as FLUX is used, fp32 on a CPU."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
-    text_dtype = torch.bfloat16 if cuda else torch.float32
-    vae = load_vae(model, device=device, dtype=torch.float32)
-    return vae, load_text_encoders(model, device=device, dtype=text_dtype)
-
-
-def _read_all_finished(cache: Path, plans: Sequence[ShardPlan]) -> list[ShardIndex] | None:
-    """The indexes of all planned shards, or None if one is not finished."""
-    indexes = []
-    for plan in plans:
-        if (index := read_finished(cache, plan)) is None:
-            return None
-        indexes.append(index)
-    return indexes
+    write_manifest(cache, *head)
+    delete_copies(cache)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `accelerate launch data/preprocess.py`; returns the exit code."""
     parser = argparse.ArgumentParser(description="Encode the datasets of a config into its cache.")
     parser.add_argument("--config", type=Path, required=True, help="the run's YAML file")
+    parser.add_argument("--worker", type=int, help="this worker, from 0; with --workers")
+    parser.add_argument("--workers", type=int, help="how many there are")
+    parser.add_argument("--dry-run", action="store_true", help="say what it would do, how large and how long")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example data.resolution=[512]")
     options = parser.parse_args(arguments)
-    if os.environ.get("RANK", "0") != "0":
-        return 0  # accelerate launch starts a process per GPU, and the first does all of the work
-    console = Console()
     quiet_libraries()
     try:
-        preprocess(load_config(options.config, options.overrides), console)
+        worker = which_worker(os.environ, worker=options.worker, workers=options.workers)
+        run = dry_run if options.dry_run else preprocess
+        run(load_config(options.config, options.overrides), Console(), worker)
     except InputError as error:
         Console(stderr=True, soft_wrap=True).print(str(error), style="red", markup=False, highlight=False)
         return 2

@@ -14,10 +14,10 @@ from rich.console import Console
 from configs.errors import InputError
 from configs.schema import Config
 from data.atomic_write import fsync_folder
-from data.cache_lock import lock_cache
+from data.crew import join_crew
 from data.manifest import ShardTable, read_manifest, read_shard_table, refuse_other_settings
 from data.model_folder import find_model
-from data.preprocess import preprocess
+from data.preprocess import CREW_FOLDER, preprocess
 from data.shards import index_path, rebuild_index
 from data.verify import CheckedCache
 from data.verify_shard import Problem, WholeTar
@@ -45,7 +45,9 @@ def repair_cache(config: Config, checked: CheckedCache, console: Console) -> lis
     cache that `verify` judges rightly and preprocessing completes. Raises InputError for what the user can mend.
     """
     cache = config.data.cache_folder
-    with lock_cache(cache):
+    with join_crew(cache / CREW_FOLDER, {"work": "repair"}) as crew:
+        if other := next(iter(crew.others()), None):
+            raise InputError(f"data.cache {cache}: {other} is at work in it. Wait for it or stop it.")
         for whole in checked.rebuildable:
             index = index_path(Path(whole.path)).as_posix()
             _quarantine(cache, [index], [problem for problem in checked.problems if problem.path == index])

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import secrets
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -32,6 +33,10 @@ from configs.errors import InputError
 from data.atomic_write import fsync_folder, write_atomically
 
 _BLOCK = 512  # tar's unit: one header block per member, data padded to whole blocks
+
+
+class NotFinite(InputError):
+    """An encoder gave NaN or infinity: trained on, it would be in every weight a step later."""
 
 
 @dataclass(frozen=True)
@@ -154,14 +159,15 @@ class _HashingFile(io.RawIOBase):
 class ShardWriter:
     """Writes one shard: `add_text` before the samples that use it, `add_sample`, then `finish`.
 
-    The tar grows as <path>.part and gets its name in `finish`; its index comes last, so a shard with an index is done.
-    Its bytes depend on what is stored alone (no times, no user, no paths, no order of arrival).
+    The tar grows as <path>.<random>.part and gets its name in `finish`; its index comes last, so a shard with an index
+    is done. Its bytes depend on what is stored alone (no times, no user, no paths, no order of arrival).
     """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._part = path.with_name(f"{path.name}.part")
+        # Of its own name: a worker that was taken for dead may still write when another makes the shard anew.
+        self._part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
         self._sink = _HashingFile(self._part)
         self._tar = TarWriter(self._sink, encoder=False, mtime=0, user="fluxfill", group="fluxfill")
         self._offset = 0
@@ -192,7 +198,7 @@ class ShardWriter:
         """Store a caption's tensors under `text`, once: `pooled` bf16 [P], `t5` bf16 [L, D] (or int8 with `t5_scale`
         fp32 [L]).
 
-        Raises ValueError if they are not finite.
+        Raises NotFinite if they are not.
         """
         self._refuse_non_finite(text, **tensors)
         self._text_rows[text] = len(self._texts)
@@ -200,7 +206,7 @@ class ShardWriter:
         self._texts.append(self._add_member(text, "safetensors", data))
 
     def add_sample(self, sample: SampleTensors) -> None:
-        """Store a sample whose text was added before. Raises ValueError if its tensors are not finite."""
+        """Store a sample whose text was added before. Raises NotFinite if its tensors are not."""
         self._refuse_non_finite(sample.key, latents=sample.latents)
         member = self._add_member(sample.key, "safetensors", save({"latents": sample.latents.contiguous()}))
         variants = []
@@ -221,7 +227,10 @@ class ShardWriter:
     def _refuse_non_finite(self, key: str, **tensors: Tensor) -> None:
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
-                raise ValueError(f"{self.path}: {name} of {key} holds NaN or infinity; the encoder failed on it")
+                raise NotFinite(
+                    f"{self.path}: {name} of {key} holds NaN or infinity: the encoder failed on it. Look at the "
+                    "picture and its caption; if others fail too, at the model's files and at the GPU."
+                )
 
     def finish(self, *, plan: str) -> ShardIndex:
         """Close the tar, give it its name, write its index. `plan`: 32 hex digits of what it was made from."""

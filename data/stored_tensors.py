@@ -40,7 +40,7 @@ def num_bytes(tensors: Tensors) -> int:
 
 
 def parse_header(data: bytes | memoryview) -> tuple[int, Mapping[str, dict]]:
-    """(bytes up to the first tensor, name -> {dtype, shape, data_offsets}) of a safetensors member's first bytes.
+    """(bytes up to the first tensor, name -> {dtype, shape, data_offsets}) of a safetensors file's first bytes.
 
     Raises ValueError if they are no header.
     """
@@ -49,6 +49,7 @@ def parse_header(data: bytes | memoryview) -> tuple[int, Mapping[str, dict]]:
         if length > MAX_HEADER:
             raise ValueError(f"a header of {length} bytes")
         entries = json.loads(bytes(data[8 : 8 + length]))
+        entries.pop("__metadata__", None)
         for entry in entries.values():
             entry["dtype"], entry["shape"], entry["data_offsets"][0]
     except (struct.error, KeyError, TypeError, AttributeError, IndexError) as error:

@@ -9,13 +9,18 @@ from torch import Tensor
 
 
 def store_text(t5: Tensor, pooled: Tensor, text_dtype: str) -> dict[str, Tensor]:
-    """A caption's fp32 tensors ([L, D] and [P]) as a text member holds them: `pooled` bf16, and `t5` bf16, or int8 with
-    `t5_scale` fp32 [L]."""
+    """Captions' fp32 tensors ([..., L, D] and [..., P]) as text members hold them: `pooled` bf16, and `t5` bf16, or
+    int8 with `t5_scale` fp32 [..., L]."""
     rest = {"pooled": pooled.bfloat16().contiguous()}
     if text_dtype == "int8":
         steps, scale = quantize_tokens(t5)
         return {"t5": steps, "t5_scale": scale} | rest
     return {"t5": t5.bfloat16().contiguous()} | rest
+
+
+def text_bytes(text_length: int, text_width: int, text_dtype: str) -> int:
+    """Of a caption's T5 tensors in a cache."""
+    return text_length * (text_width + 4 if text_dtype == "int8" else 2 * text_width)
 
 
 def quantize_tokens(t5: Tensor) -> tuple[Tensor, Tensor]:

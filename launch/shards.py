@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 from configs.errors import InputError
@@ -78,6 +86,59 @@ def verify(
     raise typer.Exit(code)
 
 
+@app.command()
+def show(
+    place: Place,
+    shard: Annotated[
+        str | None, typer.Option(metavar="NAME", help="This shard alone: its path below the folder, or the end of it.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write samples as pictures: .html (with these tables) or .png."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples in FILE, evenly spread.")] = 16,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="The model whose VAE decodes them; by default the config's model.base."),
+    ] = None,
+) -> None:
+    """What a cache holds: samples, bytes by part, captions, sizes of the holes; and samples as pictures.
+
+    Example: fluxfill shards show configs/fill_lora.yaml --out cache.html
+    """
+    cache = _cache_folder(place)
+    base = model or (None if Path(place).is_dir() else load_config(place, []).model.base)
+    if out is not None and (out.suffix not in {".html", ".png"} or not out.absolute().parent.is_dir()):
+        raise InputError(f"--out {out}: give a name that ends in .html or .png, in a folder that exists.")
+    if out is not None and base is None:
+        raise InputError("--out needs the VAE that encoded the cache: give --model, or a config in the folder's place.")
+    console = Console()
+    from data.cache_statistics import count_cache, find_shards
+    from data.manifest import read_manifest, read_shard_table
+    from data.statistics_report import print_statistics
+
+    manifest, table = read_manifest(cache), read_shard_table(cache)
+    rows = find_shards(table, shard)
+    with _counting(console, "indexes", len(rows)) as advance:
+        counted = count_cache(cache, manifest, table, rows, advance)
+    print_statistics(console, cache, manifest, counted)
+    if out is None or base is None:
+        return
+    from data.library_noise import quiet_libraries
+    from data.sample_sheet import decode_samples, load_cache_vae, save_page, save_sheet
+    from data.stored_samples import read_samples, spread_samples
+
+    quiet_libraries()
+    vae, chosen = load_cache_vae(base, manifest), spread_samples(table, rows, samples)
+    with _counting(console, "pictures", len(chosen)) as advance:
+        decoded = list(decode_samples(vae, read_samples(cache, table, chosen), advance))
+    if out.suffix == ".png":
+        save_sheet(out, decoded)
+    else:
+        save_page(out, cache, manifest, counted, decoded)
+    console.print(f"{out}: {len(decoded)} samples", **_PLAIN)
+
+
 def _print_verdict(console: Console, cache: Path, checked: "CheckedCache") -> int:
     """Say what was found; returns the exit code."""
     problems = [(problem.path, problem.member, problem.what) for problem in checked.problems]
@@ -110,3 +171,12 @@ def _reading(console: Console) -> Iterator[tuple[Callable[[int], None], Callable
     with Progress(TextColumn("{task.description:>20}"), BarColumn(), *columns, console=console) as progress:
         bar = progress.add_task("reading shards", total=None)
         yield (lambda total: progress.update(bar, total=total)), (lambda count: progress.advance(bar, count))
+
+
+@contextmanager
+def _counting(console: Console, what: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar of things: yields what advances it by one."""
+    columns = (MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True))
+    with Progress(TextColumn("{task.description:>20}"), BarColumn(), *columns, console=console) as progress:
+        bar = progress.add_task(what, total=total)
+        yield lambda: progress.advance(bar)

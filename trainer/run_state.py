@@ -149,16 +149,19 @@ def load_tensors(folder: Path, engine: Engine, ema: Ema, saved_by: dict) -> None
     moments: set[str] = set().union(*(part.moments for part in slices))
     bound = bound_state(engine)
     kinds = files.kinds() - {"weight", "ema"}
+    other_optimizer = f"{folder}: was saved with another train.optimizer. It must stay as it was, or start a new run."
     if (moments, bool(bound)) != (kinds, saved_by["bound"]):
-        raise InputError(
-            f"{folder}: was saved with another train.optimizer. It must stay as it was, or start a new run."
-        )
+        raise InputError(other_optimizer)
     if bound and saved_by["layout"] != engine.state_layout:
         raise InputError(
             f"{folder}: the 8-bit optimizer state was saved as {saved_by['layout']} and cannot be made into "
             f"{engine.state_layout}. Go on with the engine and number of processes that saved it, or start a new run "
             "with train.optimizer=adamw, whose state fits any."
         )
+    saved_bound = files.read_bound(0 if engine.state_layout == WHOLE else engine.rank) if bound else {}
+    shapes, saved_shapes = ({name: value.shape for name, value in kept.items()} for kept in (bound, saved_bound))
+    if shapes != saved_shapes:
+        raise InputError(other_optimizer)
     if ema.averages and "ema" not in files.kinds():
         raise InputError(f"{folder}: holds no moving average. Set train.ema_decay=null, or start a new run.")
     for part in slices:
@@ -168,9 +171,8 @@ def load_tensors(folder: Path, engine: Engine, ema: Ema, saved_by: dict) -> None
             moment.copy_(files.read(key, part.name, part.start, count))
         if ema.averages:
             ema.averages[part.name].copy_(files.read("ema", part.name, part.start, count))
-    if bound:
-        for name, value in files.read_bound(0 if engine.state_layout == WHOLE else engine.rank).items():
-            bound[name].copy_(value)
+    for name, value in saved_bound.items():
+        bound[name].copy_(value)
     for _, _, state in engine.optimizer_states():
         step = state.get("step")
         state["step"] = torch.full_like(step, saved_by["steps"]) if isinstance(step, Tensor) else saved_by["steps"]
@@ -178,7 +180,8 @@ def load_tensors(folder: Path, engine: Engine, ema: Ema, saved_by: dict) -> None
 
 
 def bound_state(engine: Engine) -> dict[str, Tensor]:
-    """Optimizer tensors that cannot be cut by element: 8-bit moments and their scales.
+    """Optimizer tensors that cannot be cut by element: 8-bit moments and their scales, Adafactor's rows and columns,
+    what Prodigy has learned of all weights.
 
     Not bitsandbytes' qmaps: the code book is a constant that all parameters share.
     """

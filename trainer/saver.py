@@ -20,10 +20,10 @@ from torch import Tensor
 from configs.loading import dump_config
 from configs.schema import CheckpointConfig, Config
 from data.reader import BatchStream
+from trainer.adapter import save_adapter
 from trainer.checkpoint import complete_checkpoints, flush_and_hash, prune_checkpoints, save_checkpoint, step_of
 from trainer.ema import Ema
 from trainer.engine import WHOLE, Engine
-from trainer.lora import save_adapter
 from trainer.run_state import RunState, bound_state, gather_replaced
 from trainer.state_files import rank_file, write_index, write_tensors
 

@@ -24,13 +24,13 @@ from data.geometry import Bucket, Pixels
 from data.manifest import HOLDOUT, TRAIN, Manifest, parse_bucket
 from data.micro_batch import MicroBatch, bytes_of, row_fields
 from data.noise import draw_noise
+from data.picture_grid import save_grid
 from data.shard_reader import ShardReader
 from data.validation_items import ValidationItem, read_validation_items
 from trainer.engine import Engine
 from trainer.flow import flow_loss, mix_noise
 from trainer.flux import pack_latents, predict_velocity
 from trainer.metrics import color_shift, hole_psnr, keep_psnr, paste_back, seam_error
-from trainer.picture_grid import save_grid
 
 log = logging.getLogger("fluxfill")
 

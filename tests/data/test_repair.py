@@ -1,5 +1,6 @@
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import signal
@@ -10,8 +11,9 @@ import pytest
 from rich.console import Console
 
 from configs.errors import InputError
+from data.crew import join_crew
 from data.manifest import EMPTY_TEXT, MANIFEST, SHARD_TABLE
-from data.preprocess import preprocess
+from data.preprocess import CREW_FOLDER, preprocess
 from data.repair import refuse_other_config, repair_cache
 from data.shards import index_path, read_index
 from data.verify import CheckedCache, verify_cache
@@ -35,7 +37,7 @@ def stored(folder: Path) -> dict[str, bytes]:
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and "quarantine" not in path.relative_to(folder).parts[0] and path.suffix != ".lock"
+        if path.is_file() and "quarantine" not in path.relative_to(folder).parts[0]
     }
 
 
@@ -123,9 +125,12 @@ def test_a_picture_alone_is_made_again(config):
 def test_preprocess_alone_notices_a_damaged_constant(config):
     folder = config.data.cache
     whole = stored(folder)
-    (folder / EMPTY_TEXT).write_bytes(b"damaged")
-    preprocess(config, QUIET)
-    assert stored(folder) == whole
+    flipped = bytearray(whole[EMPTY_TEXT])
+    flipped[-7] ^= 1
+    for damaged in (b"damaged", bytes(flipped)):
+        (folder / EMPTY_TEXT).write_bytes(damaged)
+        preprocess(config, QUIET)
+        assert stored(folder) == whole
 
 
 def test_a_tar_of_an_interrupted_job_without_index_is_moved_not_overwritten(config, cache):
@@ -163,43 +168,61 @@ def test_lost_pictures_leave_the_bad_shard_in_quarantine_and_the_rest_alone(conf
     assert verify(folder).problems == []
 
 
-class _Died(BaseException):
-    """As if the process had been killed at this place."""
+def _die_at(step: int, config):
+    """Repair, in a process that dies ahead of the given one of its renames and deletions."""
+    left = iter(range(step, -1, -1))
+
+    def dying(name):
+        real = getattr(Path, name)
+
+        def act(path, *arguments, **options):
+            if next(left) == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(path, *arguments, **options)
+
+        setattr(Path, name, act)
+
+    for name in ("rename", "replace", "unlink", "rmdir"):
+        dying(name)
+    repair_cache(config, verify(config.data.cache), QUIET)
 
 
-@pytest.mark.parametrize("killed_at", range(6))
-def test_a_repair_killed_at_any_step_is_judged_rightly_and_completed(config, cache, monkeypatch, killed_at):
-    """Renames and unlinks of a repair, up to the encoding: it dies ahead of each of them in turn."""
+@pytest.mark.parametrize("step", range(1, 8))
+def test_a_repair_killed_at_any_step_is_judged_rightly_and_completed(config, cache, step):
     folder = config.data.cache
     whole = stored(folder)
     bad, rebuilt = str(cache.table.path[0]), str(cache.table.path[1])
     flip(folder / bad, row=0)
     index_path(folder / rebuilt).write_bytes(b"<html>")
     damaged = (folder / bad).read_bytes()
-    left = iter(range(killed_at, -1, -1))
-
-    def dying(name):
-        real = getattr(Path, name)
-
-        def step(path, *arguments, **options):
-            if next(left, 0) == 0:
-                raise _Died
-            return real(path, *arguments, **options)
-
-        monkeypatch.setattr(Path, name, step)
-
-    for name in ("rename", "replace", "unlink"):
-        dying(name)
-    with pytest.raises(_Died):
-        repair_cache(config, verify(folder), QUIET)
-    monkeypatch.undo()
-    problems = {problem.path for problem in verify(folder).problems}
-    assert problems, "a cache in the middle of its repair passed"
+    process = multiprocessing.get_context("fork").Process(target=_die_at, args=(step, config))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert verify(folder).problems, "a cache in the middle of its repair passed"
     preprocess(config, QUIET)
     repair_cache(config, verify(folder), QUIET)
     assert verify(folder).problems == []
     assert stored(folder) == whole
     assert damaged in quarantined(folder).values(), "the damaged shard is gone"
+
+
+def test_a_repair_and_a_preprocess_keep_out_of_each_others_way(config):
+    folder = config.data.cache
+    (folder / EMPTY_TEXT).unlink()
+    checked = verify(folder)
+    with (
+        join_crew(folder / CREW_FOLDER, {"data.captions": 1}),
+        pytest.raises(InputError, match=r"data.cache .*: process \d+ on .* is at work in it. Wait for it or stop it"),
+    ):
+        repair_cache(config, checked, QUIET)
+    assert not (folder / "quarantine.jsonl").exists()
+    with join_crew(folder / CREW_FOLDER, {"work": "repair"}):
+        for work in (lambda: repair_cache(config, checked, QUIET), lambda: preprocess(config, QUIET)):
+            with pytest.raises(InputError, match=r"is at work in it. Wait for it or stop it"):
+                work()
+    repair_cache(config, checked, QUIET)
+    assert verify(folder).problems == []
 
 
 def _repair_in_a_process(config):

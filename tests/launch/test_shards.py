@@ -21,7 +21,7 @@ def run(*arguments: object):
     return CliRunner().invoke(app, ["shards", *map(str, arguments)], env={"COLUMNS": "200"})
 
 
-@pytest.mark.parametrize("command", ["verify"])
+@pytest.mark.parametrize("command", ["verify", "show"])
 def test_help_has_an_example(command):
     result = run(command, "--help")
     assert result.exit_code == 0
@@ -58,6 +58,13 @@ def test_verify_of_a_damaged_cache_ends_with_1_and_a_table_and_repair_with_0(con
     [
         (["verify", "nowhere"], "nowhere: neither a folder nor a config (.yaml)"),
         (["verify", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
+        (["show", "nowhere"], "nowhere: neither a folder nor a config (.yaml)"),
+        (["show", "."], "no manifest.json, so no finished cache is there"),
+        (["show", ".", "--out", "x.pdf"], "--out x.pdf: give a name that ends in .html or .png"),
+        (
+            ["show", ".", "--out", "no/x.png"],
+            "--out no/x.png: give a name that ends in .html or .png, in",
+        ),
         (["verify", "."], ": no cache is there. Give the folder that `fluxfill preprocess CONFIG` wrote"),
     ],
 )
@@ -74,3 +81,25 @@ def test_repair_by_the_config_of_another_cache_is_refused(config, tmp_path):
     result = run("verify", tmp_path / "cache", "--repair", other)
     assert result.exit_code == 2
     assert "--repair: data.cache is" in result.stderr
+
+
+def test_show_prints_tables_and_writes_pictures(config, cache, tmp_path):
+    result = run("show", tmp_path / "cache", "--shard", cache.table.path[0])
+    assert result.exit_code == 0, result.output
+    assert f"stored for {cache.table.samples[0]} samples" in result.output
+    for out, arguments in (("a.png", (config,)), ("a.html", (tmp_path / "cache", "--model", cache_model(config)))):
+        result = run("show", *arguments, "--out", tmp_path / out, "--samples", 3)
+        assert result.exit_code == 0, result.output
+        assert f"{tmp_path / out}: 3 samples" in result.output
+        assert (tmp_path / out).stat().st_size > 5000
+
+
+def cache_model(config: Path) -> str:
+    return yaml.safe_load(config.read_text())["model"]["base"]
+
+
+def test_show_without_a_model_says_how_to_get_pictures(config, tmp_path):
+    result = run("show", tmp_path / "cache", "--out", tmp_path / "a.png")
+    assert result.exit_code == 2
+    assert "give --model, or a config in the folder's place" in result.stderr
+    assert not (tmp_path / "a.png").exists()

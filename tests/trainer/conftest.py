@@ -51,7 +51,7 @@ def load_triple(tiny_model: Path, triples: Path) -> "Callable[..., RealTriple]":
     import torch
     from PIL import Image
 
-    from data.encode import encode_captions, encode_pixels, load_text_encoders, load_vae
+    from data.encode import collate_pixels, encode_captions, encode_pixels, load_text_encoders, load_vae
     from data.geometry import Bucket, fit
     from data.micro_batch import MicroBatch
     from data.noise import draw_noise
@@ -67,7 +67,8 @@ def load_triple(tiny_model: Path, triples: Path) -> "Callable[..., RealTriple]":
         pictures = [Image.open(triples / role / target.name) for role in ("target", "mask", "source")]
         bucket = Bucket(height, width)
         pixels = fit(*pictures, bucket)
-        latents, masked_latents = encode_pixels(vae, [pixels])
+        encoded = encode_pixels(vae, collate_pixels([[pixels]]))
+        latents, masked_latents = encoded.latents, encoded.masked_latents[0]
         text = encode_captions(encoders, [caption], text_length=TEXT_LENGTH)
         noise = torch.empty(1, 16, *bucket.latent_size)
         draw_noise(7, height * width, noise.numpy())
