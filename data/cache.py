@@ -1,5 +1,6 @@
 """A finished cache, opened for training: a folder, or a URL whose shards are copied to this node as they are needed."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from data.remote_head import fetch_head
 from data.shard_copies import ShardCopies
 from data.source_items import listed
 
+_PARALLEL, _CHUNK = 16, 256  # threads that look at shards, shards that one looks at in a go
+
 
 @dataclass(frozen=True)
 class Cache:
@@ -33,11 +36,11 @@ class Cache:
     copies: ShardCopies | None = None
 
 
-def open_cache(config: Config, model: Path) -> Cache:
+def open_cache(config: Config, model: Path, *, check_shards: bool = True) -> Cache:
     """The cache of a config, checked against the model that is to be trained on it, and for its shards to be there.
 
     Raises InputError that lists every setting and encoder in which they differ, or every shard that is missing or of
-    another size: a cut shard would else end an epoch early. Those of a remote cache are checked as they are fetched.
+    another size (one process of a run is enough to look). Those of a remote cache are checked as they are fetched.
     """
     data = config.data
     if isinstance(data.cache, Path):
@@ -57,18 +60,24 @@ def open_cache(config: Config, model: Path) -> Cache:
         return Cache(
             folder, manifest, table, ShardCopies(data.cache, data.local_cache, int(data.local_cache_gib * 2**30), table)
         )
-    _refuse_missing_shards(folder, table)
+    if check_shards:
+        _refuse_missing_shards(folder, table)
     return Cache(folder, manifest, table)
 
 
 def _refuse_missing_shards(folder: Path, table: ShardTable) -> None:
-    damaged = [
-        f"{folder / str(path)}: {found} bytes, the manifest says {size}"
-        if found is not None
-        else f"{folder / str(path)}: missing"
-        for path, size in zip(table.path, table.bytes, strict=True)
-        if (found := _size_of(folder / str(path))) != size
-    ]
+    def look(first: int) -> list[str]:
+        chunk = slice(first, first + _CHUNK)
+        return [
+            f"{folder / path}: missing"
+            if found is None
+            else f"{folder / path}: {found} bytes, the manifest says {size}"
+            for path, size in zip(table.path[chunk].tolist(), table.bytes[chunk].tolist(), strict=True)
+            if (found := _size_of(folder / path)) != size
+        ]
+
+    with ThreadPoolExecutor(_PARALLEL) as pool:  # a network filesystem answers many questions in the time of one
+        damaged = [problem for problems in pool.map(look, range(0, len(table), _CHUNK)) for problem in problems]
     if damaged:
         raise InputError(
             listed(damaged) + "\nRestore them, or run `fluxfill preprocess CONFIG` again: only those are encoded anew."

@@ -9,6 +9,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
 
 from data.blanks import read_blank, read_empty_text
 from data.cache import Cache
@@ -96,7 +99,12 @@ class BatchStream:
             replaced=replaced,
         )
         self._depth, self._threads = depth, threads
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="reader")
+        self._pool = ThreadPoolExecutor(
+            threads,
+            thread_name_prefix="reader",
+            # A thread that waits for a CUDA event would else make itself at home on the first GPU.
+            initializer=partial(torch.cuda.set_device, torch.cuda.current_device()) if pin_memory else None,
+        )
         slot_bytes = max(
             sum(field.slot_bytes(min(self.micro_batch_size(bucket), self._most_rows)) for field in fields)
             for bucket, fields in self._fields.items()
