@@ -353,6 +353,20 @@ def test_a_remote_cache_trains_as_its_folder_does(remote, tmp_path, limit_shards
         assert all(count == 1 for path, count in server.requests.items() if path.endswith(".tar"))
 
 
+def test_an_object_store_is_read_through_its_fsspec_driver(make_cache, tmp_path, monkeypatch):
+    import fsspec
+
+    monkeypatch.setattr("configs.urls.SCHEMES", ("https", "s3", "gs", "memory"))
+    monkeypatch.setattr("data.urls._EXTRAS", {"memory": "none"})
+    cache = make_cache(SHARDS)
+    fsspec.filesystem("memory").put(str(cache.folder), "/bucket/cache", recursive=True)
+    url = "memory://bucket/cache"
+    copies = copies_of(url, cache, tmp_path)
+    head = fetch_head(url, tmp_path / "node")
+    assert contents(open_stream(replace(cache, folder=head, copies=copies)), 6) == contents(open_stream(cache), 6)
+    fsspec.filesystem("memory").rm("/bucket", recursive=True)
+
+
 def test_a_closed_stream_holds_no_copy(remote, tmp_path):
     url, _, cache = remote
     copies = copies_of(url, cache, tmp_path)
