@@ -58,12 +58,12 @@ class Update:
 
 @dataclass(frozen=True)
 class LocalSlice:
-    """The part of one trained parameter whose fp32 state lies on this rank.
+    """The part of one trained parameter whose state lies on this rank.
 
     name: the parameter.  start: of the part, in the flattened parameter.  numel: of the whole parameter.
-    weight: fp32 [n], a view: writing to it changes the weight the optimizer works on (then call `engine.loaded`).
-    moments: the optimizer's fp32 state of the same elements, views too.  owned: this rank writes it to checkpoints (the
-    other ranks that hold the same part do not).
+    weight: [n], fp32, or bf16 by train.weights; a view: writing to it changes the weight the optimizer works on (then
+    call `engine.loaded`).  moments: the optimizer's state of the same elements, in the same dtype, views too.  owned:
+    this rank writes it to checkpoints (the other ranks that hold the same part do not).
     """
 
     name: str
@@ -391,6 +391,9 @@ class FsdpEngine(Engine):
         # the shards themselves, which share their memory with the DTensors.
         self._shards = {p: nn.Parameter(p.to_local().detach()) for p in trained(self._transformer)}
         self._optimizer = build_optimizer([shard for shard in self._shards.values() if shard.numel()])
+        mesh = next(iter(self._shards)).device_mesh
+        for group in self._optimizer.param_groups:  # of what is rounded at random: alike in copies, not in other shards
+            group["shard"] = mesh.get_local_rank(mesh.ndim - 1)
         # Kept from now on: after a forward pass without a backward (validation) the model holds its root whole.
         self._named = trained_parameters(self._transformer)
         return self._transformer
@@ -585,10 +588,12 @@ class ZeroEngine(Engine):
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """What model.precision computes in; auto: bf16 on a GPU, fp32 on a CPU. Over a quantized base always bf16."""
+    """What model.precision computes in; auto: bf16 on a GPU, fp32 on a CPU. Over weights that are quantized, or trained
+    in bf16, always bf16."""
     precision = config.model.precision
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
+        in_bf16 = device.type == "cuda" or config.train.weights == "bf16_stochastic"
+        precision = "bf16" if in_bf16 else "fp32"
     return torch.float32 if precision == "fp32" else torch.bfloat16
 
 

@@ -39,7 +39,7 @@ def train(arguments: list[str] | None = None) -> int:
     model = find_model(config.model.base)
     cache = open_cache(config, model)  # the VAE and the text encoders did their work in data/
     transformer = build_transformer(config, model, engine)  # 384 inputs; all of it trains, or an adapter
-    transformer = engine.prepare(transformer, partial(build_optimizer, train=config.train))
+    transformer = engine.prepare(transformer, partial(build_optimizer, train=config.train, seed=config.run.seed))
     ema = Ema(engine.local_slices(), config.train.ema_decay)
     state = resume(config, resume_from, engine, ema)
     stream = open_stream(config, engine, cache, state)

@@ -254,6 +254,62 @@ def test_8_bit_adamw_trains_and_resumes_exactly(launch, undisturbed, engine, num
     assert furthest(read_tensors(halves), read_tensors(whole)) == 0.0
 
 
+ROUNDED = ("train.weights=bf16_stochastic", "train.optimizer=adamw")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine, num_processes", [SINGLE, ("ddp", 2), ("fsdp2", 2), ("hsdp", 4)])
+def test_bf16_weights_train_near_fp32_and_go_on_bit_equal(launch, undisturbed, engine, num_processes):
+    name = f"rounded-{engine}-{num_processes}"
+    whole = launch(engine, num_processes, name, *ROUNDED)
+    assert read_losses(whole) == pytest.approx(read_losses(undisturbed(*SINGLE)), rel=0.03)
+    kept = {name.split("/")[0]: tensor.dtype for name, tensor in read_tensors(whole).items()}
+    bf16 = torch.bfloat16
+    assert kept == {"weight": bf16, "exp_avg": bf16, "exp_avg_sq": bf16, "ema": torch.float32}
+    halves = whole.parent / f"{name}-halves"
+    checkpoint = Path("checkpoints", f"step-{HALF:08d}")
+    shutil.copytree(whole / checkpoint, halves / checkpoint)
+    shutil.copy(whole / "metrics.jsonl", halves)
+    launch(engine, num_processes, halves.name, *ROUNDED)
+    assert read_losses(halves) == read_losses(whole)
+    assert furthest(read_tensors(halves), read_tensors(whole)) == 0.0
+
+
+@pytest.mark.slow
+def test_bf16_weights_go_on_under_another_engine_and_not_in_fp32(launch):
+    run = launch(*SINGLE, "rounded-changes", *ROUNDED)
+    shutil.rmtree(run / "checkpoints" / f"step-{STEPS:08d}")
+    before = read_losses(run)
+    with pytest.raises(AssertionError, match=r"holds weights in torch\.bfloat16.*train\.weights must stay"):
+        launch(*SINGLE, run.name, "train.optimizer=adamw")
+    launch("fsdp2", 3, run.name, *ROUNDED)
+    assert read_losses(run) == pytest.approx(before, rel=0.03)
+
+
+def train_and_add_up(arguments: list[str]) -> list[float]:
+    """The trainer; returns the sum of this rank's weights, each."""
+    from trainer import main
+
+    sums = []
+    main.export_and_verify = lambda config, engine, model, ema: sums.extend(
+        weight.double().sum().item() for weight in engine.plain_transformer.parameters()
+    )
+    main.train(arguments)
+    return sums
+
+
+@pytest.mark.slow
+def test_copies_of_bf16_weights_are_rounded_alike(launch, monkeypatch):
+    import tests.trainer.test_engines as this
+
+    seen, plain = [], this.run_ranks
+    monkeypatch.setattr(this, "train", train_and_add_up)
+    monkeypatch.setattr(this, "run_ranks", lambda *args, **kwargs: seen.extend(plain(*args, **kwargs)))
+    launch("ddp", 2, "rounded-copies", *ROUNDED, "train.steps=2", "train.warmup_steps=1")
+    assert len(seen) == 2 and len(seen[0]) > 100
+    assert seen[0] == seen[1]
+
+
 OPTIMIZERS = {"adafactor": ("train.optimizer=adafactor",), "prodigy": ("train.optimizer=prodigy", "train.lr=1")}
 
 
