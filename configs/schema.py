@@ -23,6 +23,7 @@ def _list_of_one(value: object) -> object:
     return [value] if isinstance(value, int) else value
 
 
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:\d+)$", examples=["cuda:1"])]
 PathText = Annotated[Path, BeforeValidator(_refuse_empty), Field(json_schema_extra={"minLength": 1})]
 
 
@@ -159,6 +160,27 @@ class CaptionsConfig(Section):
     text_length: Annotated[int, Field(strict=True, ge=16, le=512)] = 512
     """Tokens of T5's text; longer captions are cut, shorter ones padded."""
 
+    text_dtype: Literal["bf16", "int8"] = "bf16"
+    """How the cache stores T5's text. int8: half the bytes, with a scale per token; what that does to the trained model
+    has not been measured."""
+
+
+class EncodersConfig(Section):
+    """Where preprocessing runs the VAE and the text encoders: all on one device, or spread."""
+
+    vae: Device = "auto"
+    """Device of the VAE. auto: the process's own GPU (cpu if there is none); or cpu, cuda:0, cuda:1, ..."""
+
+    clip: Device = "auto"
+    """Device of CLIP. auto: as for the VAE."""
+
+    t5: Device = "auto"
+    """Device of T5, which takes 9.5 GB in bf16. auto: as for the VAE."""
+
+    t5_precision: Literal["auto", "int8"] = "auto"
+    """auto: bf16 on a GPU, fp32 on a CPU. int8: weights in 8 bits (bitsandbytes), for GPUs that hold no more; the text
+    tensors differ from those of bf16, so the cache says that it was so, and all workers must agree."""
+
 
 class DataConfig(Section):
     """The pictures, and the cache of encoded samples that is made from them."""
@@ -182,6 +204,13 @@ class DataConfig(Section):
     captions: CaptionsConfig = CaptionsConfig()
     """The text that goes with a picture."""
 
+    mask_choice: Literal["random", "cycle", "first"] = "random"
+    """Where samples have several masks. random: one drawn each time; cycle: each in turn, one an epoch; first: always
+    the first."""
+
+    mask_dropout: Fraction = 0.0
+    """Share of the samples that are trained with a hole as large as the picture."""
+
     holdout: Count = 64
     """Pictures kept out of training for validation, chosen by a stable hash of the target's content."""
 
@@ -192,10 +221,18 @@ class DataConfig(Section):
     """Pictures of more megapixels are refused, not decoded."""
 
     encode_batch_size: PositiveInt = 8
-    """Pictures that go through the VAE at once."""
+    """Pictures that go through the VAE at once, and captions through T5."""
+
+    encoders: EncodersConfig = EncodersConfig()
+    """Where preprocessing runs the VAE and the text encoders: all on one device, or spread."""
 
     reader_threads: PositiveInt = 2
     """Threads that read samples, in each training process."""
+
+    streams: PositiveInt = 1
+    """Shares that the shards of each bucket are dealt to; each global batch takes as many samples from one as from the
+    other. One per node lets a node fetch only its own share from remote storage; 1 mixes best. A run keeps the number
+    that it began with."""
 
     @field_validator("datasets")
     @classmethod
@@ -259,6 +296,10 @@ class TrainConfig(Section):
 
     activation_checkpointing: Literal["auto"] | Annotated[bool, Field(strict=True)] = "auto"
     """Compute activations again in the backward pass to save memory. auto: decided at start."""
+
+    compile: Literal["regional", "off"] = "off"
+    """regional: torch.compile of the blocks, one graph for all of a kind and for every size of picture; it costs a
+    minute or more at start. What it gains has not been measured on a GPU yet, so it is off unless asked for."""
 
     @field_validator("micro_batch_size")
     @classmethod
@@ -357,6 +398,13 @@ class CheckpointConfig(Section):
     """Write checkpoints while training goes on, from a copy in the host's memory (as large as the checkpoint)."""
 
 
+class GuardConfig(Section):
+    """What a run survives before it stops."""
+
+    max_bad_samples: Count = 16
+    """Damaged samples that are replaced by the next whole one of their shard; with more the run stops."""
+
+
 class LoggingConfig(Section):
     """Where figures go beside metrics.jsonl."""
 
@@ -396,6 +444,9 @@ class Config(Section):
 
     checkpoint: CheckpointConfig = CheckpointConfig()
     """What a stopped run goes on from."""
+
+    guard: GuardConfig = GuardConfig()
+    """What a run survives before it stops."""
 
     logging: LoggingConfig = LoggingConfig()
     """Where figures go beside metrics.jsonl."""

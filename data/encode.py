@@ -44,21 +44,44 @@ def load_vae(model: Path, *, device: torch.device, dtype: torch.dtype):
 
 
 def load_text_encoders(model: Path, *, device: torch.device, dtype: torch.dtype) -> TextEncoders:
-    """The model's CLIP and T5, frozen, in eval mode.  Raises InputError, naming the part that cannot be loaded."""
-    from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
+    """The model's CLIP and T5 on one device, frozen, in eval mode.  Raises InputError, naming the part that cannot be
+    loaded."""
+    return TextEncoders(*load_clip(model, device=device, dtype=dtype), *load_t5(model, device=device, dtype=dtype))
 
-    encoders = []
-    for part, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", T5EncoderModel)):
-        with _reading(model / part):
-            encoder, report = kind.from_pretrained(model / part, dtype=dtype, output_loading_info=True)
-            _refuse_gaps(model / part, report["missing_keys"])
-        encoders.append(encoder.to(device).eval().requires_grad_(False))
-    tokenizers = []
-    for part in ("tokenizer", "tokenizer_2"):
-        with _reading(model / part):
-            tokenizers.append(AutoTokenizer.from_pretrained(model / part))
-    (clip, t5), (clip_tokenizer, t5_tokenizer) = encoders, tokenizers
-    return TextEncoders(clip, clip_tokenizer, t5, t5_tokenizer)
+
+def load_clip(model: Path, *, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The model's CLIP and its tokenizer."""
+    from transformers import CLIPTextModel
+
+    encoder = _load_part(CLIPTextModel, model / "text_encoder", dtype=dtype).to(device)
+    return encoder.eval().requires_grad_(False), _load_tokenizer(model / "tokenizer")
+
+
+def load_t5(model: Path, *, device: torch.device, dtype: torch.dtype, int8: bool = False) -> tuple[Any, Any]:
+    """The model's T5 and its tokenizer.  int8: weights in 8 bits (bitsandbytes' LLM.int8), half the memory of bf16."""
+    from transformers import BitsAndBytesConfig, T5EncoderModel
+
+    folder = model / "text_encoder_2"
+    if int8:
+        placed = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
+        encoder = _load_part(T5EncoderModel, folder, dtype=dtype, **placed)
+    else:
+        encoder = _load_part(T5EncoderModel, folder, dtype=dtype).to(device)
+    return encoder.eval().requires_grad_(False), _load_tokenizer(model / "tokenizer_2")
+
+
+def _load_part(kind: Any, folder: Path, **options: Any) -> Any:
+    with _reading(folder):
+        encoder, report = kind.from_pretrained(folder, output_loading_info=True, **options)
+        _refuse_gaps(folder, report["missing_keys"])
+    return encoder
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    with _reading(folder):
+        return AutoTokenizer.from_pretrained(folder)
 
 
 @contextmanager
@@ -81,9 +104,9 @@ def _refuse_gaps(folder: Path, missing: Iterable[str]) -> None:
         )
 
 
-def to_signed(pixels: np.ndarray) -> Tensor:
+def to_signed(pixels: Tensor) -> Tensor:
     """uint8 [B, H, W, 3] -> fp32 [B, 3, H, W] in [-1, 1], as FluxFillPipeline's image processor scales them."""
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).to(torch.float32).div(255).mul(2).sub(1)
+    return pixels.permute(0, 3, 1, 2).to(torch.float32).div(255).mul(2).sub(1)
 
 
 def blank_hole(image: Tensor, mask: Tensor) -> Tensor:
@@ -105,19 +128,59 @@ def decode_latents(vae, latents: Tensor) -> Tensor:
     return vae.decode(raw.to(vae.device, vae.dtype)).sample.float().add(1).div(2).clamp(0, 1)
 
 
-def encode_pixels(vae, batch: Sequence[Pixels]) -> tuple[Tensor, Tensor]:
-    """Triples of one bucket -> (latents, masked_latents), each fp32 [B, 16, h, w] on the CPU."""
-    target = to_signed(np.stack([pixels.target for pixels in batch]))
-    image = to_signed(np.stack([pixels.image for pixels in batch]))
-    mask = torch.from_numpy(np.stack([pixels.mask for pixels in batch])).unsqueeze(1).float()
-    latents = encode_images(vae, target)
-    masked_latents = encode_images(vae, blank_hole(image, mask))
-    return latents.cpu(), masked_latents.cpu()
+@dataclass(frozen=True)
+class PixelBatch:
+    """B samples of one bucket with K mask variants each, in the host's memory.
+
+    target, image: uint8 [B, H, W, 3].  masks: bool [K, B, H, W], True = hole.
+    """
+
+    target: Tensor
+    image: Tensor
+    masks: Tensor
+
+
+def collate_pixels(samples: Sequence[Sequence[Pixels]], *, pin: bool = False) -> PixelBatch:
+    """Samples of one bucket, each as its mask variants (all equally many, those of a sample of one target and image).
+
+    pin: in page-locked memory, from which a GPU copies while it computes.
+    """
+    masks = np.stack([np.stack([pixels.mask for pixels in column]) for column in zip(*samples, strict=True)])
+    tensors = [
+        torch.from_numpy(np.stack([variants[0].target for variants in samples])),
+        torch.from_numpy(np.stack([variants[0].image for variants in samples])),
+        torch.from_numpy(masks),
+    ]
+    return PixelBatch(*(tensor.pin_memory() if pin else tensor for tensor in tensors))
+
+
+@dataclass(frozen=True)
+class EncodedPixels:
+    """latents: fp32 [B, 16, h, w].  masked_latents: fp32 [K, B, 16, h, w].  On the VAE's device."""
+
+    latents: Tensor
+    masked_latents: Tensor
+
+
+def encode_pixels(vae, batch: PixelBatch) -> EncodedPixels:
+    """What training needs of the pictures: latents of the targets, and of the images behind each variant's mask.
+
+    Does not wait for the device. A sample's tensors hang on its batch by rounding alone, and not on how many variants
+    there are: each variant of all samples is one batch.
+    """
+    device = vae.device
+    image = to_signed(batch.image.to(device, non_blocking=True))
+    masks = batch.masks.to(device, non_blocking=True).unsqueeze(2).float()  # [K, B, 1, H, W]
+    return EncodedPixels(
+        encode_images(vae, to_signed(batch.target.to(device, non_blocking=True))),
+        torch.stack([encode_images(vae, blank_hole(image, mask)) for mask in masks]),
+    )
 
 
 @dataclass(frozen=True)
 class EncodedText:
-    """t5: [B, L, D] and pooled: [B, P], fp32 on the CPU; tokens: real tokens of each caption, end mark included."""
+    """t5: fp32 [B, L, D] and pooled: fp32 [B, P], each on its encoder's device; tokens: real tokens of each caption,
+    end mark included."""
 
     t5: Tensor
     pooled: Tensor
@@ -137,4 +200,24 @@ def encode_captions(encoders: TextEncoders, captions: Sequence[str], *, text_len
     t5 = encoders.t5(t5_input.input_ids.to(encoders.t5.device))[0]
     pooled = encoders.clip(clip_input.input_ids.to(encoders.clip.device)).pooler_output
     tokens = t5_input.attention_mask.sum(dim=1).tolist()
-    return EncodedText(t5.float().cpu(), pooled.float().cpu(), tokens)
+    return EncodedText(t5.float(), pooled.float(), tokens)
+
+
+class HostCopy:
+    """A tensor on its way to the host's memory: the copy is queued at once, `wait` gives it when it is there."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._arrived = None
+        if not tensor.is_cuda:
+            self._tensor = tensor
+            return
+        self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._tensor.copy_(tensor, non_blocking=True)
+        with torch.cuda.device(tensor.device):
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def wait(self) -> Tensor:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._tensor

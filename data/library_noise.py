@@ -10,6 +10,7 @@ import sys
 import warnings
 
 _CHATTERING = (
+    "bitsandbytes.autograd._functions",
     "torchao",
     "torch.utils._pytree",
     "diffusers.quantizers.torchao.torchao_quantizer",

@@ -9,9 +9,10 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from configs.combinations import check_engine
 from configs.errors import InputError
 from configs.loading import json_schema, load_config
+from data.which_worker import which_worker
+from launch import shards
 from launch.command import choose_engine, render_command, render_environment, render_shell_line
 from launch.gpus import count_gpus
 from launch.supervise import run_supervised
@@ -38,6 +39,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(shards.app, name="shards")
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/fill_lora.yaml.")]
 Overrides = Annotated[
@@ -72,15 +75,31 @@ def schema(
 
 
 @app.command()
-def preprocess(config: ConfigPath, overrides: Overrides = None) -> None:
+def preprocess(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    worker: Annotated[
+        int | None, typer.Option(min=0, help="Which of several workers this is, from 0.", show_default=False)
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="How many workers there are.", show_default=False)] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only say what it would do: pictures, shards, bytes, measured hours."),
+    ] = False,
+) -> None:
     """Encode the pictures once and write the shards that training reads.
+
+    Any number of processes may do it together, on one machine or many: the tasks of a SLURM array, the ranks of
+    accelerate launch or srun, or those told --worker and --workers. Each takes shards that nobody has. Stopped at any
+    moment, the same command does the rest.
 
     Example: fluxfill preprocess configs/fill_lora.yaml data.encode_batch_size=16
     """
     run = load_config(config, overrides or [])
-    from data.preprocess import preprocess as encode  # imports torch, which the other commands do without
+    which = which_worker(os.environ, worker=worker, workers=workers)
+    from data import preprocess as job  # imports torch, which the other commands do without
 
-    encode(run, Console())
+    (job.dry_run if dry_run else job.preprocess)(run, Console(), which)
 
 
 @app.command()
@@ -99,7 +118,6 @@ def train(
     """
     run = load_config(config, overrides or [])
     engine, count = choose_engine(run.parallel.engine, num_processes, count_gpus(os.environ))
-    check_engine(run, engine)
     outcome_file = run.run.folder / "outcome.json"
     command = render_command(config, overrides or [], engine, count, port=0)
     environment = render_environment(outcome_file, count, len(os.sched_getaffinity(0)), inherited=os.environ)

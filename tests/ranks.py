@@ -55,6 +55,13 @@ def _rank_main(
         results.send(("failed", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
 
 
+def warm_context() -> multiprocessing.context.ForkServerContext:
+    """Processes of it are forked from the warm server."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    return context
+
+
 class RankFailure(AssertionError):
     """A rank raised, died or hung. The message holds its traceback."""
 
@@ -72,8 +79,7 @@ def run_ranks(
     function: of a module, so that it can be sent.  node_size: ranks on one simulated node (all of them by default).
     Raises RankFailure if a rank raises, dies or is not done in time; the others are ended.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context = warm_context()
     node_size = node_size or num_processes
     shared = launch_environment(engine, num_processes) | {
         "WORLD_SIZE": str(num_processes),

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "benchmarks": {"configs", "data", "trainer", "launch", "demo"},
 }
 OURS = {*MAY_IMPORT, "tests"}
-STARTED_AS_SCRIPTS = ("trainer", "demo", "benchmarks")  # python puts the script's folder first on sys.path
+STARTED_AS_SCRIPTS = ("data", "trainer", "demo", "benchmarks")  # python puts the script's folder first on sys.path
 SLOW_TO_IMPORT = ("torch", "diffusers", "transformers", "accelerate")
 DUMPING_GROUNDS = {"utils", "util", "common", "helpers", "helper", "misc"}
 
@@ -226,7 +226,9 @@ def test_a_hiding_name_is_found(tmp_path, path):
 
 
 def test_harmless_names_pass(tmp_path):
-    files = {name: "" for name in ("launch/slurm.py", "data/types.py", "trainer/guard/data.py", "slurm/train.sbatch")}
+    files = {
+        name: "" for name in ("launch/slurm.py", "configs/types.py", "trainer/guard/data.py", "slurm/train.sbatch")
+    }
     assert hiding_names(write_tree(tmp_path, files), {"accelerate"}) == []
 
 

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from configs.combinations import check_engine
 from configs.errors import InputError
 from configs.schema import Config
-from data.reader import MicroBatch
+from data.micro_batch import MicroBatch
 from trainer.build_lock import clear_stale_build_locks
 from trainer.quantize import QUANTIZED
 from trainer.self_check import check_against_twins, dequantized_twins

@@ -38,6 +38,10 @@ def build_transformer(config: Config, model: Path, engine: Engine) -> FluxTransf
         add_adapter(transformer, method, expanded=expanded, seed=config.run.seed)
     if checkpoints_activations(config, engine):
         transformer.enable_gradient_checkpointing()
+    if config.train.compile == "regional":
+        # Blocks of one kind share a graph. Dynamic from the start: were the first sizes taken for fixed, a later one
+        # could be compiled anew between a forward pass and its recomputation, which then do not match.
+        transformer.compile_repeated_blocks(dynamic=True)
     counts = [sum(p.numel() for p in transformer.parameters() if p.requires_grad is wanted) for wanted in (True, False)]
     log.info("method: %s, %.1f M parameters train, %.1f M are frozen", method.type, counts[0] / 1e6, counts[1] / 1e6)
     return transformer.train()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +11,21 @@ import xxhash
 from safetensors.torch import save_file
 
 from data.geometry import Bucket
-from data.manifest import EMPTY_TEXT, FORMAT_VERSION, TRAIN, Cache, Manifest, ShardTable, parse_bucket, write_manifest
+from data.manifest import (
+    EMPTY_TEXT,
+    FORMAT_VERSION,
+    HOLDOUT,
+    TRAIN,
+    Cache,
+    Manifest,
+    ShardTable,
+    blank_name,
+    parse_bucket,
+    write_manifest,
+)
 from data.order import ORDER_VERSION
-from data.shards import SampleTensors, ShardIndex, ShardWriter
+from data.shards import SampleTensors, ShardIndex, ShardWriter, count_hole_fractions
+from data.stored_text import store_text
 
 TEXT_LENGTH, TEXT_WIDTH, POOLED_WIDTH = 8, 6, 4
 
@@ -40,23 +53,27 @@ def _make_sample(key: str, bucket: Bucket, *, text: str, num_variants: int = 1) 
     )
 
 
-def _make_text(text: str) -> dict[str, torch.Tensor]:
-    """t5 and pooled that are a function of the text's name."""
+def _make_text(text: str, text_dtype: str = "bf16") -> dict[str, torch.Tensor]:
+    """A caption's tensors that are a function of the text's name."""
     random = _generator_of(text)
-    return {
-        "t5": torch.randn(TEXT_LENGTH, TEXT_WIDTH, generator=random).bfloat16(),
-        "pooled": torch.randn(POOLED_WIDTH, generator=random).bfloat16(),
-    }
+    t5 = torch.randn(TEXT_LENGTH, TEXT_WIDTH, generator=random)
+    return store_text(t5, torch.randn(POOLED_WIDTH, generator=random), text_dtype)
 
 
 def _write_shard(
-    path: Path, bucket: Bucket, keys: Sequence[str], *, num_texts: int = 2, num_variants: int = 1
+    path: Path,
+    bucket: Bucket,
+    keys: Sequence[str],
+    *,
+    num_texts: int = 2,
+    num_variants: int = 1,
+    text_dtype: str = "bf16",
 ) -> ShardIndex:
     """A shard whose samples share `num_texts` texts in turn."""
     texts = [f"text-{number:016x}" for number in range(min(num_texts, len(keys)))]
     with ShardWriter(path) as writer:
         for text in texts:
-            writer.add_text(text, **_make_text(text))
+            writer.add_text(text, **_make_text(text, text_dtype))
         for row, key in enumerate(keys):
             writer.add_sample(_make_sample(key, bucket, text=texts[row % len(texts)], num_variants=num_variants))
         return writer.finish(plan=xxhash.xxh3_128_hexdigest(str(path.name).encode()))
@@ -81,19 +98,26 @@ def write_shard() -> Callable[..., ShardIndex]:
 
 
 @pytest.fixture
+def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tried again is tried at once."""
+    monkeypatch.setattr("data.retry.LONGEST_WAIT_SECONDS", 0.0)
+
+
+@pytest.fixture
 def make_cache(tmp_path: Path) -> Callable[..., Cache]:
     """Makes a cache: `make_cache([("photos", "48x64", 5), ("photos", "48x64", 3), ("removal", "32x32", 4)])`.
 
     One entry a shard: dataset, bucket, number of samples and, if it is not "train", split.
     """
 
-    def make(shards: Sequence[tuple], *, num_variants: int = 1) -> Cache:
+    def make(shards: Sequence[tuple], *, num_variants: int = 1, text_dtype: str = "bf16") -> Cache:
         folder = tmp_path / "made-up-cache"
         rows = []
         for number, (dataset, bucket, samples, *split) in enumerate(shards):
             path = f"shards/{dataset}/{bucket}-{number:06d}.tar"
             keys = [f"{dataset}-{number}-{row}" for row in range(samples)]
-            index = _write_shard(folder / path, parse_bucket(bucket), keys, num_variants=num_variants)
+            options: dict[str, Any] = {"num_variants": num_variants, "text_dtype": text_dtype}
+            index = _write_shard(folder / path, parse_bucket(bucket), keys, **options)
             rows.append((path, dataset, bucket, *(split or [TRAIN]), samples, index))
         indexes = [row[-1] for row in rows]
         table = ShardTable(
@@ -107,6 +131,9 @@ def make_cache(tmp_path: Path) -> Callable[..., Cache]:
             plan=np.array([index.plan for index in indexes]),
         )
         datasets = sorted(set(table.dataset.tolist()))
+        counts = {name: {TRAIN: 0, HOLDOUT: 0} for name in datasets}
+        for row in rows:
+            counts[row[1]][row[3]] += row[4]
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             order_version=ORDER_VERSION,
@@ -115,15 +142,17 @@ def make_cache(tmp_path: Path) -> Callable[..., Cache]:
             vae_shift=0.1159,
             vae_scale=0.3611,
             text_length=TEXT_LENGTH,
-            text_dtype="bf16",
+            text_dtype=text_dtype,
             text_width=TEXT_WIDTH,
             pooled_width=POOLED_WIDTH,
             mask_variants=dict.fromkeys(datasets, num_variants),
-            samples={},
-            hole_fractions=[0] * 10,
+            samples=counts,
+            hole_fractions=count_hole_fractions(indexes),
         )
-        save_file(_make_text("the empty caption"), folder / EMPTY_TEXT)
-        write_manifest(folder, manifest, table)
-        return Cache(folder, manifest, table)
+        save_file(_make_text("the empty caption", text_dtype), folder / EMPTY_TEXT)
+        for name in set(table.bucket.tolist()):
+            blank = torch.randn(16, *parse_bucket(name).latent_size, generator=_generator_of(f"blank {name}"))
+            save_file({"masked_latents": blank.bfloat16()}, folder / blank_name(name))
+        return Cache(folder, write_manifest(folder, manifest, table), table)
 
     return make

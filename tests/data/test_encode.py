@@ -1,5 +1,6 @@
 import re
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from configs.errors import InputError
 from data.encode import (
     blank_hole,
+    collate_pixels,
     decode_latents,
     encode_captions,
     encode_images,
@@ -75,10 +77,16 @@ def batch(triples):
     return found
 
 
+def encode(vae, batch):
+    """(latents, masked_latents) of pictures with one mask each, [B, 16, h, w]."""
+    encoded = encode_pixels(vae, collate_pixels([[pixels] for pixels in batch]))
+    return encoded.latents, encoded.masked_latents[0]
+
+
 @torch.no_grad()
 def test_latents_are_the_pipelines(encoders, pipeline, batch):
     for pixels in batch:
-        latents, masked_latents = encode_pixels(encoders.vae, [pixels])
+        latents, masked_latents = encode(encoders.vae, [pixels])
         assert latents.shape == masked_latents.shape == (1, 16, 8, 8)
         assert latents.dtype == masked_latents.dtype == torch.float32
         image = pipeline.image_processor.preprocess(Image.fromarray(pixels.target), height=64, width=64)
@@ -100,36 +108,46 @@ def test_the_hole_is_grey_whatever_stood_in_it(encoders, batch):
     repainted = pixels.image.copy()
     repainted[pixels.mask] = 255 - repainted[pixels.mask]
     other = Pixels(pixels.target, repainted, pixels.mask)
-    _, first = encode_pixels(encoders.vae, [pixels])
-    _, second = encode_pixels(encoders.vae, [other])
+    _, first = encode(encoders.vae, [pixels])
+    _, second = encode(encoders.vae, [other])
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     mask = torch.from_numpy(pixels.mask)[None, None].float()
-    blanked = blank_hole(to_signed(np.stack([pixels.image])), mask)
+    blanked = blank_hole(to_signed(torch.from_numpy(np.stack([pixels.image]))), mask)
     assert (blanked.masked_select(mask.bool()) == 0).all()
 
 
 def test_pixels_are_scaled_to_plus_and_minus_one():
-    signed = to_signed(np.array([[[[0, 127, 255]]]], np.uint8))
+    signed = to_signed(torch.tensor([[[[0, 127, 255]]]], dtype=torch.uint8))
     assert signed.shape == (1, 3, 1, 1)
     assert signed.flatten().tolist() == pytest.approx([-1, 127 / 127.5 - 1, 1], abs=1e-6)
 
 
 def test_a_batch_of_pictures_is_each_of_them_alone(encoders, batch):
-    together = encode_pixels(encoders.vae, batch)
+    together = encode(encoders.vae, batch)
     for row, pixels in enumerate(batch):
-        for many, one in zip(together, encode_pixels(encoders.vae, [pixels]), strict=True):
+        for many, one in zip(together, encode(encoders.vae, [pixels]), strict=True):
             torch.testing.assert_close(many[row : row + 1], one, rtol=0, atol=1e-5)
 
 
+def test_a_variants_latents_do_not_hang_on_the_other_variants(encoders, batch):
+    inverted = [[pixels, replace(pixels, mask=~pixels.mask)] for pixels in batch]
+    both = encode_pixels(encoders.vae, collate_pixels(inverted))
+    assert both.masked_latents.shape == (2, 8, 16, 8, 8)
+    for variant in range(2):
+        alone = encode_pixels(encoders.vae, collate_pixels([[masks[variant]] for masks in inverted]))
+        assert torch.equal(both.latents, alone.latents)
+        assert torch.equal(both.masked_latents[variant], alone.masked_latents[0])
+
+
 def test_latents_are_decoded_as_the_pipeline_does(encoders, pipeline, batch):
-    latents, _ = encode_pixels(encoders.vae, batch[:2])
+    latents, _ = encode(encoders.vae, batch[:2])
     decoded = decode_latents(encoders.vae, latents)
     assert (decoded.shape, decoded.dtype) == ((2, 3, 64, 64), torch.float32)
     with torch.no_grad():
         raw = latents / pipeline.vae.config.scaling_factor + pipeline.vae.config.shift_factor
         expected = pipeline.image_processor.postprocess(pipeline.vae.decode(raw).sample, output_type="pt")
     torch.testing.assert_close(decoded, expected, rtol=0, atol=1e-6)
-    target = to_signed(np.stack([pixels.target for pixels in batch[:2]])) / 2 + 0.5
+    target = to_signed(torch.from_numpy(np.stack([pixels.target for pixels in batch[:2]]))) / 2 + 0.5
     assert (decoded - target).square().mean() < 0.01, "20 dB: it is not the picture that was encoded"
 
 

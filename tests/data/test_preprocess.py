@@ -1,11 +1,7 @@
-import fcntl
 import json
-import multiprocessing
 import os
-import random
 import re
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +14,7 @@ from safetensors.torch import load, load_file
 
 from configs.errors import InputError
 from data.encode import encode_pixels
-from data.manifest import EMPTY_TEXT, open_cache, read_manifest, read_shard_table
+from data.manifest import EMPTY_TEXT, open_cache, read_manifest
 from data.pictures import load_mask
 from data.preprocess import main, preprocess
 from data.shards import index_path, read_index
@@ -250,14 +246,19 @@ def test_other_settings_make_every_shard_anew(make_pictures, config_of):
     assert load_file(config.data.cache / EMPTY_TEXT)["t5"].shape == (64, 64)
 
 
-def test_a_second_process_is_refused(make_pictures, config_of):
-    config = config_of(make_pictures(2))
-    config.data.cache.mkdir()
-    with (config.data.cache / "preprocess.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match=r"cache: another process is encoding into it. Wait for it or stop it"):
-            preprocess(config, QUIET)
+def test_text_of_int8_is_another_cache_and_says_so(make_pictures, config_of):
+    folder = make_pictures(4)
+    config = config_of(folder)
     preprocess(config, QUIET)
+    before = shard_bytes(config.data.cache)
+    int8 = config_of(folder, "data.encoders.t5_precision=int8")
+    preprocess(int8, QUIET)
+    after = shard_bytes(int8.data.cache)
+    assert before.keys() == after.keys()
+    assert not set(before.values()) & set(after.values())
+    assert read_manifest(int8.data.cache).settings["data.encoders.t5_precision"] == "int8"
+    with pytest.raises(InputError, match="t5_precision is 'auto', the cache was made with 'int8'"):
+        open_cache(config, Path(config.model.base))
 
 
 # --- interruptions ----------------------------------------------------------------------------------------------------
@@ -317,7 +318,7 @@ def test_an_exception_leaves_no_part_and_no_manifest(make_pictures, config_of, m
             raise torch.OutOfMemoryError("as on a full GPU")
         return encode_pixels(*arguments)
 
-    monkeypatch.setattr("data.preprocess.encode_pixels", fail_at_the_second)
+    monkeypatch.setattr("data.encode_shards.encode_pixels", fail_at_the_second)
     with pytest.raises(torch.OutOfMemoryError):
         preprocess(config, QUIET)
     assert leftovers(cache) == []
@@ -326,48 +327,6 @@ def test_an_exception_leaves_no_part_and_no_manifest(make_pictures, config_of, m
     preprocess(config, QUIET)
     assert open_cache(config, Path(config.model.base)).table.samples.sum() == 6
     assert shard_bytes(cache) != before
-
-
-def _preprocess_in_a_process(config):
-    torch.set_num_threads(1)  # the parent's pool of threads does not survive the fork
-    preprocess(config, QUIET)
-
-
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_killed_job_goes_on_and_ends_the_same(make_pictures, config_of):
-    """Forked, as importing diffusers would take ten seconds each time."""
-    folder = make_pictures(40)
-    fork = multiprocessing.get_context("fork")
-    undisturbed = config_of(folder, "data.holdout=6", "data.encode_batch_size=2", cache="undisturbed")
-    start = time.monotonic()
-    process = fork.Process(target=_preprocess_in_a_process, args=(undisturbed,))
-    process.start()
-    process.join(120)
-    seconds = time.monotonic() - start
-    assert process.exitcode == 0
-    expected = shard_bytes(undisturbed.data.cache)
-    assert len(expected) >= 6
-
-    moments = random.Random()
-    codes = []
-    for number in range(3):
-        config = config_of(folder, "data.holdout=6", "data.encode_batch_size=2", cache=f"killed-{number}")
-        process = fork.Process(target=_preprocess_in_a_process, args=(config,))
-        process.start()
-        delay = moments.uniform(0.1, 0.8) * seconds
-        time.sleep(delay)
-        process.kill()
-        process.join(60)
-        codes.append(process.exitcode)
-        cache = config.data.cache
-        if process.exitcode == -9:
-            assert not (cache / "manifest.json").exists(), f"killed after {delay:.2f} s of {seconds:.2f}"
-        preprocess(config, QUIET)
-        assert shard_bytes(cache) == expected, f"killed after {delay:.2f} s of {seconds:.2f}"
-        assert leftovers(cache) == []
-        assert read_manifest(cache) == read_manifest(undisturbed.data.cache)
-        np.testing.assert_array_equal(read_shard_table(cache).sha256, read_shard_table(undisturbed.data.cache).sha256)
-    assert -9 in codes, "no kill came before the end"
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -522,14 +481,3 @@ def test_main_ends_with_0_and_a_table(make_pictures, config_of, tmp_path, capsys
     printed = capsys.readouterr().out
     assert "3 of 3 samples were encoded now" in printed
     assert os.fspath(config.data.cache.name) in printed
-
-
-def test_of_several_launched_processes_the_first_works_alone(make_pictures, config_of, tmp_path, monkeypatch):
-    config = config_of(make_pictures(2))
-    arguments = ["--config", write_config(tmp_path / "config.yaml", config)]
-    monkeypatch.setenv("RANK", "1")
-    assert main(arguments) == 0
-    assert not config.data.cache.exists()
-    monkeypatch.setenv("RANK", "0")
-    assert main(arguments) == 0
-    open_cache(config, Path(config.model.base))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from configs.schema import Config
     from data.manifest import Cache
-    from data.reader import MicroBatch
+    from data.micro_batch import MicroBatch
     from trainer.engine import Engine
 
 TEXT_LENGTH = 64
@@ -51,10 +51,10 @@ def load_triple(tiny_model: Path, triples: Path) -> "Callable[..., RealTriple]":
     import torch
     from PIL import Image
 
-    from data.encode import encode_captions, encode_pixels, load_text_encoders, load_vae
+    from data.encode import collate_pixels, encode_captions, encode_pixels, load_text_encoders, load_vae
     from data.geometry import Bucket, fit
+    from data.micro_batch import MicroBatch
     from data.noise import draw_noise
-    from data.reader import MicroBatch
 
     cpu = torch.device("cpu")
     vae = load_vae(tiny_model, device=cpu, dtype=torch.float32)
@@ -67,7 +67,8 @@ def load_triple(tiny_model: Path, triples: Path) -> "Callable[..., RealTriple]":
         pictures = [Image.open(triples / role / target.name) for role in ("target", "mask", "source")]
         bucket = Bucket(height, width)
         pixels = fit(*pictures, bucket)
-        latents, masked_latents = encode_pixels(vae, [pixels])
+        encoded = encode_pixels(vae, collate_pixels([[pixels]]))
+        latents, masked_latents = encoded.latents, encoded.masked_latents[0]
         text = encode_captions(encoders, [caption], text_length=TEXT_LENGTH)
         noise = torch.empty(1, 16, *bucket.latent_size)
         draw_noise(7, height * width, noise.numpy())

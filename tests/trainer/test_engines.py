@@ -49,7 +49,7 @@ def launch(config, tmp_path_factory) -> Callable[..., Path]:
     path = runs / "config.yaml"
     path.write_text(dump_config(config), encoding="utf-8")
 
-    def run(engine: str, num_processes: int, name: str, *overrides: str) -> Path:
+    def run(engine: str, num_processes: int, name: str, *overrides: str, timeout_seconds: float = 240) -> Path:
         quick = [
             f"run.dir={runs}",
             "train.global_batch_size=8",
@@ -69,6 +69,7 @@ def launch(config, tmp_path_factory) -> Callable[..., Path]:
             train,
             ["--config", str(path), f"run.name={name}", *quick, *overrides],
             node_size=node_size,
+            timeout_seconds=timeout_seconds,
         )
         return runs / name
 
@@ -446,3 +447,21 @@ def read_validation(run: Path) -> list[dict]:
 def test_an_engine_that_was_not_asked_for_is_refused(launch):
     with pytest.raises(AssertionError, match=r"parallel\.engine is fsdp2, but this process was started as ddp"):
         launch("ddp", 2, "other-engine", "parallel.engine=fsdp2")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_compiled_blocks_give_the_losses_of_plain_ones(launch):
+    """Sharded, and recomputed in the backward pass, where a block must meet the graph that its forward pass met."""
+    switches = (
+        "train.compile=regional",
+        "train.activation_checkpointing=true",
+        "train.steps=3",
+        "train.warmup_steps=2",
+    )
+    run = launch("fsdp2", 2, "compiled", *switches, timeout_seconds=590)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    same_steps = ("train.steps=3", "train.warmup_steps=2")
+    plain = launch(*SINGLE, "plain", *same_steps)
+    expected = [json.loads(line) for line in (plain / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in expected], abs=1e-4)

@@ -1,0 +1,104 @@
+"""The head of a cache folder: what its manifest and its table of shards say, whether they are true, and what else lies
+there."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from configs.errors import InputError
+from configs.schema import Config
+from data.constants import blank_path
+from data.manifest import (
+    EMPTY_TEXT,
+    FORMAT_VERSION,
+    HOLDOUT,
+    TRAIN,
+    Manifest,
+    ShardTable,
+    cached_settings,
+    hash_files,
+    read_manifest,
+    read_shard_table,
+)
+from data.model_folder import read_part_number
+from data.order import ORDER_VERSION
+from data.shard_plan import ShardPlan
+from data.shards import ShardIndex, count_hole_fractions, index_path
+from data.validation_items import validation_items_are_there
+
+
+def delete_unplanned(cache: Path, plans: Sequence[ShardPlan]) -> None:
+    """Remove shards that no plan names (their pictures went elsewhere) and what an interrupted job left."""
+    planned = {cache / plan.path for plan in plans}
+    planned |= {index_path(tar) for tar in planned}
+    planned |= {blank_path(cache, str(plan.bucket)) for plan in plans}
+    ours = [*(cache / "shards").rglob("*"), *cache.glob("blank_*.safetensors"), *cache.glob("*.part")]
+    for path in ours:
+        if path.suffix in {".tar", ".index", ".safetensors", ".part"} and path.is_file() and path not in planned:
+            path.unlink()
+
+
+def describe_cache(
+    config: Config,
+    model: Path,
+    encoders: dict[str, str],
+    plans: Sequence[ShardPlan],
+    indexes: Sequence[ShardIndex],
+) -> tuple[Manifest, ShardTable]:
+    """The head of the finished cache."""
+    names = [dataset.name for dataset in config.data.datasets]
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        order_version=ORDER_VERSION,
+        settings=cached_settings(config),
+        encoders=encoders,
+        vae_shift=read_part_number(model, "vae", "shift_factor"),
+        vae_scale=read_part_number(model, "vae", "scaling_factor"),
+        text_length=config.data.captions.text_length,
+        text_dtype=config.data.captions.text_dtype,
+        text_width=int(read_part_number(model, "text_encoder_2", "d_model")),
+        pooled_width=int(read_part_number(model, "text_encoder", "hidden_size")),
+        mask_variants=dict.fromkeys(names, 1),
+        samples={name: _count_splits(plans, name) for name in names},
+        hole_fractions=count_hole_fractions(indexes),
+    )
+    return manifest, shard_table(plans, indexes)
+
+
+def is_current(cache: Path, manifest: Manifest, table: ShardTable) -> bool:
+    """Whether a cache has this very head, and what else belongs to it."""
+    try:
+        found, found_table = read_manifest(cache), read_shard_table(cache)
+    except InputError:
+        return False
+    constants = [cache / EMPTY_TEXT, *(blank_path(cache, str(bucket)) for bucket in np.unique(table.bucket))]
+    return (
+        found == replace(manifest, files=hash_files(cache, found.files))
+        and all(np.array_equal(column, vars(found_table)[name]) for name, column in vars(table).items())
+        and all(path.is_file() for path in constants)
+        and validation_items_are_there(cache)
+    )
+
+
+def shard_table(plans: Sequence[ShardPlan], indexes: Sequence[ShardIndex]) -> ShardTable:
+    return ShardTable(
+        path=np.array([plan.path for plan in plans]),
+        dataset=np.array([plan.dataset for plan in plans]),
+        bucket=np.array([str(plan.bucket) for plan in plans]),
+        split=np.array([plan.split for plan in plans]),
+        samples=np.array([index.num_samples for index in indexes], dtype=np.int64),
+        bytes=np.array([index.tar_bytes for index in indexes], dtype=np.int64),
+        sha256=np.array([index.tar_sha256 for index in indexes]),
+        plan=np.array([plan.plan for plan in plans]),
+    )
+
+
+def _count_splits(plans: Sequence[ShardPlan], dataset: str) -> dict[str, int]:
+    counts = Counter({TRAIN: 0, HOLDOUT: 0})
+    for plan in plans:
+        if plan.dataset == dataset:
+            counts[plan.split] += len(plan.samples)
+    return dict(counts)

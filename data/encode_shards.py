@@ -1,0 +1,245 @@
+"""Planned shards -> tars and indexes. Reading, decoding, encoding and writing overlap, across the shards' borders too:
+
+    threads of their own    claim a shard, decode its pictures, collate a batch (pinned)      ahead of the device
+    the calling thread      queue the batch's work on the device, never waiting for it
+    a thread of its own     wait for the tensors, write, hash, fsync, rename                  behind the device
+
+A shard's batches are a matter of its plan and the batch size alone, so its bytes do not hang on who makes it.
+"""
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.schema import DataConfig
+from data.backlog import Backlog
+from data.decode_samples import DecodedBatch, decode_batches, in_batches
+from data.encode import HostCopy, PixelBatch, collate_pixels, encode_captions, encode_pixels
+from data.load_encoders import Encoders
+from data.run_ahead import run_ahead
+from data.shard_plan import PlannedSample, ShardPlan
+from data.shards import SampleTensors, ShardWriter
+from data.sources import listed
+from data.stored_text import store_text
+
+_BATCHES_AHEAD = 2  # decoded and collated, besides those in the decoding threads
+_WRITES_BEHIND = 4  # batches whose tensors wait to be written
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """A batch of captions on its way to the host.  names: of their members.  tensors: what each stores, stacked.
+    tokens: real ones of each."""
+
+    names: Sequence[str]
+    tensors: dict[str, HostCopy]
+    tokens: Sequence[int]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a batch stands.  texts: its shard's, if it is the first."""
+
+    plan: ShardPlan
+    texts: Iterator[_Texts] | None
+    is_last: bool
+
+
+@dataclass(frozen=True)
+class _ReadyBatch:
+    """A batch as the device takes it, if its samples could be decoded."""
+
+    place: _Place
+    samples: list[PlannedSample]
+    pixels: PixelBatch | None
+    problems: list[str]
+
+
+def encode_shards(
+    cache: Path, shards: Iterable[ShardPlan], backlog: Backlog, encoders: Encoders, data: DataConfig, *, threads: int
+) -> None:
+    """Make every shard of `shards`, which are claimed from `backlog` as they are asked for.
+
+    threads: that decode.  A picture that cannot be decoded is told to the backlog and stops its shard alone; anything
+    else that is raised leaves no part of a shard behind.
+    """
+    with (
+        ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool,
+        closing(_ready_batches(shards, encoders, data, pool, threads)) as batches,
+        _Writing(cache, backlog) as writing,
+    ):
+        for batch in batches:
+            plan = batch.place.plan
+            if batch.place.texts is not None:
+                for texts in batch.place.texts:
+                    writing.add_texts(plan, texts)
+            writing.add_problems(plan, batch.problems)
+            if batch.pixels is not None and not writing.has_problems(plan):  # else only to find all that is wrong
+                encoded = encode_pixels(encoders.vae, batch.pixels)
+                latents, masked = (HostCopy(t.bfloat16()) for t in (encoded.latents, encoded.masked_latents))
+                writing.add_samples(plan, batch, latents, masked)
+            backlog.advance(len(batch.samples) + len(batch.problems))
+            if batch.place.is_last:
+                writing.finish(plan)
+
+
+# --- ahead of the device ----------------------------------------------------------------------------------------------
+
+
+def _ready_batches(
+    shards: Iterable[ShardPlan], encoders: Encoders, data: DataConfig, pool: ThreadPoolExecutor, threads: int
+) -> Generator[_ReadyBatch]:
+    """All batches of all shards in order, decoded and collated ahead of their use."""
+    if encoders.text_has_its_own_device:
+        # There a shard's text is encoded while the VAE is busy with the shard before.
+        with_texts = run_ahead(((plan, iter(list(_encode_texts(plan, encoders, data)))) for plan in shards), depth=1)
+    else:
+        with_texts = ((plan, _encode_texts(plan, encoders, data)) for plan in shards)
+    ahead = -(-2 * threads // data.encode_batch_size)
+    decoded = decode_batches(_split_into_batches(with_texts, data.encode_batch_size), data, pool, ahead=ahead)
+    return run_ahead((_make_ready(batch, pin=encoders.vae.device.type == "cuda") for batch in decoded), _BATCHES_AHEAD)
+
+
+def _split_into_batches(
+    shards: Iterable[tuple[ShardPlan, Iterator[_Texts]]], size: int
+) -> Iterator[tuple[_Place, Sequence[PlannedSample]]]:
+    for plan, texts in shards:
+        count = len(plan.samples)
+        for first in range(0, count, size):
+            place = _Place(plan, texts if first == 0 else None, is_last=first + size >= count)
+            yield place, plan.samples[first : first + size]
+
+
+def _encode_texts(plan: ShardPlan, encoders: Encoders, data: DataConfig) -> Iterator[_Texts]:
+    """Each caption of a shard once."""
+    captions = {sample.text: sample.triple.caption for sample in plan.samples}
+    for names in in_batches(captions, data.encode_batch_size):
+        text = encode_captions(encoders.text, [captions[name] for name in names], text_length=data.captions.text_length)
+        stored = store_text(text.t5, text.pooled, data.captions.text_dtype)
+        yield _Texts(names, {name: HostCopy(tensor) for name, tensor in stored.items()}, text.tokens)
+
+
+def _make_ready(batch: DecodedBatch[_Place], *, pin: bool) -> _ReadyBatch:
+    pixels = collate_pixels(batch.pixels, pin=pin) if batch.pixels else None
+    return _ReadyBatch(batch.tag, batch.samples, pixels, batch.problems)
+
+
+# --- behind the device ------------------------------------------------------------------------------------------------
+
+
+class _OpenShard:
+    """A shard in the writing. Used by the writing thread alone, but for `problems`."""
+
+    def __init__(self, cache: Path, plan: ShardPlan) -> None:
+        self.writer = ShardWriter(cache / plan.path)
+        self.tokens: dict[str, int] = {}
+        self.problems: list[str] = []
+
+
+class _Writing:
+    """A thread that writes what the device has encoded, in order and a bounded number of batches behind it."""
+
+    def __init__(self, cache: Path, backlog: Backlog) -> None:
+        self._cache, self._backlog = cache, backlog
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._pending: deque[Future[None]] = deque()
+        self._open: dict[str, _OpenShard] = {}
+
+    def __enter__(self) -> "_Writing":
+        return self
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        """Wait until all is written; or, if something failed, leave no part of a shard behind."""
+        try:
+            if kind is None:
+                self._wait(at_most=0)
+        finally:
+            self._thread.shutdown(cancel_futures=True)
+            for shard in self._open.values():
+                shard.writer.__exit__(None, None, None)
+
+    def _submit(self, function: Callable[..., None], *arguments: object) -> None:
+        self._pending.append(self._thread.submit(function, *arguments))
+        self._wait(at_most=_WRITES_BEHIND)
+
+    def _wait(self, *, at_most: int) -> None:
+        while len(self._pending) > at_most:
+            self._pending.popleft().result()
+
+    def _shard(self, plan: ShardPlan) -> _OpenShard:
+        if plan.path not in self._open:
+            self._open[plan.path] = _OpenShard(self._cache, plan)
+        return self._open[plan.path]
+
+    def add_problems(self, plan: ShardPlan, problems: Sequence[str]) -> None:
+        self._shard(plan).problems += problems
+
+    def has_problems(self, plan: ShardPlan) -> bool:
+        return bool(self._shard(plan).problems)
+
+    def add_texts(self, plan: ShardPlan, texts: _Texts) -> None:
+        self._submit(_write_texts, self._shard(plan), texts)
+
+    def add_samples(self, plan: ShardPlan, batch: _ReadyBatch, latents: HostCopy, masked_latents: HostCopy) -> None:
+        self._submit(_write_samples, self._shard(plan), batch, latents, masked_latents)
+
+    def finish(self, plan: ShardPlan) -> None:
+        self._submit(self._finish, plan, self._shard(plan))
+
+    def _finish(self, plan: ShardPlan, shard: _OpenShard) -> None:
+        with shard.writer:
+            if shard.problems:
+                self._backlog.fail(plan, listed(shard.problems))
+            else:
+                self._publish(plan, shard.writer)
+        del self._open[plan.path]
+
+    def _publish(self, plan: ShardPlan, writer: ShardWriter) -> None:
+        try:
+            if self._backlog.may_publish(plan):
+                writer.finish(plan=plan.plan)
+        except FileNotFoundError:
+            if self._backlog.may_publish(plan):
+                raise
+            # Taken for dead in this moment: whoever has the shard now has cleared this one's part away.
+        self._backlog.finish(plan)
+
+
+def _write_texts(shard: _OpenShard, texts: _Texts) -> None:
+    tensors = {name: copy.wait() for name, copy in texts.tensors.items()}
+    for row, name in enumerate(texts.names):
+        shard.writer.add_text(name, **{tensor: stacked[row] for tensor, stacked in tensors.items()})
+        shard.tokens[name] = texts.tokens[row]
+
+
+def _write_samples(shard: _OpenShard, batch: _ReadyBatch, latents: HostCopy, masked_latents: HostCopy) -> None:
+    assert batch.pixels is not None
+    for row, sample in enumerate(batch.samples):
+        shard.writer.add_sample(
+            SampleTensors(
+                key=sample.triple.key,
+                latents=latents.wait()[row],
+                masked_latents=list(masked_latents.wait()[:, row]),
+                masks=list(batch.pixels.masks[:, row].numpy()),
+                text=sample.text,
+                tokens=shard.tokens[sample.text],
+                meta=_describe_sample(sample),
+            )
+        )
+
+
+def _describe_sample(sample: PlannedSample) -> dict:
+    triple, crop = sample.triple, sample.crop
+    return {
+        "caption": triple.caption,
+        "dataset": triple.dataset,
+        # Below its dataset's folder: a shard's bytes are the same wherever the pictures lie.
+        "target": f"{triple.name}{triple.target.suffix}",
+        "original_size": [sample.size[1], sample.size[0]],
+        "resized": [crop.height, crop.width],
+        "crop": [crop.top, crop.left, sample.bucket.height, sample.bucket.width],
+        "fingerprint": triple.content,
+    }

@@ -1,0 +1,80 @@
+"""What preprocessing shows: bars while it works, a table of the cache at the end."""
+
+import random
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from data.manifest import ShardTable
+from data.which_worker import Worker
+
+_POLL_SECONDS = 0.5
+
+
+class _SpeedColumn(ProgressColumn):
+    """Items per second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f}/s" if task.speed else "", style="progress.data.speed")
+
+
+def open_progress(console: Console, worker: Worker) -> Progress:
+    """Bars for the first of the processes that share a terminal: its bar counts what all of them do."""
+    if worker.count > 1:
+        console.print(str(worker), highlight=False)
+    return Progress(
+        TextColumn("{task.description:>20}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _SpeedColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+        disable=worker.rank > 0,
+    )
+
+
+class Waiting:
+    """Called again and again while there is nothing to do but wait; says once for whom."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._console = progress.console
+        self._said = ""
+        self._seconds = _POLL_SECONDS
+
+    def __call__(self, for_whom: str) -> None:
+        if for_whom != self._said:
+            self._console.print(f"waiting for {for_whom}", highlight=False)
+            self._said, self._seconds = for_whom, _POLL_SECONDS
+        # Not in step with the others: who comes at the same time gets nothing.
+        time.sleep(self._seconds * random.uniform(0.5, 1.5))
+        self._seconds = min(1.2 * self._seconds, 10 * _POLL_SECONDS)
+
+
+def print_report(console: Console, cache: Path, table: ShardTable, worker: Worker, *, num_encoded: int) -> None:
+    """The finished cache, once for all that share a terminal, and what this worker did for it."""
+    if worker.rank == 0:
+        console.print(_summarise(cache, table))
+    who = f"{worker}: " if worker.count > 1 else ""
+    rest = "others were there already, or made by others" if worker.count > 1 else "others were there already"
+    total = int(table.samples.sum())
+    console.print(f"{who}{num_encoded} of {total} samples were encoded now, the {rest}.", highlight=False)
+
+
+def _summarise(cache: Path, table: ShardTable) -> Table:
+    summary = Table(
+        "dataset", "bucket", "split", *("shards", "samples", "MiB"), title=f"cache {cache}", title_justify="left"
+    )
+    for column in summary.columns[3:]:
+        column.justify = "right"
+    groups = sorted(
+        {(str(d), str(b), str(s)) for d, b, s in zip(table.dataset, table.bucket, table.split, strict=True)}
+    )
+    for dataset, bucket, split in groups:
+        rows = (table.dataset == dataset) & (table.bucket == bucket) & (table.split == split)
+        samples, mib = int(table.samples[rows].sum()), table.bytes[rows].sum() / 2**20
+        summary.add_row(dataset, bucket, split, str(int(rows.sum())), str(samples), f"{mib:.1f}")
+    return summary

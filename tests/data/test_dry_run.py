@@ -1,0 +1,76 @@
+import io
+import re
+
+import pytest
+from rich.console import Console
+from rich.progress import Progress
+
+from data.dry_run import Estimate, bytes_by_part, print_hours
+from data.manifest import read_shard_table
+from data.model_folder import encoder_fingerprints, find_model
+from data.preprocess import Job, _make_plan, dry_run, preprocess
+from data.shards import index_path
+from data.which_worker import Worker
+
+ALONE = Worker()
+
+
+def printed_by_dry_run(config, worker=ALONE):
+    text = io.StringIO()
+    dry_run(config, Console(file=text, width=160), worker)
+    return text.getvalue()
+
+
+def rows(printed):
+    """The table's rows, as lists of cells."""
+    lines = [line for line in printed.splitlines() if line.startswith("│")]
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
+
+
+def test_it_counts_measures_and_begins_nothing(demo_config, tmp_path):
+    config = demo_config(tmp_path / "cache", "data.encode_batch_size=4")
+    printed = printed_by_dry_run(config, Worker(0, 8))
+    assert not config.data.cache.exists()
+    table = rows(printed)
+    assert {split for _, _, split, *_ in table} == {"train", "holdout"}
+    assert sum(int(row[3]) for row in table) == sum(int(row[4]) for row in table) == 96
+    assert re.search(r"64x64, 4 at once, measured: VAE \d+\.\d pictures/s, text \d+\.\d captions/s, decoding", printed)
+    assert re.search(r"About \S+ minutes with one such worker, \S+ minutes with 8 like it; \S+.* set the pace", printed)
+    preprocess(config, Console(quiet=True))
+    assert sum(int(row[5]) for row in table) == len(read_shard_table(config.data.cache))
+
+
+def test_what_is_there_is_not_to_do(demo_config, tmp_path):
+    config = demo_config(tmp_path / "cache")
+    preprocess(config, Console(quiet=True))
+    printed = printed_by_dry_run(config)
+    assert all(row[4] == row[6] == "0" for row in rows(printed))
+    assert "hours" not in printed and "minutes" not in printed
+
+    table = read_shard_table(config.data.cache)
+    lost = max(range(len(table)), key=lambda row: table.samples[row])
+    index_path(config.data.cache / str(table.path[lost])).unlink()
+    todo = [row for row in rows(printed_by_dry_run(config)) if row[4] != "0"]
+    assert [(row[4], row[6]) for row in todo] == [(str(table.samples[lost]), "1")]
+
+
+def test_the_bytes_are_those_that_are_written(demo_config, tmp_path):
+    config = demo_config(tmp_path / "cache")
+    preprocess(config, Console(quiet=True))
+    model = find_model(config.model.base)
+    job = Job(config, model, encoder_fingerprints(model))
+    parts = bytes_by_part(_make_plan(job, Progress(disable=True)), text_bytes=job.text_bytes)
+    assert sum(parts.values()) == pytest.approx(int(read_shard_table(config.data.cache).bytes.sum()), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "estimate, expected",
+    [
+        (Estimate(device=7200 * 4, decode=100), "About 8.0 hours with one such worker, 2.0 hours with 4 like it; the"),
+        (Estimate(device=60, decode=600), "About 10.0 minutes with one such worker, 2.5 minutes with 4 like it; dec"),
+    ],
+)
+def test_hours_are_those_of_the_slower_side_shared_by_the_workers(estimate, expected):
+    text = io.StringIO()
+    print_hours(Console(file=text, width=160), estimate, Worker(0, 4))
+    assert text.getvalue().startswith(expected)

@@ -1,0 +1,93 @@
+"""Preprocess workers for tests: processes forked from the warm server, with an end of their own."""
+
+import os
+import signal
+import sys
+import traceback
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from configs.schema import Config
+from tests.ranks import warm_context
+
+# What Python tells audit hooks of before it changes a folder.
+_CHANGES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.utime"}
+
+
+@dataclass(frozen=True)
+class WorkerProcess:
+    """A worker in the making or done."""
+
+    process: BaseProcess
+    outcome: Connection
+
+    def join(self, timeout_seconds: float = 120) -> tuple[int | None, str, int]:
+        """(exit code, message, changes): -9 when killed, with the last that was heard of."""
+        message, changes = "", 0
+        while wait([self.outcome], timeout=timeout_seconds):
+            try:
+                message, changes = self.outcome.recv()
+            except EOFError:
+                break
+        self.process.join(timeout_seconds)
+        self.outcome.close()
+        return self.process.exitcode, message, changes
+
+    def kill(self) -> None:
+        self.process.kill()
+
+
+def start_worker(config: Config, worker: int = 0, workers: int = 1, *, kill_at: int | None = None) -> WorkerProcess:
+    """`preprocess` in a process. kill_at: number of the change to the cache before which it gets SIGKILL."""
+    context = warm_context()
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(config, worker, workers, kill_at, sender), daemon=True)
+    process.start()
+    sender.close()
+    return WorkerProcess(process, receiver)
+
+
+def _work(config: Config, worker: int, workers: int, kill_at: int | None, outcome: Connection) -> None:
+    import torch
+    from rich.console import Console
+
+    from configs.errors import InputError
+    from data.preprocess import preprocess
+    from data.which_worker import which_worker
+
+    torch.set_num_threads(1)
+    changes = _count_changes(config.data.cache, kill_at)
+    try:
+        preprocess(config, Console(quiet=True), which_worker({}, worker=worker, workers=workers))
+        outcome.send(("", changes[0]))
+    except InputError as error:
+        outcome.send((str(error), changes[0]))
+        sys.exit(2)
+    except BaseException:
+        outcome.send((traceback.format_exc(), changes[0]))
+        sys.exit(1)
+
+
+def _count_changes(cache: Path, kill_at: int | None) -> list[int]:
+    """Counts, from now on, every change below a folder; ends the process before the one with number `kill_at`."""
+    changes = [0]
+    place = os.fspath(cache)
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event not in _CHANGES or not os.fspath(arguments[0] or "").startswith(place):
+            return
+        if event == "open" and not _writes(arguments):
+            return
+        changes[0] += 1
+        if changes[0] == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    return changes
+
+
+def _writes(arguments: tuple) -> bool:
+    _, mode, flags = arguments
+    return bool(flags & (os.O_WRONLY | os.O_RDWR)) if mode is None else any(letter in mode for letter in "wax+")
