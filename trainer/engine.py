@@ -295,13 +295,18 @@ class Engine:
         """Make the model agree with its fp32 state after the views of `local_slices` were written to."""
 
     @torch.no_grad()
-    def full_weights(self) -> dict[str, Tensor]:
-        """All trained parameters in fp32, whole, on the CPU of rank 0; empty elsewhere. All ranks call it."""
-        if not self.is_main:
-            return {}
+    def each_weight(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, fp32 tensor on the CPU) of every trained parameter, whole, one by one; on rank 0, nothing elsewhere.
+
+        All ranks must go through it to its end: parts of a parameter come from all of them.
+        """
         # Copies, also where fp32 weights lie on the CPU already: an average may stand in their place a moment later.
-        named = trained_parameters(self.plain_transformer)
-        return {name: torch.empty(parameter.shape).copy_(parameter.detach()) for name, parameter in named.items()}
+        for name, parameter in trained_parameters(self.plain_transformer).items() if self.is_main else ():
+            yield name, torch.empty(parameter.shape).copy_(parameter.detach())
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """All of `each_weight` at once: of an adapter. All ranks call it."""
+        return dict(self.each_weight())
 
     # --- the ranks ---------------------------------------------------------------------------------------------------
 
@@ -432,13 +437,11 @@ class FsdpEngine(Engine):
         return f"slices of {self.name} on {self.world_size} processes"
 
     @torch.no_grad()
-    def full_weights(self) -> dict[str, Tensor]:
-        weights = {}
+    def each_weight(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._named.items():
-            whole = parameter.detach().full_tensor()  # one at a time: twelve billion would not fit a card
+            whole = parameter.detach().full_tensor()
             if self.is_main:  # the copy waits for the gathering and leaves a plain tensor
-                weights[name] = torch.empty(whole.shape).copy_(whole)
-        return weights
+                yield name, torch.empty(whole.shape).copy_(whole)
 
 
 class ZeroEngine(Engine):
@@ -576,15 +579,13 @@ class ZeroEngine(Engine):
             parameter.ds_tensor.data.copy_(self._partitions()[group].narrow(0, offset, size))
 
     @torch.no_grad()
-    def full_weights(self) -> dict[str, Tensor]:
+    def each_weight(self) -> Iterator[tuple[str, Tensor]]:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        weights = {}
         for name, parameter in trained_parameters(self._transformer.module).items():
             whole = safe_get_full_fp32_param(parameter)
             if self.is_main:
-                weights[name] = whole.detach().float().cpu()
-        return weights
+                yield name, whole.detach().float().cpu()
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:

@@ -324,12 +324,15 @@ def train_rounding_to_nearest(arguments: list[str]) -> int:
 def test_at_a_small_rate_bf16_weights_learn_as_fp32_does_and_only_if_rounded_at_random(launch, monkeypatch):
     import tests.trainer.test_engines as this
 
-    small = ("train.lr=3e-5", "train.lr_schedule=constant", "train.warmup_steps=0", "train.steps=60")
+    small = ["train.lr=3e-5", "train.lr_schedule=constant", "train.warmup_steps=0", "train.steps=60"]
+    small += ["model.precision=bf16", "checkpoint.every_steps=null"]
     end = {}
     for name, settings in (("fp32", ()), ("random", ROUNDED), ("nearest", ROUNDED)):
         if name == "nearest":
             monkeypatch.setattr(this, "train", train_rounding_to_nearest)
-        run = launch(*SINGLE, f"learns-{name}", *small, "model.precision=bf16", "checkpoint.every_steps=null", *settings)
+        run = launch(
+            *SINGLE, f"learns-{name}", *small, "model.precision=bf16", "checkpoint.every_steps=null", *settings
+        )
         lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         losses = [json.loads(line)["loss"] for line in lines]
         end[name] = sum(losses[-16:]) / sum(losses[:4]) * 4 / 16
