@@ -18,6 +18,7 @@ from data.encode import encode_captions, encode_images
 from data.geometry import Bucket
 from data.load_encoders import Encoders
 from data.manifest import EMPTY_TEXT, blank_name
+from data.shards import NotFinite
 from data.stored_text import store_text
 
 
@@ -70,4 +71,7 @@ def write_constants(
 
 def _write(path: Path, tensors: Mapping[str, Tensor], encoding: Mapping[str, object]) -> None:
     stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    for name, tensor in stored.items():
+        if not torch.isfinite(tensor).all():
+            raise NotFinite(f"{path}: {name} holds NaN or infinity. Look at the model's files and at the GPU.")
     write_atomically(path, partial(save_file, stored, metadata=_made_by(encoding, stored)))

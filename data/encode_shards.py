@@ -21,7 +21,7 @@ from data.encode import HostCopy, PixelBatch, collate_pixels, encode_captions, e
 from data.load_encoders import Encoders
 from data.run_ahead import run_ahead
 from data.shard_plan import PlannedSample, ShardPlan
-from data.shards import SampleTensors, ShardWriter
+from data.shards import NotFinite, SampleTensors, ShardWriter
 from data.sources import listed
 from data.stored_text import store_text
 
@@ -134,6 +134,7 @@ class _OpenShard:
     """A shard in the writing. Used by the writing thread alone, but for `problems`."""
 
     def __init__(self, cache: Path, plan: ShardPlan) -> None:
+        self.plan = plan
         self.writer = ShardWriter(cache / plan.path)
         self.tokens: dict[str, int] = {}
         self.problems: list[str] = []
@@ -211,24 +212,31 @@ class _Writing:
 def _write_texts(shard: _OpenShard, texts: _Texts) -> None:
     tensors = {name: copy.wait() for name, copy in texts.tensors.items()}
     for row, name in enumerate(texts.names):
-        shard.writer.add_text(name, **{tensor: stacked[row] for tensor, stacked in tensors.items()})
+        try:
+            shard.writer.add_text(name, **{tensor: stacked[row] for tensor, stacked in tensors.items()})
+        except NotFinite as error:
+            said = next(sample for sample in shard.plan.samples if sample.text == name)
+            shard.problems.append(f"{said.triple.target}: {error} The caption: {said.triple.caption!r}")
         shard.tokens[name] = texts.tokens[row]
 
 
 def _write_samples(shard: _OpenShard, batch: _ReadyBatch, latents: HostCopy, masked_latents: HostCopy) -> None:
     assert batch.pixels is not None
     for row, sample in enumerate(batch.samples):
-        shard.writer.add_sample(
-            SampleTensors(
-                key=sample.triple.key,
-                latents=latents.wait()[row],
-                masked_latents=list(masked_latents.wait()[:, row]),
-                masks=list(batch.pixels.masks[:, row].numpy()),
-                text=sample.text,
-                tokens=shard.tokens[sample.text],
-                meta=_describe_sample(sample),
-            )
+        tensors = SampleTensors(
+            key=sample.key,
+            latents=latents.wait()[row],
+            masked_latents=list(masked_latents.wait()[:, row]),
+            masks=list(batch.pixels.masks[:, row].numpy()),
+            text=sample.text,
+            tokens=shard.tokens[sample.text],
+            meta=_describe_sample(sample),
         )
+        try:
+            if not shard.problems:  # else the shard will not be, and the text may not be there
+                shard.writer.add_sample(tensors)
+        except NotFinite as error:
+            shard.problems.append(f"{sample.triple.target}: {error}")
 
 
 def _describe_sample(sample: PlannedSample) -> dict:
@@ -241,5 +249,6 @@ def _describe_sample(sample: PlannedSample) -> dict:
         "original_size": [sample.size[1], sample.size[0]],
         "resized": [crop.height, crop.width],
         "crop": [crop.top, crop.left, sample.bucket.height, sample.bucket.width],
+        "flip": sample.flip,  # after the crop
         "fingerprint": triple.content,
     }

@@ -35,6 +35,10 @@ from data.atomic_write import fsync_folder, write_atomically
 _BLOCK = 512  # tar's unit: one header block per member, data padded to whole blocks
 
 
+class NotFinite(InputError):
+    """An encoder gave NaN or infinity: trained on, it would be in every weight a step later."""
+
+
 @dataclass(frozen=True)
 class SampleTensors:
     """What one sample stores.
@@ -194,7 +198,7 @@ class ShardWriter:
         """Store a caption's tensors under `text`, once: `pooled` bf16 [P], `t5` bf16 [L, D] (or int8 with `t5_scale`
         fp32 [L]).
 
-        Raises ValueError if they are not finite.
+        Raises NotFinite if they are not.
         """
         self._refuse_non_finite(text, **tensors)
         self._text_rows[text] = len(self._texts)
@@ -202,7 +206,7 @@ class ShardWriter:
         self._texts.append(self._add_member(text, "safetensors", data))
 
     def add_sample(self, sample: SampleTensors) -> None:
-        """Store a sample whose text was added before. Raises ValueError if its tensors are not finite."""
+        """Store a sample whose text was added before. Raises NotFinite if its tensors are not."""
         self._refuse_non_finite(sample.key, latents=sample.latents)
         member = self._add_member(sample.key, "safetensors", save({"latents": sample.latents.contiguous()}))
         variants = []
@@ -223,7 +227,10 @@ class ShardWriter:
     def _refuse_non_finite(self, key: str, **tensors: Tensor) -> None:
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
-                raise ValueError(f"{self.path}: {name} of {key} holds NaN or infinity; the encoder failed on it")
+                raise NotFinite(
+                    f"{self.path}: {name} of {key} holds NaN or infinity: the encoder failed on it. Look at the "
+                    "picture and its caption; if others fail too, at the model's files and at the GPU."
+                )
 
     def finish(self, *, plan: str) -> ShardIndex:
         """Close the tar, give it its name, write its index. `plan`: 32 hex digits of what it was made from."""

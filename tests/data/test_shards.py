@@ -12,7 +12,7 @@ from safetensors.torch import load
 
 from configs.errors import InputError
 from data.geometry import Bucket
-from data.shards import ShardWriter, file_sha256, index_path, read_index, rebuild_index
+from data.shards import NotFinite, ShardWriter, file_sha256, index_path, read_index, rebuild_index
 from data.sources import Triple
 
 BUCKET = Bucket(48, 64)
@@ -288,7 +288,7 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path, make_sample, make_tex
             writer.add_text("text-1", **text)
             writer.add_sample(sample)
 
-    with pytest.raises(ValueError, match=rf"a.tar: {tensor} of (a|text-1) holds NaN or infinity"):
+    with pytest.raises(NotFinite, match=rf"a.tar: {tensor} of (a|text-1) holds NaN or infinity"):
         write()
     assert list(tmp_path.iterdir()) == []
 
