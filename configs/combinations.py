@@ -61,10 +61,6 @@ REFUSED: tuple[Rule, ...] = (
         "full training changes every weight of the base, and a quantized weight cannot take a small change",
     ),
     Rule(
-        {"method": ("lokr",), "precision": ("nf4",)},
-        "a LoKr is added to the weight itself, and peft has no LoKr layer for weights packed in 4 bits",
-    ),
-    Rule(
         {"optimizer": ("adafactor",), "engine": (*FSDP, *ZERO)},
         "adafactor needs whole rows and columns of a weight's gradient, and here each process holds a slice of it",
     ),
@@ -75,10 +71,6 @@ REFUSED: tuple[Rule, ...] = (
     Rule(
         {"precision": QUANTIZED, "engine": ZERO3},
         "DeepSpeed shards plain numbers, without the shape and the scales of a quantized weight",
-    ),
-    Rule(
-        {"method": ("dora",), "precision": ("int8", "fp8")},
-        "DoRA measures the base's weights, and peft would measure their stored bits",
     ),
 )
 
@@ -93,6 +85,11 @@ NOTES: tuple[Rule, ...] = (
         {"optimizer": ("adamw8bit",), "engine": ZERO},
         "bitsandbytes works on each process's flat partition, whose 8-bit state only the same engine and number of "
         "processes can go on with",
+    ),
+    Rule(
+        {"method": ("dora",), "engine": ZERO},
+        "where products are computed in bf16, DeepSpeed hands out the lengths of the rows in bf16 too, and small "
+        "changes of them show late",
     ),
     Rule(
         {"precision": ("nf4",), "engine": FSDP},

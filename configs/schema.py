@@ -1,9 +1,11 @@
 """What a run is: every section, key, default and limit of a config. Frozen once validated."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+
+from configs.urls import is_url, problem_with_url
 
 Count = Annotated[int, Field(strict=True, ge=0)]
 PositiveInt = Annotated[int, Field(strict=True, gt=0)]
@@ -23,8 +25,19 @@ def _list_of_one(value: object) -> object:
     return [value] if isinstance(value, int) else value
 
 
+def _list_of_word(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda|cuda:\d+)$", examples=["cuda:1"])]
 PathText = Annotated[Path, BeforeValidator(_refuse_empty), Field(json_schema_extra={"minLength": 1})]
+Word = Annotated[str, Field(min_length=1)]
+Suffix = Annotated[str, Field(pattern=r"^[a-z0-9_-]+(\.[a-z0-9_-]+)*$")]
+Names = Annotated[
+    list[Suffix],
+    BeforeValidator(_list_of_word, json_schema_input_type=Suffix | list[Suffix]),
+    Field(min_length=1),
+]
 
 
 class Section(BaseModel):
@@ -74,11 +87,8 @@ class ModelConfig(Section):
     engine: docs/combinations.md."""
 
 
-class LoraConfig(Section):
-    """Train a low-rank adapter; the base's weights stay as they are."""
-
-    type: Literal["lora"]
-    """lora: train a low-rank adapter."""
+class _AdapterSection(Section):
+    """What all adapters have in common; the base's weights stay as they are."""
 
     rank: PositiveInt = 32
     """Width of the adapter's two factors."""
@@ -94,7 +104,32 @@ class LoraConfig(Section):
     module names as peft takes them."""
 
     init_from: PathText | None = None
-    """LoRA in diffusers' format to start from. null: start at zero."""
+    """Adapter of the same type to start from, as .safetensors. null: start at the base's output."""
+
+
+class LoraConfig(_AdapterSection):
+    """Train a low-rank adapter; the base's weights stay as they are."""
+
+    type: Literal["lora"]
+    """lora: train a low-rank adapter."""
+
+
+class DoraConfig(_AdapterSection):
+    """Train a low-rank adapter and the length of every row of the weights it adapts."""
+
+    type: Literal["dora"]
+    """dora: train a low-rank adapter, and the lengths of the weights' rows beside it."""
+
+
+class LokrConfig(_AdapterSection):
+    """Train an adapter that is a Kronecker product, as LyCORIS' LoKr."""
+
+    type: Literal["lokr"]
+    """lokr: train a Kronecker product of a small and a larger matrix."""
+
+    factor: Annotated[int, Field(strict=True, ge=2)] | Literal["auto"] = "auto"
+    """Side of the small matrix; the larger one has the layer's sides divided by it, and is whole where `rank` is at
+    least half of them. auto: about the square root of the layer's sides (LyCORIS' factor -1)."""
 
 
 class FullConfig(Section):
@@ -104,23 +139,246 @@ class FullConfig(Section):
     """full: train every weight of the transformer."""
 
 
+class RandomMasks(Section):
+    """Kinds of random holes and their shares; 0 or left out: none of it. Shares are relative to each other."""
+
+    brush: NonNegativeFloat = 0.0
+    """Free-form brush strokes."""
+
+    box: NonNegativeFloat = 0.0
+    """One to three upright boxes."""
+
+    polygon: NonNegativeFloat = 0.0
+    """A polygon of 4 to 10 corners."""
+
+    half_plane: NonNegativeFloat = 0.0
+    """All to one side of a straight line."""
+
+    outpaint: NonNegativeFloat = 0.0
+    """A border on one to four sides, for outpainting."""
+
+    full: NonNegativeFloat = 0.0
+    """The whole picture, which is then painted from its caption alone."""
+
+
+class MaskConfig(Section):
+    """How a dataset's masks are made: random holes, or its own masks, grown. Masks hang on the picture's content and
+    the variant's number alone."""
+
+    random: RandomMasks | None = None
+    """Random holes in the place of masks, of these kinds and shares."""
+
+    folder: PathText | None = None
+    """Folder of the dataset's own masks, where its target is a folder."""
+
+    dilate: Annotated[list[Count] | None, Field(examples=[[0, 24]])] = None
+    """Grow its own masks by a number of pixels from and to these, at the size that is trained; drawn for each variant.
+    null: they stay as they are."""
+
+    variants: Annotated[int, Field(strict=True, ge=1, le=64)] = 1
+    """Masks per picture. Each costs a masked picture's latents in the cache; training chooses one of them."""
+
+    @field_validator("random")
+    @classmethod
+    def _something_is_drawn(cls, random: RandomMasks | None) -> RandomMasks | None:
+        if random is not None and not any(share for _, share in random):
+            raise ValueError("one of its kinds must be above 0: {brush: 0.6, box: 0.2, outpaint: 0.2}")
+        return random
+
+    @field_validator("folder")
+    @classmethod
+    def _random_needs_no_folder(cls, folder: Path | None, info: ValidationInfo) -> Path | None:
+        if folder is not None and info.data.get("random") is not None:
+            raise ValueError("random draws holes that need no masks: remove folder, or random")
+        return folder
+
+    @field_validator("dilate")
+    @classmethod
+    def _own_masks_grow(cls, dilate: list[int] | None, info: ValidationInfo) -> list[int] | None:
+        if dilate is not None and info.data.get("random") is not None:
+            raise ValueError("only a dataset's own masks grow: remove dilate, or random")
+        if dilate is not None and not (len(dilate) == 2 and dilate[0] <= dilate[1] <= 512):
+            raise ValueError("must be the least and the most pixels, at most 512: [0, 24]")
+        return dilate
+
+    @field_validator("variants")
+    @classmethod
+    def _variants_differ(cls, variants: int, info: ValidationInfo) -> int:
+        if variants > 1 and info.data.get("random", 0) is None and info.data.get("dilate", 0) is None:
+            raise ValueError("without random or dilate all variants would be the same mask: give one of them, or 1")
+        return variants
+
+
+class MembersConfig(Section):
+    """What the members of a sample are called in tars: the part of a name behind its first dot, in lower case. Of a
+    list the first that a sample has is read."""
+
+    target: Names = ["target.png", "target.jpg", "target.jpeg", "target.webp", "jpg", "jpeg", "png", "webp"]
+    """The picture to learn."""
+
+    mask: Names = ["mask.png", "mask.webp", "mask.jpg", "mask.jpeg"]
+    """Its mask: white is painted, black is kept. Not read when masks are random."""
+
+    source: Names | None = None
+    """What the model sees in the place of the target, as in object removal. null: the target itself."""
+
+    caption: Names = ["txt", "json"]
+    """The caption: text, or the entry `caption` of a JSON object."""
+
+
+class ColumnsConfig(Section):
+    """What the columns of a table are called."""
+
+    target: Word = "target"
+    """The picture to learn: a path relative to the table, a URL, or (Parquet, Arrow) the picture itself."""
+
+    mask: Word = "mask"
+    """Its mask: white is painted, black is kept. Not read when masks are random."""
+
+    source: Word | None = None
+    """What the model sees in the place of the target, as in object removal. null: the target itself."""
+
+    caption: Word = "caption"
+    """The caption; a row without one has the default."""
+
+    name: Word | None = None
+    """A name of its own for every row, for tables with a target in several rows. null: the target's path."""
+
+
 class DatasetConfig(Section):
-    """One set of triples: pictures of the same name in two or three folders."""
+    """One set of triples. Its pictures come from folders (target, mask, source), from WebDataset tars (tars), or from a
+    list of pictures (table)."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", examples=["removal"])]
     """The dataset's folder in the cache: letters, digits, underscores and hyphens."""
 
-    target: Annotated[PathText, Field(examples=["/data/after"])]
+    tars: Annotated[
+        Annotated[list[Word], Field(min_length=1)] | None,
+        BeforeValidator(_list_of_word, json_schema_input_type=Word | Annotated[list[Word], Field(min_length=1)] | None),
+    ] = None
+    """WebDataset tars of pictures: paths or URLs (https, s3, gs), one or several, with braces as in
+    s3://bucket/photos-{000000..000127}.tar."""
+
+    table: Annotated[str, Field(min_length=1, examples=["/data/pictures.jsonl"])] | None = None
+    """A list of pictures, one row each: a .jsonl or .parquet file (path or URL), or a folder as Hugging Face's datasets
+    writes it (metadata.jsonl beside pictures, .parquet or .arrow files)."""
+
+    target: Annotated[PathText, Field(examples=["/data/after"])] | None = None
     """Folder of the pictures to learn, and of their captions as .txt beside them."""
 
-    mask: Annotated[PathText, Field(examples=["/data/mask"])]
-    """Folder of the masks: white is painted, black is kept."""
+    members: MembersConfig = MembersConfig()
+    """What the members of a sample are called in tars."""
+
+    columns: ColumnsConfig = ColumnsConfig()
+    """What the columns of a table are called."""
+
+    mask: Annotated[PathText, Field(examples=["/data/mask"])] | MaskConfig | None = None
+    """Folder of the masks, where target is a folder: white is painted, black is kept. Or how masks are made, as in
+    {random: {brush: 0.6, box: 0.4}, variants: 4}. null: those of the tars or the table."""
 
     source: PathText | None = None
     """Folder of what the model sees in the place of the target, as in object removal. null: the target itself."""
 
+    flip: Annotated[bool, Field(strict=True)] = False
+    """Train on every picture's mirror image too, with its masks mirrored and the caption as it is. Not for pictures
+    with writing, or captions that say left and right."""
+
     weight: PositiveFloat = 1.0
     """Share of this dataset in the mix, relative to the others."""
+
+    @field_validator("tars")
+    @classmethod
+    def _tars_may_be_read(cls, tars: list[str] | None) -> list[str] | None:
+        for tar in tars or []:
+            _refuse_url(tar)
+        return tars
+
+    @field_validator("table")
+    @classmethod
+    def _table_may_be_read(cls, table: str | None, info: ValidationInfo) -> str | None:
+        if table is not None:
+            _refuse_url(table)
+            if info.data.get("tars") is not None:
+                raise ValueError("the pictures come from tars already: make two datasets of them")
+        return table
+
+    @field_validator("target")
+    @classmethod
+    def _pictures_come_from_one_place(cls, target: Path | None, info: ValidationInfo) -> Path | None:
+        place = _place_of_pictures(info)
+        if target is None and place == "target":
+            raise ValueError("must be given: the folder of the pictures, or in its place tars or table")
+        if target is not None and place == "tars":
+            raise ValueError("the pictures come from tars: say in members.target which they are, and remove target")
+        if target is not None and place == "table":
+            raise ValueError("the pictures come from a table: say in columns.target which they are, and remove target")
+        return target
+
+    @field_validator("members")
+    @classmethod
+    def _members_are_of_tars(cls, members: MembersConfig, info: ValidationInfo) -> MembersConfig:
+        if members != MembersConfig() and "tars" in info.data and info.data["tars"] is None:
+            raise ValueError("only tars have members: give tars, or remove members")
+        return members
+
+    @field_validator("columns")
+    @classmethod
+    def _columns_are_of_a_table(cls, columns: ColumnsConfig, info: ValidationInfo) -> ColumnsConfig:
+        if columns != ColumnsConfig() and "table" in info.data and info.data["table"] is None:
+            raise ValueError("only a table has columns: give table, or remove columns")
+        return columns
+
+    @field_validator("mask")
+    @classmethod
+    def _masks_come_from_one_place(cls, mask: Path | MaskConfig | None, info: ValidationInfo) -> Any:
+        place = _place_of_pictures(info)
+        random = isinstance(mask, MaskConfig) and mask.random is not None
+        folder = mask.folder if isinstance(mask, MaskConfig) else mask
+        if place == "target" and folder is None and not random:
+            raise ValueError(
+                "must be given: the folder of the masks, or {random: {brush: 0.6, box: 0.4}}, or {folder: MASKS, "
+                "dilate: [0, 24]}"
+            )
+        if place in _NAMES_OF and folder is not None:
+            raise ValueError(
+                f"a folder of masks goes with a folder of targets: say in {_NAMES_OF[place]}.mask which they are"
+            )
+        if place in _NAMES_OF and random and (names := info.data.get(_NAMES_OF[place])):
+            if names.mask != type(names)().mask:
+                raise ValueError(f"random holes need no masks: remove {_NAMES_OF[place]}.mask, or random")
+            if names.source is not None:
+                raise ValueError(_NO_RANDOM_SOURCE.format(f"{_NAMES_OF[place]}.source"))
+        return mask
+
+    @field_validator("source")
+    @classmethod
+    def _sources_are_folders(cls, source: Path | None, info: ValidationInfo) -> Path | None:
+        place, mask = _place_of_pictures(info), info.data.get("mask")
+        if source is not None and place in _NAMES_OF:
+            raise ValueError(
+                f"a folder of sources goes with a folder of targets: say in {_NAMES_OF[place]}.source which they are"
+            )
+        if source is not None and isinstance(mask, MaskConfig) and mask.random is not None:
+            raise ValueError(_NO_RANDOM_SOURCE.format("source"))
+        return source
+
+
+_NO_RANDOM_SOURCE = "random holes do not know where target and source differ: remove {}, or give masks"
+
+
+_NAMES_OF = {"tars": "members", "table": "columns"}  # the key that says which of them is what
+
+
+def _place_of_pictures(info: ValidationInfo) -> str | None:
+    """Which key of a dataset says where its pictures are: tars, table or target. None if one of them is wrong."""
+    if not {"tars", "table"} <= info.data.keys():
+        return None
+    return next((key for key in ("tars", "table") if info.data[key] is not None), "target")
+
+
+def _refuse_url(place: str) -> None:
+    if is_url(place) and (problem := problem_with_url(place)):
+        raise ValueError(f"of {place}, {problem}")
 
 
 class CaptionsConfig(Section):
@@ -137,6 +395,10 @@ class CaptionsConfig(Section):
 
     text_length: Annotated[int, Field(strict=True, ge=16, le=512)] = 512
     """Tokens of T5's text; longer captions are cut, shorter ones padded."""
+
+    text_dtype: Literal["bf16", "int8"] = "bf16"
+    """How the cache stores T5's text. int8: half the bytes, with a scale per token; what that does to the trained model
+    has not been measured."""
 
 
 class EncodersConfig(Section):
@@ -178,6 +440,13 @@ class DataConfig(Section):
     captions: CaptionsConfig = CaptionsConfig()
     """The text that goes with a picture."""
 
+    mask_choice: Literal["random", "cycle", "first"] = "random"
+    """Where samples have several masks. random: one drawn each time; cycle: each in turn, one an epoch; first: always
+    the first."""
+
+    mask_dropout: Fraction = 0.0
+    """Share of the samples that are trained with a hole as large as the picture."""
+
     holdout: Count = 64
     """Pictures kept out of training for validation, chosen by a stable hash of the target's content."""
 
@@ -187,6 +456,10 @@ class DataConfig(Section):
     max_megapixels: PositiveFloat = 64.0
     """Pictures of more megapixels are refused, not decoded."""
 
+    copies_gib: NonNegativeFloat = 100.0
+    """Room beside the cache, in GiB, for copies of remote pictures until they are encoded; those beyond it are fetched
+    twice."""
+
     encode_batch_size: PositiveInt = 8
     """Pictures that go through the VAE at once, and captions through T5."""
 
@@ -195,6 +468,11 @@ class DataConfig(Section):
 
     reader_threads: PositiveInt = 2
     """Threads that read samples, in each training process."""
+
+    streams: PositiveInt = 1
+    """Shares that the shards of each bucket are dealt to; each global batch takes as many samples from one as from the
+    other. One per node lets a node fetch only its own share from remote storage; 1 mixes best. A run keeps the number
+    that it began with."""
 
     @field_validator("datasets")
     @classmethod
@@ -238,8 +516,10 @@ class TrainConfig(Section):
     warmup_steps: Count = 100
     """Steps in which the learning rate rises from zero to `lr`."""
 
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw8bit"
-    """adamw8bit keeps its two moments in 8 bits (bitsandbytes)."""
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy"] = "adamw8bit"
+    """adamw8bit keeps its two moments in 8 bits (bitsandbytes); adafactor keeps one, as a row and a column per weight;
+    prodigy finds the step size itself, which lr then multiplies: set it to 1. Which engines take which:
+    docs/combinations.md."""
 
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay, per step and times the learning rate."""
@@ -253,6 +533,10 @@ class TrainConfig(Section):
     activation_checkpointing: Literal["auto"] | Annotated[bool, Field(strict=True)] = "auto"
     """Compute activations again in the backward pass to save memory. auto: decided at start."""
 
+    compile: Literal["regional", "off"] = "off"
+    """regional: torch.compile of the blocks, one graph for all of a kind and for every size of picture; it costs a
+    minute or more at start. What it gains has not been measured on a GPU yet, so it is off unless asked for."""
+
     @field_validator("micro_batch_size")
     @classmethod
     def _micro_batch_fits(cls, micro: int | Literal["auto"], info: ValidationInfo) -> int | Literal["auto"]:
@@ -262,6 +546,14 @@ class TrainConfig(Section):
                 f"must not be above train.global_batch_size, {total}: lower it, or raise the global batch size"
             )
         return micro
+
+    @field_validator("optimizer")
+    @classmethod
+    def _prodigy_has_a_rate_of_its_own(cls, optimizer: str, info: ValidationInfo) -> str:
+        lr = info.data.get("lr")
+        if optimizer == "prodigy" and lr is not None and lr < 0.1:
+            raise ValueError(f"multiplies the step size that it finds by train.lr, {lr:g}: set train.lr=1")
+        return optimizer
 
     @field_validator("warmup_steps")
     @classmethod
@@ -342,6 +634,13 @@ class CheckpointConfig(Section):
     """Write checkpoints while training goes on, from a copy in the host's memory (as large as the checkpoint)."""
 
 
+class GuardConfig(Section):
+    """What a run survives before it stops."""
+
+    max_bad_samples: Count = 16
+    """Damaged samples that are replaced by the next whole one of their shard; with more the run stops."""
+
+
 class LoggingConfig(Section):
     """Where figures go beside metrics.jsonl."""
 
@@ -361,8 +660,8 @@ class Config(Section):
     model: ModelConfig
     """The model that training starts from."""
 
-    method: Annotated[LoraConfig | FullConfig, Field(discriminator="type")]
-    """What is trained: a low-rank adapter, or every weight."""
+    method: Annotated[LoraConfig | DoraConfig | LokrConfig | FullConfig, Field(discriminator="type")]
+    """What is trained: an adapter, or every weight."""
 
     data: DataConfig
     """The pictures, and the cache of encoded samples that is made from them."""
@@ -381,6 +680,9 @@ class Config(Section):
 
     checkpoint: CheckpointConfig = CheckpointConfig()
     """What a stopped run goes on from."""
+
+    guard: GuardConfig = GuardConfig()
+    """What a run survives before it stops."""
 
     logging: LoggingConfig = LoggingConfig()
     """Where figures go beside metrics.jsonl."""

@@ -3,6 +3,7 @@ there."""
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +19,15 @@ from data.manifest import (
     Manifest,
     ShardTable,
     cached_settings,
+    hash_files,
     read_manifest,
     read_shard_table,
 )
+from data.mask_recipe import recipe_of
 from data.model_folder import read_part_number
 from data.order import ORDER_VERSION
 from data.shard_plan import ShardPlan
-from data.shards import ShardIndex, index_path
+from data.shards import ShardIndex, count_hole_fractions, index_path
 from data.validation_items import validation_items_are_there
 
 
@@ -48,7 +51,6 @@ def describe_cache(
 ) -> tuple[Manifest, ShardTable]:
     """The head of the finished cache."""
     names = [dataset.name for dataset in config.data.datasets]
-    holes = np.concatenate([index.hole_fraction.ravel() for index in indexes])
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         order_version=ORDER_VERSION,
@@ -57,12 +59,12 @@ def describe_cache(
         vae_shift=read_part_number(model, "vae", "shift_factor"),
         vae_scale=read_part_number(model, "vae", "scaling_factor"),
         text_length=config.data.captions.text_length,
-        text_dtype="bf16",
+        text_dtype=config.data.captions.text_dtype,
         text_width=int(read_part_number(model, "text_encoder_2", "d_model")),
         pooled_width=int(read_part_number(model, "text_encoder", "hidden_size")),
-        mask_variants=dict.fromkeys(names, 1),
+        mask_variants={dataset.name: recipe_of(dataset).variants for dataset in config.data.datasets},
         samples={name: _count_splits(plans, name) for name in names},
-        hole_fractions=np.histogram(holes, bins=10, range=(0, 1))[0].tolist(),
+        hole_fractions={name: _count_holes(plans, indexes, name) for name in names},
     )
     return manifest, shard_table(plans, indexes)
 
@@ -75,7 +77,7 @@ def is_current(cache: Path, manifest: Manifest, table: ShardTable) -> bool:
         return False
     constants = [cache / EMPTY_TEXT, *(blank_path(cache, str(bucket)) for bucket in np.unique(table.bucket))]
     return (
-        found == manifest
+        found == replace(manifest, files=hash_files(cache, found.files))
         and all(np.array_equal(column, vars(found_table)[name]) for name, column in vars(table).items())
         and all(path.is_file() for path in constants)
         and validation_items_are_there(cache)
@@ -93,6 +95,11 @@ def shard_table(plans: Sequence[ShardPlan], indexes: Sequence[ShardIndex]) -> Sh
         sha256=np.array([index.tar_sha256 for index in indexes]),
         plan=np.array([plan.plan for plan in plans]),
     )
+
+
+def _count_holes(plans: Sequence[ShardPlan], indexes: Sequence[ShardIndex], dataset: str) -> list[int]:
+    """Masks of a dataset, all variants, per tenth of the area that is painted."""
+    return count_hole_fractions(i for plan, i in zip(plans, indexes, strict=True) if plan.dataset == dataset)
 
 
 def _count_splits(plans: Sequence[ShardPlan], dataset: str) -> dict[str, int]:

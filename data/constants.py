@@ -10,33 +10,43 @@ import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
+from configs.schema import CaptionsConfig
 from data.atomic_write import write_atomically
 from data.encode import encode_captions, encode_images
 from data.geometry import Bucket
 from data.load_encoders import Encoders
-from data.manifest import EMPTY_TEXT
+from data.manifest import EMPTY_TEXT, blank_name
+from data.shards import NotFinite
+from data.stored_text import store_text
 
 
 def blank_path(cache: Path, bucket: str) -> Path:
-    return cache / f"blank_{bucket}.safetensors"
+    return cache / blank_name(bucket)
 
 
 def _paths(cache: Path, buckets: Iterable[Bucket]) -> list[Path]:
     return [cache / EMPTY_TEXT, *(blank_path(cache, str(bucket)) for bucket in buckets)]
 
 
-def _made_by(encoding: Mapping[str, object]) -> dict[str, str]:
+def _made_by(encoding: Mapping[str, object], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    digest = xxhash.xxh3_128()
+    for _, tensor in sorted(tensors.items()):
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
     text = json.dumps(encoding, sort_keys=True)
-    return {"encoding": xxhash.xxh3_128_hexdigest(text.encode())}
+    # One entry: safetensors writes several in an order that changes from process to process.
+    return {"encoding, tensors": f"{xxhash.xxh3_128_hexdigest(text.encode())}, {digest.hexdigest()}"}
 
 
 def constants_are_there(cache: Path, buckets: Iterable[Bucket], encoding: Mapping[str, object]) -> bool:
-    """Whether all of them are, made by this encoding."""
+    """Whether all of them are, made by this encoding and undamaged."""
     for path in _paths(cache, buckets):
         try:
             with safe_open(path, framework="pt") as file:
-                if file.metadata() != _made_by(encoding):
+                names = file.keys()
+                tensors = {name: file.get_tensor(name) for name in names}
+                if file.metadata() != _made_by(encoding, tensors):
                     return False
         except (FileNotFoundError, SafetensorError):
             return False
@@ -44,13 +54,24 @@ def constants_are_there(cache: Path, buckets: Iterable[Bucket], encoding: Mappin
 
 
 def write_constants(
-    cache: Path, encoders: Encoders, buckets: Iterable[Bucket], encoding: Mapping[str, object], *, text_length: int
+    cache: Path,
+    encoders: Encoders,
+    buckets: Iterable[Bucket],
+    encoding: Mapping[str, object],
+    captions: CaptionsConfig,
 ) -> None:
     """Write all of them, each whole or not at all."""
-    text = encode_captions(encoders.text, [""], text_length=text_length)
-    empty = {"t5": text.t5[0].bfloat16().cpu().contiguous(), "pooled": text.pooled[0].bfloat16().cpu().contiguous()}
-    write_atomically(cache / EMPTY_TEXT, partial(save_file, empty, metadata=_made_by(encoding)))
+    text = encode_captions(encoders.text, [""], text_length=captions.text_length)
+    _write(cache / EMPTY_TEXT, store_text(text.t5[0], text.pooled[0], captions.text_dtype), encoding)
     for bucket in buckets:
         grey = torch.zeros(1, 3, bucket.height, bucket.width)
-        blank = {"masked_latents": encode_images(encoders.vae, grey)[0].bfloat16().cpu().contiguous()}
-        write_atomically(blank_path(cache, str(bucket)), partial(save_file, blank, metadata=_made_by(encoding)))
+        blank = {"masked_latents": encode_images(encoders.vae, grey)[0].bfloat16()}
+        _write(blank_path(cache, str(bucket)), blank, encoding)
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], encoding: Mapping[str, object]) -> None:
+    stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    for name, tensor in stored.items():
+        if not torch.isfinite(tensor).all():
+            raise NotFinite(f"{path}: {name} holds NaN or infinity. Look at the model's files and at the GPU.")
+    write_atomically(path, partial(save_file, stored, metadata=_made_by(encoding, stored)))

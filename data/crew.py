@@ -103,6 +103,8 @@ class Crew:
     def refuse_other_settings(self, other: Member) -> None:
         """Raises InputError, naming the keys, if another member works by other settings."""
         mine, theirs = self._me.settings, other.settings
+        if mine and theirs and not mine.keys() & theirs.keys():
+            raise InputError(f"data.cache {self.folder.parent}: {other} is at work in it. Wait for it or stop it.")
         differing = [key for key in sorted(mine.keys() | theirs.keys()) if mine.get(key) != theirs.get(key)]
         if differing:
             listing = "\n  ".join(f"{key} is {mine.get(key)!r} here, {theirs.get(key)!r} there" for key in differing)

@@ -21,8 +21,9 @@ from data.encode import HostCopy, PixelBatch, collate_pixels, encode_captions, e
 from data.load_encoders import Encoders
 from data.run_ahead import run_ahead
 from data.shard_plan import PlannedSample, ShardPlan
-from data.shards import SampleTensors, ShardWriter
+from data.shards import NotFinite, SampleTensors, ShardWriter
 from data.sources import listed
+from data.stored_text import store_text
 
 _BATCHES_AHEAD = 2  # decoded and collated, besides those in the decoding threads
 _WRITES_BEHIND = 4  # batches whose tensors wait to be written
@@ -30,11 +31,11 @@ _WRITES_BEHIND = 4  # batches whose tensors wait to be written
 
 @dataclass(frozen=True)
 class _Texts:
-    """A batch of captions on its way to the host.  names: of their members.  tokens: real ones of each."""
+    """A batch of captions on its way to the host.  names: of their members.  tensors: what each stores, stacked.
+    tokens: real ones of each."""
 
     names: Sequence[str]
-    t5: HostCopy
-    pooled: HostCopy
+    tensors: dict[str, HostCopy]
     tokens: Sequence[int]
 
 
@@ -117,7 +118,8 @@ def _encode_texts(plan: ShardPlan, encoders: Encoders, data: DataConfig) -> Iter
     captions = {sample.text: sample.triple.caption for sample in plan.samples}
     for names in in_batches(captions, data.encode_batch_size):
         text = encode_captions(encoders.text, [captions[name] for name in names], text_length=data.captions.text_length)
-        yield _Texts(names, HostCopy(text.t5.bfloat16()), HostCopy(text.pooled.bfloat16()), text.tokens)
+        stored = store_text(text.t5, text.pooled, data.captions.text_dtype)
+        yield _Texts(names, {name: HostCopy(tensor) for name, tensor in stored.items()}, text.tokens)
 
 
 def _make_ready(batch: DecodedBatch[_Place], *, pin: bool) -> _ReadyBatch:
@@ -132,6 +134,7 @@ class _OpenShard:
     """A shard in the writing. Used by the writing thread alone, but for `problems`."""
 
     def __init__(self, cache: Path, plan: ShardPlan) -> None:
+        self.plan = plan
         self.writer = ShardWriter(cache / plan.path)
         self.tokens: dict[str, int] = {}
         self.problems: list[str] = []
@@ -207,26 +210,33 @@ class _Writing:
 
 
 def _write_texts(shard: _OpenShard, texts: _Texts) -> None:
-    t5, pooled = texts.t5.wait(), texts.pooled.wait()
+    tensors = {name: copy.wait() for name, copy in texts.tensors.items()}
     for row, name in enumerate(texts.names):
-        shard.writer.add_text(name, t5=t5[row], pooled=pooled[row])
+        try:
+            shard.writer.add_text(name, **{tensor: stacked[row] for tensor, stacked in tensors.items()})
+        except NotFinite as error:
+            said = next(sample for sample in shard.plan.samples if sample.text == name)
+            shard.problems.append(f"{said.triple.target}: {error} The caption: {said.triple.caption!r}")
         shard.tokens[name] = texts.tokens[row]
 
 
 def _write_samples(shard: _OpenShard, batch: _ReadyBatch, latents: HostCopy, masked_latents: HostCopy) -> None:
     assert batch.pixels is not None
     for row, sample in enumerate(batch.samples):
-        shard.writer.add_sample(
-            SampleTensors(
-                key=sample.triple.key,
-                latents=latents.wait()[row],
-                masked_latents=list(masked_latents.wait()[:, row]),
-                masks=list(batch.pixels.masks[:, row].numpy()),
-                text=sample.text,
-                tokens=shard.tokens[sample.text],
-                meta=_describe_sample(sample),
-            )
+        tensors = SampleTensors(
+            key=sample.key,
+            latents=latents.wait()[row],
+            masked_latents=list(masked_latents.wait()[:, row]),
+            masks=list(batch.pixels.masks[:, row].numpy()),
+            text=sample.text,
+            tokens=shard.tokens[sample.text],
+            meta=_describe_sample(sample),
         )
+        try:
+            if not shard.problems:  # else the shard will not be, and the text may not be there
+                shard.writer.add_sample(tensors)
+        except NotFinite as error:
+            shard.problems.append(f"{sample.triple.target}: {error}")
 
 
 def _describe_sample(sample: PlannedSample) -> dict:
@@ -239,5 +249,6 @@ def _describe_sample(sample: PlannedSample) -> dict:
         "original_size": [sample.size[1], sample.size[0]],
         "resized": [crop.height, crop.width],
         "crop": [crop.top, crop.left, sample.bucket.height, sample.bucket.width],
+        "flip": sample.flip,  # after the crop
         "fingerprint": triple.content,
     }

@@ -1,8 +1,10 @@
 """The cache folder's head: manifest.json says what was cached and by which encoders, shards.npz lists the shards."""
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -11,12 +13,19 @@ from configs.errors import InputError
 from configs.schema import Config
 from data.atomic_write import write_atomically, write_text_atomically
 from data.geometry import Bucket
+from data.mask_recipe import recipe_of
 from data.model_folder import encoder_fingerprints
-from data.sources import listed
+from data.source_items import listed
 
 FORMAT_VERSION = 1
 TRAIN, HOLDOUT = "train", "holdout"
+MANIFEST, SHARD_TABLE = "manifest.json", "shards.npz"
 EMPTY_TEXT = "empty_text.safetensors"  # beside the manifest: t5 and pooled of the empty caption
+
+
+def blank_name(bucket: str) -> str:
+    """File beside the manifest: masked_latents of a bucket's picture that is all hole."""
+    return f"blank_{bucket}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,9 @@ class Manifest:
 
     settings: the config's keys that shape cached tensors (`cached_settings`).  encoders: part -> fingerprint.
     vae_shift, vae_scale: latents = (z - shift) * scale.  text_width, pooled_width: numbers per T5 token and of CLIP.
-    mask_variants: per dataset.  samples: dataset -> split -> count.  hole_fractions: counts per tenth of the area.
+    mask_variants: per dataset.  samples: dataset -> split -> count.  hole_fractions: dataset -> masks, all variants,
+    per tenth of the area that is painted.
+    files: path below the cache -> xxh3-128, of all that lies beside the shards; `write_manifest` fills it.
     """
 
     format_version: int
@@ -61,7 +72,8 @@ class Manifest:
     pooled_width: int
     mask_variants: dict[str, int]
     samples: dict[str, dict[str, int]]
-    hole_fractions: list[int]
+    hole_fractions: dict[str, list[int]]
+    files: dict[str, str] = field(default_factory=dict)
 
 
 def cached_settings(config: Config) -> dict:
@@ -74,22 +86,51 @@ def cached_settings(config: Config) -> dict:
         "data.captions.default": data.captions.default,
         "data.captions.trigger": data.captions.trigger,
         "data.captions.text_length": data.captions.text_length,
+        "data.captions.text_dtype": data.captions.text_dtype,
         "data.encoders.t5_precision": data.encoders.t5_precision,
         "data.holdout": data.holdout,
+    } | {
+        f"data.datasets.{dataset.name}.{key}": value
+        for dataset in data.datasets
+        for key, value in (("mask", str(recipe_of(dataset))), ("flip", dataset.flip))
     }
 
 
-def write_manifest(cache: Path, manifest: Manifest, table: ShardTable) -> None:
-    """Write shards.npz, then manifest.json: a cache with a manifest is whole."""
+def write_manifest(cache: Path, manifest: Manifest, table: ShardTable) -> Manifest:
+    """Write shards.npz, then manifest.json: a cache with a manifest is whole. Returns what was written, `files` filled:
+    whatever else belongs to the cache has to be there."""
 
     def write_table(temporary: Path) -> None:
         with temporary.open("wb") as file:
-            np.savez_compressed(file, **vars(table))
+            # Text of fixed width: the columns of a table that was read would be pickled.
+            columns: dict[str, Any] = {
+                name: np.array(column.tolist()) if column.dtype.kind == "T" else column
+                for name, column in vars(table).items()
+            }
+            np.savez_compressed(file, **columns)
 
-    fields = asdict(manifest)
-    write_atomically(cache / "shards.npz", write_table)
+    write_atomically(cache / SHARD_TABLE, write_table)
+    beside = [cache / SHARD_TABLE, *cache.glob("*.safetensors"), *(cache / "validation").glob("*")]
+    written = replace(manifest, files=hash_files(cache, [path.relative_to(cache).as_posix() for path in beside]))
+    fields = asdict(written)
     text = json.dumps(fields | {"checksum": _checksum(fields)}, indent=2, sort_keys=True)
-    write_text_atomically(cache / "manifest.json", text + "\n")
+    write_text_atomically(cache / MANIFEST, text + "\n")
+    return written
+
+
+def hash_files(cache: Path, paths: Iterable[str]) -> dict[str, str]:
+    """Path below the cache -> xxh3-128 of the file's bytes, "" if it is missing or cannot be read."""
+    hashes = {}
+    for path in sorted(paths):
+        digest = xxhash.xxh3_128()
+        try:
+            with (cache / path).open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+            hashes[path] = digest.hexdigest()
+        except OSError:
+            hashes[path] = ""
+    return hashes
 
 
 def _checksum(fields: dict) -> str:
@@ -98,7 +139,7 @@ def _checksum(fields: dict) -> str:
 
 def read_manifest(cache: Path) -> Manifest:
     """Raises InputError if there is no whole cache, or one of a newer format."""
-    path = cache / "manifest.json"
+    path = cache / MANIFEST
     if not path.is_file():
         raise InputError(
             f"data.cache {cache}: no manifest.json, so no finished cache is there. "
@@ -122,10 +163,10 @@ def read_manifest(cache: Path) -> Manifest:
 
 def read_shard_table(cache: Path) -> ShardTable:
     """Raises InputError if shards.npz is missing or damaged."""
-    path = cache / "shards.npz"
+    path = cache / SHARD_TABLE
     try:
         with np.load(path, allow_pickle=False) as columns:
-            table = ShardTable(**{name: columns[name] for name in columns.files})
+            table = ShardTable(**{name: _compact(columns[name]) for name in columns.files})
     except FileNotFoundError:
         raise InputError(f"{path}: missing. Run `fluxfill preprocess CONFIG` again; whole shards are kept.") from None
     except Exception as error:  # zipfile, zlib and numpy each have their own
@@ -135,6 +176,11 @@ def read_shard_table(cache: Path) -> ShardTable:
     if len({len(column) for column in vars(table).values()}) != 1:
         raise InputError(f"{path}: columns of unequal length. Run `fluxfill preprocess CONFIG` again.")
     return table
+
+
+def _compact(column: np.ndarray) -> np.ndarray:
+    """Text in a byte a character where npz has four: a million shards are 200 MiB of every rank, not 700."""
+    return column.astype(np.dtypes.StringDType()) if column.dtype.kind == "U" else column
 
 
 def parse_bucket(text: str) -> Bucket:
@@ -152,14 +198,8 @@ class Cache:
     table: ShardTable
 
 
-def open_cache(config: Config, model: Path) -> Cache:
-    """The cache of a config, checked against the model that is to be trained on it, and for its shards to be there.
-
-    Raises InputError that lists every setting and encoder in which they differ, or every shard that is missing or of
-    another size: a cut shard would else end an epoch early.
-    """
-    folder = config.data.cache
-    manifest, table = read_manifest(folder), read_shard_table(folder)
+def refuse_other_settings(config: Config, model: Path, manifest: Manifest) -> None:
+    """Raise InputError that lists every setting and encoder in which a config and its model differ from a cache's."""
     encoders, wanted = encoder_fingerprints(model), cached_settings(config)
     problems = [
         f"{part} of model.base {config.model.base} is not the one that encoded the cache "
@@ -173,8 +213,24 @@ def open_cache(config: Config, model: Path) -> Cache:
     ]
     if problems:
         raise InputError(
-            f"data.cache {folder} was made by other settings:\n  " + "\n  ".join(problems) + "\n"
+            f"data.cache {config.data.cache} was made by other settings:\n  " + "\n  ".join(problems) + "\n"
             "Run `fluxfill preprocess CONFIG` again, or point data.cache (or model.base) at the one that fits."
+        )
+
+
+def open_cache(config: Config, model: Path) -> Cache:
+    """The cache of a config, checked against the model that is to be trained on it, and for its shards to be there.
+
+    Raises InputError that lists every setting and encoder in which they differ, or every shard that is missing or of
+    another size: a cut shard would else end an epoch early.
+    """
+    folder = config.data.cache
+    manifest, table = read_manifest(folder), read_shard_table(folder)
+    refuse_other_settings(config, model, manifest)
+    if hash_files(folder, [SHARD_TABLE])[SHARD_TABLE] != manifest.files.get(SHARD_TABLE):
+        raise InputError(
+            f"{folder / SHARD_TABLE}: not the one that {MANIFEST} beside it was written with. Run `fluxfill preprocess "
+            "CONFIG` again; whole shards are kept."
         )
     damaged = [
         f"{folder / str(path)}: {found} bytes, the manifest says {size}"

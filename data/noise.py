@@ -8,7 +8,7 @@ never comes twice, so it carries the epoch too.
 import numpy as np
 
 # The purposes of a sample's numbers: the highest word of the counter, so their streams never meet.
-_SIGMA, _NOISE, _VARIANT, _DROPOUT = range(4)
+_SIGMA, _NOISE, _VARIANT, _DROPOUT, _WHOLE_HOLE = range(5)
 
 
 def _generator(seed: int, position: int, purpose: int) -> np.random.Generator:
@@ -34,3 +34,8 @@ def draw_variant(seed: int, position: int, num_variants: int) -> int:
 def draw_dropout(seed: int, position: int, probability: float) -> bool:
     """Whether the sample's caption is dropped (replaced by the empty one)."""
     return bool(_generator(seed, position, _DROPOUT).random() < probability)
+
+
+def draw_whole_hole(seed: int, position: int, probability: float) -> bool:
+    """Whether the sample's mask is dropped (the hole is the whole picture)."""
+    return bool(_generator(seed, position, _WHOLE_HOLE).random() < probability)

@@ -1,9 +1,11 @@
 """Which sample stands where: the sequence of global batches as arithmetic, not state.
 
-A pool is all training shards of one dataset and bucket. Its rows form an endless sequence: epoch after epoch, each a
-permutation made in two steps (shards into blocks, samples within a block), so that a reader touches few shards at a
-time. Batch j of a pool is its rows [j * GB, (j + 1) * GB): laid end to end, so no sample is ever left out and a pool
-smaller than a batch trains too.
+A pool is all training shards of one dataset and bucket, dealt to C streams by rows (so that they are equal within one,
+a shard at a border belongs to two; a pool of fewer than 4 C shards stays whole). A stream's rows form an endless
+sequence: epoch after epoch, each a permutation made in two steps (shards into blocks, samples within a block), so that
+a reader touches few shards at a time. Batch j of a pool takes rows [j * GB / C, (j + 1) * GB / C) of each stream: laid
+end to end, so no sample is ever left out and a pool smaller than a batch trains too. Neighbouring ranks get
+neighbouring rows: with a stream a node, a node reads only its own shards.
 
 The run's batches are the pools' batches, interleaved by weight. In epoch e a pool has as many batches as its share of
 the rows says, rounded by a running total, so over epochs the shares are met exactly; within the epoch each pool's
@@ -23,28 +25,62 @@ from configs.errors import InputError
 ORDER_VERSION = 1
 BLOCK_SHARDS = 8  # 2 GiB at the default shard size: enough to mix, little enough to keep near
 
-_SHARDS, _ROWS, _OFFSETS, _PHASE = range(4)  # what a permutation is for: a word of its counter
+_SHARDS, _ROWS, _OFFSETS, _PHASE, _DEAL = range(5)  # what a permutation is for: a word of its counter
+_SHARDS_PER_STREAM = 4  # at the least: else the streams of a small pool would each be a handful of neighbours
 
 
 @dataclass(frozen=True)
 class OrderSettings:
-    """All that the order depends on besides the shards and the weights. Stored in checkpoints and kept on resume."""
+    """All that the order depends on. Stored in checkpoints and kept on resume, whatever the machines and the config.
+
+    streams: C.  block_shards: shards that are shuffled together, per stream.  weights: dataset -> share of the mix.
+    shards: hash of the training shards' names and sample counts.
+    """
 
     version: int
     seed: int
     global_batch_size: int
+    streams: int
     block_shards: int
+    weights: dict[str, float]
+    shards: str
 
     @classmethod
-    def current(cls, *, seed: int, global_batch_size: int) -> "OrderSettings":
-        return cls(ORDER_VERSION, seed, global_batch_size, BLOCK_SHARDS)
+    def current(
+        cls,
+        *,
+        seed: int,
+        global_batch_size: int,
+        weights: Mapping[str, float],
+        shards: str,
+        streams: int = 1,
+        block_shards: int = BLOCK_SHARDS,
+    ) -> "OrderSettings":
+        """Those of a run that starts now.
+
+        Raises InputError if the streams cannot share a global batch evenly: samples of one would come more often.
+        """
+        if global_batch_size % streams:
+            raise InputError(
+                f"data.streams is {streams}, but must divide train.global_batch_size, {global_batch_size}. "
+                f"Nearest below: {next(n for n in range(streams, 0, -1) if global_batch_size % n == 0)}."
+            )
+        return cls(ORDER_VERSION, seed, global_batch_size, streams, block_shards, dict(weights), shards)
+
+
+def hash_shards(paths: np.ndarray, samples: np.ndarray) -> str:
+    """OrderSettings.shards: of shards' paths and samples that train, in the shard table's order."""
+    digest = xxhash.xxh3_128("\n".join(paths[samples > 0].tolist()).encode())
+    digest.update(np.ascontiguousarray(samples[samples > 0], dtype="<i8").data)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One global batch.  shards, rows: int64 [GB], row `rows[i]` of shard `shards[i]` (index into the shard table).
+    """One global batch, or a part of it.  shards, rows: int64, row `rows[i]` of shard `shards[i]` (index into the shard
+    table) is row `part[i]` of the batch.  rounds: how many times its stream had been through by then.
 
-    pool: its dataset and bucket.  epoch: of the run.  position: of its first row in the order; row i stands at
+    pool: its dataset and bucket.  epoch: of the run.  position: of the batch's first row in the order; row i stands at
     position + i.
     """
 
@@ -52,72 +88,123 @@ class Batch:
     pool: tuple[str, str]
     epoch: int
     position: int
+    part: range
     shards: np.ndarray
     rows: np.ndarray
+    rounds: np.ndarray
 
 
-class _Pool:
-    """The endless row sequence of one dataset and bucket."""
+def _generator(key: np.ndarray, purpose: int, epoch: int = 0, block: int = 0) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, block, epoch, purpose]))
 
-    def __init__(self, name: tuple[str, str], shards: np.ndarray, samples: np.ndarray, settings: OrderSettings) -> None:
-        self.name = name
-        self.shards = shards
-        self.samples = samples
-        self.num_rows = int(samples.sum())
-        self._block_shards = settings.block_shards
-        # As uint64: of Python's own numbers numpy would make floats, and drop the low bits of both.
-        self._key = np.array([settings.seed, xxhash.xxh3_64_intdigest("/".join(name).encode())], dtype=np.uint64)
-        # A pool's epoch and block change rarely from batch to batch; two of each cover a batch that crosses a border.
-        self._epoch = lru_cache(maxsize=2)(self._permute_shards)
-        self._block = lru_cache(maxsize=4)(self._permute_block)
 
-    def _generator(self, purpose: int, epoch: int, block: int = 0) -> np.random.Generator:
-        return np.random.Generator(np.random.Philox(key=self._key, counter=[0, block, epoch, purpose]))
+def _key(seed: int, name: str) -> np.ndarray:
+    # As uint64: of Python's own numbers numpy would make floats, and drop the low bits of both.
+    return np.array([seed, xxhash.xxh3_64_intdigest(name.encode())], dtype=np.uint64)
 
-    def phase(self) -> Fraction:
-        """Where the pool's running total starts, in [0, 1): else small pools would all come in the same epochs."""
-        return Fraction(int(self._generator(_PHASE, 0).integers(1 << 16)), 1 << 16)
 
-    def offsets(self, epoch: int, count: int) -> np.ndarray:
-        """Places in (0, 1) of the pool's `count` batches in a run's epoch, ascending: one in each `count`-th."""
-        return (np.arange(count) + self._generator(_OFFSETS, epoch).random(count)) / count
+class _Stream:
+    """An endless row sequence.  Segment i of it is `counts[i]` rows of shard `shards[i]`, from row `firsts[i]` on."""
+
+    def __init__(
+        self, shards: np.ndarray, firsts: np.ndarray, counts: np.ndarray, key: np.ndarray, block_shards: int
+    ) -> None:
+        self._shards, self._firsts, self._counts = shards, firsts, counts
+        self._num_rows = int(counts.sum())
+        self._key = key
+        self._block_shards = block_shards
+        # Epoch and block change rarely from batch to batch. Two of each cover a batch that crosses a border, and as
+        # many those who look ahead.
+        self._epoch = lru_cache(maxsize=4)(self._permute_shards)
+        self._block = lru_cache(maxsize=8)(self._permute_block)
 
     def _permute_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(shards in this epoch's order, rows before each block and in all)."""
-        order = self._generator(_SHARDS, epoch).permutation(len(self.shards))
-        ends = np.cumsum(self.samples[order])
+        """(segments in this epoch's order, rows before each block and in all)."""
+        order = _generator(self._key, _SHARDS, epoch).permutation(len(self._shards))
+        ends = np.cumsum(self._counts[order])
         return order, np.concatenate([[0], ends[self._block_shards - 1 :: self._block_shards], ends[-1:]])
 
     def _permute_block(self, epoch: int, block: int) -> tuple[np.ndarray, np.ndarray]:
         """(shard, row) of each place in one block, shuffled."""
         order, _ = self._epoch(epoch)
         members = order[block * self._block_shards : (block + 1) * self._block_shards]
-        shards = np.repeat(self.shards[members], self.samples[members])
-        rows = np.concatenate([np.arange(self.samples[member]) for member in members])
-        shuffle = self._generator(_ROWS, epoch, block).permutation(len(rows))
+        shards = np.repeat(self._shards[members], self._counts[members])
+        rows = np.concatenate([self._firsts[member] + np.arange(self._counts[member]) for member in members])
+        shuffle = _generator(self._key, _ROWS, epoch, block).permutation(len(rows))
         return shards[shuffle], rows[shuffle]
 
-    def slice(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """(shards, rows), int64 [count] each, of the sequence from `start` on."""
-        shards, rows = [], []
+    def slice(self, start: int, count: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Runs of (shards, rows, rounds), `count` rows in all, of the sequence from `start` on."""
+        runs = []
         while count:
-            epoch, inside = divmod(start, self.num_rows)
+            epoch, inside = divmod(start, self._num_rows)
             _, starts = self._epoch(epoch)
             block = int(np.searchsorted(starts, inside, side="right")) - 1
-            block_shards, block_rows = self._block(epoch, block)
+            shards, rows = self._block(epoch, block)
             first = inside - int(starts[block])
-            taken = min(count, len(block_rows) - first)
-            shards.append(block_shards[first : first + taken])
-            rows.append(block_rows[first : first + taken])
+            taken = min(count, len(rows) - first)
+            runs.append((shards[first : first + taken], rows[first : first + taken], np.full(taken, epoch)))
             start, count = start + taken, count - taken
-        return np.concatenate(shards), np.concatenate(rows)
+        return runs
+
+
+class _Pool:
+    """The batches of one dataset and bucket."""
+
+    def __init__(self, name: tuple[str, str], shards: np.ndarray, samples: np.ndarray, settings: OrderSettings) -> None:
+        self.name = name
+        self.num_rows = int(samples.sum())
+        self.num_streams = settings.streams if len(shards) >= _SHARDS_PER_STREAM * settings.streams else 1
+        self._settings = settings
+        self._key = _key(settings.seed, "/".join(name))
+        if self.num_streams > 1:  # which shards lie together must not depend on how they were made
+            dealt = _generator(self._key, _DEAL).permutation(len(shards))
+            shards, samples = shards[dealt], samples[dealt]
+        self._shards, self._samples = shards, samples
+        self._ends = np.cumsum(samples)
+        self._stream = lru_cache(maxsize=None)(self._cut_stream)
+
+    def _cut_stream(self, number: int) -> _Stream:
+        """One of the streams: an equal share of the rows, neighbouring shards whole but for the first and the last."""
+        if self.num_streams == 1:
+            firsts = np.zeros(len(self._shards), dtype=np.int64)
+            return _Stream(self._shards, firsts, self._samples, self._key, self._settings.block_shards)
+        start, end = (self.num_rows * n // self.num_streams for n in (number, number + 1))
+        low = int(np.searchsorted(self._ends, start, side="right"))
+        high = int(np.searchsorted(self._ends, end, side="left")) + 1
+        ends = self._ends[low:high]
+        begins = ends - self._samples[low:high]
+        firsts = np.maximum(start - begins, 0)
+        counts = np.minimum(ends, end) - np.maximum(begins, start)
+        key = _key(self._settings.seed, f"{'/'.join(self.name)}/{number}")
+        return _Stream(self._shards[low:high], firsts, counts, key, self._settings.block_shards)
+
+    def phase(self) -> Fraction:
+        """Where the pool's running total starts, in [0, 1): else small pools would all come in the same epochs."""
+        return Fraction(int(_generator(self._key, _PHASE).integers(1 << 16)), 1 << 16)
+
+    def offsets(self, epoch: int, count: int) -> np.ndarray:
+        """Places in (0, 1) of the pool's `count` batches in a run's epoch, ascending: one in each `count`-th."""
+        return (np.arange(count) + _generator(self._key, _OFFSETS, epoch).random(count)) / count
+
+    def batch(self, ordinal: int, part: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(shards, rows, rounds), int64 [len(part)] each, of some rows of the pool's batch number `ordinal`."""
+        share = self._settings.global_batch_size // self.num_streams  # rows of each stream, one after the other
+        runs = []
+        for number in range(part.start // share, -(-part.stop // share)):
+            low, high = max(part.start, number * share), min(part.stop, (number + 1) * share)
+            runs += self._stream(number).slice(ordinal * share + low - number * share, high - low)
+        if not runs:
+            return (np.empty(0, dtype=np.int64),) * 3
+        shards, rows, rounds = zip(*runs, strict=True)
+        return np.concatenate(shards), np.concatenate(rows), np.concatenate(rounds)
 
 
 class Order:
     """The sequence of global batches of a cache's training shards.
 
     datasets, buckets: str, and samples: int, one each per shard in the shard table's order; a shard with samples 0 (one
-    of another split) is left out.  weights: dataset -> share of the mix (any positive numbers).
+    of another split) is left out.
     num_samples: rows that train.  buckets: theirs, "HxW".
     Raises InputError if there is no sample to train on, or a dataset without a weight.
     """
@@ -127,9 +214,9 @@ class Order:
         datasets: np.ndarray,
         buckets: np.ndarray,
         samples: np.ndarray,
-        weights: Mapping[str, float],
         settings: OrderSettings,
     ) -> None:
+        weights = settings.weights
         if settings.version != ORDER_VERSION:
             raise InputError(
                 f"the run's order is of version {settings.version}, this fluxfill has {ORDER_VERSION}. "
@@ -198,14 +285,17 @@ class Order:
             low, high = (middle, high) if sum(self._batches_before(middle)) <= batch else (low, middle)
         return low, batch - sum(self._batches_before(low))
 
-    def batch(self, index: int) -> Batch:
-        """Global batch number `index`, counted from the start of the run; costs the same wherever it stands."""
+    def batch(self, index: int, part: range | None = None) -> Batch:
+        """Global batch number `index`, counted from the start of the run; costs the same wherever it stands.
+
+        part: only these of its rows are found, for whoever needs no others.
+        """
         epoch, inside = self.epoch_of(index)
         pools, ordinals = self._plan(epoch)
         pool = self._pools[pools[inside]]
         size = self.settings.global_batch_size
-        shards, rows = pool.slice(int(ordinals[inside]) * size, size)
-        return Batch(index, pool.name, epoch, index * size, shards, rows)
+        part = range(size) if part is None else part
+        return Batch(index, pool.name, epoch, index * size, part, *pool.batch(int(ordinals[inside]), part))
 
 
 def rank_rows(global_batch_size: int, *, rank: int, world_size: int) -> range:

@@ -41,8 +41,10 @@ from data.manifest import FORMAT_VERSION, read_shard_table, write_manifest
 from data.model_folder import encoder_fingerprints, find_model, read_part_number
 from data.plan_samples import plan_samples
 from data.preprocess_report import Waiting, open_progress, print_report
+from data.scan import delete_copies
 from data.shard_plan import ShardPlan, plan_shards
 from data.share_plan import agree_on_plan
+from data.stored_text import text_bytes
 from data.validation_items import choose_validation_items, write_validation_items
 from data.which_worker import Worker, which_worker
 
@@ -65,7 +67,8 @@ class Job:
         """What shapes the tensors besides the pictures and captions."""
         data = self.config.data
         int8 = {"t5_precision": "int8"} if data.encoders.t5_precision == "int8" else {}
-        return {"encoders": dict(self.encoders), "text_length": data.captions.text_length, **int8}
+        text = {"text_length": data.captions.text_length, "text_dtype": data.captions.text_dtype}
+        return {"encoders": dict(self.encoders), **text, **int8}
 
     @property
     def settings(self) -> dict[str, object]:
@@ -78,15 +81,20 @@ class Job:
     def text_bytes(self) -> int:
         """Of one caption's tensors."""
         t5_width = int(read_part_number(self.model, "text_encoder_2", "d_model"))
-        return self.config.data.captions.text_length * t5_width * 2
+        captions = self.config.data.captions
+        return text_bytes(captions.text_length, t5_width, captions.text_dtype)
 
 
 # Of the data section, what each worker may have as it likes, and what concerns training alone.
 _FREE_KEYS: Any = {
     "cache": True,
+    "copies_gib": True,
     "encode_batch_size": True,
     "encoders": {"vae", "clip", "t5"},
     "reader_threads": True,
+    "streams": True,
+    "mask_choice": True,
+    "mask_dropout": True,
     "captions": {"dropout"},
     "datasets": {"__all__": {"weight"}},
 }
@@ -160,7 +168,7 @@ def _encode_what_is_left(
         if not constants and crew.claim(_CONSTANTS):
             encoders = encoders or load_encoders(job.model, data.encoders, device_index=worker.device_index)
             (data.cache / "manifest.json").unlink(missing_ok=True)
-            write_constants(data.cache, encoders, buckets, job.encoding, text_length=data.captions.text_length)
+            write_constants(data.cache, encoders, buckets, job.encoding, data.captions)
             crew.release(_CONSTANTS)
             constants = True
         shards = backlog.claim_shards()
@@ -209,7 +217,7 @@ def _write_head(job: Job, plans: Sequence[ShardPlan], progress: Progress) -> Non
         raise RuntimeError(f"{cache}: shards that were just written are gone")
     head = describe_cache(config, job.model, job.encoders, plans, indexes)
     if is_current(cache, *head):
-        return
+        return delete_copies(cache)
     (cache / "manifest.json").unlink(missing_ok=True)
     delete_unplanned(cache, plans)
     chosen = choose_validation_items(plans, indexes, count=max(config.data.holdout, 8))
@@ -217,6 +225,7 @@ def _write_head(job: Job, plans: Sequence[ShardPlan], progress: Progress) -> Non
     pictures = ((item, load_pixels(sample, config.data)[0]) for item, sample in chosen)
     write_validation_items(cache, pictures, advance=lambda: progress.advance(bar))
     write_manifest(cache, *head)
+    delete_copies(cache)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -14,7 +14,7 @@ import json
 import os
 import secrets
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,10 @@ from configs.errors import InputError
 from data.atomic_write import fsync_folder, write_atomically
 
 _BLOCK = 512  # tar's unit: one header block per member, data padded to whole blocks
+
+
+class NotFinite(InputError):
+    """An encoder gave NaN or infinity: trained on, it would be in every weight a step later."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,8 @@ class ShardIndex:
     """Where everything lies in a tar.  n samples, k mask variants, t texts; offsets and sizes in bytes.
 
     latents: int64 [n, 2] (offset, size).  latents_xxh3: uint64 [n].  masked: int64 [n, k, 2], masked_xxh3: [n, k].
-    texts: int64 [t, 2], texts_xxh3: [t].  text_row: int32 [n], row of the sample's text.  tokens: int32 [n].
+    texts: int64 [t, 2], texts_xxh3: [t].  metas: int64 [n, 2], metas_xxh3: [n], of the JSON members.
+    text_row: int32 [n], row of the sample's text.  tokens: int32 [n].
     hole_fraction: fp32 [n, k], share of the area that is painted.
     keys: n names.  plan: 32 hex digits, what the shard was made from.  tar_bytes, tar_sha256: the whole file.
     """
@@ -68,6 +73,8 @@ class ShardIndex:
     masked_xxh3: np.ndarray
     texts: np.ndarray
     texts_xxh3: np.ndarray
+    metas: np.ndarray
+    metas_xxh3: np.ndarray
     text_row: np.ndarray
     tokens: np.ndarray
     hole_fraction: np.ndarray
@@ -79,6 +86,49 @@ class ShardIndex:
     @property
     def num_samples(self) -> int:
         return len(self.keys)
+
+
+_Place = tuple[int, int, int]  # offset, size and xxh3 of a member's data
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What the index keeps of one sample."""
+
+    key: str
+    latents: _Place
+    masked: Sequence[_Place]
+    meta: _Place
+    text_row: int
+    tokens: int
+    hole_fractions: Sequence[float]
+
+
+def _build_index(
+    rows: Sequence[_Row], texts: Sequence[_Place], *, plan: str, tar_bytes: int, tar_sha256: str
+) -> ShardIndex:
+    num_variants = len(rows[0].masked) if rows else 0
+    latents = np.array([row.latents for row in rows], dtype=object).reshape(len(rows), 3)
+    masked = np.array([row.masked for row in rows], dtype=object).reshape(len(rows), num_variants, 3)
+    metas = np.array([row.meta for row in rows], dtype=object).reshape(len(rows), 3)
+    text = np.array(texts, dtype=object).reshape(len(texts), 3)
+    return ShardIndex(
+        latents=latents[:, :2].astype(np.int64),
+        latents_xxh3=latents[:, 2].astype(np.uint64),
+        masked=masked[:, :, :2].astype(np.int64),
+        masked_xxh3=masked[:, :, 2].astype(np.uint64),
+        texts=text[:, :2].astype(np.int64),
+        texts_xxh3=text[:, 2].astype(np.uint64),
+        metas=metas[:, :2].astype(np.int64),
+        metas_xxh3=metas[:, 2].astype(np.uint64),
+        text_row=np.array([row.text_row for row in rows], dtype=np.int32),
+        tokens=np.array([row.tokens for row in rows], dtype=np.int32),
+        hole_fraction=np.array([row.hole_fractions for row in rows], dtype=np.float32).reshape(len(rows), num_variants),
+        keys=tuple(row.key for row in rows),
+        plan=plan,
+        tar_bytes=tar_bytes,
+        tar_sha256=tar_sha256,
+    )
 
 
 class _HashingFile(io.RawIOBase):
@@ -121,10 +171,9 @@ class ShardWriter:
         self._sink = _HashingFile(self._part)
         self._tar = TarWriter(self._sink, encoder=False, mtime=0, user="fluxfill", group="fluxfill")
         self._offset = 0
-        self._texts: list[tuple[int, int, int]] = []
+        self._texts: list[_Place] = []
         self._text_rows: dict[str, int] = {}
-        self._rows: list[tuple[tuple[int, int, int], list[tuple[int, int, int]], int, int, list[float]]] = []
-        self._keys: list[str] = []
+        self._rows: list[_Row] = []
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -136,7 +185,7 @@ class ShardWriter:
         self._sink.close()
         self._part.unlink(missing_ok=True)
 
-    def _add_member(self, key: str, suffix: str, data: bytes) -> tuple[int, int, int]:
+    def _add_member(self, key: str, suffix: str, data: bytes) -> _Place:
         """Append one member; returns (offset, size, xxh3) of its data."""
         if len(key) + len(suffix) + 1 > 100:
             raise ValueError(f"{self.path}: the name {key}.{suffix} is longer than the 100 bytes a tar header holds")
@@ -145,18 +194,19 @@ class ShardWriter:
         self._offset = offset + -(-len(data) // _BLOCK) * _BLOCK
         return offset, len(data), xxhash.xxh3_64_intdigest(data)
 
-    def add_text(self, text: str, *, t5: Tensor, pooled: Tensor) -> None:
-        """Store a caption's tensors (bf16 [L, D] and [P]) under `text`, once.
+    def add_text(self, text: str, **tensors: Tensor) -> None:
+        """Store a caption's tensors under `text`, once: `pooled` bf16 [P], `t5` bf16 [L, D] (or int8 with `t5_scale`
+        fp32 [L]).
 
-        Raises ValueError if they are not finite.
+        Raises NotFinite if they are not.
         """
-        self._refuse_non_finite(text, t5=t5, pooled=pooled)
-        tensors = {"t5": t5.contiguous(), "pooled": pooled.contiguous()}
+        self._refuse_non_finite(text, **tensors)
         self._text_rows[text] = len(self._texts)
-        self._texts.append(self._add_member(text, "safetensors", save(tensors)))
+        data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+        self._texts.append(self._add_member(text, "safetensors", data))
 
     def add_sample(self, sample: SampleTensors) -> None:
-        """Store a sample whose text was added before. Raises ValueError if its tensors are not finite."""
+        """Store a sample whose text was added before. Raises NotFinite if its tensors are not."""
         self._refuse_non_finite(sample.key, latents=sample.latents)
         member = self._add_member(sample.key, "safetensors", save({"latents": sample.latents.contiguous()}))
         variants = []
@@ -169,37 +219,25 @@ class ShardWriter:
             variants.append(self._add_member(sample.key, f"m{variant}.safetensors", save(tensors)))
         fractions = [round(float(mask.mean()), 4) for mask in sample.masks]
         meta = sample.meta | {"hole_fractions": fractions} | {"text": sample.text, "tokens": sample.tokens}
-        self._add_member(sample.key, "json", json.dumps(meta, sort_keys=True, ensure_ascii=False).encode())
-        self._rows.append((member, variants, self._text_rows[sample.text], sample.tokens, fractions))
-        self._keys.append(sample.key)
+        json_text = json.dumps(meta, sort_keys=True, ensure_ascii=False).encode()
+        place = self._add_member(sample.key, "json", json_text)
+        text_row = self._text_rows[sample.text]
+        self._rows.append(_Row(sample.key, member, variants, place, text_row, sample.tokens, fractions))
 
     def _refuse_non_finite(self, key: str, **tensors: Tensor) -> None:
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
-                raise ValueError(f"{self.path}: {name} of {key} holds NaN or infinity; the encoder failed on it")
+                raise NotFinite(
+                    f"{self.path}: {name} of {key} holds NaN or infinity: the encoder failed on it. Look at the "
+                    "picture and its caption; if others fail too, at the model's files and at the GPU."
+                )
 
     def finish(self, *, plan: str) -> ShardIndex:
         """Close the tar, give it its name, write its index. `plan`: 32 hex digits of what it was made from."""
         self._tar.close()
         self._sink.commit()
-        latents = np.array([row[0] for row in self._rows], dtype=object).reshape(-1, 3)
-        masked = np.array([row[1] for row in self._rows], dtype=object).reshape(len(self._rows), -1, 3)
-        texts = np.array(self._texts, dtype=object).reshape(-1, 3)
-        index = ShardIndex(
-            latents=latents[:, :2].astype(np.int64),
-            latents_xxh3=latents[:, 2].astype(np.uint64),
-            masked=masked[:, :, :2].astype(np.int64),
-            masked_xxh3=masked[:, :, 2].astype(np.uint64),
-            texts=texts[:, :2].astype(np.int64),
-            texts_xxh3=texts[:, 2].astype(np.uint64),
-            text_row=np.array([row[2] for row in self._rows], dtype=np.int32),
-            tokens=np.array([row[3] for row in self._rows], dtype=np.int32),
-            hole_fraction=np.array([row[4] for row in self._rows], dtype=np.float32),
-            keys=tuple(self._keys),
-            plan=plan,
-            tar_bytes=self._part.stat().st_size,
-            tar_sha256=self._sink.sha256.hexdigest(),
-        )
+        tar_bytes, tar_sha256 = self._part.stat().st_size, self._sink.sha256.hexdigest()
+        index = _build_index(self._rows, self._texts, plan=plan, tar_bytes=tar_bytes, tar_sha256=tar_sha256)
         # At no moment does an index stand beside a tar that it does not describe: a new one beside an old tar, perhaps
         # of the same size, would pass for a finished shard.
         index_path(self.path).unlink(missing_ok=True)
@@ -223,6 +261,8 @@ def write_index(path: Path, index: ShardIndex) -> None:
         "masked_xxh3": index.masked_xxh3,
         "texts": index.texts,
         "texts_xxh3": index.texts_xxh3,
+        "metas": index.metas,
+        "metas_xxh3": index.metas_xxh3,
         "text_row": index.text_row,
         "tokens": index.tokens,
         "hole_fraction": index.hole_fraction,
@@ -264,6 +304,14 @@ def read_index(path: Path) -> ShardIndex:
         raise InputError(f"{path}: damaged index ({error}). Delete it: it is rebuilt from the shard.") from error
 
 
+def count_hole_fractions(indexes: Iterable[ShardIndex]) -> list[int]:
+    """How many masks paint up to 10 %, 20 %, ... 100 % of the area."""
+    counts = np.zeros(10, dtype=np.int64)
+    for index in indexes:
+        counts += np.histogram(index.hole_fraction, bins=10, range=(0, 1))[0]
+    return counts.tolist()
+
+
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -282,39 +330,31 @@ def rebuild_index(tar: Path, *, plan: str, sha256: str) -> ShardIndex:
             f"{tar}: damaged shard (sha256 {actual[:12]}, not {sha256[:12]}). Delete it and run "
             "`fluxfill preprocess CONFIG` again: only that shard is encoded anew."
         )
-    members: dict[str, dict[str, tuple[int, int, int]]] = {}
+    members: dict[str, dict[str, _Place]] = {}
     metas: dict[str, dict] = {}
     with tarfile.open(tar) as archive, tar.open("rb") as file:
         for member in archive:
             file.seek(member.offset_data)
             data = file.read(member.size)
             key, suffix = member.name.split(".", 1)
+            members.setdefault(key, {})[suffix] = (member.offset_data, member.size, xxhash.xxh3_64_intdigest(data))
             if suffix == "json":
                 metas[key] = json.loads(data)
-            else:
-                place = (member.offset_data, member.size, xxhash.xxh3_64_intdigest(data))
-                members.setdefault(key, {})[suffix] = place
     texts = {key: suffixes["safetensors"] for key, suffixes in members.items() if key not in metas}
     text_rows = {text: row for row, text in enumerate(texts)}
-    keys = tuple(metas)
-    num_variants = len(metas[keys[0]]["hole_fractions"]) if keys else 0
-    latents = [members[key]["safetensors"] for key in keys]
-    masked = [[members[key][f"m{k}.safetensors"] for k in range(num_variants)] for key in keys]
-    index = ShardIndex(
-        latents=np.array([place[:2] for place in latents], dtype=np.int64),
-        latents_xxh3=np.array([place[2] for place in latents], dtype=np.uint64),
-        masked=np.array([[place[:2] for place in places] for places in masked], dtype=np.int64),
-        masked_xxh3=np.array([[place[2] for place in places] for places in masked], dtype=np.uint64),
-        texts=np.array([place[:2] for place in texts.values()], dtype=np.int64),
-        texts_xxh3=np.array([place[2] for place in texts.values()], dtype=np.uint64),
-        text_row=np.array([text_rows[metas[key]["text"]] for key in keys], dtype=np.int32),
-        tokens=np.array([metas[key]["tokens"] for key in keys], dtype=np.int32),
-        hole_fraction=np.array([metas[key]["hole_fractions"] for key in keys], dtype=np.float32),
-        keys=keys,
-        plan=plan,
-        tar_bytes=tar.stat().st_size,
-        tar_sha256=sha256,
-    )
+    rows = [
+        _Row(
+            key,
+            members[key]["safetensors"],
+            [members[key][f"m{variant}.safetensors"] for variant in range(len(meta["hole_fractions"]))],
+            members[key]["json"],
+            text_rows[meta["text"]],
+            meta["tokens"],
+            meta["hole_fractions"],
+        )
+        for key, meta in metas.items()
+    ]
+    index = _build_index(rows, list(texts.values()), plan=plan, tar_bytes=tar.stat().st_size, tar_sha256=sha256)
     with suppress(OSError):  # a cache that is shared read-only; the next process does this again
         write_index(index_path(tar), index)
     return index

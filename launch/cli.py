@@ -9,10 +9,10 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from configs.combinations import check_engine
 from configs.errors import InputError
 from configs.loading import json_schema, load_config
 from data.which_worker import which_worker
+from launch import shards
 from launch.command import choose_engine, render_command, render_environment, render_shell_line
 from launch.gpus import count_gpus
 from launch.supervise import run_supervised
@@ -39,6 +39,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(shards.app, name="shards")
 
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/fill_lora.yaml.")]
 Overrides = Annotated[
@@ -116,7 +118,6 @@ def train(
     """
     run = load_config(config, overrides or [])
     engine, count = choose_engine(run.parallel.engine, num_processes, count_gpus(os.environ))
-    check_engine(run, engine)
     outcome_file = run.run.folder / "outcome.json"
     command = render_command(config, overrides or [], engine, count, port=0)
     environment = render_environment(outcome_file, count, len(os.sched_getaffinity(0)), inherited=os.environ)

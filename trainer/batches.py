@@ -6,19 +6,38 @@ import numpy as np
 
 from configs.schema import Config
 from data.manifest import TRAIN, Cache
-from data.order import Order
+from data.order import Order, OrderSettings, hash_shards
 from data.reader import BatchStream
+from data.row_filler import RowPolicy
 from trainer.engine import Engine
 from trainer.run_state import RunState
 
 log = logging.getLogger("fluxfill")
 
 
+def choose_order(config: Config, cache: Cache) -> OrderSettings:
+    """What the order of a run that starts now depends on; one that is resumed keeps its own.
+
+    Raises InputError if data.streams cannot share a global batch.
+    """
+    return OrderSettings.current(
+        seed=config.run.seed,
+        global_batch_size=config.train.global_batch_size,
+        weights={dataset.name: dataset.weight for dataset in config.data.datasets},
+        shards=hash_shards(cache.table.path, _training_samples(cache)),
+        streams=config.data.streams,
+    )
+
+
+def _training_samples(cache: Cache) -> np.ndarray:
+    """Samples of each shard, 0 for those held out."""
+    return np.where(cache.table.split == TRAIN, cache.table.samples, 0)
+
+
 def open_stream(config: Config, engine: Engine, cache: Cache, state: RunState) -> BatchStream:
     """This rank's micro-batches from the run's place in the order. Raises InputError if there is nothing to train."""
     table = cache.table
-    weights = {dataset.name: dataset.weight for dataset in config.data.datasets}
-    order = Order(table.dataset, table.bucket, np.where(table.split == TRAIN, table.samples, 0), weights, state.order)
+    order = Order(table.dataset, table.bucket, _training_samples(cache), state.order)
     micro = config.train.micro_batch_size
     if micro == "auto":
         micro = 1
@@ -35,7 +54,13 @@ def open_stream(config: Config, engine: Engine, cache: Cache, state: RunState) -
         rank=engine.rank,
         world_size=engine.world_size,
         micro_batch_size=micro,
-        caption_dropout=config.data.captions.dropout,
+        policy=RowPolicy(
+            mask_choice=config.data.mask_choice,
+            caption_dropout=config.data.captions.dropout,
+            mask_dropout=config.data.mask_dropout,
+            max_bad_samples=config.guard.max_bad_samples,
+        ),
+        replaced=state.replaced,
         start=state.batch,
         threads=config.data.reader_threads,
         pin_memory=engine.device.type == "cuda",

@@ -23,13 +23,14 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 from torch.distributed import all_gather_object, all_reduce, broadcast
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from configs.combinations import check_engine
 from configs.errors import InputError
 from configs.schema import Config
-from data.reader import MicroBatch
+from data.micro_batch import MicroBatch
 from trainer.build_lock import clear_stale_build_locks
 from trainer.quantize import QUANTIZED
 from trainer.self_check import check_against_twins, dequantized_twins
@@ -349,10 +350,13 @@ class FsdpEngine(Engine):
         dtype = compute_dtype(config, PartialState().device)
         plugin = FullyShardedDataParallelPlugin(  # the rest comes from the engine file
             fsdp_version=2,
-            mixed_precision_policy=_fsdp_precision(dtype),
+            # An adapter is gathered in fp32, small as it is: a DoRA's lengths would lose their changes in bf16.
+            mixed_precision_policy=_fsdp_precision(dtype if config.method.type == "full" else torch.float32),
             # A quantized base is on every rank already when it is cut.
             cpu_ram_efficient_loading=config.model.precision not in QUANTIZED,
         )
+        if isinstance(plugin.cpu_offload, CPUOffloadPolicy) and cpu:
+            plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # there is no memory to pin it for
         parallelism = None
         if self.name == "hsdp":
             world_size = int(os.environ["WORLD_SIZE"])
@@ -594,8 +598,6 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
 def _fsdp_precision(dtype: torch.dtype):
     """Parameters are gathered in the compute dtype, gradients summed in fp32. Inputs are not cast: autocast does that
     where it is safe, and rotary tables stay in fp32."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
     if dtype == torch.float32:
         return MixedPrecisionPolicy()
     return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)

@@ -3,15 +3,14 @@
 import logging
 from pathlib import Path
 
-from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from configs.schema import Config
+from trainer.adapter import WEIGHTS_NAME, adapter_tensors, save_adapter
 from trainer.ema import Ema
 from trainer.engine import Engine
 from trainer.export import export_model, verify_adapter, verify_model
-from trainer.lora import ADAPTER, WEIGHTS_NAME, save_adapter
 
 log = logging.getLogger("fluxfill")
 
@@ -42,7 +41,7 @@ def export_and_verify(config: Config, engine: Engine, model: Path, ema: Ema) -> 
 
 def verify_adapter_file(transformer: nn.Module, folder: Path, weights: dict[str, Tensor]) -> None:
     """Compare an exported adapter's file with the trained tensors, bit by bit. Raises RuntimeError if they differ."""
-    expected = get_peft_model_state_dict(transformer, adapter_name=ADAPTER, state_dict=dict(weights))
+    expected = adapter_tensors(transformer, weights)
     found = load_file(folder / WEIGHTS_NAME)
     wrong = [
         name for name, tensor in expected.items() if not found.get(f"transformer.{name}", tensor[:0]).equal(tensor)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from configs.errors import InputError
 from configs.schema import FlowConfig
+from data.micro_batch import MicroBatch, unpack_mask
 from data.model_folder import read_part_config
-from data.reader import MicroBatch, unpack_mask
 
 FILL_CHANNELS = 384  # per token: 64 noisy latents + 64 masked-image latents + 256 mask pixels
 DEV_CHANNELS = 64

@@ -15,9 +15,9 @@ if __name__ == "__main__":
         sys.exit(code)
 
 from data.manifest import open_cache
+from data.micro_batch import unpack_mask
 from data.model_folder import find_model
-from data.reader import unpack_mask
-from trainer.batches import open_stream
+from trainer.batches import choose_order, open_stream
 from trainer.ema import Ema
 from trainer.engine import start_engine
 from trainer.finish import export_and_verify
@@ -38,13 +38,14 @@ def train(arguments: list[str] | None = None) -> int:
     console = configure_logging(engine)
     model = find_model(config.model.base)
     cache = open_cache(config, model)  # the VAE and the text encoders did their work in data/
+    order = choose_order(config, cache)  # of the samples: fixed for the run
     transformer = build_transformer(config, model, engine)  # 384 inputs; all of it trains, or an adapter
     transformer = engine.prepare(transformer, partial(build_optimizer, train=config.train))
     ema = Ema(engine.local_slices(), config.train.ema_decay)
-    state = resume(config, resume_from, engine, ema)
+    state = resume(config, resume_from, engine, ema, order)
     stream = open_stream(config, engine, cache, state)
     log = RunLog(config, engine, state, console)
-    saver = Saver(config, engine, ema)
+    saver = Saver(config, engine, ema, stream)
     validator = Validator(config, engine, model, cache)
     if validation_is_due(config, 0) and state.step == 0:
         log.validation(validator.run(engine.plain_transformer, 0))

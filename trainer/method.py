@@ -9,9 +9,9 @@ from diffusers import FluxTransformer2DModel
 from configs.combinations import notes_of
 from configs.schema import Config
 from data.model_folder import read_part_config
+from trainer.adapter import add_adapter
 from trainer.engine import Engine
 from trainer.flux import DEV_CHANNELS, empty_transformer, load_transformer
-from trainer.lora import add_lora
 from trainer.quantize import QUANTIZED, quantize_base
 
 log = logging.getLogger("fluxfill")
@@ -20,8 +20,8 @@ log = logging.getLogger("fluxfill")
 def build_transformer(config: Config, model: Path, engine: Engine) -> FluxTransformer2DModel:
     """The base with 384 inputs, ready to train by the config's method.
 
-    full: every weight trains and is kept in fp32.  lora: the base is frozen in the compute dtype, the adapter trains in
-    fp32.  Raises InputError for a base that is no FLUX.1, or an adapter that does not fit.
+    full: every weight trains and is kept in fp32.  Else the base is frozen in the compute dtype, and an adapter trains
+    in fp32.  Raises InputError for a base that is no FLUX.1, or an adapter that does not fit.
     """
     for note in notes_of(config, engine.name):
         log.info("%s", note)
@@ -31,11 +31,15 @@ def build_transformer(config: Config, model: Path, engine: Engine) -> FluxTransf
     transformer = (load_transformer if engine.is_main else empty_transformer)(model, dtype=dtype)
     if config.model.precision in QUANTIZED:
         quantize_base(transformer, config.model.precision, engine.from_main)
-    if method.type == "lora":
+    if method.type != "full":
         expanded = read_part_config(model, "transformer").get("in_channels", DEV_CHANNELS) == DEV_CHANNELS
-        add_lora(transformer, method, expanded=expanded, seed=config.run.seed)
+        add_adapter(transformer, method, expanded=expanded, seed=config.run.seed)
     if checkpoints_activations(config, engine):
         transformer.enable_gradient_checkpointing()
+    if config.train.compile == "regional":
+        # Blocks of one kind share a graph. Dynamic from the start: were the first sizes taken for fixed, a later one
+        # could be compiled anew between a forward pass and its recomputation, which then do not match.
+        transformer.compile_repeated_blocks(dynamic=True)
     counts = [sum(p.numel() for p in transformer.parameters() if p.requires_grad is wanted) for wanted in (True, False)]
     log.info("method: %s, %.1f M parameters train, %.1f M are frozen", method.type, counts[0] / 1e6, counts[1] / 1e6)
     return transformer.train()

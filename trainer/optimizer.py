@@ -10,12 +10,29 @@ from configs.schema import TrainConfig
 
 
 def build_optimizer(parameters: list[nn.Parameter], train: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over the trained parameters, betas 0.9 and 0.999, eps 1e-8.
+    """The optimizer of the trained parameters; AdamW's betas are 0.9 and 0.999, its eps 1e-8.
 
-    Raises InputError if bitsandbytes is asked for and missing.
+    Raises InputError if it needs a package that is missing.
     """
-    if train.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=train.lr, weight_decay=train.weight_decay, fused=True)
+    match train.optimizer:
+        case "adamw":
+            return torch.optim.AdamW(parameters, lr=train.lr, weight_decay=train.weight_decay, fused=True)
+        case "adamw8bit":
+            return _adamw_8bit(parameters, train)
+        case "adafactor":
+            # transformers', not torch's: its rate is the schedule's, where torch's is multiplied by the size of the
+            # weights, which is 0 for half of a new adapter.
+            from transformers.optimization import Adafactor
+
+            settings = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
+            return Adafactor(parameters, lr=train.lr, weight_decay=train.weight_decay, **settings)
+        case "prodigy":
+            from trainer.prodigy import Prodigy
+
+            return Prodigy(parameters, train.lr, train.weight_decay)
+
+
+def _adamw_8bit(parameters: list[nn.Parameter], train: TrainConfig) -> torch.optim.Optimizer:
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:

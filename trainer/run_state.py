@@ -11,6 +11,8 @@ from torch import Tensor
 from configs.errors import InputError
 from configs.schema import Config
 from data.order import OrderSettings
+from data.reader import BatchStream
+from data.row_filler import ReplacedRow, refuse_too_many
 from trainer.checkpoint import complete_checkpoints, damage_of, latest_checkpoint
 from trainer.ema import Ema
 from trainer.engine import WHOLE, Engine, Update, movable
@@ -27,6 +29,7 @@ class RunState:
 
     step: updates done.  batch: global batches taken from the order.  skips: updates in a row that were not applied.
     restarts: times the run was resumed.  order: what the order depends on; a resumed run keeps it.
+    replaced: damaged rows that another row stood in for, of all ranks, up to the last save.
     """
 
     step: int
@@ -34,6 +37,7 @@ class RunState:
     skips: int
     restarts: int
     order: OrderSettings
+    replaced: tuple[ReplacedRow, ...] = ()
 
     def after(self, update: Update) -> "RunState":
         """The state after an update; one that was skipped has used up its step and its batch.
@@ -49,16 +53,26 @@ class RunState:
         return replace(self, step=self.step + 1, batch=self.batch + 1, skips=skips)
 
 
+def gather_replaced(config: Config, engine: Engine, state: RunState, stream: BatchStream) -> RunState:
+    """The state with every rank's replaced rows; all ranks call it.
+
+    Raises InputError, on all of them, if together they are more than guard.max_bad_samples: each alone counts its own.
+    """
+    replaced = tuple(sorted(set().union(*engine.gather(stream.replaced()))))
+    refuse_too_many(replaced, config.guard.max_bad_samples)
+    return replace(state, replaced=replaced)
+
+
 # --- going on ---------------------------------------------------------------------------------------------------------
 
 
-def resume(config: Config, resume_from: str, engine: Engine, ema: Ema) -> RunState:
+def resume(config: Config, resume_from: str, engine: Engine, ema: Ema, order: OrderSettings) -> RunState:
     """Where the run goes on, with weights, optimizer and average loaded; all zero for a fresh start.
 
     resume_from: "auto" (the newest whole checkpoint of the run folder, if there is one), "never", or a checkpoint's
-    folder.  Raises InputError if it cannot be: another batch size or seed, another method, a damaged folder.
+    folder.  order: of a run that would start now.  Raises InputError if it cannot be: another order of the samples,
+    another method, a damaged folder.
     """
-    order = OrderSettings.current(seed=config.run.seed, global_batch_size=config.train.global_batch_size)
     # Rank 0 looks, for all: checking reads every byte, and ranks that chose differently would drift apart in silence.
     chosen = _choose_checkpoint(config, resume_from) if engine.is_main else (None, None)
     folder, problem = engine.gather(chosen)[0]
@@ -67,16 +81,37 @@ def resume(config: Config, resume_from: str, engine: Engine, ema: Ema) -> RunSta
     if folder is None:
         return RunState(step=0, batch=0, skips=0, restarts=0, order=order)
     saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    state = RunState(**saved["state"] | {"order": OrderSettings(**saved["state"]["order"])})
-    if (state.order.seed, state.order.global_batch_size) != (order.seed, order.global_batch_size):
-        raise InputError(
-            f"{folder}: the run has run.seed {state.order.seed} and train.global_batch_size "
-            f"{state.order.global_batch_size}, the config {order.seed} and {order.global_batch_size}. They fix the "
-            "order of the samples: set them back, or start a new run (run.name)."
-        )
+    fields = saved["state"]
+    replaced = tuple(ReplacedRow(**row) for row in fields["replaced"])
+    state = RunState(**fields | {"order": OrderSettings(**fields["order"]), "replaced": replaced})
+    _refuse_another_order(folder, state.order, order)
     load_tensors(folder, engine, ema, saved["engine"])
     log.info("resumed from %s, step %d (saved by %s)", folder, state.step, saved["engine"]["name"])
     return replace(state, restarts=state.restarts + 1)
+
+
+def _refuse_another_order(folder: Path, saved: OrderSettings, current: OrderSettings) -> None:
+    """Raise InputError that lists what would change the order of a run's samples. Version, streams and blocks are not
+    asked of the config again: the run keeps its own."""
+    problems = [
+        f"{key} is {now!r}, the run has {before!r}"
+        for key, now, before in (
+            ("run.seed", current.seed, saved.seed),
+            ("train.global_batch_size", current.global_batch_size, saved.global_batch_size),
+            ("weight of data.datasets", current.weights, saved.weights),
+        )
+        if now != before
+    ]
+    if current.shards != saved.shards:
+        problems.append("data.cache holds other training samples than when the run began")
+    if problems:
+        raise InputError(
+            f"{folder}: another order of the samples:\n  " + "\n  ".join(problems) + "\n"
+            "Set them back (the cache: `fluxfill preprocess CONFIG` with the pictures as they were), or start a new "
+            "run (run.name)."
+        )
+    if current.streams != saved.streams:
+        log.info("data.streams %d: the run keeps the %d that it began with", current.streams, saved.streams)
 
 
 def _choose_checkpoint(config: Config, resume_from: str) -> tuple[Path | None, str | None]:
@@ -114,16 +149,19 @@ def load_tensors(folder: Path, engine: Engine, ema: Ema, saved_by: dict) -> None
     moments: set[str] = set().union(*(part.moments for part in slices))
     bound = bound_state(engine)
     kinds = files.kinds() - {"weight", "ema"}
+    other_optimizer = f"{folder}: was saved with another train.optimizer. It must stay as it was, or start a new run."
     if (moments, bool(bound)) != (kinds, saved_by["bound"]):
-        raise InputError(
-            f"{folder}: was saved with another train.optimizer. It must stay as it was, or start a new run."
-        )
+        raise InputError(other_optimizer)
     if bound and saved_by["layout"] != engine.state_layout:
         raise InputError(
             f"{folder}: the 8-bit optimizer state was saved as {saved_by['layout']} and cannot be made into "
             f"{engine.state_layout}. Go on with the engine and number of processes that saved it, or start a new run "
             "with train.optimizer=adamw, whose state fits any."
         )
+    saved_bound = files.read_bound(0 if engine.state_layout == WHOLE else engine.rank) if bound else {}
+    shapes, saved_shapes = ({name: value.shape for name, value in kept.items()} for kept in (bound, saved_bound))
+    if shapes != saved_shapes:
+        raise InputError(other_optimizer)
     if ema.averages and "ema" not in files.kinds():
         raise InputError(f"{folder}: holds no moving average. Set train.ema_decay=null, or start a new run.")
     for part in slices:
@@ -133,9 +171,8 @@ def load_tensors(folder: Path, engine: Engine, ema: Ema, saved_by: dict) -> None
             moment.copy_(files.read(key, part.name, part.start, count))
         if ema.averages:
             ema.averages[part.name].copy_(files.read("ema", part.name, part.start, count))
-    if bound:
-        for name, value in files.read_bound(0 if engine.state_layout == WHOLE else engine.rank).items():
-            bound[name].copy_(value)
+    for name, value in saved_bound.items():
+        bound[name].copy_(value)
     for _, _, state in engine.optimizer_states():
         step = state.get("step")
         state["step"] = torch.full_like(step, saved_by["steps"]) if isinstance(step, Tensor) else saved_by["steps"]
@@ -143,7 +180,8 @@ def load_tensors(folder: Path, engine: Engine, ema: Ema, saved_by: dict) -> None
 
 
 def bound_state(engine: Engine) -> dict[str, Tensor]:
-    """Optimizer tensors that cannot be cut by element: 8-bit moments and their scales.
+    """Optimizer tensors that cannot be cut by element: 8-bit moments and their scales, Adafactor's rows and columns,
+    what Prodigy has learned of all weights.
 
     Not bitsandbytes' qmaps: the code book is a constant that all parameters share.
     """

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from configs.loading import dump_config
 from configs.schema import CheckpointConfig, Config
+from data.reader import BatchStream
+from trainer.adapter import save_adapter
 from trainer.checkpoint import complete_checkpoints, flush_and_hash, prune_checkpoints, save_checkpoint, step_of
 from trainer.ema import Ema
 from trainer.engine import WHOLE, Engine
-from trainer.lora import save_adapter
-from trainer.run_state import RunState, bound_state
+from trainer.run_state import RunState, bound_state, gather_replaced
 from trainer.state_files import rank_file, write_index, write_tensors
 
 log = logging.getLogger("fluxfill")
@@ -49,8 +50,8 @@ class _Save:
 class Saver:
     """Saves when it is due. All ranks call its methods together."""
 
-    def __init__(self, config: Config, engine: Engine, ema: Ema) -> None:
-        self._config, self._engine, self._ema = config, engine, ema
+    def __init__(self, config: Config, engine: Engine, ema: Ema, stream: BatchStream) -> None:
+        self._config, self._engine, self._ema, self._stream = config, engine, ema, stream
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="saver")
         self._pending: _Save | None = None
         self._last_save = time.monotonic()
@@ -63,7 +64,7 @@ class Saver:
 
         Returns when a copy of the state is taken, or, at the end or when stopping, when the checkpoint is whole.  A
         save that fails (a full disk) is reported and the run goes on; the checkpoints before it are untouched.  Raises
-        FloatingPointError rather than save weights that are not finite.
+        FloatingPointError rather than save weights that are not finite, InputError if too many rows were replaced.
         """
         if self._pending is not None and self._all_written():
             self._commit()
@@ -72,6 +73,7 @@ class Saver:
             return
         self.finish()
         in_background = self._config.checkpoint.asynchronous and not last
+        state = gather_replaced(self._config, self._engine, state, self._stream)
         self._pending = self._begin(state, in_background=in_background)
         self._last_save = time.monotonic()
         if not in_background:

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,14 +21,15 @@ from configs.schema import Config
 from data.encode import decode_latents, load_vae
 from data.geometry import Bucket, Pixels
 from data.manifest import HOLDOUT, TRAIN, Cache, Manifest, parse_bucket
+from data.micro_batch import MicroBatch, bytes_of, row_fields
 from data.noise import draw_noise
-from data.reader import MicroBatch, ShardReader
+from data.picture_grid import save_grid
+from data.shard_reader import ShardReader
 from data.validation_items import ValidationItem, read_validation_items
 from trainer.engine import Engine
 from trainer.flow import flow_loss, mix_noise
 from trainer.flux import pack_latents, predict_velocity
 from trainer.metrics import color_shift, hole_psnr, keep_psnr, paste_back, seam_error
-from trainer.picture_grid import save_grid
 
 log = logging.getLogger("fluxfill")
 
@@ -238,29 +240,13 @@ def _noise_key(item: ValidationItem) -> int:
 
 def _read_rows(reader: ShardReader, manifest: Manifest, shard: int, item: ValidationItem, number: int) -> MicroBatch:
     """One stored sample (its first mask variant) as a micro-batch of one, with the item's fixed noise."""
-    row = item.row
     bucket = parse_bucket(str(reader.table.bucket[shard]))
-    h, w = bucket.latent_size
-    rows = MicroBatch(
-        bucket,
-        is_last=True,
-        latents=torch.empty(1, 16, h, w, dtype=torch.bfloat16),
-        masked_latents=torch.empty(1, 16, h, w, dtype=torch.bfloat16),
-        mask=torch.empty(1, bucket.height, bucket.width // 8, dtype=torch.uint8),
-        t5=torch.empty(1, manifest.text_length, manifest.text_width, dtype=torch.bfloat16),
-        pooled=torch.empty(1, manifest.pooled_width, dtype=torch.bfloat16),
-        noise=torch.empty(1, 16, h, w),
-        uniform=torch.full((1,), 0.5, dtype=torch.float64),
-        weight=torch.ones(1),
-        position=torch.tensor([number]),
-    )
-
-    def raw(tensor: Tensor) -> np.ndarray:
-        return tensor.view(torch.uint8).numpy()
-
-    reader.read_latents(shard, row, raw(rows.latents))
-    reader.read_masked(shard, row, 0, raw(rows.masked_latents), raw(rows.mask))
-    reader.read_text(shard, row, raw(rows.t5), raw(rows.pooled))
+    fields = row_fields(bucket, manifest)
+    tensors: dict[str, Any] = {field.name: torch.empty(1, *field.shape, dtype=field.dtype) for field in fields}
+    stored = {field.name: bytes_of(tensors[field.name]) for field in fields if field.is_stored}
+    reader.read(shard, item.row, stored)
+    rows = MicroBatch(bucket, is_last=True, **tensors)
+    rows.uniform[:], rows.weight[:], rows.position[:] = 0.5, 1, number
     draw_noise(_NOISE_SEED, _noise_key(item), rows.noise.numpy())
     return rows
 

@@ -57,12 +57,10 @@ def test_every_refusal_names_a_combination_that_works_and_changes_as_little_as_i
 @pytest.mark.parametrize(
     "asked, changes",
     [
-        (Combination("lokr", "nf4", "adamw", "ddp"), {"precision": "int8"}),
         (Combination("full", "nf4", "adamw", "fsdp2"), {"precision": "bf16"}),
         (Combination("lora", "bf16", "adafactor", "zero3"), {"optimizer": "adamw8bit"}),
         (Combination("full", "bf16", "prodigy", "fsdp2"), {"optimizer": "adamw8bit"}),
         (Combination("lora", "int8", "adamw", "zero3"), {"engine": "fsdp2"}),
-        (Combination("dora", "int8", "adamw", "ddp"), {"precision": "nf4"}),
         (Combination("lora", "nf4", "adamw", "zero3"), {"engine": "fsdp2"}),
     ],
 )

@@ -137,7 +137,7 @@ def test_a_line_names_key_value_limit_and_remedy(config_file: Path) -> None:
 
 def test_no_word_of_pydantic_reaches_the_user(config_file: Path) -> None:
     every_section_wrong = VALID.replace("lr: 1e-4", "lr: fast\n  warmup_steps: 300\n  micro_batch_size: [9]")
-    config_file.write_text(every_section_wrong.replace("type: lora", "type: dora"), encoding="utf-8")
+    config_file.write_text(every_section_wrong.replace("type: lora", "type: lola"), encoding="utf-8")
     problems = problems_of(config_file, "flow=3", "data.datasets.0=x", "data.resolution=[[1]]", "run.name=1")
     text = "\n".join(problems).replace(str(config_file), "FILE")
     assert not [
@@ -207,8 +207,8 @@ def test_key_of_the_other_method_is_told_apart_from_an_unknown_one(config_file: 
 
 
 def test_unknown_and_missing_method_type(config_file: Path) -> None:
-    (problem,) = problems_with(config_file, "type: lora", "type: dora")
-    assert ':6: method.type is "dora", but must be' in problem and "lora" in problem
+    (problem,) = problems_with(config_file, "type: lora", "type: lola")
+    assert ':6: method.type is "lola", but must be' in problem and "lora" in problem
     (problem,) = problems_with(config_file, "  type: lora\n", "")
     assert ":5: method.type is missing" in problem
 

@@ -1,7 +1,10 @@
 """Small real shards and caches of made-up samples, for tests that need no model."""
 
+import http.server
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +13,21 @@ import xxhash
 from safetensors.torch import save_file
 
 from data.geometry import Bucket
-from data.manifest import EMPTY_TEXT, FORMAT_VERSION, TRAIN, Cache, Manifest, ShardTable, parse_bucket, write_manifest
+from data.manifest import (
+    EMPTY_TEXT,
+    FORMAT_VERSION,
+    HOLDOUT,
+    TRAIN,
+    Cache,
+    Manifest,
+    ShardTable,
+    blank_name,
+    parse_bucket,
+    write_manifest,
+)
 from data.order import ORDER_VERSION
-from data.shards import SampleTensors, ShardIndex, ShardWriter
+from data.shards import SampleTensors, ShardIndex, ShardWriter, count_hole_fractions
+from data.stored_text import store_text
 
 TEXT_LENGTH, TEXT_WIDTH, POOLED_WIDTH = 8, 6, 4
 
@@ -40,23 +55,27 @@ def _make_sample(key: str, bucket: Bucket, *, text: str, num_variants: int = 1) 
     )
 
 
-def _make_text(text: str) -> dict[str, torch.Tensor]:
-    """t5 and pooled that are a function of the text's name."""
+def _make_text(text: str, text_dtype: str = "bf16") -> dict[str, torch.Tensor]:
+    """A caption's tensors that are a function of the text's name."""
     random = _generator_of(text)
-    return {
-        "t5": torch.randn(TEXT_LENGTH, TEXT_WIDTH, generator=random).bfloat16(),
-        "pooled": torch.randn(POOLED_WIDTH, generator=random).bfloat16(),
-    }
+    t5 = torch.randn(TEXT_LENGTH, TEXT_WIDTH, generator=random)
+    return store_text(t5, torch.randn(POOLED_WIDTH, generator=random), text_dtype)
 
 
 def _write_shard(
-    path: Path, bucket: Bucket, keys: Sequence[str], *, num_texts: int = 2, num_variants: int = 1
+    path: Path,
+    bucket: Bucket,
+    keys: Sequence[str],
+    *,
+    num_texts: int = 2,
+    num_variants: int = 1,
+    text_dtype: str = "bf16",
 ) -> ShardIndex:
     """A shard whose samples share `num_texts` texts in turn."""
     texts = [f"text-{number:016x}" for number in range(min(num_texts, len(keys)))]
     with ShardWriter(path) as writer:
         for text in texts:
-            writer.add_text(text, **_make_text(text))
+            writer.add_text(text, **_make_text(text, text_dtype))
         for row, key in enumerate(keys):
             writer.add_sample(_make_sample(key, bucket, text=texts[row % len(texts)], num_variants=num_variants))
         return writer.finish(plan=xxhash.xxh3_128_hexdigest(str(path.name).encode()))
@@ -81,19 +100,26 @@ def write_shard() -> Callable[..., ShardIndex]:
 
 
 @pytest.fixture
+def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tried again is tried at once."""
+    monkeypatch.setattr("data.retry.LONGEST_WAIT_SECONDS", 0.0)
+
+
+@pytest.fixture
 def make_cache(tmp_path: Path) -> Callable[..., Cache]:
     """Makes a cache: `make_cache([("photos", "48x64", 5), ("photos", "48x64", 3), ("removal", "32x32", 4)])`.
 
     One entry a shard: dataset, bucket, number of samples and, if it is not "train", split.
     """
 
-    def make(shards: Sequence[tuple], *, num_variants: int = 1) -> Cache:
+    def make(shards: Sequence[tuple], *, num_variants: int = 1, text_dtype: str = "bf16") -> Cache:
         folder = tmp_path / "made-up-cache"
         rows = []
         for number, (dataset, bucket, samples, *split) in enumerate(shards):
             path = f"shards/{dataset}/{bucket}-{number:06d}.tar"
             keys = [f"{dataset}-{number}-{row}" for row in range(samples)]
-            index = _write_shard(folder / path, parse_bucket(bucket), keys, num_variants=num_variants)
+            options: dict[str, Any] = {"num_variants": num_variants, "text_dtype": text_dtype}
+            index = _write_shard(folder / path, parse_bucket(bucket), keys, **options)
             rows.append((path, dataset, bucket, *(split or [TRAIN]), samples, index))
         indexes = [row[-1] for row in rows]
         table = ShardTable(
@@ -107,6 +133,9 @@ def make_cache(tmp_path: Path) -> Callable[..., Cache]:
             plan=np.array([index.plan for index in indexes]),
         )
         datasets = sorted(set(table.dataset.tolist()))
+        counts = {name: {TRAIN: 0, HOLDOUT: 0} for name in datasets}
+        for row in rows:
+            counts[row[1]][row[3]] += row[4]
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             order_version=ORDER_VERSION,
@@ -115,15 +144,76 @@ def make_cache(tmp_path: Path) -> Callable[..., Cache]:
             vae_shift=0.1159,
             vae_scale=0.3611,
             text_length=TEXT_LENGTH,
-            text_dtype="bf16",
+            text_dtype=text_dtype,
             text_width=TEXT_WIDTH,
             pooled_width=POOLED_WIDTH,
             mask_variants=dict.fromkeys(datasets, num_variants),
-            samples={},
-            hole_fractions=[0] * 10,
+            samples=counts,
+            hole_fractions={name: count_hole_fractions(row[-1] for row in rows if row[1] == name) for name in datasets},
         )
-        save_file(_make_text("the empty caption"), folder / EMPTY_TEXT)
-        write_manifest(folder, manifest, table)
-        return Cache(folder, manifest, table)
+        save_file(_make_text("the empty caption", text_dtype), folder / EMPTY_TEXT)
+        for name in set(table.bucket.tolist()):
+            blank = torch.randn(16, *parse_bucket(name).latent_size, generator=_generator_of(f"blank {name}"))
+            save_file({"masked_latents": blank.bfloat16()}, folder / blank_name(name))
+        return Cache(folder, write_manifest(folder, manifest, table), table)
 
     return make
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Starts a server on this machine: `serve(handler)` -> its URL. Plain http is allowed as long as the test runs."""
+    monkeypatch.setattr("configs.urls.SCHEMES", ("https", "s3", "gs", "http"))
+    servers = []
+
+    def start(get):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            do_GET = get  # noqa: N815
+
+            def log_message(self, *_):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def serve_folder(serve):
+    """Serves a folder: `serve_folder(folder)` -> (URL, list of (path, Range header) of every request).
+
+    It knows ranges, and says the state of a file by an ETag of its size and time.
+    """
+
+    def start(folder: Path, *, ranges: bool = True):
+        requests: list[tuple[str, str | None]] = []
+
+        def get(handler):
+            wanted = handler.headers.get("Range")
+            requests.append((handler.path, wanted))
+            path = folder / handler.path.lstrip("/")
+            if not path.is_file():
+                handler.send_error(404)
+                return
+            data, status = path.read_bytes(), path.stat()
+            if wanted and ranges:
+                begin, end = (int(number) for number in wanted.removeprefix("bytes=").split("-"))
+                handler.send_response(206)
+                handler.send_header("Content-Range", f"bytes {begin}-{end}/{len(data)}")
+                data = data[begin : end + 1]
+            else:
+                handler.send_response(200)
+            handler.send_header("ETag", f'"{status.st_size}-{status.st_mtime_ns}"')
+            handler.send_header("Content-Length", str(len(data)))
+            handler.end_headers()
+            handler.wfile.write(data)
+
+        return serve(get), requests
+
+    return start

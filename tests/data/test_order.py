@@ -5,16 +5,19 @@ import numpy as np
 import pytest
 
 from configs.errors import InputError
-from data.order import BLOCK_SHARDS, ORDER_VERSION, Order, OrderSettings, num_micro_steps, rank_rows
+from data.order import BLOCK_SHARDS, ORDER_VERSION, Order, OrderSettings, hash_shards, num_micro_steps, rank_rows
 
 WORLD_SIZES = [1, 2, 3, 4, 6, 8, 12, 24]
 
 
-def make_order(shards, *, weights=None, seed=0, size=8, block_shards=BLOCK_SHARDS):
+def make_order(shards, *, weights=None, seed=0, size=8, block_shards=BLOCK_SHARDS, streams=1):
     """shards: (dataset, bucket, samples) of each."""
     datasets, buckets, samples = (np.array(column) for column in zip(*shards, strict=True))
     weights = weights or dict.fromkeys(datasets.tolist(), 1.0)
-    return Order(datasets, buckets, samples, weights, OrderSettings(ORDER_VERSION, seed, size, block_shards))
+    settings = OrderSettings.current(
+        seed=seed, global_batch_size=size, weights=weights, shards="", streams=streams, block_shards=block_shards
+    )
+    return Order(datasets, buckets, samples, settings)
 
 
 def mixed_shards(num_shards=40):
@@ -48,6 +51,24 @@ def test_every_world_size_trains_on_the_same_global_batches(size):
             assert [batch[row] for share in shares for row in share] == batch
             lengths = {len(share) for share in shares}
             assert lengths <= {size // world_size, -(-size // world_size)}
+
+
+@pytest.mark.parametrize("streams", [1, 2, 3, 4, 8])
+def test_a_rank_finds_its_rows_of_the_global_batch_alone(streams):
+    shards = mixed_shards(150)
+    order = make_order(shards, size=24, streams=streams)
+    for index in (0, 1, 9, 57, 1000):
+        whole = order.batch(index)
+        for world_size in (*WORLD_SIZES, 31):
+            parts = [
+                make_order(shards, size=24, streams=streams).batch(index, part)
+                for part in (rank_rows(24, rank=rank, world_size=world_size) for rank in range(world_size))
+            ]
+            assert [pair for part in parts for pair in rows_of(part)] == rows_of(whole)
+            assert [turn for part in parts for turn in part.rounds.tolist()] == whole.rounds.tolist()
+            for part in parts:
+                assert (part.pool, part.epoch, part.position) == (whole.pool, whole.epoch, whole.position)
+                assert len(part.part) == len(part.shards)
 
 
 @pytest.mark.parametrize("size", [1, 7, 24])
@@ -86,6 +107,80 @@ def test_every_sample_comes_once_in_each_epoch_of_its_pool(shards):
         assert len(rows) >= 2 * size, "too few batches to tell"
         for start in range(0, len(rows) - size + 1, size):
             assert set(rows[start : start + size]) == samples[pool]
+
+
+# --- streams ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streams", [2, 3, 4])
+@pytest.mark.parametrize("num_shards", [16, 17, 45])
+def test_every_sample_comes_once_in_each_epoch_of_its_stream(streams, num_shards):
+    """Shards of 1 to 12 samples: streams are equal within a row all the same, so no sample comes more often."""
+    rng = np.random.default_rng(num_shards)
+    samples = rng.integers(1, 13, num_shards).tolist()
+    order = make_order([("a", "64x64", count) for count in samples], size=12, streams=streams)
+    total, share = sum(samples), 12 // streams
+    batches = [rows_of(order.batch(index)) for index in range(4 * total // 12 + 1)]
+    met = set()
+    for stream in range(streams):
+        rows = [row for batch in batches for row in batch[stream * share : (stream + 1) * share]]
+        length = total * (stream + 1) // streams - total * stream // streams
+        first = set(rows[:length])
+        assert len(first) == length
+        assert not first & met, "two streams share a sample"
+        met |= first
+        for start in range(length, len(rows) - length + 1, length):
+            assert set(rows[start : start + length]) == first
+        orders = {tuple(rows[start : start + length]) for start in range(0, len(rows) - length + 1, length)}
+        assert len(orders) == len(rows) // length, "the same order in two epochs"
+    assert met == {(shard, row) for shard, count in enumerate(samples) for row in range(count)}
+
+
+def test_a_node_reads_its_own_streams_shards_alone():
+    """24 ranks on 4 nodes, a stream each: a node needs a quarter of the shards, and those at the two borders."""
+    order = make_order([("a", "64x64", 20)] * 101, size=48, streams=4)
+    shards_of = [set() for _ in range(4)]
+    for index in range(101 * 20 // 48 + 1):
+        for rank in range(24):
+            part = order.batch(index, rank_rows(48, rank=rank, world_size=24))
+            shards_of[rank // 6] |= set(part.shards.tolist())
+    assert all(len(shards) <= 101 / 4 + 2 for shards in shards_of)
+    assert set().union(*shards_of) == set(range(101))
+    assert sum(map(len, shards_of)) <= 101 + 3
+
+
+def test_small_buckets_are_not_dealt():
+    """Three shards of one bucket among four streams: each would be a node's whole share of it."""
+    order = make_order([("a", "64x64", 20)] * 40 + [("a", "48x80", 20)] * 15, size=16, streams=4)
+    small = [order.batch(index) for index in range(400) if order.batch(index).pool[1] == "48x80"]
+    rows = [row for batch in small for row in rows_of(batch)]
+    assert len(rows) >= 600
+    for start in range(0, len(rows) - 300 + 1, 300):
+        assert len(set(rows[start : start + 300])) == 300, "one sequence, not four"
+
+
+def test_streams_keep_the_weights_and_the_interleaving():
+    shards = [("a", "64x64", 30)] * 40 + [("b", "64x64", 30)] * 10
+    pools = [
+        [make_order(shards, weights={"a": 1, "b": 3}, streams=streams).batch(index).pool for index in range(500)]
+        for streams in (1, 2, 4)
+    ]
+    assert pools[0] == pools[1] == pools[2]
+    assert abs(Counter(name for name, _ in pools[0])["b"] - 375) <= 3
+
+
+def test_streams_that_cannot_share_a_batch_are_refused():
+    with pytest.raises(InputError, match=r"data\.streams is 6, but must divide .*, 16\. Nearest below: 4\."):
+        make_order([("a", "64x64", 1)], size=16, streams=6)
+
+
+def test_the_hash_of_the_shards_is_that_of_names_and_counts_that_train():
+    paths, samples = np.array(["a", "b", "c"]), np.array([3, 0, 4])
+    digest = hash_shards(paths, samples)
+    assert hash_shards(np.array(["a", "held out", "c"]), samples) == digest
+    assert hash_shards(np.array(["a", "b", "d"]), samples) != digest
+    assert hash_shards(paths, np.array([4, 0, 3])) != digest
+    assert hash_shards(np.array(["c", "b", "a"]), samples) != digest
 
 
 def test_another_order_in_each_epoch_and_for_each_seed():
@@ -195,8 +290,8 @@ def test_a_million_shards_are_ordered():
     datasets = np.where(np.arange(1_000_000) % 3 == 0, "a", "b")
     buckets = np.array(["1024x1024", "768x1360", "1360x768", "512x512"])[np.arange(1_000_000) % 4]
     samples = np.full(1_000_000, 50)
-    settings = OrderSettings.current(seed=1, global_batch_size=256)
-    order = Order(datasets, buckets, samples, {"a": 1.0, "b": 2.0}, settings)
+    settings = OrderSettings.current(seed=1, global_batch_size=256, weights={"a": 1.0, "b": 2.0}, shards="")
+    order = Order(datasets, buckets, samples, settings)
     assert order.num_samples == 50_000_000
     batch = order.batch(123_456_789)
     assert (datasets[batch.shards] == batch.pool[0]).all()
@@ -220,6 +315,6 @@ def test_a_dataset_without_a_weight_is_named():
 
 
 def test_an_order_of_another_version_is_refused():
-    settings = OrderSettings(ORDER_VERSION + 1, 0, 8, BLOCK_SHARDS)
+    settings = OrderSettings(ORDER_VERSION + 1, 0, 8, 1, BLOCK_SHARDS, {"a": 1.0}, "")
     with pytest.raises(InputError, match=r"order is of version 2, this fluxfill has 1. Go on with the version that"):
-        Order(np.array(["a"]), np.array(["64x64"]), np.array([1]), {"a": 1.0}, settings)
+        Order(np.array(["a"]), np.array(["64x64"]), np.array([1]), settings)

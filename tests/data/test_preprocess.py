@@ -13,6 +13,7 @@ from rich.console import Console
 from safetensors.torch import load, load_file
 
 from configs.errors import InputError
+from data import encode
 from data.encode import encode_pixels
 from data.manifest import EMPTY_TEXT, open_cache, read_manifest
 from data.pictures import load_mask
@@ -303,6 +304,40 @@ def test_a_picture_that_cannot_be_decoded_stops_only_its_shard(make_pictures, co
     assert {name: stamp for name, stamp in stamps(cache / "shards").items() if name in kept} == kept
 
 
+@pytest.mark.parametrize("where", ["picture", "text", "empty caption"])
+def test_numbers_that_are_not_finite_stop_their_shard_and_name_the_sample(make_pictures, config_of, monkeypatch, where):
+    """As a broken GPU or half precision gives them. The other shards are made."""
+    config = config_of(make_pictures(30))
+    names = {"picture": "encode_pixels", "text": "encode_captions", "empty caption": "encode_captions"}
+    module = "data.constants" if where == "empty caption" else "data.encode_shards"
+    real, calls = getattr(encode, names[where]), []
+
+    def encode_one_to_nan(*arguments, **options):
+        encoded = real(*arguments, **options)
+        calls.append(1)
+        if len(calls) == 1:
+            (encoded.latents if where == "picture" else encoded.t5)[0, -1, -1] = float("nan")
+        return encoded
+
+    monkeypatch.setattr(f"{module}.{names[where]}", encode_one_to_nan)
+    with pytest.raises(InputError, match="holds NaN or infinity") as caught:
+        preprocess(config, QUIET)
+    lines = str(caught.value).splitlines()
+    shards = [path for path in files_below(config.data.cache) if path.endswith(".tar")]
+    assert len(lines) == 1
+    if where == "empty caption":
+        assert "empty_text.safetensors: t5 holds NaN" in lines[0] and not shards
+    else:
+        tensor = "latents" if where == "picture" else "t5"
+        assert re.match(rf".*/target/picture-\d\d\.png: .*\.tar: {tensor} of ", lines[0])
+        assert shards, "one picture stopped everything"
+        assert where == "picture" or "The caption: 'noise number" in lines[0]
+    assert not [path for path in files_below(config.data.cache) if path.endswith((".part", "manifest.json"))]
+    monkeypatch.undo()
+    preprocess(config, QUIET)
+    assert read_manifest(config.data.cache).samples == {"noise": {"train": 30, "holdout": 0}}
+
+
 def test_an_exception_leaves_no_part_and_no_manifest(make_pictures, config_of, monkeypatch):
     folder = make_pictures(6)
     config = config_of(folder, "data.encode_batch_size=2")
@@ -340,14 +375,14 @@ def write_config(path, config):
 
 
 def refused(config, tmp_path, capsys, *overrides):
-    """main()'s message for a config that it must refuse with exit code 2, leaving nothing."""
+    """main()'s message for a config that it must refuse with exit code 2, leaving at most facts about pictures."""
     code = main(["--config", write_config(tmp_path / "config.yaml", config), *overrides])
     message = capsys.readouterr().err
     assert code == 2
     assert "Traceback" not in message
     cache = config.data.cache
     assert not (cache / "manifest.json").exists()
-    assert not cache.exists(), "nothing was wrong with the cache: there is no reason to begin one"
+    assert all(name.startswith("scan/") for name in files_below(cache)), "with bad input no cache is begun"
     return message
 
 
@@ -467,11 +502,16 @@ def test_bad_input_does_not_take_a_finished_cache_away(make_pictures, config_of)
     folder = make_pictures(3)
     config = config_of(folder)
     preprocess(config, QUIET)
-    before = stamps(config.data.cache)
+
+    def encoded():
+        """All but what is known of the pictures themselves, which did change."""
+        return {name: stamp for name, stamp in stamps(config.data.cache).items() if not name.startswith("scan/")}
+
+    before = encoded()
     write_triple(folder, "picture-01", hole=None)
     with pytest.raises(InputError, match="all black"):
         preprocess(config, QUIET)
-    assert stamps(config.data.cache) == before
+    assert encoded() == before
     open_cache(config, Path(config.model.base))
 
 

@@ -7,13 +7,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from configs.errors import InputError
 from data.geometry import Bucket
-from data.manifest import EMPTY_TEXT, TRAIN, parse_bucket
-from data.noise import draw_dropout, draw_noise, draw_uniform, draw_variant
-from data.order import Order, OrderSettings
-from data.reader import BatchStream, DamagedShard, MicroBatch, ShardReader, unpack_mask
+from data.manifest import EMPTY_TEXT, TRAIN, blank_name, parse_bucket
+from data.micro_batch import MicroBatch, unpack_mask
+from data.noise import draw_dropout, draw_noise, draw_uniform, draw_variant, draw_whole_hole
+from data.order import Order, OrderSettings, hash_shards
+from data.reader import BatchStream
+from data.row_filler import ReplacedRow, RowPolicy
+from data.shard_reader import DamagedShard, ShardReader
 from data.shards import index_path
 
 SEED = 11
@@ -27,13 +32,14 @@ SHARDS = [
 ]
 
 
-def open_stream(cache, *, size=7, rank=0, world_size=1, micro=2, **options):
+def open_stream(cache, *, size=7, rank=0, world_size=1, micro=2, streams=1, **options):
     table = cache.table
     samples = np.where(table.split == TRAIN, table.samples, 0)
     weights = dict.fromkeys(table.dataset.tolist(), 1.0)
-    order = Order(
-        table.dataset, table.bucket, samples, weights, OrderSettings.current(seed=SEED, global_batch_size=size)
+    settings = OrderSettings.current(
+        seed=SEED, global_batch_size=size, weights=weights, shards=hash_shards(table.path, samples), streams=streams
     )
+    order = Order(table.dataset, table.bucket, samples, settings)
     return BatchStream(cache, order, rank=rank, world_size=world_size, micro_batch_size=micro, **options)
 
 
@@ -165,9 +171,9 @@ def test_micro_batches_threads_and_depth_do_not_matter(make_cache, options):
 
 def test_a_resumed_stream_is_the_undisturbed_one(make_cache):
     cache = make_cache(SHARDS)
-    undisturbed = [rows_by_position(batch) for batch in take(cache, 15, caption_dropout=0.3)]
+    undisturbed = [rows_by_position(batch) for batch in take(cache, 15, policy=RowPolicy(caption_dropout=0.3))]
     for start in (1, 6, 14):
-        resumed = take(cache, 15 - start, start=start, caption_dropout=0.3)
+        resumed = take(cache, 15 - start, start=start, policy=RowPolicy(caption_dropout=0.3))
         assert [rows_by_position(batch) for batch in resumed] == undisturbed[start:]
 
 
@@ -214,7 +220,7 @@ def test_a_dropped_caption_is_the_empty_one_where_the_position_says(make_cache, 
     empty = make_text("the empty caption")
     plain = take(cache, 20)
     dropped = 0
-    for index, batch in enumerate(take(cache, 20, caption_dropout=0.4)):
+    for index, batch in enumerate(take(cache, 20, policy=RowPolicy(caption_dropout=0.4))):
         for rows, with_caption in zip(batch, plain[index], strict=True):
             for place, position in enumerate(rows.position.tolist()):
                 is_dropped = draw_dropout(SEED, position, 0.4)
@@ -232,14 +238,143 @@ def test_without_dropout_the_empty_caption_is_not_needed(make_cache):
     (cache.folder / EMPTY_TEXT).unlink()
     assert len(take(cache, 1)) == 1
     with pytest.raises(Exception, match=rf"{EMPTY_TEXT}: cannot be read .* run `fluxfill preprocess CONFIG` again"):
-        open_stream(cache, caption_dropout=0.1)
+        open_stream(cache, policy=RowPolicy(caption_dropout=0.1))
+
+
+def test_an_empty_caption_with_a_flipped_bit_is_refused(make_cache):
+    cache = make_cache(SHARDS)
+    data = bytearray((cache.folder / EMPTY_TEXT).read_bytes())
+    data[-5] ^= 1
+    (cache.folder / EMPTY_TEXT).write_bytes(data)
+    with pytest.raises(InputError, match=rf"{EMPTY_TEXT}: cannot be read \(its checksum differs\)"):
+        open_stream(cache, policy=RowPolicy(caption_dropout=0.1))
 
 
 def test_an_empty_caption_of_another_length_is_refused(make_cache):
     cache = make_cache(SHARDS)
     other = replace(cache, manifest=replace(cache.manifest, text_length=1))
-    with pytest.raises(Exception, match=rf"{EMPTY_TEXT}: .*it holds .*, not bf16"):
-        open_stream(other, caption_dropout=0.1)
+    with pytest.raises(Exception, match=rf"{EMPTY_TEXT}: .*it holds .*\[8, 6\].*, not .*\[1, 6\]"):
+        open_stream(other, policy=RowPolicy(caption_dropout=0.1))
+
+
+# --- texts in 8 bits --------------------------------------------------------------------------------------------------
+
+
+def test_texts_of_an_int8_cache_are_bf16_once_their_rows_are_moved(make_cache, make_text):
+    cache = make_cache(SHARDS, text_dtype="int8")
+    empty = make_text("the empty caption", "int8")
+    texts = [make_text(f"text-{number:016x}", "int8") for number in range(2)]
+    stream = open_stream(cache, policy=RowPolicy(caption_dropout=0.4))
+    num_dropped = 0
+    for index in range(12):
+        for rows in next(stream):
+            moved = rows.to(torch.device("cpu"))
+            assert rows.t5.dtype == torch.int8 and moved.t5.dtype == torch.bfloat16 and moved.t5_scale is None
+            keys = stream.keys(stream.current)
+            for place, position in enumerate(rows.position.tolist()):
+                dropped = draw_dropout(SEED, position, 0.4)
+                num_dropped += dropped
+                stored = empty if dropped else texts[int(keys[position - 7 * index].split("-")[2]) % 2]
+                expected = (stored["t5"].float() * stored["t5_scale"][:, None]).bfloat16()
+                assert torch.equal(moved.t5[place], expected)
+                assert torch.equal(moved.pooled[place], stored["pooled"])
+    stream.close()
+    assert num_dropped > 10
+
+
+def test_an_int8_cache_differs_from_its_bf16_twin_in_the_texts_alone(make_cache, tmp_path):
+    bf16 = take(make_cache(SHARDS), 6)
+    (tmp_path / "made-up-cache").rename(tmp_path / "twin")
+    for ours, twin in zip(take(make_cache(SHARDS, text_dtype="int8"), 6), bf16, strict=True):
+        for rows, others in zip(ours, twin, strict=True):
+            moved = rows.to(torch.device("cpu"))
+            for name, value in vars(others).items():
+                if isinstance(value, Tensor) and name != "t5":
+                    assert torch.equal(getattr(moved, name), value), name
+            largest = others.t5.float().abs().amax(dim=-1, keepdim=True)
+            assert ((moved.t5.float() - others.t5.float()).abs() <= largest / 127 + 1e-6).all()
+            assert not torch.equal(moved.t5, others.t5)
+
+
+def test_idle_rows_of_an_int8_cache_are_finite(make_cache):
+    for batch in take(make_cache(SHARDS, text_dtype="int8"), 4, size=4, rank=0, world_size=3, micro=1):
+        for rows in batch:
+            moved = rows.to(torch.device("cpu"))
+            assert torch.isfinite(moved.t5).all()
+            assert not moved.t5[rows.weight == 0].any()
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+def variants_by_epoch(cache, make_sample, policy, num_epochs):
+    """Per sample, the mask variants that it was trained with, epoch after epoch. Three variants, batches of one."""
+    stream = open_stream(cache, size=1, micro=1, policy=policy)
+    found = {}
+    for _ in range(num_epochs * int(cache.table.samples.sum())):
+        (rows,) = list(next(stream))
+        (key,) = stream.keys(stream.current)
+        stored = make_sample(key, rows.bucket, text="", num_variants=3)
+        bits = np.unpackbits(rows.mask[0].numpy(), axis=1).astype(bool)
+        (variant,) = [number for number in range(3) if (stored.masks[number] == bits).all()]
+        assert torch.equal(rows.masked_latents[0], stored.masked_latents[variant])
+        found.setdefault(key, []).append(variant)
+    stream.close()
+    return found
+
+
+def test_masks_are_chosen_as_the_policy_says(make_cache, make_sample):
+    cache = make_cache([("a", "32x32", 5), ("a", "32x32", 4)], num_variants=3)
+    first = variants_by_epoch(cache, make_sample, RowPolicy(mask_choice="first"), 2)
+    assert set(map(tuple, first.values())) == {(0, 0)}
+    cycle = variants_by_epoch(cache, make_sample, RowPolicy(mask_choice="cycle"), 6)
+    for variants in cycle.values():
+        assert set(variants[:3]) == {0, 1, 2}
+        assert variants[3:] == variants[:3]
+    assert {variants[0] for variants in cycle.values()} == {0, 1, 2}, "all at the same variant"
+    random = variants_by_epoch(cache, make_sample, RowPolicy(mask_choice="random"), 9)
+    counts = np.bincount([variant for variants in random.values() for variant in variants], minlength=3)
+    assert counts.min() > 15  # of 81
+    assert len(set(map(tuple, random.values()))) == 9
+
+
+def test_a_dropped_mask_is_a_hole_as_large_as_the_picture(make_cache):
+    cache = make_cache(SHARDS)
+    plain, whole = take(cache, 20), take(cache, 20, policy=RowPolicy(mask_dropout=0.4, caption_dropout=0.2))
+    dropped = 0
+    for before, after in zip((r for b in plain for r in b), (r for b in whole for r in b), strict=True):
+        blank = load_file(cache.folder / blank_name(str(after.bucket)))["masked_latents"]
+        for place, position in enumerate(after.position.tolist()):
+            is_dropped = draw_whole_hole(SEED, position, 0.4)
+            dropped += is_dropped
+            if is_dropped:
+                assert unpack_mask(after.mask)[place].min() == 1
+                assert torch.equal(after.masked_latents[place], blank)
+            else:
+                assert torch.equal(after.mask[place], before.mask[place])
+                assert torch.equal(after.masked_latents[place], before.masked_latents[place])
+            assert torch.equal(after.latents[place], before.latents[place])
+            assert torch.equal(after.noise[place], before.noise[place])
+    assert 30 < dropped < 80  # of 140
+
+
+@pytest.mark.parametrize("damage", ["missing", "bit", "another bucket's"])
+def test_a_damaged_blank_is_named(make_cache, damage):
+    cache = make_cache(SHARDS)
+    path = cache.folder / blank_name("48x64")
+    if damage == "missing":
+        path.unlink()
+    elif damage == "bit":
+        data = bytearray(path.read_bytes())
+        data[-9] ^= 1
+        path.write_bytes(data)
+    else:
+        path.write_bytes((cache.folder / blank_name("32x32")).read_bytes())
+    take(cache, 1)
+    with pytest.raises(
+        InputError, match=r"blank_48x64\.safetensors: cannot be read .* run `fluxfill preprocess CONFIG`"
+    ):
+        open_stream(cache, policy=RowPolicy(mask_dropout=0.1))
 
 
 # --- memory, threads and files ----------------------------------------------------------------------------------------
@@ -328,7 +463,7 @@ def test_a_forgotten_stream_leaves_no_file(make_cache):
 
 
 def test_few_shards_stay_open(make_cache, make_sample, monkeypatch):
-    monkeypatch.setattr("data.reader._OPEN_SHARDS", 2)
+    monkeypatch.setattr("data.shard_reader._OPEN_SHARDS", 2)
     cache = make_cache([("a", "32x32", 2)] * 12)
     reader = ShardReader(cache.folder, cache.manifest, cache.table)
     wrong = []
@@ -337,7 +472,7 @@ def test_few_shards_stay_open(make_cache, make_sample, monkeypatch):
         out = np.empty(16 * 4 * 4 * 2, np.uint8)
         for turn in range(60):
             shard, row = (turn * 5 + shift) % 12, turn % 2
-            reader.read_latents(shard, row, out)
+            reader.read(shard, row, {"latents": memoryview(out)})
             stored = make_sample(f"a-{shard}-{row}", Bucket(32, 32), text="").latents
             if out.tobytes() != stored.contiguous().view(torch.uint8).numpy().tobytes():
                 wrong.append((shard, row))
@@ -372,17 +507,19 @@ def read_everything(cache):
     reader, manifest = ShardReader(cache.folder, cache.manifest, cache.table), cache.manifest
     bucket = parse_bucket(str(cache.table.bucket[0]))
     h, w = bucket.latent_size
-    latents, mask = np.empty(16 * h * w * 2, np.uint8), np.empty(bucket.height * bucket.width // 8, np.uint8)
-    t5, pooled = np.empty(manifest.text_length * manifest.text_width * 2, np.uint8), np.empty(8, np.uint8)
+    sizes = {
+        "latents": 16 * h * w * 2,
+        "masked_latents": 16 * h * w * 2,
+        "mask": bucket.height * bucket.width // 8,
+        "t5": manifest.text_length * manifest.text_width * 2,
+        "pooled": manifest.pooled_width * 2,
+    }
+    out = {name: memoryview(bytearray(size)) for name, size in sizes.items()}
     found = []
     for row in range(int(cache.table.samples[0])):
-        reader.read_latents(0, row, latents)
-        found.append(latents.tobytes())
         for variant in range(reader.num_variants(0)):
-            reader.read_masked(0, row, variant, latents, mask)
-            found += [latents.tobytes(), mask.tobytes()]
-        reader.read_text(0, row, t5, pooled)
-        found += [t5.tobytes(), pooled.tobytes()]
+            reader.read(0, row, out, variant=variant)
+            found += [bytes(value) for value in out.values()]
     return found
 
 
@@ -427,12 +564,12 @@ def test_a_shard_that_is_cut_while_it_is_read_is_named(one_shard):
     cache, path, index = one_shard
     reader = ShardReader(cache.folder, cache.manifest, cache.table)
     out = np.empty(16 * 6 * 8 * 2, np.uint8)
-    reader.read_latents(0, 0, out)
+    reader.read(0, 0, {"latents": memoryview(out)})
     os.truncate(path, int(index.latents[3, 0]) + 100)
-    reader.read_latents(0, 2, out)
+    reader.read(0, 2, {"latents": memoryview(out)})
     for row in (3, 4):
         with pytest.raises(DamagedShard, match=rf"a-0-{row} \(latents, \d+ bytes at \d+\): the file ends there"):
-            reader.read_latents(0, row, out)
+            reader.read(0, row, {"latents": memoryview(out)})
 
 
 def test_a_page_in_the_place_of_a_shard_is_named(one_shard):
@@ -446,14 +583,49 @@ def test_a_page_in_the_place_of_a_shard_is_named(one_shard):
         read_everything(cache)
 
 
-def test_a_missing_shard_is_named(one_shard):
+def test_a_missing_shard_is_waited_for_and_then_named(one_shard, no_waits, caplog):
     cache, path, _ = one_shard
-    path.unlink()
-    with pytest.raises(DamagedShard, match=r"48x64-000000\.tar: cannot be opened \(No such file.*Restore it, or run"):
+    path.rename(path.with_suffix(".gone"))
+    with pytest.raises(InputError, match=r"48x64-000000\.tar: cannot be opened \(No such file.*failed 8 time\(s\)"):
         read_everything(cache)
+    assert sum("attempt" in record.message for record in caplog.records) == 7
 
 
-def test_a_disk_that_fails_is_named(one_shard, monkeypatch):
+@pytest.mark.parametrize("call", ["open", "preadv"])
+def test_a_storage_that_fails_for_a_while_costs_time_alone(one_shard, no_waits, monkeypatch, call):
+    cache, path, _ = one_shard
+    expected = read_everything(cache)
+    works, failures = getattr(os, call), [OSError(5, "Input/output error"), OSError(116, "Stale file handle")] * 3
+
+    def fail_at_first(target, *arguments):
+        if failures and (call == "preadv" or target == path):
+            raise failures.pop()
+        return works(target, *arguments)
+
+    monkeypatch.setattr(f"os.{call}", fail_at_first)
+    assert read_everything(cache) == expected
+    assert not failures
+
+
+def test_a_stale_handle_is_opened_anew(one_shard, no_waits, monkeypatch):
+    cache, _, _ = one_shard
+    reader = ShardReader(cache.folder, cache.manifest, cache.table)
+    stale, works = int(reader.shard(0).handle), os.preadv
+
+    def fail_if_stale(handle, *arguments):
+        if int(handle) == stale:
+            raise OSError(116, "Stale file handle")
+        return works(handle, *arguments)
+
+    kept = os.dup(stale)  # the number is not given out again
+    opened = reader.shard(0)
+    monkeypatch.setattr("os.preadv", fail_if_stale)
+    reader.read(0, 1, {"latents": memoryview(bytearray(16 * 6 * 8 * 2))})
+    assert int(opened.handle) == stale
+    os.close(kept)
+
+
+def test_a_disk_that_keeps_failing_is_named(one_shard, no_waits, monkeypatch):
     cache, _, _ = one_shard
     reader = ShardReader(cache.folder, cache.manifest, cache.table)
     reader.shard(0)
@@ -462,10 +634,21 @@ def test_a_disk_that_fails_is_named(one_shard, monkeypatch):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr("os.preadv", fail)
-    with pytest.raises(
-        DamagedShard, match=r"48x64-000000\.tar: a-0-1 \(latents.* cannot be read \(Input/output error\)"
-    ):
-        reader.read_latents(0, 1, np.empty(16 * 6 * 8 * 2, np.uint8))
+    with pytest.raises(InputError, match=r"48x64-000000\.tar: a-0-1 cannot be read \(Input/output error\): failed 8"):
+        reader.read(0, 1, {"latents": memoryview(bytearray(16 * 6 * 8 * 2))})
+
+
+def test_members_side_by_side_are_read_by_one_call(one_shard, monkeypatch):
+    cache, _, _ = one_shard
+    reader, calls, works = ShardReader(cache.folder, cache.manifest, cache.table), [], os.preadv
+    sizes = {"latents": 1536, "masked_latents": 1536, "mask": 384}
+    out = {name: memoryview(bytearray(size)) for name, size in sizes.items()}
+    monkeypatch.setattr("data.shard_reader._MAX_GAP", 1024)  # these members are small
+    monkeypatch.setattr("os.preadv", lambda *arguments: calls.append(None) or works(*arguments))
+    reader.read(0, 2, out, variant=0)
+    assert len(calls) == 1
+    reader.read(0, 2, out, variant=1)
+    assert len(calls) == 3, "the first variant lies between"
 
 
 def test_short_reads_are_finished(one_shard, monkeypatch):
@@ -526,11 +709,7 @@ def test_tensors_of_another_size_are_named(one_shard):
 
 def test_a_stream_does_not_pass_over_what_it_cannot_read(make_cache):
     cache = make_cache([("a", "32x32", 4)])
-    path = cache.folder / str(cache.table.path[0])
-    index = ShardReader(cache.folder, cache.manifest, cache.table).shard(0).index
-    data = bytearray(path.read_bytes())
-    data[int(index.latents[1, 0]) + 200] ^= 1
-    path.write_bytes(data)
+    damage(cache, 1)
     expected = open_stream(cache, size=1, micro=1)
     bad = next(number for number in range(4) if expected.order.batch(number).rows.tolist() == [1])
     expected.close()
@@ -538,14 +717,127 @@ def test_a_stream_does_not_pass_over_what_it_cannot_read(make_cache):
     for _ in range(bad):
         assert len(list(next(stream))) == 1
     for _ in range(3):
-        with pytest.raises(DamagedShard, match=r"32x32-000000\.tar: a-0-1 .* does not match its checksum"):
+        with pytest.raises(
+            InputError, match=r"1 damaged sample.*max_bad_samples is 0: shards/a/32x32-000000\.tar row 1"
+        ):
             list(next(stream))
     stream.close()
     gc.collect()  # the error's frames hold the shard
     assert open_tars() == []
 
 
-# --- masks ------------------------------------------------------------------------------------------------------------
+# --- damaged rows that are replaced -----------------------------------------------------------------------------------
+
+
+def damage(cache, *rows, part="latents", shard=0):
+    """Flip a bit in a member of some rows of a shard."""
+    path = cache.folder / str(cache.table.path[shard])
+    index = ShardReader(cache.folder, cache.manifest, cache.table).shard(shard).index
+    data = bytearray(path.read_bytes())
+    for row in rows:
+        place = {
+            "latents": index.latents[row],
+            "masked": index.masked[row, -1],
+            "text": index.texts[index.text_row[row]],
+        }
+        data[int(place[part].sum()) - 20] ^= 1
+    path.write_bytes(data)
+
+
+def by_key(cache, num_batches, **options):
+    """Key of each row -> its tensors' bytes, without position and what is drawn, of the first batches."""
+    stream = open_stream(cache, **options)
+    found = {}
+    for _ in range(num_batches):
+        for rows in next(stream):
+            keys = stream.keys(stream.current)
+            for place in torch.nonzero(rows.weight).flatten().tolist():
+                position = int(rows.position[place])
+                stored = (rows.latents, rows.masked_latents, rows.mask, rows.t5, rows.pooled)
+                found[position] = (
+                    keys[position - stream.current.position],
+                    tuple(bytes(value[place].contiguous().view(-1).view(torch.uint8).numpy()) for value in stored),
+                    (rows.noise[place].sum().item(), rows.uniform[place].item()),
+                )
+    stream.close()
+    return found, stream.replaced()
+
+
+@pytest.mark.parametrize("part", ["latents", "masked", "text"])
+def test_a_damaged_row_is_replaced_by_the_next_whole_one(make_cache, caplog, part):
+    cache = make_cache([("a", "32x32", 6)])
+    whole, nothing = by_key(cache, 6, size=3, micro=2)
+    assert nothing == []
+    stored_of = {key: stored for key, stored, _ in whole.values()}
+    damage(cache, *((1, 2) if part != "text" else (1,)), part=part)  # two texts, in turn: rows 1, 3 and 5 share one
+    replacement = {"a-0-1": "a-0-3", "a-0-2": "a-0-3"}
+    if part == "text":
+        replacement = {"a-0-1": "a-0-2", "a-0-3": "a-0-4", "a-0-5": "a-0-0"}
+    policy = RowPolicy(max_bad_samples=3)
+    found, replaced = by_key(cache, 6, size=3, micro=2, policy=policy)
+    for position, (key, stored, drawn) in found.items():
+        assert (key, drawn) == (whole[position][0], whole[position][2]), "a position keeps its sample and its noise"
+        assert stored == stored_of[replacement.get(key, key)]
+    number = {f"a-0-{row}": row for row in range(6)}
+    assert replaced == [
+        ReplacedRow(position, "shards/a/32x32-000000.tar", number[key], number[replacement[key]])
+        for position, (key, _, _) in sorted(found.items())
+        if key in replacement
+    ]
+    assert len(replaced) == 3 * len(replacement), "three epochs"
+    messages = [record.message for record in caplog.records]
+    assert len(messages) == len(replacement), "each is told once"
+    assert all("does not match its checksum" in text and "stands in for it" in text for text in messages)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_every_rank_and_every_resume_replaces_alike(make_cache, world_size):
+    cache = make_cache([("a", "32x32", 6), ("a", "32x32", 5)])
+    damage(cache, 0, 4, shard=0)
+    damage(cache, 3, part="masked", shard=1)
+    policy = RowPolicy(max_bad_samples=3)
+    alone, replaced = by_key(cache, 12, size=5, policy=policy)
+    assert len(replaced) >= 12
+    together, by_ranks = {}, set()
+    for rank in range(world_size):
+        share, mine = by_key(cache, 12, size=5, policy=policy, rank=rank, world_size=world_size)
+        together |= {position: row for position, row in share.items() if position not in together}
+        by_ranks |= set(mine)
+    assert sorted(by_ranks) == replaced
+    assert {position: together[position] for position in alone} == alone
+    resumed, all_replaced = by_key(
+        cache, 5, size=5, policy=policy, start=7, replaced=[row for row in replaced if row.position < 35]
+    )
+    assert resumed == {position: row for position, row in alone.items() if position >= 35}
+    assert all_replaced == replaced
+
+
+def test_rows_that_are_read_ahead_are_not_yet_replaced(make_cache):
+    cache = make_cache([("a", "32x32", 6)])
+    damage(cache, 1)
+    stream = open_stream(cache, size=1, micro=1, depth=6, policy=RowPolicy(max_bad_samples=1))
+    at = next(index for index in range(6) if stream.order.batch(index).rows.tolist() == [1])
+    for index in range(6):
+        list(next(stream))
+        assert len(stream.replaced()) == (index >= at)
+    stream.close()
+
+
+def test_more_damage_than_allowed_stops_and_says_where(make_cache):
+    cache = make_cache([("a", "32x32", 6)])
+    damage(cache, 0, 2, 5)
+    by_key(cache, 6, size=3, policy=RowPolicy(max_bad_samples=3))
+    with pytest.raises(
+        InputError, match=r"3 damaged sample\(s\), guard\.max_bad_samples is 2: .*tar row 0, .* row 5\. Run"
+    ):
+        by_key(cache, 6, size=3, policy=RowPolicy(max_bad_samples=2))
+
+
+def test_a_shard_without_a_whole_row_is_named(make_cache):
+    cache = make_cache([("a", "32x32", 3)])
+    damage(cache, 0, 1, 2)
+    with pytest.raises(DamagedShard, match=r"32x32-000000\.tar: a-0-\d .* No other sample of the shard is whole"):
+        by_key(cache, 1, size=3, policy=RowPolicy(max_bad_samples=9))
 
 
 def test_a_packed_mask_is_unpacked(make_sample):

@@ -12,7 +12,7 @@ from safetensors.torch import load
 
 from configs.errors import InputError
 from data.geometry import Bucket
-from data.shards import ShardWriter, file_sha256, index_path, read_index, rebuild_index
+from data.shards import NotFinite, ShardWriter, file_sha256, index_path, read_index, rebuild_index
 from data.sources import Triple
 
 BUCKET = Bucket(48, 64)
@@ -260,6 +260,22 @@ def _die(*_):
     raise _Died
 
 
+def test_a_text_of_8_bits_is_stored_with_its_scales_once(tmp_path, make_sample, make_text):
+    text = make_text("text-1", "int8")
+    with ShardWriter(tmp_path / "a.tar") as writer:
+        writer.add_text("text-1", **text)
+        writer.add_sample(make_sample("a", BUCKET, text="text-1"))
+        writer.finish(plan=PLAN)
+    first = next(iter(webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False)))
+    stored = load(first["safetensors"])
+    assert {name: tensor.dtype for name, tensor in stored.items()} == {
+        "t5": torch.int8,
+        "t5_scale": torch.float32,
+        "pooled": torch.bfloat16,
+    }
+    assert all(torch.equal(tensor, text[name]) for name, tensor in stored.items())
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("tensor", ["latents", "masked_latents", "t5", "pooled"])
 def test_numbers_that_are_not_finite_are_refused(tmp_path, make_sample, make_text, tensor, value):
@@ -272,7 +288,7 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path, make_sample, make_tex
             writer.add_text("text-1", **text)
             writer.add_sample(sample)
 
-    with pytest.raises(ValueError, match=rf"a.tar: {tensor} of (a|text-1) holds NaN or infinity"):
+    with pytest.raises(NotFinite, match=rf"a.tar: {tensor} of (a|text-1) holds NaN or infinity"):
         write()
     assert list(tmp_path.iterdir()) == []
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from configs.schema import Config
     from data.manifest import Cache
-    from data.reader import MicroBatch
+    from data.micro_batch import MicroBatch
     from trainer.engine import Engine
 
 TEXT_LENGTH = 64
@@ -53,8 +53,8 @@ def load_triple(tiny_model: Path, triples: Path) -> "Callable[..., RealTriple]":
 
     from data.encode import collate_pixels, encode_captions, encode_pixels, load_text_encoders, load_vae
     from data.geometry import Bucket, fit
+    from data.micro_batch import MicroBatch
     from data.noise import draw_noise
-    from data.reader import MicroBatch
 
     cpu = torch.device("cpu")
     vae = load_vae(tiny_model, device=cpu, dtype=torch.float32)

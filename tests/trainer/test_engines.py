@@ -6,6 +6,7 @@ Real processes (gloo, CPU) run the real trainer. A launch is made once a session
 import json
 import shutil
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,8 @@ SLOW = [
     ("zero1", 3),
     ("zero3", 2),
     ("zero3", 3),
+    ("fsdp2-offload", 2),
+    ("zero3-offload", 2),
 ]
 LAUNCHES = [*FAST, *(pytest.param(*launch, marks=pytest.mark.slow) for launch in SLOW)]
 
@@ -42,14 +45,15 @@ def train(arguments: list[str]) -> int:
 
 @pytest.fixture(scope="session")
 def launch(config, tmp_path_factory) -> Callable[..., Path]:
-    """Runs the trainer: `launch(engine, processes, name, "key=value", ...)`; returns the run's folder."""
+    """Runs the trainer: `launch(engine, processes, name, "key=value", ...)`; returns the run's folder, or, given a
+    function to run in its place, what it returned in each rank."""
     from configs.loading import dump_config
 
     runs = tmp_path_factory.mktemp("runs")
     path = runs / "config.yaml"
     path.write_text(dump_config(config), encoding="utf-8")
 
-    def run(engine: str, num_processes: int, name: str, *overrides: str) -> Path:
+    def run(engine: str, num_processes: int, name: str, *overrides: str, timeout_seconds: float = 240, function=None):
         quick = [
             f"run.dir={runs}",
             "train.global_batch_size=8",
@@ -63,14 +67,15 @@ def launch(config, tmp_path_factory) -> Callable[..., Path]:
             "logging.trackers=[]",
         ]
         node_size = num_processes // 2 if engine == "hsdp" else None
-        run_ranks(
+        returned = run_ranks(
             engine,
             num_processes,
-            train,
+            function or train,
             ["--config", str(path), f"run.name={name}", *quick, *overrides],
             node_size=node_size,
+            timeout_seconds=timeout_seconds,
         )
-        return runs / name
+        return runs / name if function is None else returned
 
     return run
 
@@ -153,6 +158,36 @@ def test_resume_by_the_same_launch_is_bit_equal(undisturbed, resumed, engine, nu
     assert [json.loads(line)["step"] for line in undone] == [HALF + 1]
 
 
+def train_and_watch_reads(arguments: list[str]) -> list[int]:
+    """The trainer; returns the position of every row that this rank read."""
+    from data.row_filler import RowFiller
+    from trainer.main import train
+
+    read: list[int] = []
+    fill = RowFiller.fill
+
+    def watched(self, rows, place, *, position, **where):
+        read.append(position)
+        fill(self, rows, place, position=position, **where)
+
+    RowFiller.fill = watched
+    train(arguments)
+    return read
+
+
+def test_a_resumed_run_reads_no_sample_that_it_does_not_train_on(launch, undisturbed):
+    """None of those before its checkpoint; behind the last step a reader may be a few micro-batches ahead."""
+    source = undisturbed("ddp", 2)
+    folder = source.parent / "counted"
+    checkpoint = Path("checkpoints", f"step-{HALF:08d}")
+    shutil.copytree(source / checkpoint, folder / checkpoint)
+    shutil.copy(source / "metrics.jsonl", folder)
+    read = sorted(chain.from_iterable(launch("ddp", 2, "counted", function=train_and_watch_reads)))
+    trained = list(range(HALF * 8, STEPS * 8))
+    assert read[: len(trained)] == trained
+    assert len(read) <= len(trained) + 2 * 4 * 3  # ranks, micro-batches ahead, rows of one
+
+
 LORA = ("method={type: lora, rank: 8, alpha: 16}",)
 
 
@@ -179,6 +214,66 @@ def test_a_lora_is_that_of_one_process_in_every_file_of_it(launch, lora_alone, e
     assert any(tensor.abs().max() > 0 for name, tensor in adapter.items() if "lora_B" in name)  # it has learned
 
 
+METHODS = {
+    "dora": "method={type: dora, rank: 8, alpha: 16}",
+    "lokr": "method={type: lokr, rank: 2, alpha: 4, factor: 4}",
+}
+
+
+@pytest.fixture(scope="session")
+def method_alone(launch) -> Callable[[str], Path]:
+    """The folder of a run of a method by one process, made once."""
+    made: dict[str, Path] = {}
+
+    def run(method: str) -> Path:
+        if method not in made:
+            made[method] = launch(*SINGLE, f"{method}-alone", METHODS[method])
+        return made[method]
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine, num_processes", [("ddp", 2), ("fsdp2", 2), ("hsdp", 4), ("zero2", 2), ("zero3", 2)])
+@pytest.mark.parametrize("method", METHODS)
+def test_dora_and_lokr_are_those_of_one_process(launch, method_alone, method, engine, num_processes):
+    from safetensors.torch import load_file
+
+    alone = method_alone(method)
+    run = launch(engine, num_processes, f"{method}-{engine}", METHODS[method])
+    assert read_losses(run) == pytest.approx(read_losses(alone), abs=1e-5)
+    assert furthest(read_tensors(run), read_tensors(alone)) < 1e-5
+    for place in ("final", f"checkpoints/step-{HALF:08d}/adapter", "final-ema"):
+        file = Path(place, "pytorch_lora_weights.safetensors")
+        assert furthest(load_file(run / file), load_file(alone / file)) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_dora_and_lokr_go_on_exactly_and_under_another_engine(launch, method_alone, method):
+    alone = method_alone(method)
+    checkpoint = Path("checkpoints", f"step-{HALF:08d}")
+    for engine, allowed in ((SINGLE, 0.0), (("fsdp2", 2), 1e-5)):
+        halves = alone.parent / f"{method}-then-{engine[0]}"
+        shutil.copytree(alone / checkpoint, halves / checkpoint)
+        shutil.copy(alone / "metrics.jsonl", halves)
+        launch(*engine, halves.name, METHODS[method])
+        assert read_losses(halves) == pytest.approx(read_losses(alone), abs=allowed)
+        assert furthest(read_tensors(halves), read_tensors(alone)) <= allowed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2", "zero3"])
+def test_in_bf16_too_every_adapter_starts_at_the_base(launch, engine):
+    """The first loss is that of the base, whatever dtype the engine hands the adapter's weights out in."""
+    losses = []
+    for method in ("method={type: lora, rank: 8}", *METHODS.values()):
+        name = f"bf16-{engine}-{len(losses)}"
+        run = launch(engine, 2, name, method, "model.precision=bf16", "train.steps=1", "train.warmup_steps=0")
+        losses.append(json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])["loss"])
+    assert len(set(losses)) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine, num_processes", [SINGLE, ("ddp", 2), ("fsdp2", 2), ("zero2", 2)])
 def test_8_bit_adamw_trains_and_resumes_exactly(launch, undisturbed, engine, num_processes):
@@ -192,6 +287,36 @@ def test_8_bit_adamw_trains_and_resumes_exactly(launch, undisturbed, engine, num
     launch(engine, num_processes, halves.name, "train.optimizer=adamw8bit")
     assert read_losses(halves) == read_losses(whole)
     assert furthest(read_tensors(halves), read_tensors(whole)) == 0.0
+
+
+OPTIMIZERS = {"adafactor": ("train.optimizer=adafactor",), "prodigy": ("train.optimizer=prodigy", "train.lr=1")}
+
+
+def bound_state(run: Path, step: int) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds of an optimizer that has not one number per element."""
+    from trainer.state_files import StateFiles
+
+    return StateFiles(run / "checkpoints" / f"step-{step:08d}").read_bound(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_adafactor_and_prodigy_are_those_of_one_process_and_go_on_exactly(launch, optimizer):
+    """Their rows and columns, and what they learned of all weights, are saved by one process and read by three."""
+    settings = OPTIMIZERS[optimizer]
+    whole = launch(*SINGLE, optimizer, *settings)
+    saved = bound_state(whole, HALF)
+    kinds = {name.rpartition("//")[2] for name in saved}
+    assert kinds >= ({"exp_avg_sq_row", "exp_avg_sq_col"} if optimizer == "adafactor" else {"s", "p0", "learned"})
+    checkpoint = Path("checkpoints", f"step-{HALF:08d}")
+    for number, (engine, allowed) in enumerate([(SINGLE, 0.0), (("ddp", 3), 1e-5)]):
+        halves = whole.parent / f"{optimizer}-halves-{number}"
+        shutil.copytree(whole / checkpoint, halves / checkpoint)
+        shutil.copy(whole / "metrics.jsonl", halves)
+        launch(*engine, halves.name, *settings)
+        assert read_losses(halves) == pytest.approx(read_losses(whole), abs=allowed)
+        assert furthest(read_tensors(halves), read_tensors(whole)) <= allowed
+        assert furthest(bound_state(halves, STEPS), bound_state(whole, STEPS)) <= allowed
 
 
 @pytest.mark.slow
@@ -273,3 +398,21 @@ def read_validation(run: Path) -> list[dict]:
 def test_an_engine_that_was_not_asked_for_is_refused(launch):
     with pytest.raises(AssertionError, match=r"parallel\.engine is fsdp2, but this process was started as ddp"):
         launch("ddp", 2, "other-engine", "parallel.engine=fsdp2")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_compiled_blocks_give_the_losses_of_plain_ones(launch):
+    """Sharded, and recomputed in the backward pass, where a block must meet the graph that its forward pass met."""
+    switches = (
+        "train.compile=regional",
+        "train.activation_checkpointing=true",
+        "train.steps=3",
+        "train.warmup_steps=2",
+    )
+    run = launch("fsdp2", 2, "compiled", *switches, timeout_seconds=590)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    same_steps = ("train.steps=3", "train.warmup_steps=2")
+    plain = launch(*SINGLE, "plain", *same_steps)
+    expected = [json.loads(line) for line in (plain / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in expected], abs=1e-4)

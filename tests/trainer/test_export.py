@@ -10,9 +10,9 @@ from diffusers import FluxFillPipeline
 from safetensors.torch import load_file, save_file
 
 from configs.schema import LoraConfig
+from trainer.adapter import ADAPTER, WEIGHTS_NAME, add_adapter, save_adapter
 from trainer.export import export_model, verify_adapter, verify_model
 from trainer.flux import load_transformer
-from trainer.lora import ADAPTER, WEIGHTS_NAME, add_lora, save_adapter
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -158,7 +158,7 @@ def adapted(request, tmp_path):
     dev = request.param == "dev"
     model = request.getfixturevalue("tiny_dev_model" if dev else "tiny_model")
     transformer = load_transformer(model, dtype=torch.float32)
-    add_lora(transformer, LoraConfig(type="lora", rank=4, alpha=12), expanded=dev, seed=0)
+    add_adapter(transformer, LoraConfig(type="lora", rank=4, alpha=12), expanded=dev, seed=0)
     for parameter in transformer.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(1))

@@ -176,7 +176,7 @@ def test_a_sample_without_any_weight_has_loss_zero_and_no_gradient(batch):
 @pytest.mark.parametrize("hole_weight, keep_weight", [(1, 1), (1, 0), (0, 1)])
 def test_idle_rows_change_neither_loss_nor_gradient(pipeline, load_triple, hole_weight, keep_weight):
     """A row that fills up is all zeros, with weight 0 (data/reader.py)."""
-    from data.reader import MicroBatch, unpack_mask
+    from data.micro_batch import MicroBatch, unpack_mask
     from trainer.flux import predict_velocity
 
     flow = FlowConfig(hole_weight=hole_weight, keep_weight=keep_weight)

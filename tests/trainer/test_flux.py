@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from configs.errors import InputError
 from configs.schema import FlowConfig
 from data.encode import decode_latents
-from data.reader import unpack_mask
+from data.micro_batch import unpack_mask
 from trainer.flux import (
     empty_transformer,
     expand_to_fill,

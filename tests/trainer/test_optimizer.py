@@ -1,5 +1,6 @@
 import builtins
 import math
+import sys
 
 import pytest
 import torch
@@ -106,3 +107,77 @@ def test_missing_bitsandbytes_is_told_with_what_to_do(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without_bitsandbytes)
     with pytest.raises(InputError, match=r"train\.optimizer adamw8bit needs bitsandbytes.*train\.optimizer=adamw"):
         build_optimizer([nn.Parameter(torch.zeros(2))], train(optimizer="adamw8bit"))
+
+
+def plain_adafactor(weight, gradients, lr, weight_decay) -> torch.Tensor:
+    """Adafactor with a given rate and no first moment, as its paper writes it (algorithm 4), in fp64."""
+    weight = weight.double()
+    rows, columns = torch.zeros(weight.shape[0]).double(), torch.zeros(weight.shape[1]).double()
+    for step, gradient in enumerate(gradients, start=1):
+        squared = gradient.double() ** 2 + 1e-30
+        kept = 1 - step**-0.8
+        rows = kept * rows + (1 - kept) * squared.mean(dim=1)
+        columns = kept * columns + (1 - kept) * squared.mean(dim=0)
+        update = gradient.double() / (torch.outer(rows, columns) / rows.mean()).sqrt()
+        update = update / max(1.0, update.square().mean().sqrt())
+        weight = weight - lr * weight_decay * weight - lr * update
+    return weight
+
+
+def test_adafactor_follows_the_plain_reference_and_keeps_a_row_and_a_column():
+    generator = torch.Generator().manual_seed(0)
+    parameter = nn.Parameter(torch.randn(64, 128, generator=generator))
+    start = parameter.detach().clone()
+    optimizer = build_optimizer([parameter], train(optimizer="adafactor", weight_decay=0.1, lr=1e-2))
+    gradients = [torch.randn(64, 128, generator=generator) for _ in range(5)]
+    for gradient in gradients:
+        parameter.grad = gradient.clone()
+        optimizer.step()
+    expected = plain_adafactor(start, gradients, 1e-2, 0.1)
+    assert (parameter.detach() - expected).norm() < 1e-5 * (expected - start).norm()
+    numbers = sum(value.numel() for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor))
+    assert numbers < 64 + 128 + 3
+
+
+def descend(optimizer, weights, steps) -> list[float]:
+    """Go down a bowl around 1; the loss at each step."""
+    losses = []
+    for _ in range(steps):
+        loss = sum((weight - 1).square().sum() for weight in weights)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_prodigy_goes_on_exactly_from_its_state_alone():
+    """Also from what the library keeps among its settings: its step size, once lost, is found again from the start."""
+    settings = train(optimizer="prodigy", lr=1, weight_decay=0.0)
+    weights = [nn.Parameter(torch.full((4, 5), 3.0)), nn.Parameter(torch.zeros(7))]
+    optimizer = build_optimizer(weights, settings)
+    descend(optimizer, weights, 60)
+    copies = [nn.Parameter(weight.detach().clone()) for weight in weights]
+    second = build_optimizer(copies, settings)
+    for mine, copy in zip(weights, copies, strict=True):
+        state = optimizer.state[mine].items()
+        second.state[copy] = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state}
+    losses = descend(optimizer, weights, 30)
+    assert losses == descend(second, copies, 30)
+    assert losses[-1] < losses[0] / 2
+    learned = optimizer.state[weights[0]]["learned"]
+    assert learned.dtype == torch.float64 and learned[0] > 100 * 1e-6 and learned[-1] == 90
+
+
+def test_prodigy_at_an_ordinary_rate_is_refused():
+    with pytest.raises(
+        ValueError, match=r"multiplies the step size that it finds by train\.lr, 0\.0001: set train\.lr=1"
+    ):
+        train(optimizer="prodigy", lr=1e-4)
+
+
+def test_missing_prodigyopt_is_told_with_what_to_do(monkeypatch):
+    monkeypatch.delitem(sys.modules, "trainer.prodigy", raising=False)
+    monkeypatch.setitem(sys.modules, "prodigyopt", None)
+    with pytest.raises(InputError, match=r"train\.optimizer prodigy needs prodigyopt.*fluxfill\[prodigy\]"):
+        build_optimizer([nn.Parameter(torch.zeros(2))], train(optimizer="prodigy", lr=1))

@@ -178,11 +178,39 @@ def test_a_lora_on_a_quantized_base_trains_as_on_one_process_and_resumes_exactly
     assert all(torch.equal(tensor, one[name]) for name, tensor in adapter(halves).items())
 
 
+METHODS = {
+    "dora": "method={type: dora, rank: 8, alpha: 16}",
+    "lokr": "method={type: lokr, rank: 2, alpha: 4, factor: 4}",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("method", METHODS)
+def test_dora_and_lokr_start_at_a_quantized_base_and_train_alike_on_one_process_and_on_shards(
+    launch, alone, method, precision
+):
+    """The run reads its own adapter back by diffusers at its end, on the quantized base."""
+    runs = [
+        launch(engine, count, f"{method}-{precision}-{engine}", METHODS[method], f"model.precision={precision}")
+        for engine, count in (("single", 1), ("fsdp2", 2))
+    ]
+    assert losses(runs[0])[0] == losses(alone(precision))[0]
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=2e-3)
+    one, other = adapter(runs[0]), adapter(runs[1])
+    assert one.keys() == other.keys()
+    assert all((one[name] - other[name]).norm() < 0.05 * max(one[name].norm(), 0.01) for name in one)
+
+
 def train_with_codes_stored_as(dtype: torch.dtype, arguments: list[str]) -> int:
     """The trap: bitsandbytes' codes stored in a dtype other than the one that shards are gathered in."""
     import bitsandbytes
+    from torch.distributed.fsdp import MixedPrecisionPolicy
 
+    import trainer.engine
     from trainer.main import train
+
+    trainer.engine._fsdp_precision = lambda _: MixedPrecisionPolicy(param_dtype=torch.bfloat16)
 
     original = bitsandbytes.nn.Params4bit.__new__
 

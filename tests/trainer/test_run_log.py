@@ -9,8 +9,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs.loading import load_config
-from data.order import OrderSettings
-from trainer.batches import open_stream
+from trainer.batches import choose_order, open_stream
 from trainer.engine import Update
 from trainer.run_log import RunLog, configure_logging
 from trainer.run_state import RunState
@@ -31,7 +30,7 @@ def start(run, engine, cache):
     opened = []
 
     def begin(step: int, restarts: int = 0):
-        order = OrderSettings.current(seed=1, global_batch_size=run.train.global_batch_size)
+        order = choose_order(run, cache)
         state = RunState(step=step, batch=step, skips=0, restarts=restarts, order=order)
         stream = open_stream(run, engine, cache, state)
         log = RunLog(run, engine, state, Console(file=io.StringIO()))
@@ -148,7 +147,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(run, start):
 
 def test_a_terminal_gets_a_bar_and_its_end(run, engine, cache):
     screen = io.StringIO()
-    order = OrderSettings.current(seed=1, global_batch_size=run.train.global_batch_size)
+    order = choose_order(run, cache)
     state = RunState(step=0, batch=0, skips=0, restarts=0, order=order)
     stream = open_stream(run, engine, cache, state)
     log = RunLog(run, engine, state, Console(file=screen, force_terminal=True, width=100))

@@ -21,10 +21,10 @@ def heard(caplog, monkeypatch):
 
 
 @pytest.fixture
-def make(config, engine, tmp_path):
+def make(config, engine, cache, tmp_path):
     """Makes (state, saver, parameter) of a run that trains one matrix: `make("key=value", ...)`."""
     from configs.loading import dump_config, load_config
-    from data.order import OrderSettings
+    from trainer.batches import choose_order, open_stream
     from trainer.ema import Ema
     from trainer.run_state import RunState
     from trainer.saver import Saver
@@ -37,9 +37,8 @@ def make(config, engine, tmp_path):
         model = torch.nn.Linear(8, 4, bias=False)
         model.device = torch.device("cpu")
         engine.prepare(model, lambda parameters: torch.optim.AdamW(parameters))
-        order = OrderSettings.current(seed=1, global_batch_size=4)
-        state = RunState(step=10, batch=10, skips=0, restarts=0, order=order)
-        return state, Saver(run, engine, Ema([], None)), model.weight
+        state = RunState(step=10, batch=10, skips=0, restarts=0, order=choose_order(run, cache))
+        return state, Saver(run, engine, Ema([], None), open_stream(run, engine, cache, state)), model.weight
 
     return start
 

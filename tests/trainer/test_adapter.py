@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from configs.errors import InputError
 from configs.schema import FlowConfig, LoraConfig
+from trainer.adapter import ADAPTER, WEIGHTS_NAME, adapter_targets, add_adapter, save_adapter
 from trainer.flux import load_transformer, predict_velocity
-from trainer.lora import ADAPTER, WEIGHTS_NAME, add_lora, lora_targets, save_adapter
 
 RANK = 4
 NO_TEXT = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
@@ -26,7 +26,7 @@ def lora(**settings) -> LoraConfig:
 
 def with_lora(model: Path, method: LoraConfig, *, expanded: bool = False, seed: int = 0) -> FluxTransformer2DModel:
     transformer = load_transformer(model, dtype=torch.float32)
-    add_lora(transformer, method, expanded=expanded, seed=seed)
+    add_adapter(transformer, method, expanded=expanded, seed=seed)
     return transformer
 
 
@@ -58,7 +58,7 @@ def velocity_of(transformer: FluxTransformer2DModel, rows) -> torch.Tensor:
 
 @pytest.mark.parametrize("targets, per_double, per_single", [("attention", 8, 3), ("attention+mlp", 12, 5)])
 def test_named_targets_are_the_linear_layers_of_every_block(pipeline, targets, per_double, per_single):
-    found = lora_targets(pipeline.transformer, lora(targets=targets))
+    found = adapter_targets(pipeline.transformer, lora(targets=targets))
     assert len(found) == len(set(found)) == 2 * per_double + 4 * per_single
     assert all(re.match(r"(single_)?transformer_blocks\.\d+\.", name) for name in found)
     assert not [name for name in found if "norm" in name]
@@ -66,12 +66,14 @@ def test_named_targets_are_the_linear_layers_of_every_block(pipeline, targets, p
 
 @pytest.mark.parametrize("targets", ["attention", "attention+mlp", ["proj_out"], ["to_q", "proj_out", "ff.net.2"]])
 def test_the_models_own_last_layers_are_never_adapted(pipeline, targets):
-    found = lora_targets(pipeline.transformer, lora(targets=targets))
+    found = adapter_targets(pipeline.transformer, lora(targets=targets))
     assert not {"proj_out", "norm_out.linear"} & set(found)
 
 
 def test_a_list_takes_names_as_peft_does(pipeline):
-    found = lora_targets(pipeline.transformer, lora(targets=["to_k", "transformer_blocks.1.attn.to_q", "x_embedder"]))
+    found = adapter_targets(
+        pipeline.transformer, lora(targets=["to_k", "transformer_blocks.1.attn.to_q", "x_embedder"])
+    )
     assert found == [
         "x_embedder",
         "transformer_blocks.0.attn.to_k",
@@ -84,7 +86,7 @@ def test_a_list_takes_names_as_peft_does(pipeline):
 @pytest.mark.parametrize("unknown", ["to_query", "attn", "norm1", "o_q"])
 def test_an_unknown_target_is_refused_with_the_names_there_are(pipeline, unknown):
     with pytest.raises(InputError, match=rf"method\.targets.*{unknown}.*attn\.to_q") as refused:
-        lora_targets(pipeline.transformer, lora(targets=["to_q", unknown]))
+        adapter_targets(pipeline.transformer, lora(targets=["to_q", unknown]))
     assert "transformer_blocks" not in str(refused.value)
 
 
@@ -99,7 +101,7 @@ def test_a_new_adapter_changes_nothing(tiny_model, pipeline, rows, targets):
 
 def test_only_the_adapter_trains_in_fp32(tiny_model):
     transformer = load_transformer(tiny_model, dtype=torch.bfloat16)
-    add_lora(transformer, lora(), expanded=False, seed=0)
+    add_adapter(transformer, lora(), expanded=False, seed=0)
     for name, parameter in transformer.named_parameters():
         assert parameter.requires_grad == (".lora_" in name), name
         assert parameter.dtype == (torch.float32 if ".lora_" in name else torch.bfloat16), name
@@ -121,7 +123,7 @@ def test_the_start_depends_on_the_seed_alone(tiny_model):
 def test_the_adapters_input_is_not_copied_to_fp32(tiny_model, rows):
     """Under autocast to_q, to_k and to_v read one bf16 tensor; so must their adapters, in forward and backward."""
     transformer = load_transformer(tiny_model, dtype=torch.bfloat16)
-    add_lora(transformer, lora(), expanded=False, seed=0)
+    add_adapter(transformer, lora(), expanded=False, seed=0)
     inputs = []
     attention = transformer.single_transformer_blocks[0].attn
     for layer in (attention.to_q, attention.to_k, attention.to_v):
@@ -294,12 +296,13 @@ def test_alpha_tensors_are_heeded(tiny_model, existing, tmp_path, rows):
         (lambda t: t.update({"transformer.x_embedder.lora_A.weight": torch.zeros(4, 384)}), "adapts x_embedder"),
         (
             lambda t: t.update({"transformer.transformer_blocks.0.attn.to_q.lora_magnitude_vector": torch.zeros(192)}),
-            "no plain LoRA",
+            "it is a DoRA: set method.type",
         ),
         (
             lambda t: t.update({"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.zeros(4, 3072)}),
             "made for another model",
         ),
+        (lambda t: t.update({"lora_unet_x.dora_scale": torch.zeros(8, 1)}), "DoRA in kohya's format"),
         (lambda t: t.clear(), "lacks"),
     ],
 )

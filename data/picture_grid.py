@@ -62,7 +62,7 @@ def save_grid(
             draw.text((start, top + pictures[item][0].height + 5), note, fill=_DIM, font=text)
         top += height + _NOTE
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    sheet.save(path, format="PNG")
 
 
 def _fit(picture: Image.Image, cell: int) -> Image.Image:

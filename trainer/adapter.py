@@ -8,15 +8,28 @@ from typing import Any
 
 import torch
 from diffusers import FluxFillPipeline, FluxTransformer2DModel
+from peft import LoKrConfig as PeftLokr
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from configs.errors import InputError
-from configs.schema import LoraConfig
+from configs.schema import DoraConfig, LokrConfig, LoraConfig
+from trainer.dora import start_at_base, use_row_lengths
+from trainer.lokr import (
+    file_settings,
+    lokr_misfits,
+    lokr_settings,
+    read_lokr,
+    use_factors,
+    with_scale,
+    without_scale,
+)
+
+AdapterConfig = LoraConfig | DoraConfig | LokrConfig
 
 ADAPTER = "default"
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
@@ -31,10 +44,11 @@ _TARGETS = {"attention": _ATTENTION, "attention+mlp": f"{_ATTENTION}|{_MLP}"}
 _EXPANDED_INPUT = "x_embedder"
 _EXPANDED_RANK = 320
 
+_LENGTHS = ".lora_magnitude_vector"  # the part of a DoRA that a LoRA has not
 _TRANSFORMER = "transformer."  # before every name in a file of diffusers
 
 
-def lora_targets(transformer: nn.Module, method: LoraConfig) -> list[str]:
+def adapter_targets(transformer: nn.Module, method: AdapterConfig) -> list[str]:
     """Names of the linear layers that get an adapter, in the model's order.
 
     The named sets lie inside the blocks. A name in a list means every layer that ends so, as peft takes it; those
@@ -59,44 +73,81 @@ def lora_targets(transformer: nn.Module, method: LoraConfig) -> list[str]:
     return [name for name in linear if name in chosen]
 
 
-def add_lora(transformer: FluxTransformer2DModel, method: LoraConfig, *, expanded: bool, seed: int) -> None:
-    """Freeze the transformer and add an adapter with output 0, or the one at `method.init_from`.
+def add_adapter(transformer: FluxTransformer2DModel, method: AdapterConfig, *, expanded: bool, seed: int) -> None:
+    """Freeze the transformer and add an adapter that changes nothing yet, or the one at `method.init_from`.
 
     expanded: the base was FLUX.1-dev, so the input layer is adapted too.  The adapter's parameters are fp32; over a
     base in another dtype the model runs under autocast only.
     """
-    targets = lora_targets(transformer, method)
+    targets = adapter_targets(transformer, method)
     ranks, alphas = {}, {}
     if expanded:
+        if method.type == "lokr":
+            raise InputError(
+                "method.type lokr cannot teach FLUX.1-dev the 320 inputs that it lacks: its product of two matrices "
+                "ties them to each other. Set method.type=lora, or model.base to FLUX.1-Fill-dev."
+            )
         targets = list(dict.fromkeys([_EXPANDED_INPUT, *targets]))
         ranks = {_EXPANDED_INPUT: max(_EXPANDED_RANK, method.rank)}
         alphas = {_EXPANDED_INPUT: method.alpha / method.rank * ranks[_EXPANDED_INPUT]}  # the same scale everywhere
     transformer.requires_grad_(False)
-    config = PeftConfig(
-        r=method.rank, lora_alpha=method.alpha, target_modules=targets, rank_pattern=ranks, alpha_pattern=alphas
-    )
+    if method.type == "lokr":
+        config: Any = lokr_settings(transformer, method, targets)
+    else:
+        config = PeftConfig(
+            r=method.rank,
+            lora_alpha=method.alpha,
+            target_modules=targets,
+            rank_pattern=ranks,
+            alpha_pattern=alphas,
+            use_dora=method.type == "dora",
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # the same start on every rank
         transformer.add_adapter(config, adapter_name=ADAPTER)
     for parameter in transformer.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    start_at_base(transformer, ADAPTER)
+    prepare_layers(transformer, ADAPTER)
+    if method.init_from is not None:
+        load_adapter(transformer, method)
+
+
+def prepare_layers(transformer: nn.Module, adapter: str) -> None:
+    """Set peft's layers up for training: their arithmetic, and no copies of their input."""
+    use_row_lengths(transformer, adapter)
+    use_factors(transformer)
     for module in transformer.modules():
         if isinstance(module, BaseTunerLayer):
             # Autocast casts the input to the compute dtype. peft would first make an fp32 copy of it for each adapter,
             # of which autocast then keeps a copy of its own for the backward pass.
             module.cast_input_dtype_enabled = False
-    if method.init_from is not None:
-        load_adapter(transformer, method.init_from)
 
 
-def load_adapter(transformer: FluxTransformer2DModel, source: Path) -> None:
-    """Copy a LoRA in any format that diffusers reads into the adapter that is there.
+def load_adapter(transformer: FluxTransformer2DModel, method: AdapterConfig) -> None:
+    """Copy the adapter at `method.init_from` into the one that is there: a .safetensors file, or a folder that holds
+    one; LoRA and DoRA in any format that diffusers reads, LoKr in peft's.
 
-    source: a .safetensors file, or a folder that holds one.  Raises InputError if it is missing, or its layers, ranks
-    or alpha / rank are not those of the config.
+    Raises InputError if it is missing, or its kind, layers, ranks or alpha / rank are not those of the config.
     """
-    file = _find_adapter_file(source)
+    assert method.init_from is not None
+    file = _find_adapter_file(method.init_from)
+    if method.type == "lokr":
+        saved = read_lokr(file, _TRANSFORMER)
+        problems = lokr_misfits(get_peft_model_state_dict(transformer, adapter_name=ADAPTER), saved)
+    else:
+        saved, problems = _read_lora(transformer, file)
+    if problems:
+        raise InputError(f"method.init_from {file} does not fit:\n  " + "\n  ".join(problems))
+    set_peft_model_state_dict(transformer, without_scale(transformer, saved, ADAPTER), adapter_name=ADAPTER)
+
+
+def _read_lora(transformer: FluxTransformer2DModel, file: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """(tensors by name, what does not fit the adapter that is there) of a LoRA or DoRA.
+
+    Raises InputError if it is neither.
+    """
     try:
         # Told a name that ends in .safetensors, it never unpickles.
         tensors, alphas, metadata = FluxFillPipeline.lora_state_dict(
@@ -107,15 +158,16 @@ def load_adapter(transformer: FluxTransformer2DModel, source: Path) -> None:
             return_lora_metadata=True,
             local_files_only=True,
         )
+        with safe_open(file, "pt") as opened:
+            if any("dora_scale" in name for name in opened.keys()):  # noqa: SIM118  (no dict)
+                raise ValueError("a DoRA in kohya's format, whose dora_scale diffusers would leave out")
     except (OSError, ValueError, RuntimeError, KeyError, AssertionError, SafetensorError) as error:
         raise InputError(f"method.init_from {file}: not a FLUX.1 LoRA that diffusers reads ({error}).") from error
     saved = {name.removeprefix(_TRANSFORMER): t for name, t in tensors.items() if name.startswith(_TRANSFORMER)}
     problems = _misfits(transformer, saved, alphas or {}, metadata or {})
     if len(saved) < len(tensors):
         problems.append("adapts text encoders too, which are not trained here")
-    if problems:
-        raise InputError(f"method.init_from {file} does not fit:\n  " + "\n  ".join(problems))
-    set_peft_model_state_dict(transformer, saved, adapter_name=ADAPTER)
+    return saved, problems
 
 
 def _find_adapter_file(source: Path) -> Path:
@@ -150,7 +202,11 @@ def _misfits(
     if surplus := theirs - layers:
         problems.append(f"it adapts {_some(surplus)}, which this run does not: see method.targets")
     common = layers & theirs
-    strange = own.keys() ^ saved.keys() | {name for name in saved if saved[name].ndim != 2}
+    trains_lengths, holds_lengths = (any(_LENGTHS in name for name in names) for names in (own, saved))
+    if trains_lengths != holds_lengths:
+        kind = "a DoRA: set method.type=dora" if holds_lengths else "a plain LoRA: set method.type=lora"
+        return [*problems, f"it is {kind}"]
+    strange = own.keys() ^ saved.keys() | {name for name in own.keys() & saved if saved[name].ndim != own[name].ndim}
     if odd := {name for name in strange if _layer(name) in common}:
         return [*problems, f"it is no plain LoRA: {_some(odd)}"]
     ranks = {layer: saved[f"{layer}.lora_A.weight"].shape[0] for layer in common}
@@ -196,17 +252,35 @@ def _listed(numbers: set[int] | set[float]) -> str:
     return ", ".join(f"{number:g}" for number in sorted(numbers))
 
 
+def adapter_tensors(
+    transformer: FluxTransformer2DModel, tensors: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The adapter as its file holds it: "<layer>.lora_A.weight" and the like, on the CPU.
+
+    tensors: parameter name -> value, to take instead of the live ones (an average).
+    """
+    own = get_peft_model_state_dict(transformer, adapter_name=ADAPTER, state_dict=dict(tensors) if tensors else None)
+    own = {name: tensor.detach().cpu().contiguous() for name, tensor in own.items()}
+    return with_scale(transformer, own, ADAPTER)
+
+
 def save_adapter(
     transformer: FluxTransformer2DModel, folder: Path, *, tensors: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write the adapter for `FluxFillPipeline.load_lora_weights(folder)`, alpha and ranks included.
+    """Write the adapter, alpha and ranks included: LoRA and DoRA for `pipeline.load_lora_weights(folder)`, LoKr for
+    `pipeline.transformer.load_lora_adapter(folder, use_safetensors=True)`.
 
     tensors: parameter name -> value, to write instead of the live ones (an average).
     """
-    own = get_peft_model_state_dict(transformer, adapter_name=ADAPTER, state_dict=dict(tensors) if tensors else None)
+    config = transformer.peft_config[ADAPTER]
     FluxFillPipeline.save_lora_weights(
         folder,
-        transformer_lora_layers={name: tensor.detach().cpu().contiguous() for name, tensor in own.items()},
-        transformer_lora_adapter_metadata=transformer.peft_config[ADAPTER].to_dict(),
+        transformer_lora_layers=adapter_tensors(transformer, tensors),
+        transformer_lora_adapter_metadata=file_settings(config) if is_lokr(transformer) else config.to_dict(),
         weight_name=WEIGHTS_NAME,
     )
+
+
+def is_lokr(transformer: FluxTransformer2DModel) -> bool:
+    """Whether the adapter is a LoKr, which FluxFillPipeline.load_lora_weights of diffusers 0.42 does not take."""
+    return isinstance(transformer.peft_config[ADAPTER], PeftLokr)

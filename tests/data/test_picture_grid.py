@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trainer.picture_grid import save_grid, to_picture
+from data.picture_grid import save_grid, to_picture
 
 COLUMNS = ("target", "hole", "filled", "mask")
 

@@ -1,0 +1,31 @@
+"""Which URLs data may come from: an allow-list, checked before anything is opened.
+
+fsspec and WebDataset know schemes that run commands (pipe:), read local files (file:) or chain others (simplecache::);
+a config or a list of pictures from somebody else must not reach them.
+"""
+
+import re
+from urllib.parse import urlsplit
+
+SCHEMES = ("https", "s3", "gs")
+
+
+def is_url(place: object) -> bool:
+    """Whether a place is written as a URL of any scheme, allowed or not; else it is a path."""
+    return isinstance(place, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", place) is not None
+
+
+def problem_with_url(url: str) -> str | None:
+    """What keeps a URL from being opened, as the end of a sentence "<place> is <url>, but ..."; None: nothing."""
+    scheme, separator, _ = url.partition("://")
+    if not separator or scheme not in SCHEMES:
+        return f"only {', '.join(f'{name}://' for name in SCHEMES)} are read: use one of them, or a folder"
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        return f"it is no URL ({error}): correct it"
+    if not parts.hostname:
+        return f"it names no {'host' if scheme == 'https' else 'bucket'}: write {scheme}://NAME/folder"
+    if "@" in parts.netloc:
+        return "it holds a user or password, which would end up in logs: use the usual credential files"
+    return None

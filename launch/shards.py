@@ -1,0 +1,182 @@
+"""`fluxfill shards`: the cache looked at. What reads it is imported by the command that runs: it needs torch."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from configs.errors import InputError
+from configs.loading import load_config
+
+if TYPE_CHECKING:
+    from data.verify import CheckedCache
+
+BAD_FOUND = 1  # exit code
+_SHOWN_PROBLEMS = 100
+_MOST_THREADS = 16
+_PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
+
+app = typer.Typer(
+    help="Look at a cache: is every byte as it was written, and what is in it.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Place = Annotated[str, typer.Argument(metavar="DIR|CONFIG", help="The cache's folder, or the YAML file that names it.")]
+
+
+@app.command()
+def verify(
+    place: Place,
+    repair: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CONFIG",
+            help="Move what is bad into the cache's quarantine folder and encode it anew as this config says.",
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Shards read at once; by default one per core, 16 at most.")
+    ] = None,
+) -> None:
+    """Read the whole cache and compare it with its checksums: shards, members, indexes, and what lies beside them.
+
+    Exit codes: 0 all is as it was written (or was repaired), 1 something is not, 2 bad input. Changes nothing without
+    --repair.
+
+    Example: fluxfill shards verify /data/cache/removal --repair configs/fill_lora.yaml
+    """
+    cache = _cache_folder(place)
+    config = load_config(repair, []) if repair is not None else None
+    console = Console()
+    num_threads = threads or min(len(os.sched_getaffinity(0)), _MOST_THREADS)
+    from data.verify import verify_cache
+
+    if config is not None:
+        from data.repair import refuse_other_config, repair_cache
+
+        refuse_other_config(config, cache)
+    with _reading(console) as (start, advance):
+        checked = verify_cache(cache, threads=num_threads, start=start, advance=advance)
+    code = _print_verdict(console, cache, checked)
+    if config is not None and code != 0:
+        for path in repair_cache(config, checked, console):
+            console.print(f"{path}: encoded anew with other bytes than before; the cache lists these now.", **_PLAIN)
+        console.print(f"What was bad lies in {cache / 'quarantine'}; {cache / 'quarantine.jsonl'} says why.", **_PLAIN)
+        mended = {whole.path for whole in checked.rebuildable} | set(checked.bad)
+        with _reading(console) as (start, advance):
+            checked = verify_cache(cache, threads=num_threads, start=start, advance=advance, only=mended)
+        code = _print_verdict(console, cache, checked)
+    raise typer.Exit(code)
+
+
+@app.command()
+def show(
+    place: Place,
+    shard: Annotated[
+        str | None, typer.Option(metavar="NAME", help="This shard alone: its path below the folder, or the end of it.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write samples as pictures: .html (with these tables) or .png."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Samples in FILE, evenly spread.")] = 16,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="The model whose VAE decodes them; by default the config's model.base."),
+    ] = None,
+) -> None:
+    """What a cache holds: samples, bytes by part, captions, sizes of the holes; and samples as pictures.
+
+    Example: fluxfill shards show configs/fill_lora.yaml --out cache.html
+    """
+    cache = _cache_folder(place)
+    base = model or (None if Path(place).is_dir() else load_config(place, []).model.base)
+    if out is not None and (out.suffix not in {".html", ".png"} or not out.absolute().parent.is_dir()):
+        raise InputError(f"--out {out}: give a name that ends in .html or .png, in a folder that exists.")
+    if out is not None and base is None:
+        raise InputError("--out needs the VAE that encoded the cache: give --model, or a config in the folder's place.")
+    console = Console()
+    from data.cache_statistics import count_cache, find_shards
+    from data.manifest import read_manifest, read_shard_table
+    from data.statistics_report import print_statistics
+
+    manifest, table = read_manifest(cache), read_shard_table(cache)
+    rows = find_shards(table, shard)
+    with _counting(console, "indexes", len(rows)) as advance:
+        counted = count_cache(cache, manifest, table, rows, advance)
+    print_statistics(console, cache, manifest, counted)
+    if out is None or base is None:
+        return
+    from data.library_noise import quiet_libraries
+    from data.sample_sheet import decode_samples, load_cache_vae, save_page, save_sheet
+    from data.stored_samples import read_samples, spread_samples
+
+    quiet_libraries()
+    vae, chosen = load_cache_vae(base, manifest), spread_samples(table, rows, samples)
+    with _counting(console, "pictures", len(chosen)) as advance:
+        decoded = list(decode_samples(vae, read_samples(cache, table, chosen), advance))
+    if out.suffix == ".png":
+        save_sheet(out, decoded)
+    else:
+        save_page(out, cache, manifest, counted, decoded)
+    console.print(f"{out}: {len(decoded)} samples", **_PLAIN)
+
+
+def _print_verdict(console: Console, cache: Path, checked: "CheckedCache") -> int:
+    """Say what was found; returns the exit code."""
+    problems = [(problem.path, problem.member, problem.what) for problem in checked.problems]
+    if not problems:
+        console.print(f"{cache}: all is as it was written.", **_PLAIN)
+        return 0
+    table = Table("file", "member", "what is wrong", title=f"{cache}: not as it was written", title_justify="left")
+    for row in problems[:_SHOWN_PROBLEMS]:
+        table.add_row(*(escape(text) for text in row))
+    console.print(table)
+    files = len({path for path, _, _ in problems})
+    more = f"; {len(problems) - _SHOWN_PROBLEMS} more are not shown" if len(problems) > _SHOWN_PROBLEMS else ""
+    console.print(f"{len(problems)} problems in {files} files{more}.", highlight=False)
+    return BAD_FOUND
+
+
+def _cache_folder(place: str) -> Path:
+    """The cache that a folder or a config's path means."""
+    if Path(place).is_dir():
+        return Path(place)
+    if Path(place).suffix in {".yaml", ".yml"}:
+        return load_config(place, []).data.cache
+    raise InputError(f"{place}: neither a folder nor a config (.yaml). Give the cache's folder, or the config of it.")
+
+
+@contextmanager
+def _reading(console: Console) -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+    """A bar of bytes: yields (start, advance)."""
+    columns = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(elapsed_when_finished=True))
+    with Progress(TextColumn("{task.description:>20}"), BarColumn(), *columns, console=console) as progress:
+        bar = progress.add_task("reading shards", total=None)
+        yield (lambda total: progress.update(bar, total=total)), (lambda count: progress.advance(bar, count))
+
+
+@contextmanager
+def _counting(console: Console, what: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar of things: yields what advances it by one."""
+    columns = (MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True))
+    with Progress(TextColumn("{task.description:>20}"), BarColumn(), *columns, console=console) as progress:
+        bar = progress.add_task(what, total=total)
+        yield lambda: progress.advance(bar)

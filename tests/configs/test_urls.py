@@ -1,0 +1,50 @@
+import pytest
+
+from configs.urls import is_url, problem_with_url
+
+
+@pytest.mark.parametrize(
+    "url", ["https://host/a/b", "https://host:8443/a", "s3://bucket/a", "gs://bucket", "s3://bucket"]
+)
+def test_plain_urls_of_the_list_are_allowed(url):
+    assert is_url(url)
+    assert problem_with_url(url) is None
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "pipe:cat /etc/passwd",
+        "pipe://cat",
+        "file:///etc/passwd",
+        "http://host/a",
+        "ftp://host/a",
+        "memory://a",
+        "HTTPS://host/a",
+        "simplecache::https://host/a",
+        "zip://a::https://host/b",
+        "github://user:repo@/a",
+        "data:text/plain,a",
+    ],
+)
+def test_other_schemes_and_chains_are_refused(url):
+    assert is_url(url)
+    assert "only https://, s3://, gs:// are read: use one of them, or a folder" in problem_with_url(url)
+
+
+@pytest.mark.parametrize(
+    "url, problem",
+    [
+        ("https:///a", "it names no host"),
+        ("s3://", "it names no bucket: write s3://NAME/folder"),
+        ("https://user:secret@host/a", "it holds a user or password"),
+        ("https://[host/a", "it is no URL"),
+    ],
+)
+def test_what_is_wrong_with_a_url_is_said(url, problem):
+    assert problem in problem_with_url(url)
+
+
+@pytest.mark.parametrize("path", ["data/cache", "/data/cache", "./a:b", "a b", "", None, 3])
+def test_paths_are_no_urls(path):
+    assert not is_url(path)
