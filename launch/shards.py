@@ -160,7 +160,7 @@ def _cache_folder(place: str) -> Path:
     if Path(place).is_dir():
         return Path(place)
     if Path(place).suffix in {".yaml", ".yml"}:
-        return load_config(place, []).data.cache
+        return load_config(place, []).data.cache_folder
     raise InputError(f"{place}: neither a folder nor a config (.yaml). Give the cache's folder, or the config of it.")
 
 
