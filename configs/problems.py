@@ -31,6 +31,8 @@ def explain_errors(error: ValidationError, raw: dict[str, Any], schema: JsonSche
         if kind == "missing":
             sentence = _missing(path, node, schema)
         elif kind == "extra_forbidden":
+            if path[-1] != details["loc"][-1]:  # of a section that may be null
+                path = (*path, details["loc"][-1])
             sentence = _unknown(path, details["input"], raw, schema)
         elif kind in ("union_tag_invalid", "union_tag_not_found"):
             path, sentence = _wrong_variant(path, node, details["input"], schema)
@@ -230,7 +232,7 @@ def _expected(node: JsonSchema, root: JsonSchema) -> str:
         if entry is None:
             texts += _choices(part) or [_expected_single(part)]
         elif entry in parts:
-            texts.append("a list of one or more such" if node.get("minItems") else "a list of such")
+            texts.append("a list of one or more such" if {**part, **node}.get("minItems") else "a list of such")
         else:
             many = "one or more entries" if part.get("minItems") else "entries"
             texts.append(f"a list of {many}, each {_expected(entry, root)}")

@@ -23,6 +23,7 @@ from data.manifest import (
     read_manifest,
     read_shard_table,
 )
+from data.mask_recipe import recipe_of
 from data.model_folder import read_part_number
 from data.order import ORDER_VERSION
 from data.shard_plan import ShardPlan
@@ -61,9 +62,9 @@ def describe_cache(
         text_dtype=config.data.captions.text_dtype,
         text_width=int(read_part_number(model, "text_encoder_2", "d_model")),
         pooled_width=int(read_part_number(model, "text_encoder", "hidden_size")),
-        mask_variants=dict.fromkeys(names, 1),
+        mask_variants={dataset.name: recipe_of(dataset).variants for dataset in config.data.datasets},
         samples={name: _count_splits(plans, name) for name in names},
-        hole_fractions=count_hole_fractions(indexes),
+        hole_fractions={name: _count_holes(plans, indexes, name) for name in names},
     )
     return manifest, shard_table(plans, indexes)
 
@@ -94,6 +95,11 @@ def shard_table(plans: Sequence[ShardPlan], indexes: Sequence[ShardIndex]) -> Sh
         sha256=np.array([index.tar_sha256 for index in indexes]),
         plan=np.array([plan.plan for plan in plans]),
     )
+
+
+def _count_holes(plans: Sequence[ShardPlan], indexes: Sequence[ShardIndex], dataset: str) -> list[int]:
+    """Masks of a dataset, all variants, per tenth of the area that is painted."""
+    return count_hole_fractions(i for plan, i in zip(plans, indexes, strict=True) if plan.dataset == dataset)
 
 
 def _count_splits(plans: Sequence[ShardPlan], dataset: str) -> dict[str, int]:

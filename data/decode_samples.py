@@ -3,15 +3,20 @@
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Generic, TypeVar
+
+import numpy as np
+from PIL import Image
 
 from configs.errors import InputError
 from configs.schema import DataConfig
 from data.geometry import Pixels, fit
-from data.pictures import load_mask, load_picture
+from data.masks import dilate_masks, draw_masks
+from data.pictures import load_mask, load_picture, read_picture
 from data.shard_plan import PlannedSample
+from data.sources import content_of
 
 _T = TypeVar("_T")
 _Tag = TypeVar("_Tag")
@@ -20,20 +25,37 @@ _Tag = TypeVar("_Tag")
 def load_pixels(sample: PlannedSample, data: DataConfig) -> list[Pixels]:
     """A planned sample's pictures at its bucket's size, once per mask variant; target and image are shared.
 
-    Raises InputError, naming the file at fault.
+    Raises InputError, naming the file at fault, also if its pictures are not those that were planned.
     """
-    triple = sample.triple
-    target = load_picture(triple.target, max_megapixels=data.max_megapixels)
-    mask = load_mask(triple.mask, max_megapixels=data.max_megapixels)
-    source = load_picture(triple.source, max_megapixels=data.max_megapixels) if triple.source else None
+    triple, limit = sample.triple, data.max_megapixels
+    files = [file for file in (triple.target, triple.mask, triple.source) if file is not None]
+    read = {file: read_picture(file, max_megapixels=limit) for file in files}
+    if content_of(read[file].content for file in files) != triple.content:
+        raise InputError(
+            f"{' or '.join(map(str, files))}: changed since the shards were planned. Run `fluxfill preprocess CONFIG` "
+            "again."
+        )
+    target = load_picture(read[triple.target], max_megapixels=limit)
+    source = load_picture(read[triple.source], max_megapixels=limit) if triple.source is not None else None
+    if triple.mask is None:
+        mask = Image.new("L", target.size)  # drawn below, at the bucket's size
+    else:
+        mask = load_mask(read[triple.mask], max_megapixels=limit)
     pixels = fit(target, mask, source, sample.bucket)
-    if not pixels.mask.any() or pixels.mask.all():
+    if triple.mask is not None and (not pixels.mask.any() or pixels.mask.all()):
         what = "nothing to keep" if pixels.mask.all() else "nothing to paint"
         raise InputError(
             f"{triple.mask}: at the size of its bucket, {sample.bucket}, there is {what}: that part was cut off, or is "
             "smaller than a pixel. Crop the triple yourself, or remove it."
         )
-    return [pixels]
+    if sample.recipe.shares:
+        masks = draw_masks(sample.recipe, triple.target_content, sample.bucket.height, sample.bucket.width)
+    else:
+        masks = dilate_masks(pixels.mask, sample.recipe, triple.target_content)
+    if sample.flip:
+        pixels = Pixels(*(np.ascontiguousarray(np.fliplr(part)) for part in (pixels.target, pixels.image, pixels.mask)))
+        masks = [np.ascontiguousarray(np.fliplr(mask)) for mask in masks]
+    return [replace(pixels, mask=mask) for mask in masks]
 
 
 @dataclass(frozen=True)

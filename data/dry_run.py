@@ -44,9 +44,10 @@ def bytes_by_part(plans: Sequence[ShardPlan], *, text_bytes: int) -> dict[str, i
     parts: Counter[str] = Counter()
     for plan in plans:
         count, (h, w) = len(plan.samples), plan.bucket.latent_size
+        masks = sum(sample.recipe.variants for sample in plan.samples)
         parts["latents"] += count * 16 * h * w * 2
-        parts["masked latents"] += count * 16 * h * w * 2
-        parts["masks"] += count * plan.bucket.height * plan.bucket.width // 8
+        parts["masked latents"] += masks * 16 * h * w * 2
+        parts["masks"] += masks * plan.bucket.height * plan.bucket.width // 8
         parts["texts"] += len({sample.text for sample in plan.samples}) * text_bytes
         parts["headers and JSON, about"] += count * _REST_BYTES
     return dict(parts)
@@ -105,11 +106,12 @@ def _hours(seconds: float) -> str:
 
 
 def _by_size(todo: Sequence[ShardPlan], data: DataConfig) -> list[list[ShardPlan]]:
-    """Shards by the resolution whose area is nearest to theirs."""
-    sizes: dict[int, list[ShardPlan]] = defaultdict(list)
+    """Shards by the resolution whose area is nearest to theirs, and by the masks of a picture."""
+    sizes: dict[tuple[int, int], list[ShardPlan]] = defaultdict(list)
     for plan in todo:
         side = (plan.bucket.height * plan.bucket.width) ** 0.5
-        sizes[min(data.resolution, key=lambda resolution: abs(resolution - side))].append(plan)
+        nearest = min(data.resolution, key=lambda resolution: abs(resolution - side))
+        sizes[nearest, plan.samples[0].recipe.variants].append(plan)
     return [plans for _, plans in sorted(sizes.items())]
 
 

@@ -224,7 +224,7 @@ def _write_samples(shard: _OpenShard, batch: _ReadyBatch, latents: HostCopy, mas
     assert batch.pixels is not None
     for row, sample in enumerate(batch.samples):
         tensors = SampleTensors(
-            key=sample.triple.key,
+            key=sample.key,
             latents=latents.wait()[row],
             masked_latents=list(masked_latents.wait()[:, row]),
             masks=list(batch.pixels.masks[:, row].numpy()),
@@ -249,5 +249,6 @@ def _describe_sample(sample: PlannedSample) -> dict:
         "original_size": [sample.size[1], sample.size[0]],
         "resized": [crop.height, crop.width],
         "crop": [crop.top, crop.left, sample.bucket.height, sample.bucket.width],
+        "flip": sample.flip,  # after the crop
         "fingerprint": triple.content,
     }

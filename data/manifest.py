@@ -13,8 +13,9 @@ from configs.errors import InputError
 from configs.schema import Config
 from data.atomic_write import write_atomically, write_text_atomically
 from data.geometry import Bucket
+from data.mask_recipe import recipe_of
 from data.model_folder import encoder_fingerprints
-from data.sources import listed
+from data.source_items import listed
 
 FORMAT_VERSION = 1
 TRAIN, HOLDOUT = "train", "holdout"
@@ -54,7 +55,8 @@ class Manifest:
 
     settings: the config's keys that shape cached tensors (`cached_settings`).  encoders: part -> fingerprint.
     vae_shift, vae_scale: latents = (z - shift) * scale.  text_width, pooled_width: numbers per T5 token and of CLIP.
-    mask_variants: per dataset.  samples: dataset -> split -> count.  hole_fractions: counts per tenth of the area.
+    mask_variants: per dataset.  samples: dataset -> split -> count.  hole_fractions: dataset -> masks, all variants,
+    per tenth of the area that is painted.
     files: path below the cache -> xxh3-128, of all that lies beside the shards; `write_manifest` fills it.
     """
 
@@ -70,7 +72,7 @@ class Manifest:
     pooled_width: int
     mask_variants: dict[str, int]
     samples: dict[str, dict[str, int]]
-    hole_fractions: list[int]
+    hole_fractions: dict[str, list[int]]
     files: dict[str, str] = field(default_factory=dict)
 
 
@@ -87,6 +89,10 @@ def cached_settings(config: Config) -> dict:
         "data.captions.text_dtype": data.captions.text_dtype,
         "data.encoders.t5_precision": data.encoders.t5_precision,
         "data.holdout": data.holdout,
+    } | {
+        f"data.datasets.{dataset.name}.{key}": value
+        for dataset in data.datasets
+        for key, value in (("mask", str(recipe_of(dataset))), ("flip", dataset.flip))
     }
 
 

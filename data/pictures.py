@@ -1,13 +1,15 @@
 """Opening pictures that strangers made: checked before they are decoded, upright, in RGB."""
 
+import io
 import os
 import struct
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from configs.errors import InputError
+from data.picture_files import PictureBytes, PictureFile, byte_limit
 
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # Pillow's other readers are code that no picture here needs
@@ -27,31 +29,47 @@ _QUARTER_TURNS = frozenset({5, 6, 7, 8})  # the stored width is the upright heig
 _PNG_METADATA = frozenset({b"eXIf", b"tEXt", b"zTXt", b"iTXt"})  # where Pillow looks for EXIF and XMP
 
 
-def _open(path: Path, max_megapixels: float) -> Image.Image:
-    """An opened, not yet decoded picture. Raises InputError if it is missing, no picture, or too large to decode."""
+Picture = Path | PictureFile | PictureBytes
+
+
+def read_picture(picture: Picture, *, max_megapixels: float) -> PictureBytes:
+    """A picture's bytes, as they are. Raises InputError if it is missing, cannot be read, or is too large for one of
+    `max_megapixels`."""
+    if isinstance(picture, PictureBytes):
+        return picture
+    file = PictureFile(str(picture)) if isinstance(picture, Path) else picture
+    return file.read(byte_limit(max_megapixels))
+
+
+def _open(picture_bytes: PictureBytes, max_megapixels: float) -> Image.Image:
+    """An opened, not yet decoded picture. Raises InputError if it is no picture, or too large to decode."""
     # Pillow's own limit is one for the whole process and may lie below the user's; the check below stands in for it.
     Image.MAX_IMAGE_PIXELS = None
     try:
-        picture = Image.open(path, formats=_FORMATS)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such picture. Restore the file, or remove its partners.") from None
+        picture = Image.open(io.BytesIO(picture_bytes.data), formats=_FORMATS)
+    except UnidentifiedImageError:
+        begin = bytes(picture_bytes.data[:16])
+        raise InputError(
+            f"{picture_bytes}: not a readable picture (not one of {', '.join(_FORMATS)}: it begins with {begin!r}). "
+            "Replace or remove the file."
+        ) from None
     except Exception as error:  # Pillow raises a dozen types for bytes that are no picture
-        raise InputError(f"{path}: not a readable picture ({error}). Replace or remove the file.") from error
+        raise InputError(f"{picture_bytes}: not a readable picture ({error}). Replace or remove the file.") from error
     megapixels = picture.width * picture.height / 1e6
     if megapixels > max_megapixels:
         picture.close()
         raise InputError(
-            f"{path}: {picture.width}x{picture.height} is {megapixels:.0f} megapixels, above "
+            f"{picture_bytes}: {picture.width}x{picture.height} is {megapixels:.0f} megapixels, above "
             f"data.max_megapixels {max_megapixels:g}; it was not decoded. Shrink the picture or raise the limit."
         )
     return picture
 
 
-def _decode(picture: Image.Image, path: Path) -> None:
+def _decode(picture: Image.Image, name: object) -> None:
     try:
         picture.load()
     except Exception as error:
-        raise InputError(f"{path}: cannot be decoded ({error}). Replace or remove the file.") from error
+        raise InputError(f"{name}: cannot be decoded ({error}). Replace or remove the file.") from error
 
 
 def _orientation(picture: Image.Image) -> int:
@@ -65,56 +83,58 @@ def _orientation(picture: Image.Image) -> int:
         return 1
 
 
-def _says_more_behind_its_pixels(png: Path) -> bool:
+def _says_more_behind_its_pixels(png: bytes) -> bool:
     """Whether a PNG holds metadata behind its pixels, as some tools write it: seen only by decoding."""
     pixels_seen = False
-    with png.open("rb") as file:
-        file.seek(8)  # the signature; then chunks of length, kind, data and checksum
-        while len(head := file.read(8)) == 8:
-            length, kind = struct.unpack(">I4s", head)
-            if pixels_seen and kind in _PNG_METADATA:
-                return True
-            pixels_seen |= kind == b"IDAT"
-            file.seek(length + 4, os.SEEK_CUR)
+    file = io.BytesIO(png)
+    file.seek(8)  # the signature; then chunks of length, kind, data and checksum
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        if pixels_seen and kind in _PNG_METADATA:
+            return True
+        pixels_seen |= kind == b"IDAT"
+        file.seek(length + 4, os.SEEK_CUR)
     return False
 
 
-def picture_size(path: Path, *, max_megapixels: float) -> tuple[int, int]:
+def picture_size(picture_file: Picture, *, max_megapixels: float) -> tuple[int, int]:
     """Upright (width, height) of a picture, from its header. Raises InputError as `load_picture` does."""
-    with _open(path, max_megapixels) as picture:
-        if picture.format == "PNG" and _says_more_behind_its_pixels(path):
-            _decode(picture, path)
+    read = read_picture(picture_file, max_megapixels=max_megapixels)
+    with _open(read, max_megapixels) as picture:
+        if picture.format == "PNG" and _says_more_behind_its_pixels(read.data):
+            _decode(picture, read)
         width, height = picture.size
         return (height, width) if _orientation(picture) in _QUARTER_TURNS else (width, height)
 
 
-def _load(path: Path, max_megapixels: float) -> Image.Image:
+def _load(picture_file: Picture, max_megapixels: float) -> Image.Image:
     """A decoded, upright picture of 8 bits per channel, in whatever mode it is stored."""
-    with _open(path, max_megapixels) as picture:
-        _decode(picture, path)
+    read = read_picture(picture_file, max_megapixels=max_megapixels)
+    with _open(read, max_megapixels) as picture:
+        _decode(picture, read)
         orientation = _orientation(picture)
         upright = picture.transpose(_TURNS[orientation]) if orientation in _TURNS else picture
         if upright.mode.startswith("I;16"):
             # Pillow's own conversion clips at 255: all but the darkest grey would be white.
             return Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
         if upright.mode in ("I", "F"):
-            raise InputError(f"{path}: has 32-bit pixels, whose white is anyone's guess. Save it with 8 bits.")
+            raise InputError(f"{read}: has 32-bit pixels, whose white is anyone's guess. Save it with 8 bits.")
         return upright
 
 
-def load_picture(path: Path, *, max_megapixels: float) -> Image.Image:
+def load_picture(picture_file: Picture, *, max_megapixels: float) -> Image.Image:
     """A decoded, upright RGB picture; transparent parts stand on white.
 
     Raises InputError, naming the file, if it is missing, unreadable, or has more than `max_megapixels` pixels (then it
     is refused before decoding: a file of some kilobytes can hold gigapixels).
     """
-    picture = _load(path, max_megapixels)
+    picture = _load(picture_file, max_megapixels)
     if "A" in picture.getbands() or "transparency" in picture.info:
         rgba = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return picture.convert("RGB")
 
 
-def load_mask(path: Path, *, max_megapixels: float) -> Image.Image:
+def load_mask(picture_file: Picture, *, max_megapixels: float) -> Image.Image:
     """A decoded, upright mask in mode L: white (255) = repaint, black (0) = keep. Raises as `load_picture` does."""
-    return _load(path, max_megapixels).convert("L")
+    return _load(picture_file, max_megapixels).convert("L")

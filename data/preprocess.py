@@ -41,6 +41,7 @@ from data.manifest import FORMAT_VERSION, read_shard_table, write_manifest
 from data.model_folder import encoder_fingerprints, find_model, read_part_number
 from data.plan_samples import plan_samples
 from data.preprocess_report import Waiting, open_progress, print_report
+from data.scan import delete_copies
 from data.shard_plan import ShardPlan, plan_shards
 from data.share_plan import agree_on_plan
 from data.stored_text import text_bytes
@@ -87,6 +88,7 @@ class Job:
 # Of the data section, what each worker may have as it likes, and what concerns training alone.
 _FREE_KEYS: Any = {
     "cache": True,
+    "copies_gib": True,
     "encode_batch_size": True,
     "encoders": {"vae", "clip", "t5"},
     "reader_threads": True,
@@ -215,7 +217,7 @@ def _write_head(job: Job, plans: Sequence[ShardPlan], progress: Progress) -> Non
         raise RuntimeError(f"{cache}: shards that were just written are gone")
     head = describe_cache(config, job.model, job.encoders, plans, indexes)
     if is_current(cache, *head):
-        return
+        return delete_copies(cache)
     (cache / "manifest.json").unlink(missing_ok=True)
     delete_unplanned(cache, plans)
     chosen = choose_validation_items(plans, indexes, count=max(config.data.holdout, 8))
@@ -223,6 +225,7 @@ def _write_head(job: Job, plans: Sequence[ShardPlan], progress: Progress) -> Non
     pictures = ((item, load_pixels(sample, config.data)[0]) for item, sample in chosen)
     write_validation_items(cache, pictures, advance=lambda: progress.advance(bar))
     write_manifest(cache, *head)
+    delete_copies(cache)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,24 +8,35 @@ end up together, where their text is stored once.
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import xxhash
 
 from data.geometry import Bucket, Crop
 from data.manifest import FORMAT_VERSION
+from data.mask_recipe import OWN_MASKS, MaskRecipe
 from data.sources import Triple
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PlannedSample:
-    """A triple with all that is decided before its pictures are decoded. size: upright (width, height)."""
+    """A triple with all that is decided before its pictures are decoded.
+
+    size: upright (width, height).  recipe: how its masks are made.  flip: it is the mirror image of its triple.
+    """
 
     triple: Triple
     size: tuple[int, int]
     bucket: Bucket
     crop: Crop
     split: str
+    recipe: MaskRecipe = OWN_MASKS
+    flip: bool = False
+
+    @property
+    def key(self) -> str:
+        """Its name inside a shard, at most 75 letters, digits, - and _."""
+        return f"{self.triple.key}-flip" if self.flip else self.triple.key
 
     @property
     def text(self) -> str:
@@ -69,9 +80,9 @@ def plan_shards(
         groups[sample.triple.dataset, sample.bucket, sample.split].append(sample)
     plans = []
     for (dataset, bucket, split), members in sorted(groups.items()):
-        each = sample_bytes(bucket, num_variants=1)
+        each = sample_bytes(bucket, num_variants=members[0].recipe.variants)  # one recipe a dataset
         for leaf, part in _split(_with_hashes(members, size_limit // 2 // each), 1, each, text_bytes, size_limit):
-            part.sort(key=lambda sample: (sample.text, sample.triple.key))
+            part.sort(key=lambda sample: (sample.text, sample.key))
             name = f"{bucket}-{leaf:06d}" if split == "train" else f"{split}-{bucket}-{leaf:06d}"
             plan = _plan_hash(part, encoding)
             plans.append(ShardPlan(f"shards/{dataset}/{name}.tar", dataset, bucket, split, tuple(part), plan))
@@ -84,7 +95,7 @@ def _with_hashes(samples: Sequence[PlannedSample], crowd: int) -> list[tuple[int
     sharing = Counter(sample.text for sample in samples)
     return [
         (
-            xxhash.xxh3_64_intdigest((s.triple.key if sharing[s.text] > crowd else s.text).encode()),
+            xxhash.xxh3_64_intdigest((s.key if sharing[s.text] > crowd else s.text).encode()),
             s,
         )
         for s in samples
@@ -109,11 +120,13 @@ def _split(
 def _plan_hash(samples: Sequence[PlannedSample], encoding: Mapping[str, object]) -> str:
     parts = [
         {
-            "key": sample.triple.key,
+            "key": sample.key,
             "content": sample.triple.content,
             "caption": sample.triple.caption,
             "bucket": str(sample.bucket),
-            "crop": asdict(sample.crop),
+            "crop": vars(sample.crop),
+            "masks": vars(sample.recipe),
+            "flip": sample.flip,
         }
         for sample in samples
     ]

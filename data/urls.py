@@ -3,7 +3,7 @@
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.client import HTTPMessage
+from http.client import HTTPMessage, HTTPResponse
 from typing import IO, BinaryIO
 
 import fsspec
@@ -35,15 +35,67 @@ def open_url(url: str) -> Iterator[BinaryIO | IO[bytes]]:
         with _opener.open(url, timeout=_TIMEOUT_SECONDS) as file:
             yield file
         return
-    try:
+    with _driver_of(url):
         opened = fsspec.open(url, "rb")
+    with opened as file:
+        yield file
+
+
+@contextmanager
+def _driver_of(url: str) -> Iterator[None]:
+    """Turns the lack of a URL's driver into a message that names the extra."""
+    try:
+        yield
     except ImportError as error:
+        scheme = url.partition("://")[0]
         raise InputError(
             f"{url}: {scheme}:// needs a driver that is not installed ({error}). "
             f"Run `pip install 'fluxfill[{_EXTRAS[scheme]}]'`."
         ) from error
-    with opened as file:
-        yield file
+
+
+def read_range(url: str, offset: int, size: int) -> bytes:
+    """`size` bytes of a file from `offset` on, fewer where it ends before. Raises as `open_url` does."""
+    check_url(url, "a URL")
+    if url.partition("://")[0] in _EXTRAS:
+        with _driver_of(url):
+            filesystem, path = fsspec.core.url_to_fs(url)
+        return bytes(filesystem.cat_file(path, start=offset, end=offset + size))
+    request = urllib.request.Request(url, headers={"Range": f"bytes={offset}-{offset + size - 1}"})
+    with _opener.open(request, timeout=_TIMEOUT_SECONDS) as file:
+        if file.status != 206 and offset:  # a server that knows no ranges begins at the beginning
+            for begin in range(0, offset, 1 << 20):
+                file.read(min(1 << 20, offset - begin))
+        data = file.read(size)
+        if len(data) < size:
+            refuse_short(file)
+        return data
+
+
+def refuse_short(file: BinaryIO | IO[bytes]) -> None:
+    """Raise OSError if a file over https, read to its end, had fewer bytes than its server announced."""
+    if isinstance(file, HTTPResponse) and file.length:
+        raise OSError(f"the connection ended {file.length} bytes early")
+
+
+def url_stamp(url: str) -> str | None:
+    """What changes when a file changes, as its storage tells it (ETag or time, and size); None if it tells nothing.
+
+    Raises as `open_url` does.
+    """
+    check_url(url, "a URL")
+    if url.partition("://")[0] in _EXTRAS:
+        with _driver_of(url):
+            filesystem, path = fsspec.core.url_to_fs(url)
+        found = {key.lower(): value for key, value in filesystem.info(path).items()}
+    else:
+        # One byte of it, not its HEAD: a signed URL is often good for GET alone.
+        request = urllib.request.Request(url, headers={"Range": "bytes=0-0"})
+        with _opener.open(request, timeout=_TIMEOUT_SECONDS) as answer:
+            found = {key.lower(): value for key, value in answer.headers.items()}
+        found["size"] = found.get("content-range") or found.get("content-length")
+    version = found.get("etag") or found.get("last-modified") or found.get("lastmodified") or found.get("updated")
+    return None if version is None else f"{version} {found.get('size')}"
 
 
 class _StayWithinSchemes(urllib.request.HTTPRedirectHandler):

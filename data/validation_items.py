@@ -42,7 +42,10 @@ class ValidationItem:
 def choose_validation_items(
     plans: Sequence[ShardPlan], indexes: Sequence[ShardIndex], *, count: int
 ) -> list[tuple[ValidationItem, PlannedSample]]:
-    """All held-out samples, and `count` training samples, each split in the order of its targets' hashes."""
+    """All held-out samples, and `count` training samples, each split in the order of its targets' hashes.
+
+    Mirror images are left out: they would show the same pictures once more.
+    """
     chosen = []
     for split in (HOLDOUT, TRAIN):
         found = sorted(
@@ -51,19 +54,20 @@ def choose_validation_items(
                 for plan, index in zip(plans, indexes, strict=True)
                 if plan.split == split
                 for row, sample in enumerate(_in_stored_order(plan, index))
+                if not sample.flip
             ),
             key=lambda entry: entry[:3],
         )
         for _, path, row, sample in found if split == HOLDOUT else found[:count]:
             triple = sample.triple
-            item = ValidationItem(triple.key, split, triple.dataset, path, row, triple.caption)
+            item = ValidationItem(sample.key, split, triple.dataset, path, row, triple.caption)
             chosen.append((item, sample))
     return chosen
 
 
 def _in_stored_order(plan: ShardPlan, index: ShardIndex) -> list[PlannedSample]:
     """A shard's planned samples, row by row."""
-    samples = {sample.triple.key: sample for sample in plan.samples}
+    samples = {sample.key: sample for sample in plan.samples}
     return [samples[key] for key in index.keys]
 
 

@@ -67,7 +67,7 @@ def verify_cache(
     with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
         checked = list(pool.map(lambda shard: check_shard(cache, shard, advance), expected))
     if manifest is not None and table is not None and only is None:
-        problems += _check_hole_fractions(manifest, checked)
+        problems += _check_hole_fractions(manifest, table, checked)
     bad = {problem.path for problem in problems}
     rebuildable = []
     for shard, found in zip(expected, checked, strict=True):
@@ -122,16 +122,18 @@ def _compare_counts(manifest: Manifest, table: ShardTable) -> list[Problem]:
     return [Problem(SHARD_TABLE, "", f"lists samples {counts}, the manifest {manifest.samples}")]
 
 
-def _check_hole_fractions(manifest: Manifest, checked: Sequence[CheckedShard]) -> list[Problem]:
-    """The manifest's histogram against the shards' indexes, where all of them can be read."""
-    counts = np.zeros(len(manifest.hole_fractions), dtype=np.int64)
-    for shard in checked:
+def _check_hole_fractions(manifest: Manifest, table: ShardTable, checked: Sequence[CheckedShard]) -> list[Problem]:
+    """The manifest's histograms against the shards' indexes, where all of them can be read. checked: in the table's
+    order."""
+    counts = {name: np.zeros(len(of_dataset), dtype=np.int64) for name, of_dataset in manifest.hole_fractions.items()}
+    for dataset, shard in zip(table.dataset.tolist(), checked, strict=True):
         if shard.hole_fractions is None:
             return []
-        counts += shard.hole_fractions
-    if counts.tolist() == manifest.hole_fractions:
+        counts[dataset] = counts.get(dataset, 0) + np.array(shard.hole_fractions)
+    found = {name: of_dataset.tolist() for name, of_dataset in counts.items()}
+    if found == manifest.hole_fractions:
         return []
-    what = f"counts hole fractions {manifest.hole_fractions}, the shards hold {counts.tolist()}"
+    what = f"counts hole fractions {manifest.hole_fractions}, the shards hold {found}"
     return [Problem(MANIFEST, "", what)]
 
 

@@ -23,6 +23,7 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 from torch.distributed import all_gather_object, all_reduce, broadcast
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -354,6 +355,8 @@ class FsdpEngine(Engine):
             # A quantized base is on every rank already when it is cut.
             cpu_ram_efficient_loading=config.model.precision not in QUANTIZED,
         )
+        if isinstance(plugin.cpu_offload, CPUOffloadPolicy) and cpu:
+            plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # there is no memory to pin it for
         parallelism = None
         if self.name == "hsdp":
             world_size = int(os.environ["WORLD_SIZE"])
@@ -595,8 +598,6 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
 def _fsdp_precision(dtype: torch.dtype):
     """Parameters are gathered in the compute dtype, gradients summed in fp32. Inputs are not cast: autocast does that
     where it is safe, and rotary tables stay in fp32."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
     if dtype == torch.float32:
         return MixedPrecisionPolicy()
     return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)

@@ -1,5 +1,7 @@
 """Small real shards and caches of made-up samples, for tests that need no model."""
 
+import http.server
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -147,7 +149,7 @@ def make_cache(tmp_path: Path) -> Callable[..., Cache]:
             pooled_width=POOLED_WIDTH,
             mask_variants=dict.fromkeys(datasets, num_variants),
             samples=counts,
-            hole_fractions=count_hole_fractions(indexes),
+            hole_fractions={name: count_hole_fractions(row[-1] for row in rows if row[1] == name) for name in datasets},
         )
         save_file(_make_text("the empty caption", text_dtype), folder / EMPTY_TEXT)
         for name in set(table.bucket.tolist()):
@@ -156,3 +158,62 @@ def make_cache(tmp_path: Path) -> Callable[..., Cache]:
         return Cache(folder, write_manifest(folder, manifest, table), table)
 
     return make
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Starts a server on this machine: `serve(handler)` -> its URL. Plain http is allowed as long as the test runs."""
+    monkeypatch.setattr("configs.urls.SCHEMES", ("https", "s3", "gs", "http"))
+    servers = []
+
+    def start(get):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            do_GET = get  # noqa: N815
+
+            def log_message(self, *_):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def serve_folder(serve):
+    """Serves a folder: `serve_folder(folder)` -> (URL, list of (path, Range header) of every request).
+
+    It knows ranges, and says the state of a file by an ETag of its size and time.
+    """
+
+    def start(folder: Path, *, ranges: bool = True):
+        requests: list[tuple[str, str | None]] = []
+
+        def get(handler):
+            wanted = handler.headers.get("Range")
+            requests.append((handler.path, wanted))
+            path = folder / handler.path.lstrip("/")
+            if not path.is_file():
+                handler.send_error(404)
+                return
+            data, status = path.read_bytes(), path.stat()
+            if wanted and ranges:
+                begin, end = (int(number) for number in wanted.removeprefix("bytes=").split("-"))
+                handler.send_response(206)
+                handler.send_header("Content-Range", f"bytes {begin}-{end}/{len(data)}")
+                data = data[begin : end + 1]
+            else:
+                handler.send_response(200)
+            handler.send_header("ETag", f'"{status.st_size}-{status.st_mtime_ns}"')
+            handler.send_header("Content-Length", str(len(data)))
+            handler.end_headers()
+            handler.wfile.write(data)
+
+        return serve(get), requests
+
+    return start

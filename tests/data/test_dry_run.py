@@ -30,7 +30,7 @@ def rows(printed):
 def test_it_counts_measures_and_begins_nothing(demo_config, tmp_path):
     config = demo_config(tmp_path / "cache", "data.encode_batch_size=4")
     printed = printed_by_dry_run(config, Worker(0, 8))
-    assert not config.data.cache.exists()
+    assert [path.name for path in config.data.cache.iterdir()] == ["scan"], "what it learned of pictures, no more"
     table = rows(printed)
     assert {split for _, _, split, *_ in table} == {"train", "holdout"}
     assert sum(int(row[3]) for row in table) == sum(int(row[4]) for row in table) == 96

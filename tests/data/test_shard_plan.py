@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from data.geometry import Bucket, plan_crop
+from data.mask_recipe import OWN_MASKS, MaskRecipe
 from data.shard_plan import PlannedSample, plan_shards, sample_bytes, text_name
 from data.sources import Triple
 
@@ -14,11 +15,13 @@ TEXT_BYTES = 8192
 SQUARE, WIDE = Bucket(64, 64), Bucket(48, 80)
 
 
-def planned(name, *, caption="a cat", dataset="cats", bucket=SQUARE, split="train", content="0"):
+def planned(
+    name, *, caption="a cat", dataset="cats", bucket=SQUARE, split="train", content="0", recipe=OWN_MASKS, flip=False
+):
     path = Path(name)
     triple = Triple(dataset, name, path, path, None, caption, content, content)
     size = (bucket.width, bucket.height)
-    return PlannedSample(triple, size, bucket, plan_crop(*size, bucket), split)
+    return PlannedSample(triple, size, bucket, plan_crop(*size, bucket), split, recipe, flip)
 
 
 def plan(samples, *, size_limit=100_000, encoding=ENCODING):
@@ -73,6 +76,15 @@ def test_no_shard_is_larger_than_the_limit(size_limit):
         assert size <= size_limit
 
 
+@pytest.mark.parametrize("variants", [1, 4, 16])
+def test_shards_of_many_variants_hold_fewer_samples(variants):
+    recipe = MaskRecipe(shares=(("box", 1.0),), variants=variants)
+    plans = plan([planned(f"picture-{number}", recipe=recipe) for number in range(200)], size_limit=1_000_000)
+    for shard in plans:
+        assert len(shard.samples) * sample_bytes(shard.bucket, num_variants=variants) + TEXT_BYTES <= 1_000_000
+    assert len(plans) >= 200 * sample_bytes(SQUARE, num_variants=variants) / 1_000_000
+
+
 def test_a_sample_above_the_limit_gets_a_shard_of_its_own():
     plans = plan([planned(f"picture-{number}") for number in range(5)], size_limit=1)
     assert [len(shard.samples) for shard in plans] == [1] * 5
@@ -112,6 +124,25 @@ def test_a_changed_picture_touches_few_shards(change):
         touched = changed(before, plan(after))
         # A shard that overflows is replaced by its two halves.
         assert 1 <= len(touched) <= (4 if change in ("add", "caption") else 3)
+
+
+def test_another_recipe_makes_every_shard_of_the_dataset_anew():
+    def recipe_for_dogs(recipe):
+        return [replace(s, recipe=recipe) if s.triple.dataset == "dogs" else s for s in many_samples()]
+
+    before = plan(recipe_for_dogs(MaskRecipe(dilate=(0, 4), variants=1)))
+    for other in (MaskRecipe(dilate=(0, 5)), MaskRecipe(shares=(("box", 1.0),)), MaskRecipe()):
+        touched = changed(before, plan(recipe_for_dogs(other)))
+        assert touched == {shard.path for shard in before if shard.dataset == "dogs"}
+
+
+def test_a_mirror_image_is_a_sample_of_its_own():
+    both = [planned("cat"), planned("cat", flip=True)]
+    assert [sample.key for sample in both] == [both[0].triple.key, f"{both[0].triple.key}-flip"]
+    (shard,) = plan(both)
+    assert len(shard.samples) == 2
+    assert {plan([sample])[0].plan for sample in both} | {shard.plan} != {shard.plan}
+    assert len({plan([sample])[0].plan for sample in both}) == 2
 
 
 def test_nothing_changes_when_nothing_changed():

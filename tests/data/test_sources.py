@@ -1,24 +1,34 @@
 import os
 import re
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from configs.errors import InputError
-from configs.schema import CaptionsConfig, DatasetConfig
-from data.sources import Triple, content_hash, held_out, list_triples, listed
-
-# Finding and pairing reads bytes and decodes nothing, so a "picture" here is its name.
+from configs.schema import CaptionsConfig, DataConfig, DatasetConfig
+from data.source_items import listed
+from data.sources import Triple, held_out, list_triples
 
 
 def make_files(folder, *names):
+    """Pictures whose bytes and pixels are a function of their folder's and their own name; masks half white."""
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(f"{folder.name}/{name}".encode())
+        seed = zlib.crc32(f"{folder.name}/{name}".encode())
+        pixels = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        if folder.name == "mask":
+            pixels[:8], pixels[8:] = 255, seed % 128
+        if path.suffix.lower() in Image.registered_extensions():
+            Image.fromarray(pixels).save(path)
+        else:
+            path.write_bytes(pixels.tobytes())
 
 
 def dataset(folder, *, source=False):
@@ -31,7 +41,9 @@ def dataset(folder, *, source=False):
 
 
 def triples_of(folder, *, source=False, **captions):
-    return list_triples(dataset(folder, source=source), CaptionsConfig(**captions))
+    config = dataset(folder, source=source)
+    data = DataConfig(cache=folder / "cache", datasets=[config], captions=CaptionsConfig(**captions))
+    return [triple for triple, _ in list_triples(config, data, advance=lambda count: None)]
 
 
 def test_files_of_one_name_make_a_triple(tmp_path):
@@ -41,7 +53,7 @@ def test_files_of_one_name_make_a_triple(tmp_path):
     triples = triples_of(tmp_path, source=True)
     assert [triple.name for triple in triples] == ["a", "b", "deep/er/a", "two.dots"]
     for triple in triples:
-        parts = (triple.target, triple.mask, triple.source)
+        parts = [Path(file.place) for file in (triple.target, triple.mask, triple.source)]
         assert [path.parent.relative_to(tmp_path).parts[0] for path in parts] == ["target", "mask", "source"]
         assert {path.stem for path in parts} == {Path(triple.name).name}
         assert triple.dataset == "cats"
@@ -198,7 +210,7 @@ def test_content_shows_every_change_and_target_content_those_of_the_target(tmp_p
     for role in ("target", "mask", "source"):
         make_files(tmp_path / role, "a.png")
     (before,) = triples_of(tmp_path, source=True)
-    assert before.target_content == content_hash(before.target)
+    assert before.target_content == before.target.read(1 << 20).content
     for role in ("mask", "source", "target"):
         with (tmp_path / role / "a.png").open("ab") as file:
             file.write(b"\0")
@@ -213,7 +225,8 @@ def test_copies_of_a_picture_are_held_out_together(tmp_path):
         for name in (f"{number}.png", f"copies/again-{number}.png", f"copies/{number}-flip.jpg"):
             make_files(tmp_path / "mask", Path(name).with_suffix(".png").as_posix())
             (tmp_path / "target" / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / "target" / name).write_bytes(f"picture {number}".encode())
+            pixels = np.full((16, 16, 3), 10 * number, np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "target" / name, format="PNG")
     triples = triples_of(tmp_path)
     kept = held_out((triple.target_content for triple in triples), 7)
     sides = {}

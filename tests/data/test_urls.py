@@ -1,34 +1,7 @@
-import http.server
-import threading
-
 import pytest
 
 from configs.errors import InputError
-from data.urls import check_url, open_url
-
-
-@pytest.fixture
-def serve(monkeypatch):
-    """Starts a server on this machine: `serve(handler)` -> its URL. Plain http is allowed as long as the test runs."""
-    monkeypatch.setattr("configs.urls.SCHEMES", ("https", "s3", "gs", "http"))
-    servers = []
-
-    def start(get):
-        class Handler(http.server.BaseHTTPRequestHandler):
-            do_GET = get  # noqa: N815
-
-            def log_message(self, *_):
-                pass
-
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+from data.urls import check_url, open_url, read_range, url_stamp
 
 
 def test_a_file_is_read_from_a_server(serve):
@@ -68,3 +41,46 @@ def test_a_driver_that_is_missing_is_named(monkeypatch):
     monkeypatch.setattr("fsspec.open", fail)
     with pytest.raises(InputError, match=r"s3://a/b: .*Install s3fs.* Run `pip install 'fluxfill\[s3\]'`"):
         open_url("s3://a/b").__enter__()
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_range_is_read_from_any_server(serve_folder, tmp_path, ranges):
+    data = bytes(range(256)) * 10_000
+    (tmp_path / "a.tar").write_bytes(data)
+    url, _ = serve_folder(tmp_path, ranges=ranges)
+    for offset, size in ((0, 10), (1, 1), (1_500_000, 300), (len(data) - 5, 5)):
+        assert read_range(f"{url}/a.tar", offset, size) == data[offset : offset + size]
+
+
+def test_a_range_of_a_bucket_is_read_by_its_driver(monkeypatch):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/bucket/a.tar", bytes(range(100)))
+    monkeypatch.setattr("fsspec.core.url_to_fs", lambda url: (memory, url.replace("s3:/", "")))
+    assert read_range("s3://bucket/a.tar", 20, 5) == bytes(range(20, 25))
+
+
+def test_the_stamp_of_a_file_changes_with_the_file(serve_folder, tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"123")
+    url, requests = serve_folder(tmp_path)
+    before = url_stamp(f"{url}/a.tar")
+    assert before == url_stamp(f"{url}/a.tar")
+    (tmp_path / "a.tar").write_bytes(b"1234")
+    assert url_stamp(f"{url}/a.tar") != before
+    assert {wanted for _, wanted in requests} == {"bytes=0-0"}, "a stamp is cheap"
+
+
+def test_a_server_that_tells_nothing_gives_no_stamp(serve):
+    def get(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(b"x")
+
+    assert url_stamp(f"{serve(get)}/a") is None
+
+
+@pytest.mark.parametrize("call", [lambda url: read_range(url, 0, 1), url_stamp])
+def test_no_way_to_a_scheme_that_is_not_allowed(call):
+    with pytest.raises(InputError, match="only https://, s3://, gs:// are read"):
+        call("pipe:cat /etc/passwd")

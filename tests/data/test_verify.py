@@ -366,7 +366,7 @@ def test_a_damaged_manifest_is_named(folder, content):
 @pytest.mark.parametrize("counts", ["samples", "hole_fractions"])
 def test_a_manifest_that_counts_otherwise_than_its_shards_is_noticed(folder, counts):
     manifest, table = read_manifest(folder), read_shard_table(folder)
-    other = {"samples": {"photos": {"train": 9, "holdout": 4}}, "hole_fractions": [1] * 10}[counts]
+    other = {"samples": {"photos": {"train": 9, "holdout": 4}}, "hole_fractions": {"photos": [1] * 10}}[counts]
     write_manifest(folder, replace(manifest, **{counts: other}), table)
     assert {path for path, _, _ in found(folder)} == {SHARD_TABLE if counts == "samples" else MANIFEST}
 

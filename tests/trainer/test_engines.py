@@ -6,6 +6,7 @@ Real processes (gloo, CPU) run the real trainer. A launch is made once a session
 import json
 import shutil
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,8 @@ SLOW = [
     ("zero1", 3),
     ("zero3", 2),
     ("zero3", 3),
+    ("fsdp2-offload", 2),
+    ("zero3-offload", 2),
 ]
 LAUNCHES = [*FAST, *(pytest.param(*launch, marks=pytest.mark.slow) for launch in SLOW)]
 
@@ -42,14 +45,15 @@ def train(arguments: list[str]) -> int:
 
 @pytest.fixture(scope="session")
 def launch(config, tmp_path_factory) -> Callable[..., Path]:
-    """Runs the trainer: `launch(engine, processes, name, "key=value", ...)`; returns the run's folder."""
+    """Runs the trainer: `launch(engine, processes, name, "key=value", ...)`; returns the run's folder, or, given a
+    function to run in its place, what it returned in each rank."""
     from configs.loading import dump_config
 
     runs = tmp_path_factory.mktemp("runs")
     path = runs / "config.yaml"
     path.write_text(dump_config(config), encoding="utf-8")
 
-    def run(engine: str, num_processes: int, name: str, *overrides: str, timeout_seconds: float = 240) -> Path:
+    def run(engine: str, num_processes: int, name: str, *overrides: str, timeout_seconds: float = 240, function=None):
         quick = [
             f"run.dir={runs}",
             "train.global_batch_size=8",
@@ -63,15 +67,15 @@ def launch(config, tmp_path_factory) -> Callable[..., Path]:
             "logging.trackers=[]",
         ]
         node_size = num_processes // 2 if engine == "hsdp" else None
-        run_ranks(
+        returned = run_ranks(
             engine,
             num_processes,
-            train,
+            function or train,
             ["--config", str(path), f"run.name={name}", *quick, *overrides],
             node_size=node_size,
             timeout_seconds=timeout_seconds,
         )
-        return runs / name
+        return runs / name if function is None else returned
 
     return run
 
@@ -152,6 +156,36 @@ def test_resume_by_the_same_launch_is_bit_equal(undisturbed, resumed, engine, nu
     assert furthest(read_tensors(halves), read_tensors(whole)) == 0.0
     undone = (halves / "metrics.1.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in undone] == [HALF + 1]
+
+
+def train_and_watch_reads(arguments: list[str]) -> list[int]:
+    """The trainer; returns the position of every row that this rank read."""
+    from data.row_filler import RowFiller
+    from trainer.main import train
+
+    read: list[int] = []
+    fill = RowFiller.fill
+
+    def watched(self, rows, place, *, position, **where):
+        read.append(position)
+        fill(self, rows, place, position=position, **where)
+
+    RowFiller.fill = watched
+    train(arguments)
+    return read
+
+
+def test_a_resumed_run_reads_no_sample_that_it_does_not_train_on(launch, undisturbed):
+    """None of those before its checkpoint; behind the last step a reader may be a few micro-batches ahead."""
+    source = undisturbed("ddp", 2)
+    folder = source.parent / "counted"
+    checkpoint = Path("checkpoints", f"step-{HALF:08d}")
+    shutil.copytree(source / checkpoint, folder / checkpoint)
+    shutil.copy(source / "metrics.jsonl", folder)
+    read = sorted(chain.from_iterable(launch("ddp", 2, "counted", function=train_and_watch_reads)))
+    trained = list(range(HALF * 8, STEPS * 8))
+    assert read[: len(trained)] == trained
+    assert len(read) <= len(trained) + 2 * 4 * 3  # ranks, micro-batches ahead, rows of one
 
 
 LORA = ("method={type: lora, rank: 8, alpha: 16}",)

@@ -1,0 +1,39 @@
+"""How a dataset's masks are made, as its config says it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.schema import DatasetConfig
+
+
+@dataclass(frozen=True)
+class MaskRecipe:
+    """How a dataset's masks are made.
+
+    shares: of the kinds that are drawn, in this order; empty = each picture has a mask of its own.
+    dilate: pixels by which that one grows, from and to.  variants: masks per picture.
+    """
+
+    shares: tuple[tuple[str, float], ...] = ()
+    dilate: tuple[int, int] = (0, 0)
+    variants: int = 1
+
+    def __str__(self) -> str:
+        """As the manifest says it: "random brush 0.6, box 0.4; 4 variants", or "own"."""
+        kinds = ", ".join(f"{kind} {share:g}" for kind, share in self.shares)
+        grown = ", grown by {} to {} pixels".format(*self.dilate) if any(self.dilate) else ""
+        variants = f"; {self.variants} variants" if self.variants > 1 else ""
+        return (f"random {kinds}" if kinds else f"own{grown}") + variants
+
+
+OWN_MASKS = MaskRecipe()  # one mask a picture, as it is
+
+
+def recipe_of(dataset: DatasetConfig) -> MaskRecipe:
+    """A dataset's recipe, whichever way its config says it."""
+    mask = dataset.mask
+    if mask is None or isinstance(mask, Path):
+        return OWN_MASKS
+    shares = tuple((kind, float(share)) for kind, share in mask.random if share > 0) if mask.random else ()
+    low, high = mask.dilate or (0, 0)
+    return MaskRecipe(shares, (low, high), mask.variants)

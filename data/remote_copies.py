@@ -1,0 +1,58 @@
+"""Copies of remote files beside the cache, so that what planning reads is not fetched again to be encoded."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from configs.urls import is_url
+from data.atomic_write import write_atomically
+from data.retry import with_retries
+from data.urls import open_url, refuse_short
+
+
+@dataclass(frozen=True)
+class Copies:
+    """A folder of copies, which all processes and machines of a job may share.
+
+    limit: bytes that they may take together; what goes beyond it is deleted as soon as it was looked at, and single
+    pictures are read from their URL again.
+    """
+
+    folder: Path
+    limit: int
+
+    def path(self, place: str, stamp: str, suffix: str) -> Path:
+        """Where the copy of a file lies, in the state that `stamp` says."""
+        return self.folder / f"{xxhash.xxh3_128_hexdigest(f'{place} {stamp}'.encode())}{suffix}"
+
+    @contextmanager
+    def local(self, place: str, stamp: str) -> Iterator[Path]:
+        """A local file of the same bytes: the file itself, or a copy, fetched if it is not there."""
+        if not is_url(place):
+            yield Path(place)
+            return
+        copy = self.path(place, stamp, ".copy")
+        if not copy.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with_retries(lambda: write_atomically(copy, lambda temporary: _fetch(place, temporary)), place)
+        try:
+            yield copy
+        except BaseException:
+            copy.unlink(missing_ok=True)  # perhaps it is the copy that is at fault
+            raise
+        if self.are_too_many():
+            copy.unlink(missing_ok=True)
+
+    def are_too_many(self) -> bool:
+        """Whether they take all that they may, or more."""
+        return sum(file.stat().st_size for file in self.folder.glob("*")) >= self.limit
+
+
+def _fetch(url: str, path: Path) -> None:
+    with open_url(url) as remote, path.open("wb") as file:
+        shutil.copyfileobj(remote, file, 1 << 20)
+        refuse_short(remote)

@@ -1,0 +1,380 @@
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs.errors import InputError
+from configs.schema import DataConfig
+from data.scan import delete_copies, scan_dataset
+
+NAMES = [f"{letter}/{number:02d}" for letter in "ab" for number in range(10)]
+
+
+def picture_bytes(seed, size=(24, 16), *, mask=False):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0]), dtype=np.uint8)
+    pixels = np.where(pixels > 127, 250, 5).astype(np.uint8) if mask else np.stack([pixels] * 3, -1)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_folders(folder, names=NAMES):
+    for number, name in enumerate(names):
+        for role in ("target", "mask"):
+            path = folder / role / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(picture_bytes(number, mask=role == "mask"))
+        (folder / "target" / f"{name}.txt").write_text(f"caption {number}")
+
+
+def write_tar(path, pictures):
+    """pictures: member name -> bytes."""
+    with tarfile.open(path, "w") as archive:
+        for name, data in pictures.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The pictures that were read, in order."""
+    seen = []
+
+    def count(file, **limits):
+        seen.append(str(file))
+        return _read_picture(file, **limits)
+
+    from data.scan import read_picture as _read_picture
+
+    monkeypatch.setattr("data.scan.read_picture", count)
+    return seen
+
+
+@pytest.fixture
+def scan(tmp_path):
+    """Scans a dataset: `scan(copies_gib=1, tars=...)` -> its items and facts."""
+
+    def run(*, copies_gib=1, **dataset):
+        config = {"name": "photos", **dataset}
+        data = DataConfig.model_validate({"cache": tmp_path / "cache", "datasets": [config], "copies_gib": copies_gib})
+        advanced = []
+        scanned = scan_dataset(data.datasets[0], data, advanced.append)
+        assert sum(advanced) == len(scanned)
+        return scanned
+
+    return run
+
+
+@pytest.fixture
+def folders(tmp_path):
+    write_folders(tmp_path)
+    return {"target": tmp_path / "target", "mask": tmp_path / "mask"}
+
+
+def facts_by_name(scanned):
+    return {entry.item.name: (entry.item.caption, entry.target[:5], entry.mask and entry.mask[:5]) for entry in scanned}
+
+
+def test_facts_are_of_the_pictures(scan, folders):
+    scanned = scan(**folders)
+    assert [entry.item.name for entry in scanned] == NAMES
+    for number, entry in enumerate(scanned):
+        assert entry.item.caption == f"caption {number}"
+        assert entry.target[1:3] == entry.mask[1:3] == (24, 16)
+        assert (entry.mask.darkest, entry.mask.brightest) == (5, 250)
+        assert entry.target.content == entry.item.target.read(1 << 20).content
+    assert len({entry.target.content for entry in scanned}) == len(NAMES)
+
+
+def test_nothing_is_read_twice(scan, folders, reads):
+    first = scan(**folders)
+    assert len(reads) == 2 * len(NAMES) == len(set(reads))
+    reads.clear()
+    assert scan(**folders) == first
+    assert reads == []
+
+
+@pytest.mark.parametrize("change", ["pixels", "pixels, size and time as before", "mask", "new", "removed"])
+def test_every_change_is_seen(scan, folders, reads, tmp_path, change):
+    scan(**folders)
+    path = tmp_path / "target" / "a" / "03.png"
+    before = path.stat()
+    if change == "new":
+        write_folders(tmp_path, ["c/new"])
+    elif change == "removed":
+        (tmp_path / "mask" / "a" / "03.png").unlink(), path.unlink()
+    elif change == "mask":
+        (tmp_path / "mask" / "a" / "03.png").write_bytes(picture_bytes(99, mask=True))
+    else:
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1  # of the last chunk's checksum, which decoders do not look at
+        path.write_bytes(data)
+        if "time" in change:  # as rsync and cp --preserve leave it
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+            assert path.stat().st_mtime_ns == before.st_mtime_ns
+    reads.clear()
+    found = facts_by_name(scan(**folders))
+    fresh_cache = {"cache": tmp_path / "fresh", "datasets": [{"name": "photos", **folders}]}
+    data = DataConfig.model_validate(fresh_cache)
+    assert found == facts_by_name(scan_dataset(data.datasets[0], data, lambda count: None))
+
+
+def test_a_caption_is_read_every_time(scan, folders, reads, tmp_path):
+    scan(**folders)
+    reads.clear()
+    (tmp_path / "target" / "a" / "03.txt").write_text("another")
+    assert facts_by_name(scan(**folders))["a/03"][0] == "another"
+    assert reads == []
+
+
+def test_a_picture_written_again_within_the_same_tick_is_seen(scan, folders, tmp_path):
+    """Files that were written just now: what is found is good only once a later change would show in their times."""
+    path = tmp_path / "target" / "a" / "00.png"
+    for number in range(5):
+        path.write_bytes(picture_bytes(100 + number))
+        found = scan(**folders)[0]
+        assert found.target.content == found.item.target.read(1 << 20).content
+
+
+def results(tmp_path):
+    return sorted((tmp_path / "cache" / "scan" / "photos").iterdir())
+
+
+@pytest.mark.parametrize("damage", [b"", b"<!DOCTYPE html>", None])
+def test_damaged_results_are_found_out_anew(scan, folders, reads, tmp_path, damage):
+    first = scan(**folders)
+    (file,) = results(tmp_path)
+    text = file.read_bytes()
+    file.write_bytes(text.replace(b"24", b"25", 1) if damage is None else damage)
+    reads.clear()
+    assert scan(**folders) == first
+    assert len(reads) == 2 * len(NAMES)
+    assert file.read_bytes() == text
+
+
+def test_what_is_gone_is_forgotten(scan, folders, tmp_path):
+    scan(**folders)
+    old = results(tmp_path)
+    write_folders(tmp_path, ["new"])
+    scan(**folders)
+    assert len(results(tmp_path)) == 1 and results(tmp_path) != old
+
+
+def test_a_change_reads_a_part_of_a_large_set_anew(scan, reads, tmp_path):
+    names = [f"{number:04d}" for number in range(600)]
+    write_folders(tmp_path, names)
+    folders = {"target": tmp_path / "target", "mask": tmp_path / "mask"}
+    scan(**folders)
+    assert len(results(tmp_path)) == 16
+    reads.clear()
+    write_folders(tmp_path, ["one-more"])
+    scan(**folders)
+    assert 0 < len(reads) < 2 * 100
+
+
+def test_what_another_process_found_is_taken_over(scan, folders, reads, tmp_path):
+    """Two scans of one state name their results alike."""
+    scan(**folders)
+    (found,) = results(tmp_path)
+    kept = found.read_bytes()
+    found.unlink()
+    scan(**folders)
+    assert [file.name for file in results(tmp_path)] == [found.name] and found.read_bytes() == kept
+
+
+def test_every_picture_at_fault_is_named_and_the_good_ones_are_kept(scan, reads, tmp_path):
+    names = [f"{number:04d}" for number in range(600)]
+    write_folders(tmp_path, names)
+    folders = {"target": tmp_path / "target", "mask": tmp_path / "mask"}
+    for name in ("0007", "0100"):
+        (tmp_path / "mask" / f"{name}.png").write_text("<!DOCTYPE html>")
+    with pytest.raises(InputError) as caught:
+        scan(**folders)
+    lines = str(caught.value).splitlines()
+    assert [Path(line.partition(":")[0]).stem for line in lines] == ["0007", "0100"]
+    for name in ("0007", "0100"):
+        (tmp_path / "mask" / f"{name}.png").write_bytes(picture_bytes(1, mask=True))
+    reads.clear()
+    scan(**folders)
+    assert 0 < len(reads) < 2 * 200
+
+
+# --- tars -------------------------------------------------------------------------------------------------------------
+
+
+def members_of(tmp_path, letter):
+    members = {}
+    for number in range(10):
+        name = f"{letter}/{number:02d}"
+        members[f"{number:02d}.png"] = (tmp_path / "target" / f"{name}.png").read_bytes()
+        members[f"{number:02d}.mask.png"] = (tmp_path / "mask" / f"{name}.png").read_bytes()
+        members[f"{number:02d}.txt"] = (tmp_path / "target" / f"{name}.txt").read_bytes()
+    return members
+
+
+@pytest.fixture
+def tars(folders, tmp_path):
+    for letter in "ab":
+        write_tar(tmp_path / f"{letter}.tar", members_of(tmp_path, letter))
+    return tmp_path
+
+
+def test_tars_hold_what_folders_hold(scan, folders, tars, reads):
+    from_folders = facts_by_name(scan(**folders))
+    assert facts_by_name(scan(tars=f"{tars}/{{a,b}}.tar")) == from_folders
+    reads.clear()
+    again = scan(tars=f"{tars}/{{a,b}}.tar")
+    assert facts_by_name(again) == from_folders and reads == []
+    for entry in again:
+        for file, facts in ((entry.item.target, entry.target), (entry.item.mask, entry.mask)):
+            assert file.read(1 << 20).content == facts.content
+
+
+def test_only_the_tar_that_changed_is_read_anew(scan, tars, reads):
+    scan(tars=[f"{tars}/a.tar", f"{tars}/b.tar"])
+    write_tar(tars / "b.tar", {"new.png": picture_bytes(7), "new.mask.png": picture_bytes(7, mask=True)})
+    reads.clear()
+    scanned = scan(tars=[f"{tars}/a.tar", f"{tars}/b.tar"])
+    assert [entry.item.name for entry in scanned] == [*NAMES[:10], "b/new"]
+    assert reads == [f"{tars}/b.tar: new.png", f"{tars}/b.tar: new.mask.png"]
+
+
+def test_every_damaged_tar_is_named(scan, tars):
+    os.truncate(tars / "a.tar", 3000)
+    (tars / "b.tar").write_text("<!DOCTYPE html>" * 100)
+    with pytest.raises(InputError) as caught:
+        scan(tars=[f"{tars}/a.tar", f"{tars}/b.tar", f"{tars}/c.tar"])
+    lines = str(caught.value).splitlines()
+    assert ["cut off" in lines[0], "no tar; it begins" in lines[1], "no such tar" in lines[2]] == [True] * 3
+
+
+def test_a_picture_in_a_tar_that_is_none_is_named(scan, tmp_path):
+    write_tar(tmp_path / "a.tar", {"1.png": b"<html>", "1.mask.png": picture_bytes(1, mask=True)})
+    with pytest.raises(InputError, match=r"a\.tar: 1\.png: not a readable picture \(not one of PNG, .*b'<html>'\)"):
+        scan(tars=str(tmp_path / "a.tar"))
+
+
+def test_names_that_meet_are_refused(scan, tmp_path, folders):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.jsonl").write_text('{"target": "target/a/00.png", "mask": "mask/a/00.png"}\n' * 2)
+    with pytest.raises(
+        InputError, match=r"target/a/00\.png make two samples of the name target/a/00\. Rename one; in a"
+    ):
+        scan(table=str(tmp_path / "one.jsonl"))
+
+
+# --- remote -----------------------------------------------------------------------------------------------------------
+
+
+def requests_of_files(requests):
+    """Those that are not for a file's state."""
+    return [(path, wanted) for path, wanted in requests if wanted != "bytes=0-0"]
+
+
+def read_all(scanned):
+    """As encoding does, checked against the facts."""
+    for entry in scanned:
+        for file, facts in ((entry.item.target, entry.target), (entry.item.mask, entry.mask)):
+            assert file.read(1 << 20).content == facts.content
+
+
+def test_a_remote_tar_is_fetched_once(scan, folders, tars, serve_folder, tmp_path, reads):
+    expected = facts_by_name(scan(**folders))
+    url, requests = serve_folder(tars)
+    scanned = scan(tars=f"{url}/{{a,b}}.tar")
+    assert facts_by_name(scanned) == expected
+    read_all(scanned)
+    assert sorted(requests_of_files(requests)) == [("/a.tar", None), ("/b.tar", None)]
+
+    reads.clear(), requests.clear()
+    again = scan(tars=f"{url}/{{a,b}}.tar")
+    assert facts_by_name(again) == expected and reads == [] and requests_of_files(requests) == []
+    delete_copies(tmp_path / "cache")
+    assert not (tmp_path / "cache" / "copies").exists()
+    read_all(again[:2])
+    assert [path for path, wanted in requests_of_files(requests) if wanted] == ["/a.tar"] * 4, "single pictures"
+
+
+def test_without_room_for_copies_pictures_are_fetched_one_by_one(scan, tars, serve_folder, tmp_path):
+    url, requests = serve_folder(tars)
+    scanned = scan(tars=f"{url}/{{a,b}}.tar", copies_gib=0)
+    assert list((tmp_path / "cache" / "copies").iterdir()) == []
+    requests.clear()
+    read_all(scanned)
+    assert len(requests) == 40 and all(wanted for _, wanted in requests)
+
+
+def test_a_remote_tar_that_changed_is_fetched_again(scan, tars, serve_folder):
+    url, _ = serve_folder(tars)
+    scan(tars=f"{url}/a.tar")
+    write_tar(tars / "a.tar", {"new.png": picture_bytes(7), "new.mask.png": picture_bytes(7, mask=True)})
+    (entry,) = scan(tars=f"{url}/a.tar")
+    assert entry.item.name == "a/new"
+    read_all([entry])
+
+
+def test_a_remote_tar_that_is_cut_is_named_by_its_url_and_not_kept(scan, tars, serve_folder, tmp_path):
+    os.truncate(tars / "a.tar", 3000)
+    url, _ = serve_folder(tars)
+    with pytest.raises(InputError, match=rf"^{url}/a\.tar: cut off"):
+        scan(tars=f"{url}/a.tar")
+    assert list((tmp_path / "cache" / "copies").iterdir()) == []
+
+
+def test_a_connection_that_ends_early_is_tried_again(scan, tars, serve, monkeypatch):
+    monkeypatch.setattr("data.retry.FIRST_WAIT_SECONDS", 0.001)
+    data, calls = (tars / "a.tar").read_bytes(), []
+
+    def get(handler):
+        calls.append(handler.headers.get("Range"))
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(data)))
+        handler.send_header("ETag", "1")
+        handler.end_headers()
+        handler.wfile.write(data if len(calls) == 3 else data[:5000])
+
+    scanned = scan(tars=f"{serve(get)}/a.tar")
+    assert [entry.item.name for entry in scanned] == NAMES[:10]
+    assert calls == ["bytes=0-0", None, None]
+
+
+@pytest.mark.parametrize("copies_gib", [1, 0])
+def test_a_list_of_urls_is_fetched_once_if_there_is_room(scan, folders, serve_folder, tmp_path, reads, copies_gib):
+    expected = [entry[1:] for entry in facts_by_name(scan(**folders)).values()]
+    url, requests = serve_folder(tmp_path)
+    rows = [{"target": f"{url}/target/{name}.png", "mask": f"{url}/mask/{name}.png", "id": name} for name in NAMES]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    dataset = {"table": str(tmp_path / "list.jsonl"), "columns": {"name": "id"}}
+    scanned = scan(**dataset, copies_gib=copies_gib)
+    assert [facts[1:] for facts in facts_by_name(scanned).values()] == expected
+    assert len(requests) == 40
+    read_all(scanned)
+    assert len(requests) == (40 if copies_gib else 80)
+    reads.clear()
+    read_all(scan(**dataset, copies_gib=copies_gib))
+    assert reads == []
+
+
+def test_a_list_on_a_server_and_its_pictures(scan, folders, serve_folder, tmp_path):
+    expected = [entry[1:] for entry in facts_by_name(scan(**folders)).values()]
+    rows = [{"target": f"target/{name}.png", "mask": f"mask/{name}.png"} for name in NAMES]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    url, _ = serve_folder(tmp_path)
+    scanned = scan(table=f"{url}/list.jsonl")
+    assert [entry.item.name for entry in scanned] == [f"target/{name}" for name in NAMES]
+    assert [facts[1:] for facts in facts_by_name(scanned).values()] == expected
+    read_all(scanned)
+
+
+def test_a_picture_that_the_server_lacks_is_named(scan, serve_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("data.retry.FIRST_WAIT_SECONDS", 0.001)
+    url, _ = serve_folder(tmp_path)
+    (tmp_path / "list.jsonl").write_text(json.dumps({"target": f"{url}/nothing.png", "mask": f"{url}/m.png"}))
+    with pytest.raises(InputError, match=rf"{url}/nothing\.png: failed 8 time\(s\), at last with HTTPError: .*404"):
+        scan(table=str(tmp_path / "list.jsonl"))
