@@ -116,7 +116,10 @@ def make(folder: Path, text_dtype: str) -> None:
         pooled_width=POOLED_WIDTH,
         mask_variants=dict.fromkeys(counts, VARIANTS),
         samples=counts,
-        hole_fractions=count_hole_fractions(indexes),
+        hole_fractions={
+            name: count_hole_fractions(index for index, shard in zip(indexes, SHARDS, strict=True) if shard[1] == name)
+            for name in counts
+        },
     )
     write_manifest(folder, manifest, table)
 
