@@ -571,6 +571,10 @@ class TrainConfig(Section):
     ema_decay: Annotated[float, Field(strict=True, gt=0, lt=1)] | None = None
     """Per step, of the moving average of the weights that is kept beside them. null: none is kept."""
 
+    weights: Literal["fp32_master", "bf16_stochastic"] = "fp32_master"
+    """How full fine-tuning keeps weights and moments. fp32_master: in fp32, 16 bytes a weight with its gradient;
+    bf16_stochastic: in bf16 alone, 8 bytes, rounded up or down at random so that small updates count on average."""
+
     activation_checkpointing: Literal["auto"] | Annotated[bool, Field(strict=True)] = "auto"
     """Compute activations again in the backward pass to save memory. auto: decided at start."""
 

@@ -40,8 +40,8 @@ from data.load_encoders import Encoders, load_encoders
 from data.manifest import FORMAT_VERSION, read_shard_table, write_manifest
 from data.model_folder import encoder_fingerprints, find_model, read_part_number
 from data.plan_samples import plan_samples
-from data.preprocess_report import Waiting, open_progress, print_report
-from data.scan import delete_copies
+from data.preprocess_report import Waiting, advancing, open_progress, print_report
+from data.scan import delete_copies, scan_dataset
 from data.shard_plan import ShardPlan, plan_shards
 from data.share_plan import agree_on_plan
 from data.stored_text import text_bytes
@@ -112,7 +112,12 @@ def preprocess(config: Config, console: Console, worker: Worker = _ALONE) -> Non
     try:
         with join_crew(cache / CREW_FOLDER, job.settings) as crew, open_progress(console, worker) as progress:
             before = _manifest_stamp(cache)
-            plans = agree_on_plan(crew, partial(_make_plan, job, progress), waiting=Waiting(progress))
+            plans = agree_on_plan(
+                crew,
+                partial(_make_plan, job, progress),
+                help_planning=partial(_scan, job, progress),
+                waiting=Waiting(progress),
+            )
             backlog = Backlog(cache, plans, crew, worker)
             _encode_what_is_left(job, plans, backlog, crew, worker, progress)
             _complete(job, plans, crew, progress, before=before)
@@ -141,6 +146,13 @@ def dry_run(config: Config, console: Console, worker: Worker = _ALONE) -> None:
         print_hours(console, measure(todo, encoders, data, worker, console), worker)
 
 
+def _scan(job: Job, progress: Progress) -> None:
+    """Read the pictures that nobody has read yet; what is found is kept in the cache, for the one who plans."""
+    bar = progress.add_task("reading pictures", total=None)
+    for dataset in job.config.data.datasets:
+        scan_dataset(dataset, job.config.data, partial(progress.advance, bar))
+
+
 def _make_plan(job: Job, progress: Progress) -> list[ShardPlan]:
     return plan_shards(
         plan_samples(job.config, progress),
@@ -160,7 +172,7 @@ def _encode_what_is_left(
     data = job.config.data
     buckets = sorted({plan.bucket for plan in plans})
     bar = progress.add_task("encoding", total=backlog.num_samples)
-    backlog.advance = partial(progress.advance, bar)
+    backlog.advance = advancing(progress, bar)
     encoders: Encoders | None = None  # loaded once there is something to encode: T5 takes a minute
     waiting = Waiting(progress)
     while True:

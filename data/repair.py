@@ -20,7 +20,8 @@ from data.model_folder import find_model
 from data.preprocess import CREW_FOLDER, preprocess
 from data.shards import index_path, rebuild_index
 from data.verify import CheckedCache
-from data.verify_shard import Problem, WholeTar
+from data.verify_shard import WholeTar
+from data.verify_tar import Problem
 
 QUARANTINE = "quarantine"  # folder, and .jsonl beside it
 

@@ -40,7 +40,7 @@ def train(arguments: list[str] | None = None) -> int:
     cache = open_cache(config, model, check_shards=engine.is_main)  # VAE and text encoders did their work in data/
     order = choose_order(config, cache)  # of the samples: fixed for the run
     transformer = build_transformer(config, model, engine)  # 384 inputs; all of it trains, or an adapter
-    transformer = engine.prepare(transformer, partial(build_optimizer, train=config.train))
+    transformer = engine.prepare(transformer, partial(build_optimizer, train=config.train, seed=config.run.seed))
     ema = Ema(engine.local_slices(), config.train.ema_decay)
     state = resume(config, resume_from, engine, ema, order)
     stream = open_stream(config, engine, cache, state)
