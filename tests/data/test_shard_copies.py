@@ -93,7 +93,7 @@ def test_a_copy_is_the_shard_and_is_fetched_once(remote, tmp_path):
     assert not list(copies.folder.rglob("*.part"))
 
 
-@pytest.mark.parametrize("fault", [503, 404, "cut", "page", "flip"])
+@pytest.mark.parametrize("fault", [503, 429, "cut", "page", "flip"])
 def test_what_goes_wrong_for_a_while_is_tried_again(remote, tmp_path, no_waits, fault, caplog):
     url, server, cache = remote
     server.faults["shards/a/32x32-000001.tar"] = [fault] * 7
@@ -108,7 +108,6 @@ def test_what_goes_wrong_for_a_while_is_tried_again(remote, tmp_path, no_waits, 
     "fault, problem",
     [
         (503, "HTTPError: HTTP Error 503"),
-        (404, "HTTPError: HTTP Error 404"),
         ("cut", r"\d+ bytes, the manifest says \d+"),
         ("page", "the manifest says .*; it begins with b'<!DOCTYPE html><title>Please"),
         ("flip", "sha256 .*, the manifest says"),
@@ -126,6 +125,16 @@ def test_what_stays_wrong_is_named_with_its_url(remote, tmp_path, no_waits, faul
     with pytest.raises(InputError, match=rf"{url}/shards/a/32x32-000001\.tar: failed 8 time\(s\), .*{problem}"):
         held(copies, 1)
     assert not copies.path(1).exists()
+    assert not list(copies.folder.rglob("*.part"))
+
+
+def test_a_shard_that_the_storage_does_not_have_is_named_at_once(remote, tmp_path):
+    url, server, cache = remote
+    (cache.folder / "shards/a/32x32-000001.tar").unlink()
+    copies = copies_of(url, cache, tmp_path)
+    with pytest.raises(InputError, match=rf"{url}/shards/a/32x32-000001\.tar: the server answers 404"):
+        held(copies, 1)
+    assert server.requests["shards/a/32x32-000001.tar"] == 1
     assert not list(copies.folder.rglob("*.part"))
 
 
