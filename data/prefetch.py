@@ -1,15 +1,19 @@
 """Fetching the shards that the order comes to, ahead of the reader, and holding them until it has passed them."""
 
+import logging
 import threading
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
+from configs.errors import InputError
 from data.order import Order
 from data.shard_copies import FileHandle, ShardCopies
+
+log = logging.getLogger("fluxfill")
 
 _PARALLEL = 4  # transfers at once, in each process
 _HORIZON = 512  # batches that are looked ahead, where everything fits
@@ -21,7 +25,7 @@ class _Held:
 
     size: int
     last_batch: int
-    handle: "Future[FileHandle | None]"
+    handle: FileHandle | None = None
 
 
 class Prefetcher:
@@ -34,48 +38,54 @@ class Prefetcher:
         self._copies, self._order, self._sizes, self._part = copies, order, sizes, part
         self._budget = copies.prefetch_bytes
         self._held: dict[int, _Held] = {}
+        self._wanted: deque[int] = deque()
         self._current = start
         self._changed = threading.Condition()
         self._stop = threading.Event()
-        self._pool = ThreadPoolExecutor(_PARALLEL, thread_name_prefix="prefetch")
-        self._walker = threading.Thread(target=self._walk, args=(start,), name="prefetch-order", daemon=True)
-        self._walker.start()
+        # Daemons: a process that ends in the middle of a transfer does not wait for it.
+        self._threads = [threading.Thread(target=self._walk, args=(start,), name="prefetch-order", daemon=True)]
+        self._threads += [threading.Thread(target=self._fetch, name="prefetch", daemon=True) for _ in range(_PARALLEL)]
+        for thread in self._threads:
+            thread.start()
 
     def reached(self, batch: int) -> None:
         """The reader is at a batch: let go of what only earlier ones needed."""
         with self._changed:
             self._current = batch
             for shard in [shard for shard, held in self._held.items() if held.last_batch < batch]:
-                self._held.pop(shard).handle.cancel()
-            self._changed.notify()
+                del self._held[shard]
+            self._changed.notify_all()
 
     def close(self) -> None:
         """Stop fetching and let go of everything."""
         with self._changed:
             self._stop.set()
-            self._changed.notify()
-        self._walker.join()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
         self._held.clear()
 
     def _walk(self, start: int) -> None:
+        """Go through the order and put on the list what may be fetched."""
         for batch, shard in self._needed(start):
             size = int(self._sizes[shard])
             with self._changed:
-                self._changed.wait_for(partial(self._may_fetch, batch, size))
+                self._changed.wait_for(partial(self._may_fetch, batch, shard, size))
                 if self._stop.is_set():
                     return
-                if held := self._held.get(shard):
-                    held.last_batch = batch
+                if shard in self._held:
+                    self._held[shard].last_batch = batch
                 elif batch >= self._current:
-                    handle = self._pool.submit(self._copies.open, shard, stop=self._stop, may_exceed=False)
-                    self._held[shard] = _Held(size, batch, handle)
+                    self._held[shard] = _Held(size, batch)
+                    self._wanted.append(shard)
+                    self._changed.notify_all()
 
-    def _may_fetch(self, batch: int, size: int) -> bool:
+    def _may_fetch(self, batch: int, shard: int, size: int) -> bool:
         if self._stop.is_set() or batch <= self._current:
             return True
-        used = sum(held.size for held in self._held.values())
-        return batch < self._current + _HORIZON and used + size <= self._budget
+        if batch >= self._current + _HORIZON:
+            return False
+        return shard in self._held or sum(held.size for held in self._held.values()) + size <= self._budget
 
     def _needed(self, start: int) -> Iterator[tuple[int, int]]:
         """(batch, shard) of everything that this rank will read, endlessly."""
@@ -86,3 +96,23 @@ class Prefetcher:
             for shard in np.roll(shards, self._part.start):
                 yield batch, int(shard)
             batch += 1
+
+    def _fetch(self) -> None:
+        """Fetch what is on the list, one after the other."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._wanted or self._stop.is_set())
+                if self._stop.is_set():
+                    return
+                shard = self._wanted.popleft()
+                if shard not in self._held:
+                    continue  # the reader has passed it
+            try:
+                handle = self._copies.open(shard, stop=self._stop, may_exceed=False)
+            except InputError as error:
+                log.info("not fetched ahead: %s", error)
+                continue
+            with self._changed:
+                if shard in self._held:
+                    self._held[shard].handle = handle
+            handle = None  # else this thread's own reference would hold the copy while it waits for the next

@@ -5,6 +5,7 @@ The kernel's locks say who does what, and end with a process however it ends: wh
 exclusively, the others wait; whoever reads a copy holds it by a shared lock, and such a copy is not removed.
 """
 
+import errno
 import fcntl
 import hashlib
 import logging
@@ -102,6 +103,8 @@ class ShardCopies:
         if not (is_ours and _is_at(handle, part)):
             return True  # whoever had it has finished, or given up: look again
         try:
+            if path.exists():
+                return True  # it came between the look and the lock
             if not self._make_room(handle, int(self._table.bytes[number]), may_exceed):
                 return False
             with_retries(lambda: self._download(number, handle, url, stop), url, stop=stop)
@@ -125,13 +128,26 @@ class ShardCopies:
                 if received + len(chunk) > size:
                     raise OSError(f"more than the {size} bytes of the manifest; it begins with {head!r}")
                 digest.update(chunk)
-                _write_all(handle, chunk, received)
+                self._write(handle, chunk, received)
                 received += len(chunk)
         if received != size:
             raise OSError(f"{received} bytes, the manifest says {size}; it begins with {head!r}")
         if digest.hexdigest() != sha256:
             raise OSError(f"sha256 {digest.hexdigest()[:12]}, the manifest says {sha256[:12]}; it begins with {head!r}")
         os.fsync(handle)
+
+    def _write(self, handle: FileHandle, data: bytes, offset: int) -> None:
+        view = memoryview(data)
+        try:
+            while view:
+                written = os.pwrite(handle, view, offset)
+                view, offset = view[written:], offset + written
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise InputError(
+                f"data.local_cache {self.folder}: {error.strerror}. Free room there, or lower data.local_cache_gib."
+            ) from error
 
     def _fetch_index(self, number: int, url: str) -> None:
         """Bring a shard's index too; one that is missing or of another shard is rebuilt from the copy by its reader."""
@@ -204,12 +220,6 @@ def _remove_unheld(path: Path) -> bool:
     if not _lock(handle, fcntl.LOCK_EX):
         return False
     path.unlink(missing_ok=True)
-    index_path(path).unlink(missing_ok=True)
+    if not path.with_suffix(".tar").exists():
+        index_path(path).unlink(missing_ok=True)
     return True
-
-
-def _write_all(handle: FileHandle, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(handle, view, offset)
-        view, offset = view[written:], offset + written

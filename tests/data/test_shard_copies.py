@@ -212,6 +212,28 @@ def test_a_fetch_that_was_killed_is_taken_over(remote, tmp_path):
     assert not part.exists()
 
 
+def test_a_copy_that_came_while_its_lock_was_waited_for_is_not_fetched_again(remote, tmp_path):
+    url, server, cache = remote
+    copies = copies_of(url, cache, tmp_path)
+    held(copies, 1)
+    assert copies._fetch(1, threading.Event(), may_exceed=True)  # of one who looked before it came
+    assert server.requests["shards/a/32x32-000001.tar"] == 1
+    assert not list(copies.folder.rglob("*.part"))
+    assert copies.path(1).exists() and index_path(copies.path(1)).exists()
+
+
+def test_a_full_disk_is_named(remote, tmp_path, monkeypatch):
+    url, _, cache = remote
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.pwrite", fail)
+    with pytest.raises(InputError, match=r"data.local_cache .*node: No space left on device\. Free room there, or"):
+        held(copies_of(url, cache, tmp_path), 1)
+    assert not list((tmp_path / "node").rglob("*.part"))
+
+
 # --- room -------------------------------------------------------------------------------------------------------------
 
 
