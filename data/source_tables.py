@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from configs.errors import InputError
 from configs.schema import DatasetConfig
-from configs.urls import is_url
+from configs.urls import is_url, shown
 from data.picture_files import PictureFile
 from data.source_items import Item, is_utf8
 from data.urls import check_url
@@ -28,7 +28,7 @@ def find_tables(place: str, dataset: str) -> list[str]:
 
     Raises InputError if there is none.
     """
-    where = f"dataset {dataset}: table {place}"
+    where = f"dataset {dataset}: table {shown(place)}"
     path = Path(place)
     if is_url(place) or path.is_file():
         if not place.partition("?")[0].endswith((".jsonl", *_NEEDS_PYARROW)):
@@ -95,13 +95,13 @@ def list_table(
             problems.append(str(error))
     if "caption" in columns.model_fields_set and columns.caption not in seen:
         problems.append(
-            f"{table}: no row has the column {columns.caption}, but {', '.join(sorted(seen))}. Correct "
+            f"{shown(table)}: no row has the column {columns.caption}, but {', '.join(sorted(seen))}. Correct "
             "data.datasets.*.columns.caption."
         )
     if problems:
         raise InputError("\n".join(problems))
     if not items:
-        raise InputError(f"{table}: holds no row. Correct data.datasets.*.table.")
+        raise InputError(f"{shown(table)}: holds no row. Correct data.datasets.*.table.")
     return items
 
 
@@ -163,9 +163,9 @@ def _read_rows(table: str, file: Path) -> Iterator[tuple[int, str, dict[str, Any
         else:
             yield from _read_with_pyarrow(table, file)
     except UnicodeDecodeError as error:
-        raise InputError(f"{table}: not UTF-8 text ({error}). Save it as UTF-8.") from error
+        raise InputError(f"{shown(table)}: not UTF-8 text ({error}). Save it as UTF-8.") from error
     except OSError as error:
-        raise InputError(f"{table}: cannot be read ({error}). Restore the file or its permissions.") from error
+        raise InputError(f"{shown(table)}: cannot be read ({error}). Restore the file or its permissions.") from error
 
 
 def _read_jsonl(table: str, file: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
@@ -173,7 +173,7 @@ def _read_jsonl(table: str, file: Path) -> Iterator[tuple[int, str, dict[str, An
         for number, line in enumerate(lines):
             if not line.strip():
                 continue
-            where = f"{table}, line {number + 1}"
+            where = f"{shown(table)}, line {number + 1}"
             try:
                 row = json.loads(line)
             except ValueError as error:
@@ -186,7 +186,7 @@ def _read_jsonl(table: str, file: Path) -> Iterator[tuple[int, str, dict[str, An
 def _read_csv(table: str, file: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
     with file.open(encoding="utf-8-sig", newline="") as lines:
         for number, row in enumerate(csv.DictReader(lines)):
-            yield number, f"{table}, row {number + 1}", _with_file_names(row)
+            yield number, f"{shown(table)}, row {number + 1}", _with_file_names(row)
 
 
 def _with_file_names(row: dict[str, Any]) -> dict[str, Any]:
@@ -204,8 +204,8 @@ def _read_with_pyarrow(table: str, file: Path) -> Iterator[tuple[int, str, dict[
         from pyarrow import parquet
     except ImportError as error:
         raise InputError(
-            f"{table}: .parquet and .arrow need pyarrow ({error}). Run `pip install 'fluxfill[parquet]'`, or write the "
-            "list as .jsonl."
+            f"{shown(table)}: .parquet and .arrow need pyarrow ({error}). Run `pip install 'fluxfill[parquet]'`, "
+            "or write the list as .jsonl."
         ) from error
     try:
         if table.partition("?")[0].endswith(".parquet"):
@@ -215,10 +215,10 @@ def _read_with_pyarrow(table: str, file: Path) -> Iterator[tuple[int, str, dict[
         number = 0
         for batch in batches:
             for row in batch.to_pylist():
-                yield number, f"{table}, row {number + 1}", row
+                yield number, f"{shown(table)}, row {number + 1}", row
                 number += 1
     except pa.ArrowException as error:
-        raise InputError(f"{table}: damaged ({error}). Fetch or write it anew.") from error
+        raise InputError(f"{shown(table)}: damaged ({error}). Fetch or write it anew.") from error
 
 
 def _arrow_batches(pa, file: Path) -> Iterator[Any]:

@@ -372,9 +372,10 @@ def test_a_list_on_a_server_and_its_pictures(scan, folders, serve_folder, tmp_pa
     read_all(scanned)
 
 
-def test_a_picture_that_the_server_lacks_is_named(scan, serve_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("data.retry.FIRST_WAIT_SECONDS", 0.001)
-    url, _ = serve_folder(tmp_path)
-    (tmp_path / "list.jsonl").write_text(json.dumps({"target": f"{url}/nothing.png", "mask": f"{url}/m.png"}))
-    with pytest.raises(InputError, match=rf"{url}/nothing\.png: failed 8 time\(s\), at last with HTTPError: .*404"):
+def test_a_picture_that_the_server_lacks_is_named_at_once_and_no_token(scan, serve_folder, tmp_path):
+    url, requests = serve_folder(tmp_path)
+    row = {"target": f"{url}/nothing.png?token=secret", "mask": f"{url}/m.png"}
+    (tmp_path / "list.jsonl").write_text(json.dumps(row))
+    with pytest.raises(InputError, match=rf"^{url}/nothing\.png: the server answers 404 Not Found\. Correct the URL"):
         scan(table=str(tmp_path / "list.jsonl"))
+    assert len(requests) == 1
