@@ -21,6 +21,7 @@ ZERO3 = ("zero3", "zero3-offload")
 # The values of each key, those first that are offered first in the place of one that does not work. Keys too are in
 # that order: another optimizer is a smaller change than another engine, and far smaller than another method.
 CHOICES: dict[str, tuple[str, ...]] = {
+    "compile": ("off", "regional"),
     "optimizer": ("adamw8bit", "adamw", "adafactor", "prodigy"),
     "engine": ("fsdp2", "ddp", "zero2", "hsdp", "zero1", "zero3", "fsdp2-offload", "zero3-offload", "single"),
     "precision": ("int8", "nf4", "bf16", "fp8", "fp32", "auto"),
@@ -28,6 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "method": ("lora", "dora", "lokr", "full"),
 }
 KEYS = {
+    "compile": "train.compile",
     "optimizer": "train.optimizer",
     "engine": "parallel.engine",
     "precision": "model.precision",
@@ -45,6 +47,7 @@ class Combination:
     optimizer: str
     engine: str
     weights: str = "fp32_master"
+    compile: str = "off"
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,10 @@ REFUSED: tuple[Rule, ...] = (
     Rule(
         {"weights": ("bf16_stochastic",), "engine": ZERO},
         "DeepSpeed keeps weights in fp32 beside those in bf16",
+    ),
+    Rule(
+        {"compile": ("regional",), "engine": (*FSDP, *ZERO)},
+        "a compiled block met another graph when it was computed again from shards (tried with torch 2.13)",
     ),
 )
 
@@ -152,7 +159,9 @@ class Refusal:
 def combination_of(config: Config, engine: str) -> Combination:
     """What a config combines under an engine that is decided."""
     train = config.train
-    return Combination(config.method.type, config.model.precision, train.optimizer, engine, train.weights)
+    return Combination(
+        config.method.type, config.model.precision, train.optimizer, engine, train.weights, train.compile
+    )
 
 
 def refuse(combination: Combination) -> Refusal | None:

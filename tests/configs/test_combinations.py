@@ -34,7 +34,7 @@ def test_the_rules_know_every_word_of_the_schema() -> None:
     assert set(CHOICES["precision"]) == set(get_args(ModelConfig.model_fields["precision"].annotation))
     engines = set(get_args(ParallelConfig.model_fields["engine"].annotation))
     assert set(CHOICES["engine"]) == engines - {"auto"}
-    for key in ("optimizer", "weights"):
+    for key in ("optimizer", "weights", "compile"):
         assert set(CHOICES[key]) == set(get_args(TrainConfig.model_fields[key].annotation))
     methods = {
         section.model_fields["type"].annotation for section in get_args(Config.model_fields["method"].annotation)
