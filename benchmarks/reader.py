@@ -31,8 +31,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from webdataset import TarWriter, WebDataset
 
+from data.cache import Cache
 from data.geometry import Bucket
-from data.manifest import FORMAT_VERSION, TRAIN, Cache, Manifest, ShardTable
+from data.manifest import FORMAT_VERSION, TRAIN, Manifest, ShardTable
 from data.order import ORDER_VERSION, Order, OrderSettings, hash_shards
 from data.reader import BatchStream
 from data.shards import SampleTensors, ShardWriter

@@ -18,7 +18,6 @@ import os
 import secrets
 import socket
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +28,8 @@ from data.atomic_write import write_text_atomically
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 180.0  # above heartbeat, an NFS client's 60 s of cached times, and some patience with a busy server
+
+_FOLDERS = ("workers", "claims", "failed")
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Crew:
     def _write(self) -> None:
         for attempt in range(10):
             try:
-                for name in ("workers", "claims", "failed"):
+                for name in _FOLDERS:
                     (self.folder / name).mkdir(parents=True, exist_ok=True)
                 return write_text_atomically(self._file, json.dumps(asdict(self._me)))
             except FileNotFoundError:  # a member that takes itself for the last one clears up just now
@@ -83,8 +84,10 @@ class Crew:
 
     def others(self) -> list[Member]:
         """The other members that are alive."""
-        now = self.touch()
-        tokens = [file.stem for file in (self.folder / "workers").glob("*.json")]
+        return self._others(self.touch())
+
+    def _others(self, now: int) -> list[Member]:
+        tokens = [name.removesuffix(".json") for name in _names_in(self.folder / "workers") if name.endswith(".json")]
         found = (self._living(token, now) for token in tokens if token != self.token)
         return [member for member in found if member]
 
@@ -192,21 +195,21 @@ class Crew:
 
     def leave(self) -> None:
         """Give everything back; the last one alive clears up behind all of them."""
-        living = {member.token for member in self.others()}
+        now = self.touch()
         self._file.unlink(missing_ok=True)
         for name in _names_in(self.folder / "claims"):
-            if name.rpartition("@")[2] not in living:
+            token = name.rpartition("@")[2]
+            if token == self.token or not self._living(token, now):
                 (self.folder / "claims" / name).unlink(missing_ok=True)
-        if living:
+        if self._others(now):  # looked up after one's own end: of two that leave together, one at least is the last
             return
         # Files one by one, folders only if they are empty: what a member that joins just now has written stays.
-        now = time.time_ns()
-        for file in (self.folder / "workers").glob("*.json"):
-            if not self._living(file.stem, now):
-                file.unlink(missing_ok=True)
-        for file in [*self.folder.glob("plan-*"), *self.folder.rglob("*.part"), *(self.folder / "failed").glob("*")]:
-            file.unlink(missing_ok=True)
-        for folder in [self.folder / "workers", self.folder / "claims", self.folder / "failed", self.folder]:
+        for folder in [*(self.folder / name for name in _FOLDERS), self.folder]:
+            for name in _names_in(folder):
+                owner = name.removesuffix(".json").rpartition("@")[2]
+                if folder.name not in ("workers", "claims") or not self._living(owner, now):
+                    with suppress(OSError):  # a folder, or gone with another that clears up
+                        (folder / name).unlink()
             with suppress(OSError):
                 folder.rmdir()
 

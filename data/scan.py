@@ -1,12 +1,14 @@
 """What planning has to know of every picture: the hash of its bytes, its size, and of masks their levels.
 
-A picture is read once, by threads, and what was found is kept in <cache>/scan, so that the next run reads only what is
-new. Items are dealt to units (a tar, or some hundred files) whose results are a file each, named by a hash of all that
-they hang on: names, and size and times of files, or what a storage says of its objects.
+A picture is read once, by threads, and what was found is kept in <cache>/scan, so that the next run, and the other
+workers of a job, read only what is new. Items are dealt to units (a tar, or some hundred files) whose results are a
+file each, named by a hash of all that they hang on: names, and size and times of files, or what a storage says of its
+objects. Processes that scan at the same time take the units in orders of their own and take over what others finished.
 The URLs of a list of pictures are taken for what they were at first: delete <cache>/scan when what they name changed.
 """
 
 import os
+import random
 import secrets
 import threading
 import time
@@ -25,7 +27,7 @@ import xxhash
 
 from configs.errors import InputError
 from configs.schema import DataConfig, DatasetConfig
-from configs.urls import is_url, shown
+from configs.urls import is_url
 from data.atomic_write import write_atomically
 from data.mask_recipe import recipe_of
 from data.picture_files import PictureFile
@@ -74,6 +76,7 @@ def scan_dataset(dataset: DatasetConfig, data: DataConfig, advance: Callable[[in
         advance(len(scanned))
         return scanned
 
+    random.shuffle(units)  # else one that catches up with another would go on in step with it, unit by unit
     with ThreadPoolExecutor(_UNIT_THREADS) as pool, scanner.picture_pool:
         outcomes = list(pool.map(run, units))
     problems = sorted(line for outcome in outcomes if isinstance(outcome, str) for line in outcome.splitlines())
@@ -122,8 +125,8 @@ class _Scanner:
         self.dataset = dataset
         self.max_megapixels = data.max_megapixels
         self.masks = not recipe_of(dataset).shares  # whether the dataset has its own
-        self.results = ScanResults(data.cache, dataset.name)
-        self.copies = Copies(_copies_folder(data.cache), int(data.copies_gib * 2**30))
+        self.results = ScanResults(data.cache_folder, dataset.name)
+        self.copies = Copies(_copies_folder(data.cache_folder), int(data.copies_gib * 2**30))
         self.picture_pool = ThreadPoolExecutor(_PICTURE_THREADS)
 
     # --- listing ---
@@ -257,7 +260,7 @@ def _stamp_of(place: str) -> str:
     """What changes when a file changes."""
     if is_url(place):
         # Of a storage that tells nothing, what is found is good for this once.
-        return with_retries(lambda: url_stamp(place), shown(place)) or secrets.token_hex(8)
+        return with_retries(lambda: url_stamp(place), place) or secrets.token_hex(8)
     try:
         status = os.stat(place)
     except OSError:

@@ -166,7 +166,13 @@ def load_tensors(folder: Path, engine: Engine, ema: Ema, saved_by: dict) -> None
         raise InputError(f"{folder}: holds no moving average. Set train.ema_decay=null, or start a new run.")
     for part in slices:
         count = part.weight.numel()
-        part.weight.copy_(files.read("weight", part.name, part.start, count))
+        weight = files.read("weight", part.name, part.start, count)
+        if count and weight.dtype != part.weight.dtype:
+            raise InputError(
+                f"{folder}: holds weights in {weight.dtype}, this run trains them in {part.weight.dtype}. "
+                "train.weights must stay as it was, or start a new run."
+            )
+        part.weight.copy_(weight)
         for key, moment in part.moments.items():
             moment.copy_(files.read(key, part.name, part.start, count))
         if ema.averages:

@@ -2,7 +2,8 @@
 
 Each rank writes one safetensors file with the slices that it owns; index.json says which file holds which elements. A
 reader asks for any range of any tensor, so a run saved by eight ranks of FSDP goes on under ZeRO on three.  No pickle.
-    weight/<parameter>, <moment>/<parameter>, ema/<parameter>    fp32, elements [start, stop) of the flattened parameter
+    weight/<parameter>, <moment>/<parameter>    elements [start, stop) of the flattened parameter, fp32 or bf16
+    ema/<parameter>                             likewise, fp32
     state/<layout-bound name>                                    8-bit moments and the like: read by the rank that wrote
 """
 
