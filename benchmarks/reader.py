@@ -119,7 +119,7 @@ def write_cache(folder: Path, side: int, num_samples: int) -> Cache:
         pooled_width=POOLED_WIDTH,
         mask_variants={"photos": 1},
         samples={},
-        hole_fractions=[0] * 10,
+        hole_fractions={},
     )
     return Cache(folder, manifest, table)
 

@@ -148,23 +148,23 @@ class Crew:
 
     def holder(self, what: str) -> Member | None:
         """The living other that claims something."""
-        return next(self._holders(f"{what}@"), None)
+        return next((member for _, member in self._claims(f"{what}@")), None)
 
-    def others_claim(self, prefix: str) -> bool:
-        """Whether a living other has anything whose name begins so."""
-        return any(self._holders(prefix))
+    def held(self, prefix: str) -> set[str]:
+        """What living others have, of all whose names begin so."""
+        return {what for what, _ in self._claims(prefix)}
 
-    def _holders(self, prefix: str) -> Iterator[Member]:
-        """Living others with a claim whose file begins so. Deletes the claims of the dead."""
-        now = None
-        for name in _names_in(self.folder / "claims"):
-            token = name.rpartition("@")[2]
-            if not name.startswith(prefix) or token == self.token:
-                continue
-            now = now or self.touch()
-            if member := self._living(token, now):
-                yield member
-            else:
+    def _claims(self, prefix: str) -> Iterator[tuple[str, Member]]:
+        """(what, who) of the claims of living others whose files begin so. Deletes the claims of the dead."""
+        names = [name for name in _names_in(self.folder / "claims") if name.startswith(prefix)]
+        owners = {name.rpartition("@")[2] for name in names} - {self.token}
+        now = self.touch() if owners else 0
+        members = {token: self._living(token, now) for token in owners}
+        for name in names:
+            what, _, token = name.rpartition("@")
+            if token in members and (member := members[token]):
+                yield what, member
+            elif token in members:
                 (self.folder / "claims" / name).unlink(missing_ok=True)
 
     def holds(self, what: str) -> bool:

@@ -28,7 +28,7 @@ from rich.progress import Progress
 from configs.errors import InputError
 from configs.loading import load_config
 from configs.schema import Config
-from data.backlog import Backlog, read_finished
+from data.backlog import SHARD_CLAIMS, Backlog, read_finished_of
 from data.cache_head import delete_unplanned, describe_cache, is_current
 from data.constants import constants_are_there, write_constants
 from data.crew import Crew, join_crew
@@ -49,7 +49,7 @@ from data.validation_items import choose_validation_items, write_validation_item
 from data.which_worker import Worker, which_worker
 
 CREW_FOLDER = "crew"  # in the cache, while somebody works on it
-_CONSTANTS, _HEAD, _SHARD_CLAIMS = "constants", "head", "shards."  # what can be claimed
+_CONSTANTS, _HEAD = "constants", "head"  # what can be claimed, besides shards
 
 _ALONE = Worker()
 
@@ -138,7 +138,8 @@ def dry_run(config: Config, console: Console, worker: Worker = _ALONE) -> None:
     job = Job(config, model, encoder_fingerprints(model))
     with open_progress(console, worker) as progress:
         plans = _make_plan(job, progress)
-    todo = [plan for plan in plans if read_finished(data.cache_folder, plan) is None]
+    finished = read_finished_of(data.cache_folder, plans)
+    todo = [plan for plan, index in zip(plans, finished, strict=True) if index is None]
     print_counts(console, data.cache_folder, plans, todo)
     print_bytes(console, bytes_by_part(plans, text_bytes=job.text_bytes))
     if todo:
@@ -207,7 +208,7 @@ def _complete(
     while _manifest_stamp(cache) in (None, before):
         # Who is still at a shard took it for unfinished: it will see that it is not, or write the same bytes again.
         if crew.claim(_HEAD):
-            if not crew.others_claim(_SHARD_CLAIMS):
+            if not crew.held(SHARD_CLAIMS):
                 return _write_head(job, plans, progress)
             crew.release(_HEAD)
         waiting(f"{crew.holder(_HEAD) or 'another worker'}, which completes the cache")
@@ -224,7 +225,7 @@ def _manifest_stamp(cache: Path) -> tuple[int, int] | None:
 
 def _write_head(job: Job, plans: Sequence[ShardPlan], progress: Progress) -> None:
     cache, config = job.config.data.cache_folder, job.config
-    indexes = [index for plan in plans if (index := read_finished(cache, plan))]
+    indexes = [index for index in read_finished_of(cache, plans) if index]
     if len(indexes) < len(plans):
         raise RuntimeError(f"{cache}: shards that were just written are gone")
     head = describe_cache(config, job.model, job.encoders, plans, indexes)

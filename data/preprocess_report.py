@@ -93,10 +93,9 @@ def print_report(console: Console, cache: Path, table: ShardTable, worker: Worke
     """The finished cache, once for all that share a terminal, and what this worker did for it."""
     if worker.rank == 0:
         console.print(_summarise(cache, table))
-    who = f"{worker}: " if worker.count > 1 else ""
-    rest = "others were there already, or made by others" if worker.count > 1 else "others were there already"
+    by_whom = f"by {worker}" if worker.count > 1 else "the others were there already"
     total = int(table.samples.sum())
-    console.print(f"{who}{num_encoded} of {total} samples were encoded now, the {rest}.", highlight=False)
+    console.print(f"{num_encoded} of {total} samples were encoded now, {by_whom}.", highlight=False, soft_wrap=True)
 
 
 def _summarise(cache: Path, table: ShardTable) -> Table:

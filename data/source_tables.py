@@ -65,32 +65,37 @@ def list_table(
     wanted = {"target": columns.target} | ({"mask": columns.mask} if masks else {})
     if columns.source is not None:
         wanted["source"] = columns.source
+    stem = str(PurePosixPath(_below(table, below)).with_suffix(""))
+
+    def find_picture(cell: object, where: str, number: int) -> PictureFile:
+        if (inside := _picture_inside(cell)) is None:
+            return PictureFile(_resolve(table, cell, where))
+        data, suffix = inside
+        offset = packed.tell()
+        packed.write(data)
+        return PictureFile(str(pack), offset, len(data), f"{stem}/{number:08d}{suffix}")
+
+    def read_row(number: int, where: str, row: dict[str, Any]) -> Item:
+        for role, column in wanted.items():
+            if row.get(column) is None:
+                raise InputError(
+                    f"{where}: no {column}, but {', '.join(sorted(row)) or 'nothing'}. Add it, or correct "
+                    f"data.datasets.*.columns.{role}."
+                )
+        caption = row.get(columns.caption)
+        if not isinstance(caption, str | None):
+            raise InputError(f"{where}: {columns.caption} is {caption!r:.60}, no text. Correct it.")
+        files = {role: find_picture(row[column], f"{where}, {column}", number) for role, column in wanted.items()}
+        name = _name(row, columns.name, files["target"], below, where)
+        return Item(name, files["target"], files.get("mask"), files.get("source"), caption)
+
     items: list[Item] = []
     problems: list[str] = []
     seen: set[str] = set()
     for number, where, row in _read_rows(table, file):
         seen |= row.keys()
         try:
-            pictures = {}
-            for role, column in wanted.items():
-                if row.get(column) is None:
-                    raise InputError(
-                        f"{where}: no {column}, but {', '.join(sorted(row)) or 'nothing'}. Add it, or correct "
-                        f"data.datasets.*.columns.{role}."
-                    )
-                inside = _picture_inside(row[column])
-                if inside is None:
-                    pictures[role] = PictureFile(_resolve(table, row[column], f"{where}, {column}"))
-                else:
-                    bytes_, suffix = inside
-                    member = f"{_stem(table)}/{number:08d}{suffix}"
-                    pictures[role] = PictureFile(str(pack), packed.tell(), len(bytes_), member)
-                    packed.write(bytes_)
-            name = _name(row, columns.name, pictures["target"], below, where)
-            caption = row.get(columns.caption)
-            if not isinstance(caption, str | None):
-                raise InputError(f"{where}: {columns.caption} is {caption!r:.60}, no text. Correct it.")
-            items.append(Item(name, pictures["target"], pictures.get("mask"), pictures.get("source"), caption))
+            items.append(read_row(number, where, row))
         except InputError as error:
             problems.append(str(error))
     if "caption" in columns.model_fields_set and columns.caption not in seen:
@@ -105,8 +110,9 @@ def list_table(
     return items
 
 
-def _stem(table: str) -> str:
-    return table.partition("?")[0].rpartition("/")[2].partition(".")[0]
+def _below(place: str, folder: str) -> str:
+    """A path or URL, without query, as it is called from a folder above it."""
+    return place.partition("?")[0].removeprefix(f"{folder}/")
 
 
 def _name(row: dict[str, Any], column: str | None, target: PictureFile, below: str, where: str) -> str:
@@ -122,7 +128,7 @@ def _name(row: dict[str, Any], column: str | None, target: PictureFile, below: s
         parts = urlsplit(target.place)
         path = f"{parts.netloc}{parts.path}"  # without the query, which may hold a token
     else:
-        path = target.place.partition("?")[0].removeprefix(f"{below}/")
+        path = _below(target.place, below)
     return str(PurePosixPath(path).with_suffix(""))
 
 

@@ -171,7 +171,13 @@ def _cache_folder(place: str) -> Path:
     if Path(place).is_dir():
         return Path(place)
     if Path(place).suffix in {".yaml", ".yml"}:
-        return load_config(place, []).data.cache_folder
+        cache = load_config(place, []).data.cache
+        if isinstance(cache, Path):
+            return cache
+        raise InputError(
+            f"{place}: data.cache is {cache}. Give the folder that was copied there, or a copy of it; what training "
+            "fetches from a URL is checked as it comes."
+        )
     raise InputError(f"{place}: neither a folder nor a config (.yaml). Give the cache's folder, or the config of it.")
 
 

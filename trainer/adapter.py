@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from configs.errors import InputError
 from configs.schema import DoraConfig, LokrConfig, LoraConfig
 from trainer.dora import start_at_base, use_row_lengths
+from trainer.file_mode import give_usual_mode
 from trainer.lokr import (
     file_settings,
     lokr_misfits,
@@ -287,6 +288,7 @@ def save_adapter(
         transformer_lora_adapter_metadata=settings,
         weight_name=WEIGHTS_NAME,
     )
+    give_usual_mode(folder)
 
 
 def is_lokr(transformer: FluxTransformer2DModel) -> bool:

@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -63,7 +63,8 @@ class LocalSlice:
 
     name: the parameter.  start: of the part, in the flattened parameter.  numel: of the whole parameter.
     weight: [n], fp32, or bf16 by train.weights; a view: writing to it changes the weight the optimizer works on (then
-    call `engine.loaded`).  moments: the optimizer's state of the same elements, in the same dtype, views too.  owned:
+    call `engine.loaded`).  moments: the optimizer's state of the same elements, in the same dtype, views too.
+    of, at: the tensor among `engine.optimizer_states` that holds the part, and where in it the part begins.  owned:
     this rank writes it to checkpoints (the other ranks that hold the same part do not).
     """
 
@@ -71,7 +72,9 @@ class LocalSlice:
     start: int
     numel: int
     weight: Tensor
-    moments: dict[str, Tensor] = field(default_factory=dict)
+    moments: dict[str, Tensor]
+    of: str
+    at: int = 0
     owned: bool = True
 
 
@@ -274,7 +277,7 @@ class Engine:
         for (name, parameter), owner in zip(trained_parameters(self.plain_transformer).items(), owners, strict=True):
             moments = {key: moment.view(-1) for key, moment in movable(self._optimizer.state[parameter], parameter)}
             weight = parameter.detach().view(-1)
-            slices.append(LocalSlice(name, 0, parameter.numel(), weight, moments, owned=owner == self.rank))
+            slices.append(LocalSlice(name, 0, parameter.numel(), weight, moments, of=name, owned=owner == self.rank))
         return slices
 
     @property
@@ -428,7 +431,7 @@ class FsdpEngine(Engine):
             state = self._optimizer.state.get(self._shards[parameter], {})
             moments = {key: moment.view(-1) for key, moment in movable(state, local)}
             owned = mesh.ndim == 1 or mesh.get_local_rank(0) == 0
-            slices.append(LocalSlice(name, start, parameter.numel(), local.view(-1), moments, owned=owned))
+            slices.append(LocalSlice(name, start, parameter.numel(), local.view(-1), moments, of=name, owned=owned))
         return slices
 
     def optimizer_states(self) -> list[tuple[str, Tensor, dict]]:
@@ -557,6 +560,8 @@ class ZeroEngine(Engine):
             numel,
             flat.detach().narrow(0, offset, count),
             {key: moment.narrow(0, offset, count) for key, moment in moments},
+            of=_partition_name(group),
+            at=offset,
         )
 
     @property
@@ -566,7 +571,7 @@ class ZeroEngine(Engine):
 
     def optimizer_states(self) -> list[tuple[str, Tensor, dict]]:
         states = self._transformer.optimizer.optimizer.state
-        return [(f"partition {number}", flat, states[flat]) for number, flat in enumerate(self._partitions())]
+        return [(_partition_name(number), flat, states[flat]) for number, flat in enumerate(self._partitions())]
 
     @property
     def state_layout(self) -> str:
@@ -616,6 +621,10 @@ def _spread(sizes: list[int], parts: int) -> list[int]:
         owners.append(min(parts - 1, (before + size // 2) * parts // total))
         before += size
     return owners
+
+
+def _partition_name(number: int) -> str:
+    return f"partition {number}"
 
 
 def _span(address) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from data.model_folder import PARTS
 from trainer.adapter import ADAPTER, WEIGHTS_NAME, adapter_tensors, is_lokr, prepare_layers
+from trainer.file_mode import give_usual_mode
 
 log = logging.getLogger("fluxfill")
 
@@ -101,6 +102,7 @@ def export_model(
     exported.save_config(part)
     shapes = {name: tensor.shape for name, tensor in exported.state_dict().items()}
     _write_weights(part, plan_files(shapes, dtype, file_bytes), shapes, weights, dtype)
+    give_usual_mode(part)
     for name in PARTS:
         if name != "transformer":
             shutil.copytree(model / name, temporary / name, copy_function=_link_or_copy)

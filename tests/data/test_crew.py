@@ -57,10 +57,10 @@ def test_a_claim_is_kept_until_it_is_released(folder):
         assert other.claim("a"), "not the same thing"
         assert other.claim("a.b-2")
         assert str(other.holder("a.b")) == f"process {os.getpid()} on {socket.gethostname()}"
-        assert other.others_claim("a.")
+        assert other.held("a.") == {"a.b"}
         one.release("a.b")
         assert other.claim("a.b")
-        assert not other.others_claim("a.")
+        assert other.held("a.") == set()
 
 
 def test_however_they_leave_the_last_one_clears_up(folder):

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load
 from webdataset import WebDataset
 
+from data.cache import Cache
 from data.cache_statistics import count_cache
-from data.manifest import Cache, parse_bucket, read_manifest, read_shard_table
+from data.manifest import parse_bucket, read_manifest, read_shard_table
 from data.order import Order, OrderSettings, hash_shards
 from data.reader import BatchStream
 from data.row_filler import RowPolicy

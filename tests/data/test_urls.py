@@ -101,6 +101,16 @@ def test_a_missing_object_of_a_bucket_is_final(monkeypatch):
             call()
 
 
+def test_a_driver_that_is_missing_is_named_by_every_call(monkeypatch):
+    def fail(*_):
+        raise ImportError("Install gcsfs to access GCS")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", fail)
+    for call in (lambda: read_range("gs://a/b", 0, 1), lambda: url_stamp("gs://a/b")):
+        with pytest.raises(InputError, match=r"gs://a/b: .*Install gcsfs.* Run `pip install 'fluxfill\[gcs\]'`"):
+            call()
+
+
 @pytest.mark.parametrize("call", [lambda url: read_range(url, 0, 1), url_stamp])
 def test_no_way_to_a_scheme_that_is_not_allowed(call):
     with pytest.raises(InputError, match="only https://, s3://, gs:// are read"):

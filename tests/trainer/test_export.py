@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import FluxFillPipeline
+from diffusers import FluxFillPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 from configs.schema import LoraConfig
@@ -69,7 +69,7 @@ def test_a_large_model_is_written_in_several_files(tiny_model, tmp_path, dtype):
     files = sorted((folder / "transformer").glob("*.safetensors"))
     assert len(files) > 3 and files[0].name == f"diffusion_pytorch_model-00001-of-{len(files):05d}.safetensors"
     assert all(file.stat().st_size < limit + 50_000 for file in files)
-    reloaded = FluxFillPipeline.from_pretrained(folder, torch_dtype=dtype).transformer
+    reloaded = FluxTransformer2DModel.from_pretrained(folder, subfolder="transformer", dtype=dtype)
     assert all(torch.equal(reloaded.get_parameter(n), p.to(dtype)) for n, p in transformer.named_parameters())
     verify_model(transformer, folder, weights=transformer.named_parameters(), dtype=dtype)
     change_one_number(files[1], 0.123)
@@ -119,6 +119,16 @@ def test_the_other_parts_are_the_bases_files(tiny_model, exported):
         assert files
         assert all((exported / file).read_bytes() == (tiny_model / file).read_bytes() for file in files)
     assert {path.name for path in exported.iterdir()} == {path.name for path in tiny_model.iterdir()}
+
+
+def test_others_may_read_an_export_as_they_may_any_file(tiny_model, exported, tmp_path):
+    """safetensors makes files that only their owner may read."""
+    (tmp_path / "usual").touch()
+    transformer = load_transformer(tiny_model, dtype=torch.float32)
+    add_adapter(transformer, LoraConfig(type="lora", rank=2), expanded=False, seed=0)
+    save_adapter(transformer, tmp_path / "adapter")
+    for path in (exported / WEIGHTS, tmp_path / "adapter" / WEIGHTS_NAME):
+        assert path.stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
 def test_large_parts_are_hard_links_and_symbolic_ones_are_followed(tiny_model, tmp_path):
