@@ -3,6 +3,8 @@
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from configs.errors import InputError
@@ -12,6 +14,9 @@ from data.shards import ShardIndex, index_path, read_index
 from data.which_worker import Worker
 
 _LOOK_SECONDS = 20.0
+_READ_THREADS = 16
+
+SHARD_CLAIMS = "shards."  # what the names of their claims begin with
 
 
 def read_finished(cache: Path, plan: ShardPlan) -> ShardIndex | None:
@@ -25,6 +30,12 @@ def read_finished(cache: Path, plan: ShardPlan) -> ShardIndex | None:
     return index if whole else None
 
 
+def read_finished_of(cache: Path, plans: Sequence[ShardPlan]) -> list[ShardIndex | None]:
+    """`read_finished` of each, by threads: on a network's filesystem it is all waiting."""
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        return list(pool.map(partial(read_finished, cache), plans))
+
+
 class Backlog:
     """What is left, dealt by claims: whichever worker comes first takes a shard, so that a slow, late or dead one holds
     nobody up. Each begins at a place of its own, which keeps them out of each other's way.
@@ -33,7 +44,8 @@ class Backlog:
     """
 
     def __init__(self, cache: Path, plans: Sequence[ShardPlan], crew: Crew, worker: Worker) -> None:
-        unfinished = [plan for plan in plans if read_finished(cache, plan) is None]
+        indexes = read_finished_of(cache, plans)
+        unfinished = [plan for plan, index in zip(plans, indexes, strict=True) if index is None]
         first = len(unfinished) * worker.index // worker.count
         self.remaining = {plan.path: plan for plan in [*unfinished[first:], *unfinished[:first]]}
         self.num_samples = sum(len(plan.samples) for plan in unfinished)
@@ -49,9 +61,11 @@ class Backlog:
 
     def claim_shards(self) -> Iterator[ShardPlan]:
         """One pass over what is left: every shard that no living worker has, claimed when it is asked for."""
+        held = self._crew.held(SHARD_CLAIMS)  # as of now; to ask for each again would be thousands of requests
         for plan in list(self.remaining.values()):
             self._look_around()
-            if plan.path in self.remaining and plan.path not in self._in_work and self._claim(plan):
+            free = plan.path in self.remaining and plan.path not in self._in_work and _claim_name(plan) not in held
+            if free and self._claim(plan):
                 yield plan
 
     def _claim(self, plan: ShardPlan) -> bool:

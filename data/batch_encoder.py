@@ -68,6 +68,11 @@ class BatchEncoder:
             torch.cuda.synchronize(device)  # the weights were put there on another stream
         self._streams = [torch.cuda.Stream(device) for device in devices]
 
+    def own_thread(self) -> None:
+        """For a thread that does nothing else: its GPU is the VAE's. Else each would open the first GPU too."""
+        if self._vae.device.type == "cuda":
+            torch.cuda.set_device(self._vae.device)
+
     def encode(
         self, samples: Sequence[PlannedSample], pixels: Sequence[Pixels], *, with_text: Sequence[bool]
     ) -> EncodedBatch:
@@ -79,7 +84,7 @@ class BatchEncoder:
             with ExitStack() as streams:
                 for stream in self._streams:
                     streams.enter_context(torch.cuda.stream(stream))
-                batch = collate_pixels([[each] for each in pixels], pin=self._vae.device.type == "cuda")
+                batch = collate_pixels([[each] for each in pixels], device=self._vae.device)
                 encoded = encode_pixels(self._vae, batch)
                 latents, masked_latents = encoded.latents, encoded.masked_latents[0]
                 return EncodedBatch(

@@ -18,7 +18,6 @@ import os
 import secrets
 import socket
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +28,8 @@ from data.atomic_write import write_text_atomically
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 180.0  # above heartbeat, an NFS client's 60 s of cached times, and some patience with a busy server
+
+_FOLDERS = ("workers", "claims", "failed")
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Crew:
     def _write(self) -> None:
         for attempt in range(10):
             try:
-                for name in ("workers", "claims", "failed"):
+                for name in _FOLDERS:
                     (self.folder / name).mkdir(parents=True, exist_ok=True)
                 return write_text_atomically(self._file, json.dumps(asdict(self._me)))
             except FileNotFoundError:  # a member that takes itself for the last one clears up just now
@@ -83,8 +84,10 @@ class Crew:
 
     def others(self) -> list[Member]:
         """The other members that are alive."""
-        now = self.touch()
-        tokens = [file.stem for file in (self.folder / "workers").glob("*.json")]
+        return self._others(self.touch())
+
+    def _others(self, now: int) -> list[Member]:
+        tokens = [name.removesuffix(".json") for name in _names_in(self.folder / "workers") if name.endswith(".json")]
         found = (self._living(token, now) for token in tokens if token != self.token)
         return [member for member in found if member]
 
@@ -145,23 +148,23 @@ class Crew:
 
     def holder(self, what: str) -> Member | None:
         """The living other that claims something."""
-        return next(self._holders(f"{what}@"), None)
+        return next((member for _, member in self._claims(f"{what}@")), None)
 
-    def others_claim(self, prefix: str) -> bool:
-        """Whether a living other has anything whose name begins so."""
-        return any(self._holders(prefix))
+    def held(self, prefix: str) -> set[str]:
+        """What living others have, of all whose names begin so."""
+        return {what for what, _ in self._claims(prefix)}
 
-    def _holders(self, prefix: str) -> Iterator[Member]:
-        """Living others with a claim whose file begins so. Deletes the claims of the dead."""
-        now = None
-        for name in _names_in(self.folder / "claims"):
-            token = name.rpartition("@")[2]
-            if not name.startswith(prefix) or token == self.token:
-                continue
-            now = now or self.touch()
-            if member := self._living(token, now):
-                yield member
-            else:
+    def _claims(self, prefix: str) -> Iterator[tuple[str, Member]]:
+        """(what, who) of the claims of living others whose files begin so. Deletes the claims of the dead."""
+        names = [name for name in _names_in(self.folder / "claims") if name.startswith(prefix)]
+        owners = {name.rpartition("@")[2] for name in names} - {self.token}
+        now = self.touch() if owners else 0
+        members = {token: self._living(token, now) for token in owners}
+        for name in names:
+            what, _, token = name.rpartition("@")
+            if token in members and (member := members[token]):
+                yield what, member
+            elif token in members:
                 (self.folder / "claims" / name).unlink(missing_ok=True)
 
     def holds(self, what: str) -> bool:
@@ -192,21 +195,21 @@ class Crew:
 
     def leave(self) -> None:
         """Give everything back; the last one alive clears up behind all of them."""
-        living = {member.token for member in self.others()}
+        now = self.touch()
         self._file.unlink(missing_ok=True)
         for name in _names_in(self.folder / "claims"):
-            if name.rpartition("@")[2] not in living:
+            token = name.rpartition("@")[2]
+            if token == self.token or not self._living(token, now):
                 (self.folder / "claims" / name).unlink(missing_ok=True)
-        if living:
+        if self._others(now):  # looked up after one's own end: of two that leave together, one at least is the last
             return
         # Files one by one, folders only if they are empty: what a member that joins just now has written stays.
-        now = time.time_ns()
-        for file in (self.folder / "workers").glob("*.json"):
-            if not self._living(file.stem, now):
-                file.unlink(missing_ok=True)
-        for file in [*self.folder.glob("plan-*"), *self.folder.rglob("*.part"), *(self.folder / "failed").glob("*")]:
-            file.unlink(missing_ok=True)
-        for folder in [self.folder / "workers", self.folder / "claims", self.folder / "failed", self.folder]:
+        for folder in [*(self.folder / name for name in _FOLDERS), self.folder]:
+            for name in _names_in(folder):
+                owner = name.removesuffix(".json").rpartition("@")[2]
+                if folder.name not in ("workers", "claims") or not self._living(owner, now):
+                    with suppress(OSError):  # a folder, or gone with another that clears up
+                        (folder / name).unlink()
             with suppress(OSError):
                 folder.rmdir()
 

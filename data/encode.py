@@ -16,6 +16,8 @@ from torch import Tensor
 from configs.errors import InputError
 from data.geometry import Pixels
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class TextEncoders:
@@ -61,12 +63,10 @@ def load_t5(model: Path, *, device: torch.device, dtype: torch.dtype, int8: bool
     """The model's T5 and its tokenizer.  int8: weights in 8 bits (bitsandbytes' LLM.int8), half the memory of bf16."""
     from transformers import BitsAndBytesConfig, T5EncoderModel
 
-    folder = model / "text_encoder_2"
-    if int8:
-        placed = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": device}}
-        encoder = _load_part(T5EncoderModel, folder, dtype=dtype, **placed)
-    else:
-        encoder = _load_part(T5EncoderModel, folder, dtype=dtype).to(device)
+    quantized = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)} if int8 else {}
+    # Straight to its device: eight processes of a machine would else hold it in its memory eight times.
+    placed = {"device_map": {"": device}, **quantized}
+    encoder = _load_part(T5EncoderModel, model / "text_encoder_2", dtype=dtype, **placed)
     return encoder.eval().requires_grad_(False), _load_tokenizer(model / "tokenizer_2")
 
 
@@ -140,10 +140,10 @@ class PixelBatch:
     masks: Tensor
 
 
-def collate_pixels(samples: Sequence[Sequence[Pixels]], *, pin: bool = False) -> PixelBatch:
+def collate_pixels(samples: Sequence[Sequence[Pixels]], *, device: torch.device = _CPU) -> PixelBatch:
     """Samples of one bucket, each as its mask variants (all equally many, those of a sample of one target and image).
 
-    pin: in page-locked memory, from which a GPU copies while it computes.
+    device: where they will go; for a GPU they lie in page-locked memory, from which it copies while it computes.
     """
     masks = np.stack([np.stack([pixels.mask for pixels in column]) for column in zip(*samples, strict=True)])
     tensors = [
@@ -151,7 +151,10 @@ def collate_pixels(samples: Sequence[Sequence[Pixels]], *, pin: bool = False) ->
         torch.from_numpy(np.stack([variants[0].image for variants in samples])),
         torch.from_numpy(masks),
     ]
-    return PixelBatch(*(tensor.pin_memory() if pin else tensor for tensor in tensors))
+    if device.type == "cuda":
+        with torch.cuda.device(device):  # else every process would open the first GPU too, for half a GiB
+            tensors = [tensor.pin_memory() for tensor in tensors]
+    return PixelBatch(*tensors)
 
 
 @dataclass(frozen=True)
@@ -211,9 +214,9 @@ class HostCopy:
         if not tensor.is_cuda:
             self._tensor = tensor
             return
-        self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        self._tensor.copy_(tensor, non_blocking=True)
         with torch.cuda.device(tensor.device):
+            self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 

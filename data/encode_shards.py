@@ -14,6 +14,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from configs.schema import DataConfig
 from data.backlog import Backlog
 from data.decode_samples import DecodedBatch, decode_batches, in_batches
@@ -100,7 +102,7 @@ def _ready_batches(
         with_texts = ((plan, _encode_texts(plan, encoders, data)) for plan in shards)
     ahead = -(-2 * threads // data.encode_batch_size)
     decoded = decode_batches(_split_into_batches(with_texts, data.encode_batch_size), data, pool, ahead=ahead)
-    return run_ahead((_make_ready(batch, pin=encoders.vae.device.type == "cuda") for batch in decoded), _BATCHES_AHEAD)
+    return run_ahead((_make_ready(batch, encoders.vae.device) for batch in decoded), _BATCHES_AHEAD)
 
 
 def _split_into_batches(
@@ -122,8 +124,8 @@ def _encode_texts(plan: ShardPlan, encoders: Encoders, data: DataConfig) -> Iter
         yield _Texts(names, {name: HostCopy(tensor) for name, tensor in stored.items()}, text.tokens)
 
 
-def _make_ready(batch: DecodedBatch[_Place], *, pin: bool) -> _ReadyBatch:
-    pixels = collate_pixels(batch.pixels, pin=pin) if batch.pixels else None
+def _make_ready(batch: DecodedBatch[_Place], device: torch.device) -> _ReadyBatch:
+    pixels = collate_pixels(batch.pixels, device=device) if batch.pixels else None
     return _ReadyBatch(batch.tag, batch.samples, pixels, batch.problems)
 
 

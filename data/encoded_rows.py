@@ -18,6 +18,7 @@ from data.batch_encoder import BatchEncoder, EncodedBatch
 from data.decode_samples import in_batches, load_pixels
 from data.geometry import Pixels
 from data.micro_batch import Rows, Slot, bytes_of
+from data.order import Batch
 from data.row_filler import ReplacedRow, RowFiller
 from data.row_source import PlannedMicroBatch
 from data.shard_plan import PlannedSample, ShardPlan
@@ -59,9 +60,9 @@ class EncodedRows:
     ) -> None:
         self._plans, self._num_variants, self._data = plans, num_variants, data
         self._encoder, self._filler = encoder, filler
-        self._decoding = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        self._encoding = ThreadPoolExecutor(1, thread_name_prefix="encode")
-        self._delivering = ThreadPoolExecutor(1, thread_name_prefix="deliver")
+        self._decoding = ThreadPoolExecutor(threads, "decode")
+        self._encoding = ThreadPoolExecutor(1, "encode", initializer=encoder.own_thread)
+        self._delivering = ThreadPoolExecutor(1, "deliver", initializer=encoder.own_thread)
         self._group: list[_Begun] = []
 
     @property
@@ -78,6 +79,9 @@ class EncodedRows:
     def least_depth(self, width: int) -> int:
         # One group in use, one ahead of it, and one micro-batch so that the next can begin.
         return 2 * self._group_size(width) + 1
+
+    def reached(self, batch: Batch) -> None:
+        """Nothing is fetched ahead of `fill`."""
 
     def fill(self, planned: PlannedMicroBatch, slot: Slot, rows: Rows) -> list[Future[None]]:
         decoded = [self._decoding.submit(self._decode, planned, slot, rows, place) for place in range(planned.width)]

@@ -31,6 +31,8 @@ def load_encoders(model: Path, config: EncodersConfig, *, device_index: int) -> 
     Raises InputError if a device is not there, or its memory does not hold them.
     """
     vae, clip, t5 = (_find_device(key, vars(config)[key], device_index) for key in ("vae", "clip", "t5"))
+    if vae.type == "cuda":
+        torch.cuda.set_device(vae)
     int8 = config.t5_precision == "int8"
     try:
         return Encoders(

@@ -4,7 +4,6 @@ The plan is preprocessing's own, so the order, the noise and, up to rounding, th
 run may go on in the other mode. Nothing of it is written but what was found out about the pictures (data/scan.py).
 """
 
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from data.preprocess import Job, make_plan
 from data.preprocess_report import open_progress
 from data.row_filler import ReplacedRow, RowFiller, RowPolicy
 from data.samples import WatchedSample
+from data.shard_copies import ShardCopies
 from data.shard_plan import ShardPlan
 from data.validation_items import choose_validation_items, num_watched
 from data.which_worker import Worker
@@ -72,6 +72,7 @@ class OnlineSamples:
     ) -> None:
         self.manifest = describe_samples(config, model, encoder_fingerprints(model), plans, hole_fractions={})
         self.table = _table_of(plans)
+        self.copies: ShardCopies | None = None
         self._config, self._model, self._plans = config, model, plans
         self._device, self._decode_threads = device, decode_threads
 
@@ -79,7 +80,7 @@ class OnlineSamples:
     def _encoders(self) -> Encoders:
         placed = self._config.data.encoders
         on_device = {part: str(self._device) for part in ("vae", "clip", "t5") if getattr(placed, part) == "auto"}
-        with _all_ranks_load():
+        with _current_device():
             return load_encoders(self._model, placed.model_copy(update=on_device), device_index=0)
 
     @cached_property
@@ -157,15 +158,10 @@ def _table_of(plans: Sequence[ShardPlan]) -> ShardTable:
 
 
 @contextmanager
-def _all_ranks_load() -> Iterator[None]:
-    """transformers takes its part in FSDP's loading from the environment: only the first rank of a machine would get
-    the text encoders' weights, the others random numbers."""
-    name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
-    before = os.environ.get(name)
-    os.environ[name] = "false"
-    try:
+def _current_device() -> Iterator[None]:
+    """Loading leaves the process on the encoders' GPU; the training goes on on its own."""
+    if not torch.cuda.is_available():
         yield
-    finally:
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before
+        return
+    with torch.cuda.device(torch.cuda.current_device()):
+        yield

@@ -28,7 +28,7 @@ from rich.progress import Progress
 from configs.errors import InputError
 from configs.loading import load_config
 from configs.schema import Config
-from data.backlog import Backlog, read_finished
+from data.backlog import SHARD_CLAIMS, Backlog, read_finished_of
 from data.cache_head import delete_unplanned, describe_cache, is_current
 from data.constants import constants_are_there, write_constants
 from data.crew import Crew, join_crew
@@ -40,8 +40,8 @@ from data.load_encoders import Encoders, load_encoders
 from data.manifest import FORMAT_VERSION, read_shard_table, write_manifest
 from data.model_folder import encoder_fingerprints, find_model, read_part_number
 from data.plan_samples import plan_samples
-from data.preprocess_report import Waiting, open_progress, print_report
-from data.scan import delete_copies
+from data.preprocess_report import Waiting, advancing, open_progress, print_report
+from data.scan import delete_copies, scan_dataset
 from data.shard_plan import ShardPlan, plan_shards
 from data.share_plan import agree_on_plan
 from data.stored_text import text_bytes
@@ -49,7 +49,7 @@ from data.validation_items import choose_validation_items, num_watched, write_va
 from data.which_worker import Worker, which_worker
 
 CREW_FOLDER = "crew"  # in the cache, while somebody works on it
-_CONSTANTS, _HEAD, _SHARD_CLAIMS = "constants", "head", "shards."  # what can be claimed
+_CONSTANTS, _HEAD = "constants", "head"  # what can be claimed, besides shards
 
 _ALONE = Worker()
 
@@ -108,13 +108,18 @@ def preprocess(config: Config, console: Console, worker: Worker = _ALONE) -> Non
 
     Raises InputError for whatever the user can mend: shards finished by then stay, parts of one do not.
     """
-    cache = config.data.cache
+    cache = config.data.cache_folder
     model = find_model(config.model.base)
     job = Job(config, model, encoder_fingerprints(model))
     try:
         with join_crew(cache / CREW_FOLDER, job.settings) as crew, open_progress(console, worker) as progress:
             before = _manifest_stamp(cache)
-            plans = agree_on_plan(crew, partial(make_plan, job, progress), waiting=Waiting(progress))
+            plans = agree_on_plan(
+                crew,
+                partial(make_plan, job, progress),
+                help_planning=partial(_scan, job, progress),
+                waiting=Waiting(progress),
+            )
             backlog = Backlog(cache, plans, crew, worker)
             _encode_what_is_left(job, plans, backlog, crew, worker, progress)
             _complete(job, plans, crew, progress, before=before)
@@ -135,12 +140,20 @@ def dry_run(config: Config, console: Console, worker: Worker = _ALONE) -> None:
     job = Job(config, model, encoder_fingerprints(model))
     with open_progress(console, worker) as progress:
         plans = make_plan(job, progress)
-    todo = [plan for plan in plans if read_finished(data.cache, plan) is None]
-    print_counts(console, data.cache, plans, todo)
+    finished = read_finished_of(data.cache_folder, plans)
+    todo = [plan for plan, index in zip(plans, finished, strict=True) if index is None]
+    print_counts(console, data.cache_folder, plans, todo)
     print_bytes(console, bytes_by_part(plans, text_bytes=job.text_bytes))
     if todo:
         encoders = load_encoders(model, data.encoders, device_index=worker.device_index)
         print_hours(console, measure(todo, encoders, data, worker, console), worker)
+
+
+def _scan(job: Job, progress: Progress) -> None:
+    """Read the pictures that nobody has read yet; what is found is kept in the cache, for the one who plans."""
+    bar = progress.add_task("reading pictures", total=None)
+    for dataset in job.config.data.datasets:
+        scan_dataset(dataset, job.config.data, partial(progress.advance, bar))
 
 
 def make_plan(job: Job, progress: Progress) -> list[ShardPlan]:
@@ -164,22 +177,22 @@ def _encode_what_is_left(
     data = job.config.data
     buckets = sorted({plan.bucket for plan in plans})
     bar = progress.add_task("encoding", total=backlog.num_samples)
-    backlog.advance = partial(progress.advance, bar)
+    backlog.advance = advancing(progress, bar)
     encoders: Encoders | None = None  # loaded once there is something to encode: T5 takes a minute
     waiting = Waiting(progress)
     while True:
-        constants = constants_are_there(data.cache, buckets, job.encoding)
+        constants = constants_are_there(data.cache_folder, buckets, job.encoding)
         if not constants and crew.claim(_CONSTANTS):
             encoders = encoders or load_encoders(job.model, data.encoders, device_index=worker.device_index)
-            (data.cache / "manifest.json").unlink(missing_ok=True)
-            write_constants(data.cache, encoders, buckets, job.encoding, data.captions)
+            (data.cache_folder / "manifest.json").unlink(missing_ok=True)
+            write_constants(data.cache_folder, encoders, buckets, job.encoding, data.captions)
             crew.release(_CONSTANTS)
             constants = True
         shards = backlog.claim_shards()
         if first := next(shards, None):
             encoders = encoders or load_encoders(job.model, data.encoders, device_index=worker.device_index)
             claimed = chain([first], shards)
-            encode_shards(data.cache, claimed, backlog, encoders, data, threads=worker.decode_threads)
+            encode_shards(data.cache_folder, claimed, backlog, encoders, data, threads=worker.decode_threads)
         elif constants and not backlog.remaining:
             break
         else:
@@ -194,12 +207,12 @@ def _complete(
 
     before: the manifest's stamp when this worker came; another one now is by this crew.
     """
-    cache = job.config.data.cache
+    cache = job.config.data.cache_folder
     waiting = Waiting(progress)
     while _manifest_stamp(cache) in (None, before):
         # Who is still at a shard took it for unfinished: it will see that it is not, or write the same bytes again.
         if crew.claim(_HEAD):
-            if not crew.others_claim(_SHARD_CLAIMS):
+            if not crew.held(SHARD_CLAIMS):
                 return _write_head(job, plans, progress)
             crew.release(_HEAD)
         waiting(f"{crew.holder(_HEAD) or 'another worker'}, which completes the cache")
@@ -215,8 +228,8 @@ def _manifest_stamp(cache: Path) -> tuple[int, int] | None:
 
 
 def _write_head(job: Job, plans: Sequence[ShardPlan], progress: Progress) -> None:
-    cache, config = job.config.data.cache, job.config
-    indexes = [index for plan in plans if (index := read_finished(cache, plan))]
+    cache, config = job.config.data.cache_folder, job.config
+    indexes = [index for index in read_finished_of(cache, plans) if index]
     if len(indexes) < len(plans):
         raise RuntimeError(f"{cache}: shards that were just written are gone")
     head = describe_cache(config, job.model, job.encoders, plans, indexes)

@@ -2,10 +2,21 @@
 
 import random
 import time
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -13,6 +24,7 @@ from data.manifest import ShardTable
 from data.which_worker import Worker
 
 _POLL_SECONDS = 0.5
+_LINE_SECONDS = 60.0
 
 
 class _SpeedColumn(ProgressColumn):
@@ -34,20 +46,43 @@ def open_progress(console: Console, worker: Worker) -> Progress:
         TimeRemainingColumn(elapsed_when_finished=True),
         console=console,
         disable=worker.rank > 0,
+        speed_estimate_period=120,  # what other workers finish is seen now and then, many at once
     )
+
+
+def advancing(progress: Progress, bar: TaskID) -> Callable[[int], None]:
+    """Moves a bar on; where there is no terminal to show it, a batch job's log, a line a minute says as much."""
+    said = time.monotonic()
+
+    def advance(count: int) -> None:
+        nonlocal said
+        progress.advance(bar, count)
+        shown = progress.console.is_terminal or progress.disable
+        if shown or time.monotonic() - said < _LINE_SECONDS:
+            return
+        said = time.monotonic()
+        task = next(task for task in progress.tasks if task.id == bar)
+        speed = f", {task.speed:.1f}/s" if task.speed else ""
+        left = f", {timedelta(seconds=int(task.time_remaining))} left" if task.time_remaining is not None else ""
+        progress.console.print(
+            f"{task.description}: {task.completed:.0f} of {task.total:.0f}{speed}{left}", highlight=False
+        )
+
+    return advance
 
 
 class Waiting:
     """Called again and again while there is nothing to do but wait; says once for whom."""
 
     def __init__(self, progress: Progress) -> None:
-        self._console = progress.console
+        self._progress = progress
         self._said = ""
         self._seconds = _POLL_SECONDS
 
     def __call__(self, for_whom: str) -> None:
+        if for_whom != self._said and not self._progress.disable:
+            self._progress.console.print(f"waiting for {for_whom}", highlight=False)
         if for_whom != self._said:
-            self._console.print(f"waiting for {for_whom}", highlight=False)
             self._said, self._seconds = for_whom, _POLL_SECONDS
         # Not in step with the others: who comes at the same time gets nothing.
         time.sleep(self._seconds * random.uniform(0.5, 1.5))
@@ -58,10 +93,9 @@ def print_report(console: Console, cache: Path, table: ShardTable, worker: Worke
     """The finished cache, once for all that share a terminal, and what this worker did for it."""
     if worker.rank == 0:
         console.print(_summarise(cache, table))
-    who = f"{worker}: " if worker.count > 1 else ""
-    rest = "others were there already, or made by others" if worker.count > 1 else "others were there already"
+    by_whom = f"by {worker}" if worker.count > 1 else "the others were there already"
     total = int(table.samples.sum())
-    console.print(f"{who}{num_encoded} of {total} samples were encoded now, the {rest}.", highlight=False)
+    console.print(f"{num_encoded} of {total} samples were encoded now, {by_whom}.", highlight=False, soft_wrap=True)
 
 
 def _summarise(cache: Path, table: ShardTable) -> Table:

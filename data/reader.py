@@ -79,6 +79,7 @@ class BatchStream:
         self._lent: Slot | None = None
         self._planned = self._plan(start)
         self._ahead: deque[_Ahead] = deque()
+        source.reached(order.batch(start, self._mine))
 
     def micro_batch_size(self, bucket: Bucket) -> int:
         """Rows per forward of a bucket: about as many tokens as the largest bucket's."""
@@ -116,6 +117,7 @@ class BatchStream:
     def __next__(self) -> Iterator[MicroBatch]:
         self.current = self.order.batch(self.next_batch, self._mine)
         self.batch_start, self.wait_seconds = time.monotonic(), 0.0
+        self._source.reached(self.current)
         self.next_batch += 1
         return self._micro_batches(self.next_batch - 1)
 

@@ -49,6 +49,9 @@ class RowSource(Protocol):
     def replaced(self) -> set[ReplacedRow]:
         """Rows that another one stands in for, those of earlier processes of the run included."""
 
+    def reached(self, batch: Batch) -> None:
+        """The stream is at this global batch (`batch.part` of it is its own), or will begin with it."""
+
     def fill(self, planned: PlannedMicroBatch, slot: Slot, rows: Rows) -> Sequence[Future[None]]:
         """Begin to fill a micro-batch, and return at once: it is ready when all of these are done, and cannot be had
         if one of them raises."""

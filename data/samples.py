@@ -7,12 +7,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from data.cache import Cache
 from data.geometry import Bucket, Pixels
-from data.manifest import Cache, Manifest, ShardTable, parse_bucket
+from data.manifest import Manifest, ShardTable, parse_bucket
 from data.micro_batch import bytes_of, row_fields
 from data.order import Order
 from data.row_filler import ReplacedRow, RowPolicy
 from data.row_source import RowSource
+from data.shard_copies import ShardCopies
 from data.shard_reader import ShardReader
 from data.shard_rows import ShardRows
 from data.validation_items import ValidationItem, read_validation_items
@@ -31,11 +33,13 @@ class WatchedSample:
 class Samples(Protocol):
     """The samples of a run.
 
-    manifest: what is true of all of them.  table: the shards that hold them, or would.
+    manifest: what is true of all of them.  table: the shards that hold them, or would.  copies: of the shards of a
+    remote cache.
     """
 
     manifest: Manifest
     table: ShardTable
+    copies: ShardCopies | None
 
     def open_rows(self, order: Order, policy: RowPolicy, replaced: Iterable[ReplacedRow]) -> RowSource:
         """What fills this rank's micro-batches.  replaced: rows that earlier processes of the run replaced."""
@@ -48,7 +52,7 @@ class CachedSamples:
     """Those of a finished cache: nothing is encoded, no encoder is loaded.  threads: that read."""
 
     def __init__(self, cache: Cache, *, threads: int = 2) -> None:
-        self.manifest, self.table = cache.manifest, cache.table
+        self.manifest, self.table, self.copies = cache.manifest, cache.table, cache.copies
         self._cache, self._threads = cache, threads
 
     def open_rows(self, order: Order, policy: RowPolicy, replaced: Iterable[ReplacedRow]) -> ShardRows:
@@ -56,7 +60,7 @@ class CachedSamples:
 
     def watched(self, *, split: str, count: int) -> list[WatchedSample]:
         """Raises InputError if they, or the shards that they are in, are damaged."""
-        reader = ShardReader(self._cache.folder, self.manifest, self.table)
+        reader = ShardReader(self._cache)
         shards = {str(path): number for number, path in enumerate(self.table.path)}
         found = read_validation_items(self._cache.folder, split=split, count=count)
         watched = [WatchedSample(item, pixels, *_read(reader, shards[item.shard], item.row)) for item, pixels in found]

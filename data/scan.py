@@ -3,7 +3,7 @@
 A picture is read once, by threads, and what was found is kept in <cache>/scan, so that the next run, and the other
 workers of a job, read only what is new. Items are dealt to units (a tar, or some hundred files) whose results are a
 file each, named by a hash of all that they hang on: names, and size and times of files, or what a storage says of its
-objects. Processes that scan at the same time begin at different units and take over what others finished.
+objects. Processes that scan at the same time take the units in orders of their own and take over what others finished.
 The URLs of a list of pictures are taken for what they were at first: delete <cache>/scan when what they name changed.
 """
 
@@ -76,9 +76,9 @@ def scan_dataset(dataset: DatasetConfig, data: DataConfig, advance: Callable[[in
         advance(len(scanned))
         return scanned
 
-    begin = random.randrange(len(units))
+    random.shuffle(units)  # else one that catches up with another would go on in step with it, unit by unit
     with ThreadPoolExecutor(_UNIT_THREADS) as pool, scanner.picture_pool:
-        outcomes = list(pool.map(run, units[begin:] + units[:begin]))
+        outcomes = list(pool.map(run, units))
     problems = sorted(line for outcome in outcomes if isinstance(outcome, str) for line in outcome.splitlines())
     if problems:
         raise InputError(listed(problems))
@@ -125,8 +125,8 @@ class _Scanner:
         self.dataset = dataset
         self.max_megapixels = data.max_megapixels
         self.masks = not recipe_of(dataset).shares  # whether the dataset has its own
-        self.results = ScanResults(data.cache, dataset.name)
-        self.copies = Copies(_copies_folder(data.cache), int(data.copies_gib * 2**30))
+        self.results = ScanResults(data.cache_folder, dataset.name)
+        self.copies = Copies(_copies_folder(data.cache_folder), int(data.copies_gib * 2**30))
         self.picture_pool = ThreadPoolExecutor(_PICTURE_THREADS)
 
     # --- listing ---

@@ -8,9 +8,11 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from data.blanks import read_blank, read_empty_text
-from data.manifest import Cache, parse_bucket
+from data.cache import Cache
+from data.manifest import parse_bucket
 from data.micro_batch import Rows, Slot
-from data.order import Order
+from data.order import Batch, Order
+from data.prefetch import Prefetcher
 from data.row_filler import ReplacedRow, RowFiller, RowPolicy
 from data.row_source import PlannedMicroBatch, PlannedRow
 from data.shard_reader import ShardReader
@@ -32,7 +34,7 @@ class ShardRows:
         replaced: Iterable[ReplacedRow] = (),
         threads: int = 2,
     ) -> None:
-        self._reader = ShardReader(cache.folder, cache.manifest, cache.table)
+        self._reader = ShardReader(cache)
         buckets = [parse_bucket(name) for name in order.buckets] if policy.mask_dropout else []
         self._filler = RowFiller(
             order.settings.seed,
@@ -41,7 +43,8 @@ class ShardRows:
             blanks={bucket: read_blank(cache, bucket) for bucket in buckets},
             replaced=replaced,
         )
-        self._threads = threads
+        self._cache, self._order, self._threads = cache, order, threads
+        self._prefetcher: Prefetcher | None = None
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="reader")
 
     @property
@@ -54,6 +57,14 @@ class ShardRows:
     def key(self, shard: int, row: int) -> str:
         """A sample's name. Opens its shard."""
         return self._reader.key(shard, row)
+
+    def reached(self, batch: Batch) -> None:
+        """Has the shards of a remote cache fetched from there on."""
+        if self._prefetcher is not None:
+            self._prefetcher.reached(batch.index)
+        elif (copies := self._cache.copies) is not None:
+            sizes = self._cache.table.bytes
+            self._prefetcher = Prefetcher(copies, self._order, sizes, part=batch.part, start=batch.index)
 
     def fill(self, planned: PlannedMicroBatch, slot: Slot, rows: Rows) -> list[Future[None]]:
         # A share of the rows for each thread rather than a task for each row: handing one over costs as much as reading
@@ -84,5 +95,8 @@ class ShardRows:
         )
 
     def close(self) -> None:
+        self._reader.stop()  # whoever waits for a storage that fails
+        if self._prefetcher is not None:
+            self._prefetcher.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._reader.close()

@@ -1,5 +1,4 @@
-"""One worker plans, the others read its plan: planning reads every byte of every picture, which N workers would else do
-N times.
+"""One worker plans, the others read its plan. Reading the pictures, which is nearly all of planning, they share.
 
 A plan is good as long as a living worker goes by it. A job that starts when none is there makes a new one, as pictures
 may have changed since.
@@ -7,6 +6,7 @@ may have changed since.
 
 import gzip
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -22,12 +22,18 @@ _CLAIM = "plan"
 
 
 def agree_on_plan(
-    crew: Crew, make_plan: Callable[[], Sequence[ShardPlan]], *, waiting: Callable[[str], object]
+    crew: Crew,
+    make_plan: Callable[[], Sequence[ShardPlan]],
+    *,
+    help_planning: Callable[[], object],
+    waiting: Callable[[str], object],
 ) -> tuple[ShardPlan, ...]:
     """The plan of a living member, or else this one's own from `make_plan`, for the others to read.
 
-    waiting: waits a moment, told for whom.  Raises InputError if `make_plan` does, here or in the member that did it.
+    help_planning: done while another plans.  waiting: waits a moment, told for whom.
+    Raises InputError if `make_plan` does, here or in the member that did it.
     """
+    has_helped = False
     while True:
         if (plans := _read_plan_of(crew)) is not None:
             return plans
@@ -40,6 +46,11 @@ def agree_on_plan(
                 return _make_and_share(crew, make_plan)
             finally:
                 crew.release(_CLAIM)
+        if crew.holder(_CLAIM) and not has_helped:
+            with suppress(InputError):  # who plans will find it too, and say so
+                help_planning()
+            has_helped = True
+            continue
         waiting(f"{crew.holder(_CLAIM) or 'another worker'}, which plans")
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from rich.console import Console
 
 from configs.errors import InputError
 from configs.schema import Config
-from data.manifest import TRAIN, open_cache
+from data.cache import open_cache
+from data.manifest import TRAIN
 from data.online import OnlineSamples, encoder_device, plan_online
-from data.order import Order, OrderSettings, hash_shards
+from data.order import BLOCK_SHARDS, Order, OrderSettings, hash_shards
 from data.reader import BatchStream
 from data.row_filler import RowPolicy
 from data.samples import CachedSamples, Samples
@@ -29,7 +31,7 @@ def open_samples(config: Config, model: Path, engine: Engine, console: Console) 
     Raises InputError if the cache is not there or not that of the config; or of pictures and devices.
     """
     if config.data.mode == "cached":
-        return CachedSamples(open_cache(config, model), threads=config.data.reader_threads)
+        return CachedSamples(open_cache(config, model, check_shards=engine.is_main), threads=config.data.reader_threads)
     device = encoder_device(config, local_rank=engine.local_rank, own=engine.device)
     # Rank 0 reads the pictures, for all; and tells all if something is wrong with them.
     planned: Any = None
@@ -57,6 +59,33 @@ def choose_order(config: Config, samples: Samples) -> OrderSettings:
         weights={dataset.name: dataset.weight for dataset in config.data.datasets},
         shards=hash_shards(samples.table.path, _training_samples(samples)),
         streams=config.data.streams,
+        block_shards=_block_shards(samples),
+    )
+
+
+def _block_shards(samples: Samples) -> int:
+    """Shards that are shuffled together: fewer where their copies would not fit this node.
+
+    Of each pool (dataset and bucket) the block in use and the one that is fetched for it are held at once.
+    Raises InputError if not even blocks of one shard fit.
+    """
+    copies = samples.copies
+    if copies is None:
+        return BLOCK_SHARDS
+    table, trains = samples.table, _training_samples(samples) > 0
+    pools = Counter(zip(table.dataset[trains].tolist(), table.bucket[trains].tolist(), strict=True))
+    largest = int(table.bytes[trains].max(initial=0))
+
+    def needed(block_shards: int) -> int:
+        return sum(min(2 * block_shards, shards) for shards in pools.values()) * largest
+
+    for block_shards in range(BLOCK_SHARDS, 0, -1):
+        if needed(block_shards) <= copies.prefetch_bytes:
+            return block_shards
+    raise InputError(
+        f"data.local_cache_gib is {copies.limit_bytes / 2**30:g}, but shards of {largest / 2**30:.2g} GiB in "
+        f"{len(pools)} buckets need at least {needed(1) / copies.prefetch_share / 2**30:.2g}. Raise it, or make "
+        "smaller shards (data.shard_size_mib)."
     )
 
 

@@ -39,7 +39,7 @@ def train(arguments: list[str] | None = None) -> int:
     samples = open_samples(config, model, engine, console)  # the VAE's and the text encoders' work is that of data/
     order = choose_order(config, samples)  # in which they come: fixed for the run
     transformer = build_transformer(config, model, engine)  # 384 inputs; all of it trains, or an adapter
-    transformer = engine.prepare(transformer, partial(build_optimizer, train=config.train))
+    transformer = engine.prepare(transformer, partial(build_optimizer, train=config.train, seed=config.run.seed))
     ema = Ema(engine.local_slices(), config.train.ema_decay)
     state = resume(config, resume_from, engine, ema, order)
     stream = open_stream(config, engine, samples, state)

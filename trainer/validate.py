@@ -206,7 +206,8 @@ class Validator:
         for item in self._items:
             if item.item.split == split:
                 for name, figure in (results[item.number].figures | self._ceilings[item.number]).items():
-                    columns[name].append(figure)
+                    if not (name.startswith("keep_psnr") and item.mask.all()):  # nothing of it is kept
+                        columns[name].append(figure)
         if not columns:
             return {}
         means = {name: float(np.mean(figures)) for name, figures in columns.items()}

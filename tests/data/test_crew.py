@@ -57,10 +57,19 @@ def test_a_claim_is_kept_until_it_is_released(folder):
         assert other.claim("a"), "not the same thing"
         assert other.claim("a.b-2")
         assert str(other.holder("a.b")) == f"process {os.getpid()} on {socket.gethostname()}"
-        assert other.others_claim("a.")
+        assert other.held("a.") == {"a.b"}
         one.release("a.b")
         assert other.claim("a.b")
-        assert not other.others_claim("a.")
+        assert other.held("a.") == set()
+
+
+def test_however_they_leave_the_last_one_clears_up(folder):
+    for _ in range(20):
+        crews = [Crew(folder, SETTINGS) for _ in range(4)]
+        (folder / "plan-of-theirs.json.gz").write_text("")
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(Crew.leave, crews))
+        assert not folder.exists()
 
 
 def test_a_member_that_left_holds_nothing(folder):

@@ -16,9 +16,10 @@ from torch import Tensor
 import data.batch_encoder as batch_encoder
 import data.caption_texts as caption_texts
 from configs.errors import InputError
+from data.cache import open_cache
 from data.caption_texts import CaptionTexts
 from data.encode import EncodedText, encode_captions, encode_pixels
-from data.manifest import TRAIN, open_cache
+from data.manifest import TRAIN
 from data.micro_batch import MicroBatch
 from data.online import OnlineSamples, encoder_device, plan_online
 from data.order import Order, OrderSettings, hash_shards

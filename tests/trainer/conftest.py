@@ -122,7 +122,7 @@ def config(tiny_model: Path, triples: Path, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="session")
 def samples(config: "Config", tiny_model: Path) -> "CachedSamples":
     """Those of the config's cache."""
-    from data.manifest import open_cache
+    from data.cache import open_cache
     from data.samples import CachedSamples
 
     return CachedSamples(open_cache(config, tiny_model))
