@@ -453,8 +453,9 @@ class DataConfig(Section):
             _list_of_word, json_schema_input_type=NamedDevice | Annotated[list[NamedDevice], Field(min_length=1)] | None
         ),
     ] = None
-    """With mode online: devices of the encoders, dealt to the training processes of a machine in turn, such as
-    [cuda:1]. `fluxfill train` trains on the others. null: each process encodes on the GPU that it trains on."""
+    """With mode online: devices of the encoders, dealt to the training processes of a machine in turn. `fluxfill
+    train` trains on the GPUs before the first of them: cuda:0 where it is [cuda:1]. null: each process encodes on the
+    GPU that it trains on."""
 
     cache: Annotated[FolderOrUrl, Field(examples=["/data/cache/removal"])]
     """Folder of the encoded samples: written by `fluxfill preprocess`, read by the trainer. For training also an

@@ -15,7 +15,7 @@ from configs.loading import json_schema, load_config
 from data.which_worker import which_worker
 from launch import shards
 from launch.command import choose_engine, render_command, render_environment, render_export, render_shell_line
-from launch.gpus import count_gpus
+from launch.gpus import count_gpus, count_training_gpus
 from launch.supervise import run_supervised
 
 BAD_INPUT = 2  # exit code
@@ -118,7 +118,8 @@ def train(
     Example: fluxfill train configs/fill_lora.yaml train.lr=5e-5 run.name=slower
     """
     run = load_config(config, overrides or [])
-    engine, count = choose_engine(run.parallel.engine, num_processes, count_gpus(os.environ))
+    num_gpus = count_training_gpus(count_gpus(os.environ), run.data.encoder_devices)
+    engine, count = choose_engine(run.parallel.engine, num_processes, num_gpus)
     outcome_file = run.run.folder / "outcome.json"
     command = render_command(config, overrides or [], engine, count, port=0)
     environment = render_environment(outcome_file, count, len(os.sched_getaffinity(0)), inherited=os.environ)

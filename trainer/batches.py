@@ -43,7 +43,7 @@ def open_samples(config: Config, model: Path, engine: Engine, console: Console) 
     planned = engine.share(planned)
     if isinstance(planned, str):
         raise InputError(planned)
-    log.info("data.mode online: this process encodes on %s, nothing is cached", device)
+    log.info("data.mode online: pictures are encoded on %s%s", device, " too" if device == engine.device else "")
     threads = which_worker(os.environ).decode_threads
     return OnlineSamples(config, model, planned, device=device, decode_threads=threads)
 

@@ -6,7 +6,7 @@ import pytest
 
 from configs.errors import InputError
 from launch.command import choose_engine, render_command, render_environment, render_shell_line
-from launch.gpus import count_gpus
+from launch.gpus import count_gpus, count_training_gpus
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,23 @@ def test_engine_follows_the_config_then_the_gpus(
 def test_single_engine_refuses_several_processes() -> None:
     with pytest.raises(InputError, match=r"--num-processes is 2, but parallel\.engine is single.*parallel\.engine=ddp"):
         choose_engine("single", 2, num_gpus=8)
+
+
+@pytest.mark.parametrize(
+    "num_gpus, encoder_devices, count",
+    [
+        (8, None, 8),
+        (2, ["cuda:1"], 1),
+        (8, ["cuda:7", "cuda:6"], 6),
+        (8, ["cpu"], 8),
+        (1, ["cuda:0"], 1),
+        (2, ["cuda:0"], 2),  # it trains and encodes
+        (0, ["cuda:1"], 0),  # the trainer says that there is none
+        (1, ["cuda:5"], 1),
+    ],
+)
+def test_gpus_that_encode_are_not_trained_on(num_gpus, encoder_devices, count) -> None:
+    assert count_training_gpus(num_gpus, encoder_devices) == count
 
 
 def test_command_is_accelerate_with_the_engine_file_and_the_trainer() -> None:

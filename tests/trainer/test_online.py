@@ -83,9 +83,9 @@ def test_validation_has_the_figures_of_the_cached_run(cached, online):
             assert line[split]["items"] == 2
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_several_ranks_encode_their_own_rows(launch, cached, engine):
-    """Each has all weights of the text encoders, though transformers takes part in FSDP's loading."""
+    """Each has all weights of the text encoders, though transformers takes part in FSDP's and ZeRO-3's loading."""
     run = launch(engine, 2, f"online-{engine}", *ONLINE)
     assert read_losses(run) == pytest.approx(read_losses(cached), abs=1e-5)
 
