@@ -55,9 +55,16 @@ def _find_device(key: str, name: str, index: int) -> torch.device:
         return torch.device("cuda", index % count) if count else torch.device("cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= count:
-        there = f"{count} ({', '.join(f'cuda:{n}' for n in range(count))})" if count else "none"
-        raise InputError(f"data.encoders.{key} is {name}, but of CUDA devices there are here: {there}. Name another.")
+        raise InputError(
+            f"data.encoders.{key} is {name}, but of CUDA devices there are here: {cuda_devices()}. Name another."
+        )
     return device
+
+
+def cuda_devices() -> str:
+    """Those that are here, for people."""
+    count = torch.cuda.device_count()
+    return f"{count} ({', '.join(f'cuda:{n}' for n in range(count))})" if count else "none"
 
 
 def _text_dtype(device: torch.device) -> torch.dtype:

@@ -23,7 +23,7 @@ from data.constants import encode_blank, encode_empty_text
 from data.decode_samples import in_batches, load_pixels
 from data.encoded_rows import EncodedRows
 from data.geometry import Bucket
-from data.load_encoders import Encoders, load_encoders
+from data.load_encoders import Encoders, cuda_devices, load_encoders
 from data.manifest import ShardTable, parse_bucket
 from data.micro_batch import bytes_of
 from data.model_folder import encoder_fingerprints
@@ -44,13 +44,11 @@ def encoder_device(config: Config, *, local_rank: int, own: torch.device) -> tor
     Raises InputError if a device that is named there is not here.
     """
     named = config.data.encoder_devices
-    count = torch.cuda.device_count()
     for name in named or []:
-        if name != "cpu" and torch.device(name).index >= count:
-            there = f"{count} ({', '.join(f'cuda:{n}' for n in range(count))})" if count else "none"
+        if name != "cpu" and torch.device(name).index >= torch.cuda.device_count():
             raise InputError(
-                f"data.encoder_devices names {name}, but of CUDA devices there are here: {there}. Name another, or "
-                "remove the key to encode on the GPU that trains."
+                f"data.encoder_devices names {name}, but of CUDA devices there are here: {cuda_devices()}. Name "
+                "another, or remove the key to encode on the GPU that trains."
             )
     return torch.device(named[local_rank % len(named)]) if named else own
 
@@ -78,6 +76,9 @@ class OnlineSamples:
 
     @cached_property
     def _encoders(self) -> Encoders:
+        from transformers.integrations import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()  # with ZeRO-3 every rank would be given a share of the text encoders' weights
         placed = self._config.data.encoders
         on_device = {part: str(self._device) for part in ("vae", "clip", "t5") if getattr(placed, part) == "auto"}
         with _current_device():
