@@ -11,7 +11,7 @@ from data.encode import HostCopy, TextEncoders, encode_captions
 from data.shards import NotFinite
 from data.stored_text import store_text
 
-_KEPT_BYTES = 512 << 20  # in the host's memory: 128 captions of FLUX's 512 tokens in bf16
+_KEPT_BYTES = 512 << 20  # in the host's memory: about 128 captions of FLUX's 512 tokens in bf16
 
 
 @dataclass(frozen=True)
