@@ -131,7 +131,7 @@ def describe(case: Case, shards: Mapping[str, ShardIndex]) -> tuple[Manifest, Sh
         pooled_width=POOLED_WIDTH,
         mask_variants={"photos": case.masks},
         samples={"photos": {TRAIN: int(table.samples.sum())}},
-        hole_fractions=count_hole_fractions(indexes),
+        hole_fractions={"photos": count_hole_fractions(indexes)},
     )
     return manifest, table
 

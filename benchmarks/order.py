@@ -61,7 +61,7 @@ def write_head(folder: Path, num_shards: int) -> None:
         pooled_width=768,
         mask_variants=dict.fromkeys(WEIGHTS, 1),
         samples={},
-        hole_fractions=[0] * 10,
+        hole_fractions={},
     )
     write_manifest(folder, manifest, table)
 

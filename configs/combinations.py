@@ -21,15 +21,19 @@ ZERO3 = ("zero3", "zero3-offload")
 # The values of each key, those first that are offered first in the place of one that does not work. Keys too are in
 # that order: another optimizer is a smaller change than another engine, and far smaller than another method.
 CHOICES: dict[str, tuple[str, ...]] = {
+    "compile": ("off", "regional"),
     "optimizer": ("adamw8bit", "adamw", "adafactor", "prodigy"),
     "engine": ("fsdp2", "ddp", "zero2", "hsdp", "zero1", "zero3", "fsdp2-offload", "zero3-offload", "single"),
     "precision": ("int8", "nf4", "bf16", "fp8", "fp32", "auto"),
+    "weights": ("fp32_master", "bf16_stochastic"),
     "method": ("lora", "dora", "lokr", "full"),
 }
 KEYS = {
+    "compile": "train.compile",
     "optimizer": "train.optimizer",
     "engine": "parallel.engine",
     "precision": "model.precision",
+    "weights": "train.weights",
     "method": "method.type",
 }
 
@@ -42,6 +46,8 @@ class Combination:
     precision: str
     optimizer: str
     engine: str
+    weights: str = "fp32_master"
+    compile: str = "off"
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,26 @@ REFUSED: tuple[Rule, ...] = (
         {"precision": QUANTIZED, "engine": ZERO3},
         "DeepSpeed shards plain numbers, without the shape and the scales of a quantized weight",
     ),
+    Rule(
+        {"weights": ("bf16_stochastic",), "method": ADAPTERS},
+        "an adapter is small, and always trains in fp32",
+    ),
+    Rule(
+        {"weights": ("bf16_stochastic",), "optimizer": ("adamw8bit", "adafactor", "prodigy")},
+        "what is rounded at random is AdamW, its two moments too",
+    ),
+    Rule(
+        {"weights": ("bf16_stochastic",), "precision": ("fp32",)},
+        "weights that are kept in bf16 are computed with in bf16",
+    ),
+    Rule(
+        {"weights": ("bf16_stochastic",), "engine": ZERO},
+        "DeepSpeed keeps weights in fp32 beside those in bf16",
+    ),
+    Rule(
+        {"compile": ("regional",), "engine": (*FSDP, *ZERO)},
+        "a compiled block met another graph when it was computed again from shards (tried with torch 2.13)",
+    ),
 )
 
 # What is done in another way than the words say. It goes to the log of every run that it concerns.
@@ -94,6 +120,11 @@ NOTES: tuple[Rule, ...] = (
     Rule(
         {"precision": ("nf4",), "engine": FSDP},
         "the packed 4-bit weights are stored as bf16 tensors, the only kind that is sharded and gathered unharmed",
+    ),
+    Rule(
+        {"weights": ("bf16_stochastic",)},
+        "the two moments are kept in bf16 too; what is rounded which way depends on the shard, so a resumed run is "
+        "bit-equal on the same number of processes only",
     ),
     Rule(
         {"precision": ("int8", "fp8")},
@@ -127,7 +158,10 @@ class Refusal:
 
 def combination_of(config: Config, engine: str) -> Combination:
     """What a config combines under an engine that is decided."""
-    return Combination(config.method.type, config.model.precision, config.train.optimizer, engine)
+    train = config.train
+    return Combination(
+        config.method.type, config.model.precision, train.optimizer, engine, train.weights, train.compile
+    )
 
 
 def refuse(combination: Combination) -> Refusal | None:

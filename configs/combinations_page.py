@@ -36,12 +36,24 @@ def render_page() -> str:
         (optimizer, [replace(_PLAIN, optimizer=optimizer, engine=engine) for engine in _ENGINES])
         for optimizer in CHOICES["optimizer"]
     ]
+    full = replace(_PLAIN, method="full")
+    weights = [
+        (kind, [replace(full, weights=kind, engine=engine) for engine in _ENGINES]) for kind in CHOICES["weights"]
+    ]
+    compiled = [
+        (choice, [replace(_PLAIN, compile=choice, engine=engine) for engine in _ENGINES])
+        for choice in CHOICES["compile"]
+    ]
     parts = [
         _INTRODUCTION,
         "## Method and precision of the base\n",
         _table("method.type, model.precision", methods),
         "## Optimizer\n",
         _table("train.optimizer", optimizers),
+        "## Weights of full fine-tuning, with adamw\n",
+        _table("train.weights", weights),
+        "## Compiled blocks\n",
+        _table("train.compile", compiled),
         "## Refused\n",
         "\n".join(f"{number}. {_describe(rule)}" for number, rule in enumerate(REFUSED, 1)) + "\n",
         "## Done in another way than the words say\n",

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationInfo, field_validator
 
+from configs.errors import InputError
 from configs.urls import is_url, problem_with_url
 
 Count = Annotated[int, Field(strict=True, ge=0)]
@@ -23,6 +24,21 @@ def _refuse_empty(value: object) -> object:
 
 def _list_of_one(value: object) -> object:
     return [value] if isinstance(value, int) else value
+
+
+def _path_or_url(value: object) -> Path | str:
+    if not isinstance(value, str | Path) or value == "":
+        raise ValueError("must be a path or a URL, and not empty")
+    if not is_url(value):
+        return Path(value)
+    if problem := problem_with_url(str(value)):
+        raise ValueError(problem)
+    return str(value).rstrip("/")
+
+
+FolderOrUrl = Annotated[
+    Path | str, PlainValidator(_path_or_url, json_schema_input_type=Annotated[str, Field(min_length=1)])
+]
 
 
 def _list_of_word(value: object) -> object:
@@ -421,8 +437,15 @@ class EncodersConfig(Section):
 class DataConfig(Section):
     """The pictures, and the cache of encoded samples that is made from them."""
 
-    cache: Annotated[PathText, Field(examples=["/data/cache/removal"])]
-    """Folder of the encoded samples: written by `fluxfill preprocess`, read by the trainer."""
+    cache: Annotated[FolderOrUrl, Field(examples=["/data/cache/removal"])]
+    """Folder of the encoded samples: written by `fluxfill preprocess`, read by the trainer. For training also an
+    https://, s3:// or gs:// URL of such a folder."""
+
+    local_cache: PathText | None = None
+    """With a URL as `cache`: folder on each node that shards are copied to, shared by the node's processes."""
+
+    local_cache_gib: PositiveFloat = 100.0
+    """What the copies in `local_cache` may take, in GiB; those that were not used for the longest time go first."""
 
     datasets: Annotated[list[DatasetConfig], Field(min_length=1)]
     """The sets of triples, each with a name of its own."""
@@ -473,6 +496,24 @@ class DataConfig(Section):
     """Shares that the shards of each bucket are dealt to; each global batch takes as many samples from one as from the
     other. One per node lets a node fetch only its own share from remote storage; 1 mixes best. A run keeps the number
     that it began with."""
+
+    @property
+    def cache_folder(self) -> Path:
+        """`cache`, for whoever writes it. Raises InputError if it is a URL."""
+        if isinstance(self.cache, Path):
+            return self.cache
+        raise InputError(
+            f"data.cache is {self.cache}, but a cache is made in a folder. Set data.cache to one, and copy it to the "
+            "URL when it is finished."
+        )
+
+    @field_validator("local_cache")
+    @classmethod
+    def _copies_have_a_place(cls, local_cache: Path | None, info: ValidationInfo) -> Path | None:
+        cache = info.data.get("cache")
+        if local_cache is None and isinstance(cache, str):
+            raise ValueError(f"data.cache is {cache}: give a folder on each node's own disk for copies of its shards")
+        return local_cache
 
     @field_validator("datasets")
     @classmethod
@@ -529,6 +570,10 @@ class TrainConfig(Section):
 
     ema_decay: Annotated[float, Field(strict=True, gt=0, lt=1)] | None = None
     """Per step, of the moving average of the weights that is kept beside them. null: none is kept."""
+
+    weights: Literal["fp32_master", "bf16_stochastic"] = "fp32_master"
+    """How full fine-tuning keeps weights and moments. fp32_master: in fp32, 16 bytes a weight with its gradient;
+    bf16_stochastic: in bf16 alone, 8 bytes, rounded up or down at random so that small updates count on average."""
 
     activation_checkpointing: Literal["auto"] | Annotated[bool, Field(strict=True)] = "auto"
     """Compute activations again in the backward pass to save memory. auto: decided at start."""
@@ -629,6 +674,10 @@ class CheckpointConfig(Section):
     keep_best: Literal["hole_psnr", "loss"] | None = "hole_psnr"
     """Never remove the best one so far, by this figure of validations at the steps that were saved: hole_psnr, or loss
     (the mean over noise levels); of held-out pictures if there are any. null: it is removed like the others."""
+
+    requantize: Annotated[bool, Field(strict=True)] = False
+    """8-bit optimizer state fits the engine and the number of processes that saved it. true: on others it is quantized
+    anew, which changes it a little; false: they are refused."""
 
     asynchronous: Annotated[bool, Field(strict=True, alias="async")] = True
     """Write checkpoints while training goes on, from a copy in the host's memory (as large as the checkpoint)."""

@@ -15,6 +15,11 @@ def is_url(place: object) -> bool:
     return isinstance(place, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", place) is not None
 
 
+def shown(place: str) -> str:
+    """A path or URL as messages show it: without a URL's query, which may hold a token."""
+    return place.partition("?")[0] if is_url(place) else place
+
+
 def problem_with_url(url: str) -> str | None:
     """What keeps a URL from being opened, as the end of a sentence "<place> is <url>, but ..."; None: nothing."""
     scheme, separator, _ = url.partition("://")
@@ -26,6 +31,8 @@ def problem_with_url(url: str) -> str | None:
         return f"it is no URL ({error}): correct it"
     if not parts.hostname:
         return f"it names no {'host' if scheme == 'https' else 'bucket'}: write {scheme}://NAME/folder"
+    if scheme != "https" and "::" in url:
+        return "it chains several with ::, which could lead to any scheme: write one"
     if "@" in parts.netloc:
         return "it holds a user or password, which would end up in logs: use the usual credential files"
     return None

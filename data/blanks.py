@@ -4,8 +4,9 @@ import xxhash
 from safetensors.torch import load
 
 from configs.errors import InputError
+from data.cache import Cache
 from data.geometry import Bucket
-from data.manifest import EMPTY_TEXT, Cache, blank_name
+from data.manifest import EMPTY_TEXT, blank_name
 from data.micro_batch import bytes_of
 from data.stored_tensors import Tensors, num_bytes, parse_header, sample_tensors, text_tensors
 

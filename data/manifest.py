@@ -15,7 +15,6 @@ from data.atomic_write import write_atomically, write_text_atomically
 from data.geometry import Bucket
 from data.mask_recipe import recipe_of
 from data.model_folder import encoder_fingerprints
-from data.source_items import listed
 
 FORMAT_VERSION = 1
 TRAIN, HOLDOUT = "train", "holdout"
@@ -145,8 +144,13 @@ def read_manifest(cache: Path) -> Manifest:
             f"data.cache {cache}: no manifest.json, so no finished cache is there. "
             "Run `fluxfill preprocess CONFIG` first."
         )
+    return parse_manifest(path.read_bytes(), path)
+
+
+def parse_manifest(data: bytes, path: Path | str) -> Manifest:
+    """The manifest of a file's bytes. Raises InputError, naming `path`, if they are none, or one of a newer format."""
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(data.decode())
         version = fields["format_version"]
         if version > FORMAT_VERSION:
             raise InputError(
@@ -189,15 +193,6 @@ def parse_bucket(text: str) -> Bucket:
     return Bucket(int(height), int(width))
 
 
-@dataclass(frozen=True)
-class Cache:
-    """A finished cache: its folder and head."""
-
-    folder: Path
-    manifest: Manifest
-    table: ShardTable
-
-
 def refuse_other_settings(config: Config, model: Path, manifest: Manifest) -> None:
     """Raise InputError that lists every setting and encoder in which a config and its model differ from a cache's."""
     encoders, wanted = encoder_fingerprints(model), cached_settings(config)
@@ -216,38 +211,3 @@ def refuse_other_settings(config: Config, model: Path, manifest: Manifest) -> No
             f"data.cache {config.data.cache} was made by other settings:\n  " + "\n  ".join(problems) + "\n"
             "Run `fluxfill preprocess CONFIG` again, or point data.cache (or model.base) at the one that fits."
         )
-
-
-def open_cache(config: Config, model: Path) -> Cache:
-    """The cache of a config, checked against the model that is to be trained on it, and for its shards to be there.
-
-    Raises InputError that lists every setting and encoder in which they differ, or every shard that is missing or of
-    another size: a cut shard would else end an epoch early.
-    """
-    folder = config.data.cache
-    manifest, table = read_manifest(folder), read_shard_table(folder)
-    refuse_other_settings(config, model, manifest)
-    if hash_files(folder, [SHARD_TABLE])[SHARD_TABLE] != manifest.files.get(SHARD_TABLE):
-        raise InputError(
-            f"{folder / SHARD_TABLE}: not the one that {MANIFEST} beside it was written with. Run `fluxfill preprocess "
-            "CONFIG` again; whole shards are kept."
-        )
-    damaged = [
-        f"{folder / str(path)}: {found} bytes, the manifest says {size}"
-        if found is not None
-        else f"{folder / str(path)}: missing"
-        for path, size in zip(table.path, table.bytes, strict=True)
-        if (found := _size_of(folder / str(path))) != size
-    ]
-    if damaged:
-        raise InputError(
-            listed(damaged) + "\nRestore them, or run `fluxfill preprocess CONFIG` again: only those are encoded anew."
-        )
-    return Cache(folder, manifest, table)
-
-
-def _size_of(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except (FileNotFoundError, NotADirectoryError):
-        return None

@@ -98,12 +98,13 @@ def row_fields(bucket: Bucket, manifest: Manifest) -> tuple[RowField, ...]:
 class Rows:
     """A slot's memory seen as rows of one bucket.
 
-    batch: as tensors.  stored: for each row, the bytes of what shards store, by tensor name.  noise, uniform, weight,
-    position: numpy arrays of the same memory, for the threads: torch would start threads of its own in each of them.
+    batch: as tensors.  stored: for each row, the bytes of what shards store, by tensor name.  raw: uint8 [rows, bytes
+    of a row] of each tensor.  All but `batch` are for the threads: torch would start threads of its own in each.
     """
 
     batch: MicroBatch
     stored: tuple[dict[str, memoryview], ...]
+    raw: tuple[np.ndarray, ...]
     noise: np.ndarray
     uniform: np.ndarray
     weight: np.ndarray
@@ -111,9 +112,8 @@ class Rows:
 
     def clear(self, place: int) -> None:
         """Make a row one that only fills up: finite numbers, weight 0."""
-        for value in vars(self.batch).values():
-            if isinstance(value, Tensor):
-                value[place].zero_()
+        for rows in self.raw:
+            rows[place] = 0
         self.uniform[place] = 0.5
 
 
@@ -137,12 +137,14 @@ class Slot:
             flat = self._memory[start : start + field.row_bytes * rows]
             tensors[field.name] = flat.view(field.dtype).view(rows, *field.shape)
             start += field.slot_bytes(rows)
+        raw = {name: tensor.view(rows, -1).view(torch.uint8).numpy() for name, tensor in tensors.items()}
         stored = tuple(
-            {field.name: bytes_of(tensors[field.name][place]) for field in fields if field.is_stored}
-            for place in range(rows)
+            {field.name: raw[field.name][place].data for field in fields if field.is_stored} for place in range(rows)
         )
         drawn = (tensors[name].numpy() for name in ("noise", "uniform", "weight", "position"))
-        made = self._laid_out[bucket, rows] = Rows(MicroBatch(bucket, is_last=False, **tensors), stored, *drawn)
+        made = self._laid_out[bucket, rows] = Rows(
+            MicroBatch(bucket, is_last=False, **tensors), stored, tuple(raw.values()), *drawn
+        )
         return made
 
     def wait_until_free(self) -> None:

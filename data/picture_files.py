@@ -1,12 +1,13 @@
 """Where the bytes of a picture lie: a file, a part of one (a member of a tar), or a URL."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
 
 from configs.errors import InputError
-from configs.urls import is_url
+from configs.urls import is_url, shown
 from data.retry import with_retries
 from data.urls import read_range
 
@@ -43,7 +44,7 @@ class PictureFile:
     copy_offset: int = 0
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.member}" if self.member else self.place
+        return f"{shown(self.place)}: {self.member}" if self.member else shown(self.place)
 
     @property
     def suffix(self) -> str:
@@ -90,7 +91,8 @@ class PictureFile:
 def _read_local(path: str, offset: int, size: int) -> bytes:
     with open(path, "rb") as file:
         file.seek(offset)
-        return file.read(size)
+        # Python takes the room for all that is asked for, ahead.
+        return file.read(min(size, max(0, os.fstat(file.fileno()).st_size - offset)))
 
 
 def byte_limit(max_megapixels: float) -> int:

@@ -20,7 +20,7 @@ def plan_samples(config: Config, progress: Progress) -> list[PlannedSample]:
     its original's caption and split: a held-out picture must not be trained on the other way round.
     Raises one InputError that lists every triple at fault, or says that nothing is left to train on.
     """
-    data = config.data
+    data, policy = config.data, config.data.resolution_policy
     bar = progress.add_task("reading pictures", total=None)
     found = [
         (dataset, triple, size)
@@ -35,17 +35,21 @@ def plan_samples(config: Config, progress: Progress) -> list[PlannedSample]:
             f"Lower it below {len(kept)}, or add pictures."
         )
     recipes = {dataset.name: recipe_of(dataset) for dataset in data.datasets}
+    crops = {
+        size: [(bucket, plan_crop(*size, bucket)) for bucket in choose_buckets(*size, data.resolution, policy=policy)]
+        for size in {size for _, _, size in found}  # few, of however many pictures
+    }
     return [
         PlannedSample(
             triple,
             size,
             bucket,
-            plan_crop(*size, bucket),
+            crop,
             HOLDOUT if triple.target_content in kept else TRAIN,
             recipes[dataset.name],
             flip,
         )
         for dataset, triple, size in found
-        for bucket in choose_buckets(*size, data.resolution, policy=data.resolution_policy)
+        for bucket, crop in crops[size]
         for flip in ((False, True) if dataset.flip else (False,))
     ]

@@ -106,7 +106,7 @@ def preprocess(config: Config, console: Console, worker: Worker = _ALONE) -> Non
 
     Raises InputError for whatever the user can mend: shards finished by then stay, parts of one do not.
     """
-    cache = config.data.cache
+    cache = config.data.cache_folder
     model = find_model(config.model.base)
     job = Job(config, model, encoder_fingerprints(model))
     try:
@@ -138,9 +138,9 @@ def dry_run(config: Config, console: Console, worker: Worker = _ALONE) -> None:
     job = Job(config, model, encoder_fingerprints(model))
     with open_progress(console, worker) as progress:
         plans = _make_plan(job, progress)
-    finished = read_finished_of(data.cache, plans)
+    finished = read_finished_of(data.cache_folder, plans)
     todo = [plan for plan, index in zip(plans, finished, strict=True) if index is None]
-    print_counts(console, data.cache, plans, todo)
+    print_counts(console, data.cache_folder, plans, todo)
     print_bytes(console, bytes_by_part(plans, text_bytes=job.text_bytes))
     if todo:
         encoders = load_encoders(model, data.encoders, device_index=worker.device_index)
@@ -177,18 +177,18 @@ def _encode_what_is_left(
     encoders: Encoders | None = None  # loaded once there is something to encode: T5 takes a minute
     waiting = Waiting(progress)
     while True:
-        constants = constants_are_there(data.cache, buckets, job.encoding)
+        constants = constants_are_there(data.cache_folder, buckets, job.encoding)
         if not constants and crew.claim(_CONSTANTS):
             encoders = encoders or load_encoders(job.model, data.encoders, device_index=worker.device_index)
-            (data.cache / "manifest.json").unlink(missing_ok=True)
-            write_constants(data.cache, encoders, buckets, job.encoding, data.captions)
+            (data.cache_folder / "manifest.json").unlink(missing_ok=True)
+            write_constants(data.cache_folder, encoders, buckets, job.encoding, data.captions)
             crew.release(_CONSTANTS)
             constants = True
         shards = backlog.claim_shards()
         if first := next(shards, None):
             encoders = encoders or load_encoders(job.model, data.encoders, device_index=worker.device_index)
             claimed = chain([first], shards)
-            encode_shards(data.cache, claimed, backlog, encoders, data, threads=worker.decode_threads)
+            encode_shards(data.cache_folder, claimed, backlog, encoders, data, threads=worker.decode_threads)
         elif constants and not backlog.remaining:
             break
         else:
@@ -203,7 +203,7 @@ def _complete(
 
     before: the manifest's stamp when this worker came; another one now is by this crew.
     """
-    cache = job.config.data.cache
+    cache = job.config.data.cache_folder
     waiting = Waiting(progress)
     while _manifest_stamp(cache) in (None, before):
         # Who is still at a shard took it for unfinished: it will see that it is not, or write the same bytes again.
@@ -224,7 +224,7 @@ def _manifest_stamp(cache: Path) -> tuple[int, int] | None:
 
 
 def _write_head(job: Job, plans: Sequence[ShardPlan], progress: Progress) -> None:
-    cache, config = job.config.data.cache, job.config
+    cache, config = job.config.data.cache_folder, job.config
     indexes = [index for index in read_finished_of(cache, plans) if index]
     if len(indexes) < len(plans):
         raise RuntimeError(f"{cache}: shards that were just written are gone")

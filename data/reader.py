@@ -9,12 +9,17 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
 
 from data.blanks import read_blank, read_empty_text
+from data.cache import Cache
 from data.geometry import Bucket
-from data.manifest import Cache, parse_bucket
+from data.manifest import parse_bucket
 from data.micro_batch import MicroBatch, Rows, Slot, row_fields
 from data.order import Batch, Order, num_micro_steps, rank_rows
+from data.prefetch import Prefetcher
 from data.row_filler import ReplacedRow, RowFiller, RowPolicy
 from data.shard_reader import ShardReader
 
@@ -74,7 +79,7 @@ class BatchStream:
         depth: int = 3,
         pin_memory: bool = False,
     ) -> None:
-        self.reader = ShardReader(cache.folder, cache.manifest, cache.table)
+        self.reader = ShardReader(cache)
         self.order = order
         self.next_batch = start
         self.batch_start, self.wait_seconds = time.monotonic(), 0.0
@@ -94,7 +99,12 @@ class BatchStream:
             replaced=replaced,
         )
         self._depth, self._threads = depth, threads
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="reader")
+        self._pool = ThreadPoolExecutor(
+            threads,
+            thread_name_prefix="reader",
+            # A thread that waits for a CUDA event would else make itself at home on the first GPU.
+            initializer=partial(torch.cuda.set_device, torch.cuda.current_device()) if pin_memory else None,
+        )
         slot_bytes = max(
             sum(field.slot_bytes(min(self.micro_batch_size(bucket), self._most_rows)) for field in fields)
             for bucket, fields in self._fields.items()
@@ -103,6 +113,9 @@ class BatchStream:
         self._lent: Slot | None = None
         self._planned = self._plan(start)
         self._ahead: deque[_Ahead] = deque()
+        self._prefetcher = None
+        if cache.copies is not None:
+            self._prefetcher = Prefetcher(cache.copies, order, cache.table.bytes, part=self._mine, start=start)
 
     def micro_batch_size(self, bucket: Bucket) -> int:
         """Rows per forward of a bucket: about as many tokens as the largest bucket's."""
@@ -161,6 +174,8 @@ class BatchStream:
     def __next__(self) -> Iterator[MicroBatch]:
         self.current = self.order.batch(self.next_batch, self._mine)
         self.batch_start, self.wait_seconds = time.monotonic(), 0.0
+        if self._prefetcher is not None:
+            self._prefetcher.reached(self.next_batch)
         self.next_batch += 1
         return self._micro_batches(self.next_batch - 1)
 
@@ -197,6 +212,9 @@ class BatchStream:
 
     def close(self) -> None:
         """Stop reading ahead and let go of the shards. The stream cannot be used after it."""
+        self.reader.stop()  # whoever waits for a storage that fails
+        if self._prefetcher is not None:
+            self._prefetcher.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._ahead.clear()
         self.reader.close()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import xxhash
 
-from configs.urls import is_url
+from configs.urls import is_url, shown
 from data.atomic_write import write_atomically
 from data.retry import with_retries
 from data.urls import open_url, refuse_short
@@ -38,7 +38,7 @@ class Copies:
         copy = self.path(place, stamp, ".copy")
         if not copy.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            with_retries(lambda: write_atomically(copy, lambda temporary: _fetch(place, temporary)), place)
+            with_retries(lambda: write_atomically(copy, lambda temporary: _fetch(place, temporary)), shown(place))
         try:
             yield copy
         except BaseException:

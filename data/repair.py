@@ -20,14 +20,15 @@ from data.model_folder import find_model
 from data.preprocess import CREW_FOLDER, preprocess
 from data.shards import index_path, rebuild_index
 from data.verify import CheckedCache
-from data.verify_shard import Problem, WholeTar
+from data.verify_shard import WholeTar
+from data.verify_tar import Problem
 
 QUARANTINE = "quarantine"  # folder, and .jsonl beside it
 
 
 def refuse_other_config(config: Config, cache: Path) -> None:
     """Raise InputError if a config is not that of a cache: repaired by it, all of the cache would be made anew."""
-    if config.data.cache.resolve() != cache.resolve():
+    if config.data.cache_folder.resolve() != cache.resolve():
         raise InputError(f"--repair: data.cache is {config.data.cache}, not {cache}. Give the config of this cache.")
     model = find_model(config.model.base)
     try:
@@ -44,7 +45,7 @@ def repair_cache(config: Config, checked: CheckedCache, console: Console) -> lis
     Bad files go to <cache>/quarantine/<time>/ and a line each into quarantine.jsonl. Killed at any moment it leaves a
     cache that `verify` judges rightly and preprocessing completes. Raises InputError for what the user can mend.
     """
-    cache = config.data.cache
+    cache = config.data.cache_folder
     with join_crew(cache / CREW_FOLDER, {"work": "repair"}) as crew:
         if other := next(iter(crew.others()), None):
             raise InputError(f"data.cache {cache}: {other} is at work in it. Wait for it or stop it.")

@@ -111,8 +111,8 @@ def _card(sample: DecodedSample) -> str:
     rows = []
     for masked, mask in zip(sample.masked, stored.masks, strict=True):
         pictures = (
-            (to_picture(sample.target), "target, decoded"),
-            (to_picture(masked), "what the model sees, decoded"),
+            (to_picture(sample.target), "target"),
+            (to_picture(masked), "what the model sees"),
             (Image.fromarray(mask), f"mask, hole {mask.mean():.1%}"),
         )
         rows.append(f'<div class="row">{"".join(_figure(picture, text) for picture, text in pictures)}</div>')

@@ -125,8 +125,8 @@ class _Scanner:
         self.dataset = dataset
         self.max_megapixels = data.max_megapixels
         self.masks = not recipe_of(dataset).shares  # whether the dataset has its own
-        self.results = ScanResults(data.cache, dataset.name)
-        self.copies = Copies(_copies_folder(data.cache), int(data.copies_gib * 2**30))
+        self.results = ScanResults(data.cache_folder, dataset.name)
+        self.copies = Copies(_copies_folder(data.cache_folder), int(data.copies_gib * 2**30))
         self.picture_pool = ThreadPoolExecutor(_PICTURE_THREADS)
 
     # --- listing ---

@@ -15,14 +15,17 @@ import numpy as np
 import xxhash
 
 from configs.errors import InputError
-from data.manifest import Manifest, ShardTable, parse_bucket
+from data.cache import Cache
+from data.manifest import parse_bucket
 from data.retry import with_retries
+from data.shard_copies import FileHandle
 from data.shards import ShardIndex, index_path, read_index, rebuild_index
 from data.stored_tensors import MAX_HEADER, Tensors, num_bytes, parse_header, sample_tensors
 
 # File handles and indexes that a reader keeps. The order stays within a block or two of shards per dataset and bucket,
 # but goes round all of these; a process may have 1024 files open where nobody raised the limit.
 _OPEN_SHARDS = 256
+_OPEN_COPIES = 4  # of a remote cache: an open copy cannot make room for another, and its prefetcher holds the rest
 _MAX_GAP = 4096  # bytes between two members that are read along rather than by a call of their own: tar's header
 
 _ENCODE_ANEW = "Delete the shard and run `fluxfill preprocess CONFIG` again: only that shard is encoded anew."
@@ -81,7 +84,7 @@ class _Member:
 class _OpenShard:
     """A shard's handle and index. The index is kept as lists: single numbers are taken from them for every row."""
 
-    def __init__(self, path: Path, handle: "_Handle", index: ShardIndex, layouts: dict[str, _Layout]) -> None:
+    def __init__(self, path: Path, handle: FileHandle, index: ShardIndex, layouts: dict[str, _Layout]) -> None:
         self.path, self.handle, self.index = path, handle, index
         self._layouts = layouts
         self._latents, self._latents_xxh3 = index.latents.tolist(), index.latents_xxh3.tolist()
@@ -110,10 +113,9 @@ class ShardReader:
     Keeps the last few shards open. Raises DamagedShard, naming shard and sample, for whatever is not as written.
     """
 
-    def __init__(self, cache: Path, manifest: Manifest, table: ShardTable) -> None:
-        self.cache = cache
-        self.manifest = manifest
-        self.table = table
+    def __init__(self, cache: Cache) -> None:
+        self.manifest, self.table = cache.manifest, cache.table
+        self._folder, self._copies = cache.folder, cache.copies
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._lock = threading.Lock()
         self._scratch = threading.local()
@@ -128,7 +130,7 @@ class ShardReader:
         try:
             return self._find(number)
         except OSError as error:
-            what = f"{self.cache / str(self.table.path[number])}: cannot be opened ({error.strerror})"
+            what = f"{self._folder / str(self.table.path[number])}: cannot be opened ({error.strerror})"
             return with_retries(lambda: self._find(number), what, stop=self._closing)
 
     def _find(self, number: int) -> _OpenShard:
@@ -141,21 +143,31 @@ class ShardReader:
         newly_opened = self._open_shard(number)
         with self._lock:
             opened = self._open.setdefault(number, newly_opened)
-            if len(self._open) > _OPEN_SHARDS:
+            if len(self._open) > (_OPEN_SHARDS if self._copies is None else _OPEN_COPIES):
                 # Not closed here: another thread may be reading from it. The handle goes with the last reference.
                 self._open.popitem(last=False)
             return opened
 
-    def close(self) -> None:
-        """Let go of all shards: their files are closed when nobody reads from them any more. Nothing is tried again."""
+    def stop(self) -> None:
+        """Try nothing again from now on, and fetch nothing more."""
         self._closing.set()
+
+    def close(self) -> None:
+        """Let go of all shards: their files are closed when nobody reads from them any more."""
+        self.stop()
         with self._lock:
             self._open.clear()
 
     def _open_shard(self, number: int) -> _OpenShard:
-        path = self.cache / str(self.table.path[number])
         sha256, size = str(self.table.sha256[number]), int(self.table.bytes[number])
-        handle = _Handle(path)
+        if self._copies is None:
+            path = self._folder / str(self.table.path[number])
+            handle = FileHandle(path)
+        else:
+            path = self._copies.path(number)
+            copy = self._copies.open(number, stop=self._closing)
+            assert copy is not None  # it may exceed the limit
+            handle = copy
         if (actual := os.fstat(handle).st_size) != size:
             raise DamagedShard(
                 f"{path}: {actual} bytes, the manifest says {size}. Restore it, or delete it and run "
@@ -301,13 +313,3 @@ def _read_again(opened: _OpenShard, parts: list[memoryview], run: list[_Member])
     for part in parts:
         part[:] = data[at : at + len(part)]
         at += len(part)
-
-
-class _Handle(int):
-    """A file descriptor that closes itself with its last reference."""
-
-    def __new__(cls, path: Path) -> "_Handle":
-        return super().__new__(cls, os.open(path, os.O_RDONLY))
-
-    def __del__(self, close=os.close) -> None:  # bound here: at exit the module may be gone before the last handle
-        close(self)

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from configs.errors import InputError
 from configs.schema import DatasetConfig
-from configs.urls import is_url
+from configs.urls import is_url, shown
 from data.picture_files import PictureFile
 from data.source_items import Item, is_utf8
 from data.urls import check_url
@@ -28,7 +28,7 @@ def find_tables(place: str, dataset: str) -> list[str]:
 
     Raises InputError if there is none.
     """
-    where = f"dataset {dataset}: table {place}"
+    where = f"dataset {dataset}: table {shown(place)}"
     path = Path(place)
     if is_url(place) or path.is_file():
         if not place.partition("?")[0].endswith((".jsonl", *_NEEDS_PYARROW)):
@@ -65,48 +65,54 @@ def list_table(
     wanted = {"target": columns.target} | ({"mask": columns.mask} if masks else {})
     if columns.source is not None:
         wanted["source"] = columns.source
+    stem = str(PurePosixPath(_below(table, below)).with_suffix(""))
+
+    def find_picture(cell: object, where: str, number: int) -> PictureFile:
+        if (inside := _picture_inside(cell)) is None:
+            return PictureFile(_resolve(table, cell, where))
+        data, suffix = inside
+        offset = packed.tell()
+        packed.write(data)
+        return PictureFile(str(pack), offset, len(data), f"{stem}/{number:08d}{suffix}")
+
+    def read_row(number: int, where: str, row: dict[str, Any]) -> Item:
+        for role, column in wanted.items():
+            if row.get(column) is None:
+                raise InputError(
+                    f"{where}: no {column}, but {', '.join(sorted(row)) or 'nothing'}. Add it, or correct "
+                    f"data.datasets.*.columns.{role}."
+                )
+        caption = row.get(columns.caption)
+        if not isinstance(caption, str | None):
+            raise InputError(f"{where}: {columns.caption} is {caption!r:.60}, no text. Correct it.")
+        files = {role: find_picture(row[column], f"{where}, {column}", number) for role, column in wanted.items()}
+        name = _name(row, columns.name, files["target"], below, where)
+        return Item(name, files["target"], files.get("mask"), files.get("source"), caption)
+
     items: list[Item] = []
     problems: list[str] = []
     seen: set[str] = set()
     for number, where, row in _read_rows(table, file):
         seen |= row.keys()
         try:
-            pictures = {}
-            for role, column in wanted.items():
-                if row.get(column) is None:
-                    raise InputError(
-                        f"{where}: no {column}, but {', '.join(sorted(row)) or 'nothing'}. Add it, or correct "
-                        f"data.datasets.*.columns.{role}."
-                    )
-                inside = _picture_inside(row[column])
-                if inside is None:
-                    pictures[role] = PictureFile(_resolve(table, row[column], f"{where}, {column}"))
-                else:
-                    bytes_, suffix = inside
-                    member = f"{_stem(table)}/{number:08d}{suffix}"
-                    pictures[role] = PictureFile(str(pack), packed.tell(), len(bytes_), member)
-                    packed.write(bytes_)
-            name = _name(row, columns.name, pictures["target"], below, where)
-            caption = row.get(columns.caption)
-            if not isinstance(caption, str | None):
-                raise InputError(f"{where}: {columns.caption} is {caption!r:.60}, no text. Correct it.")
-            items.append(Item(name, pictures["target"], pictures.get("mask"), pictures.get("source"), caption))
+            items.append(read_row(number, where, row))
         except InputError as error:
             problems.append(str(error))
     if "caption" in columns.model_fields_set and columns.caption not in seen:
         problems.append(
-            f"{table}: no row has the column {columns.caption}, but {', '.join(sorted(seen))}. Correct "
+            f"{shown(table)}: no row has the column {columns.caption}, but {', '.join(sorted(seen))}. Correct "
             "data.datasets.*.columns.caption."
         )
     if problems:
         raise InputError("\n".join(problems))
     if not items:
-        raise InputError(f"{table}: holds no row. Correct data.datasets.*.table.")
+        raise InputError(f"{shown(table)}: holds no row. Correct data.datasets.*.table.")
     return items
 
 
-def _stem(table: str) -> str:
-    return table.partition("?")[0].rpartition("/")[2].partition(".")[0]
+def _below(place: str, folder: str) -> str:
+    """A path or URL, without query, as it is called from a folder above it."""
+    return place.partition("?")[0].removeprefix(f"{folder}/")
 
 
 def _name(row: dict[str, Any], column: str | None, target: PictureFile, below: str, where: str) -> str:
@@ -122,7 +128,7 @@ def _name(row: dict[str, Any], column: str | None, target: PictureFile, below: s
         parts = urlsplit(target.place)
         path = f"{parts.netloc}{parts.path}"  # without the query, which may hold a token
     else:
-        path = target.place.partition("?")[0].removeprefix(f"{below}/")
+        path = _below(target.place, below)
     return str(PurePosixPath(path).with_suffix(""))
 
 
@@ -163,9 +169,9 @@ def _read_rows(table: str, file: Path) -> Iterator[tuple[int, str, dict[str, Any
         else:
             yield from _read_with_pyarrow(table, file)
     except UnicodeDecodeError as error:
-        raise InputError(f"{table}: not UTF-8 text ({error}). Save it as UTF-8.") from error
+        raise InputError(f"{shown(table)}: not UTF-8 text ({error}). Save it as UTF-8.") from error
     except OSError as error:
-        raise InputError(f"{table}: cannot be read ({error}). Restore the file or its permissions.") from error
+        raise InputError(f"{shown(table)}: cannot be read ({error}). Restore the file or its permissions.") from error
 
 
 def _read_jsonl(table: str, file: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
@@ -173,7 +179,7 @@ def _read_jsonl(table: str, file: Path) -> Iterator[tuple[int, str, dict[str, An
         for number, line in enumerate(lines):
             if not line.strip():
                 continue
-            where = f"{table}, line {number + 1}"
+            where = f"{shown(table)}, line {number + 1}"
             try:
                 row = json.loads(line)
             except ValueError as error:
@@ -186,7 +192,7 @@ def _read_jsonl(table: str, file: Path) -> Iterator[tuple[int, str, dict[str, An
 def _read_csv(table: str, file: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
     with file.open(encoding="utf-8-sig", newline="") as lines:
         for number, row in enumerate(csv.DictReader(lines)):
-            yield number, f"{table}, row {number + 1}", _with_file_names(row)
+            yield number, f"{shown(table)}, row {number + 1}", _with_file_names(row)
 
 
 def _with_file_names(row: dict[str, Any]) -> dict[str, Any]:
@@ -204,8 +210,8 @@ def _read_with_pyarrow(table: str, file: Path) -> Iterator[tuple[int, str, dict[
         from pyarrow import parquet
     except ImportError as error:
         raise InputError(
-            f"{table}: .parquet and .arrow need pyarrow ({error}). Run `pip install 'fluxfill[parquet]'`, or write the "
-            "list as .jsonl."
+            f"{shown(table)}: .parquet and .arrow need pyarrow ({error}). Run `pip install 'fluxfill[parquet]'`, "
+            "or write the list as .jsonl."
         ) from error
     try:
         if table.partition("?")[0].endswith(".parquet"):
@@ -215,10 +221,10 @@ def _read_with_pyarrow(table: str, file: Path) -> Iterator[tuple[int, str, dict[
         number = 0
         for batch in batches:
             for row in batch.to_pylist():
-                yield number, f"{table}, row {number + 1}", row
+                yield number, f"{shown(table)}, row {number + 1}", row
                 number += 1
     except pa.ArrowException as error:
-        raise InputError(f"{table}: damaged ({error}). Fetch or write it anew.") from error
+        raise InputError(f"{shown(table)}: damaged ({error}). Fetch or write it anew.") from error
 
 
 def _arrow_batches(pa, file: Path) -> Iterator[Any]:

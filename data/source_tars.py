@@ -10,7 +10,7 @@ from braceexpand import braceexpand
 
 from configs.errors import InputError
 from configs.schema import DatasetConfig
-from configs.urls import is_url
+from configs.urls import is_url, shown
 from data.picture_files import PictureFile
 from data.source_items import Item, decode_text, is_utf8
 from data.tar_headers import Member, read_members
@@ -39,8 +39,8 @@ def expand_tars(patterns: Sequence[str], dataset: str) -> list[str]:
             check_url(tar, f"dataset {dataset}: tar")
         if (name := tar_name(tar)) in places:
             raise InputError(
-                f"dataset {dataset}: {places[name]} and {tar} have the same name, by which their samples are called. "
-                "Rename one, or make two datasets of them."
+                f"dataset {dataset}: {shown(places[name])} and {shown(tar)} have the same name, by which their samples "
+                "are called. Rename one, or make two datasets of them."
             )
         places[name] = tar
     return tars
@@ -59,15 +59,15 @@ def list_tar(tar: str, copy: Path, dataset: DatasetConfig, *, masks: bool) -> li
     """
     samples: dict[str, dict[str, Member]] = defaultdict(dict)
     problems = []
-    for member in read_members(copy, tar):
+    for member in read_members(copy, shown(tar)):
         match = _KEY_AND_SUFFIX.match(member.name)
         if not match or member.name.rpartition("/")[2].startswith("__"):
             continue  # no sample's; WebDataset too passes over what is hidden, has no suffix or begins with __
         if not is_utf8(member.name):
-            problems.append(f"{tar}: the name of the member {member.name!a} is not UTF-8. Rename it.")
+            problems.append(f"{shown(tar)}: the name of the member {member.name!a} is not UTF-8. Rename it.")
         key, suffix = match[1], match[2].lower()
         if suffix in samples[key]:
-            problems.append(f"{tar}: {key}.{suffix} is there twice. Write the tar with one sample of that name.")
+            problems.append(f"{shown(tar)}: {key}.{suffix} is there twice. Write the tar with one sample of that name.")
         samples[key][suffix] = member
     names = dataset.members
     wanted = [("target", names.target)] + ([("mask", names.mask)] if masks else [])
@@ -77,8 +77,8 @@ def list_tar(tar: str, copy: Path, dataset: DatasetConfig, *, masks: bool) -> li
         found = {role: _first(members, suffixes) for role, suffixes in wanted}
         lacking = [role for role, member in found.items() if member is None]
         problems += [
-            f"{tar}: sample {key} has no {role} ({', '.join(dict(wanted)[role])}), but {', '.join(sorted(members))}. "
-            f"Add it, or correct data.datasets.*.members.{role}."
+            f"{shown(tar)}: sample {key} has no {role} ({', '.join(dict(wanted)[role])}), but "
+            f"{', '.join(sorted(members))}. Add it, or correct data.datasets.*.members.{role}."
             for role in lacking
         ]
         if not lacking and not problems:
@@ -97,7 +97,7 @@ def list_tar(tar: str, copy: Path, dataset: DatasetConfig, *, masks: bool) -> li
     if problems:
         raise InputError("\n".join(problems))
     if not items:
-        raise InputError(f"{tar}: holds no sample. Remove it from data.datasets.*.tars.")
+        raise InputError(f"{shown(tar)}: holds no sample. Remove it from data.datasets.*.tars.")
     return items
 
 
@@ -110,13 +110,13 @@ def _read_caption(tar: str, copy: Path, member: Member | None) -> str | None:
     if member is None:
         return None
     data = PictureFile(str(copy), member.offset, member.size, member.name).read(_LONGEST_CAPTION).data
-    text = decode_text(data, f"{tar}: {member.name}")
+    text = decode_text(data, f"{shown(tar)}: {member.name}")
     if not member.name.lower().endswith(".json"):
         return text
     try:
         caption = json.loads(text).get("caption")
     except (ValueError, AttributeError) as error:
-        raise InputError(f"{tar}: {member.name}: no JSON object ({error}). Mend or remove it.") from error
+        raise InputError(f"{shown(tar)}: {member.name}: no JSON object ({error}). Mend or remove it.") from error
     if not isinstance(caption, str | None):
-        raise InputError(f"{tar}: {member.name}: its caption is no text. Mend or remove it.")
+        raise InputError(f"{shown(tar)}: {member.name}: its caption is no text. Mend or remove it.")
     return caption

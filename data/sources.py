@@ -55,7 +55,10 @@ def list_triples(
     advance: told how many more were read.  Raises one InputError that lists every triple at fault.
     """
     triples, problems = [], []
-    for scanned in scan_dataset(dataset, data, advance):
+    found = scan_dataset(dataset, data, advance)
+    found.reverse()
+    while found:  # what is used up is let go: of millions, twice is too much
+        scanned = found.pop()
         problems += _problems_of(scanned)
         item = scanned.item
         contents = [facts.content for facts in scanned[1:] if facts is not None]

@@ -5,52 +5,70 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPMessage, HTTPResponse
 from typing import IO, BinaryIO
+from urllib.error import HTTPError
 
 import fsspec
 
 from configs.errors import InputError
-from configs.urls import problem_with_url
+from configs.urls import problem_with_url, shown
 
 _TIMEOUT_SECONDS = 60  # without a byte
+_PASSING = (408, 425, 429)  # of the answers that blame the request: too late, too early, too many
 _EXTRAS = {"s3": "s3", "gs": "gcs"}  # scheme -> extra of this package that brings its fsspec driver
 
 
 def check_url(url: str, where: str) -> None:
     """Raise InputError, naming `where` it stands, unless the URL is of an allowed scheme and plain."""
     if problem := problem_with_url(url):
-        raise InputError(f"{where} is {url}, but {problem}.")
+        raise InputError(f"{where} is {shown(url)}, but {problem}.")
 
 
 @contextmanager
 def open_url(url: str) -> Iterator[BinaryIO | IO[bytes]]:
     """A file's bytes from its beginning, to be read once.
 
-    Raises InputError for a URL that is not allowed or whose driver is not installed; whatever the network does comes as
-    OSError or as the driver's own exceptions, and is worth a retry (`data/retry.py`). A server may end early without an
-    error: compare with the length or checksum that you know.
+    Raises InputError for a URL that is not allowed, whose driver is not installed, or that the storage does not have or
+    does not give; whatever else the network does comes as OSError or as the driver's own exceptions, and is worth a
+    retry (`data/retry.py`). A server may end early without an error: see `refuse_short`, or compare with the checksum
+    that you know.
     """
     check_url(url, "a URL")
-    scheme = url.partition("://")[0]
-    if scheme not in _EXTRAS:
-        with _opener.open(url, timeout=_TIMEOUT_SECONDS) as file:
+    if url.partition("://")[0] not in _EXTRAS:
+        with _open_https(url) as file:
             yield file
         return
     with _driver_of(url):
-        opened = fsspec.open(url, "rb")
+        opened = fsspec.open(url, "rb").open()
     with opened as file:
         yield file
 
 
+def _open_https(url: str, **headers: str) -> HTTPResponse:
+    request = urllib.request.Request(url, headers=headers)
+    try:
+        return _opener.open(request, timeout=_TIMEOUT_SECONDS)
+    except HTTPError as error:
+        if 400 <= error.code < 500 and error.code not in _PASSING:
+            raise InputError(
+                f"{shown(url)}: the server answers {error.code} {error.reason}. Correct the URL."
+            ) from error
+        raise
+
+
 @contextmanager
 def _driver_of(url: str) -> Iterator[None]:
-    """Turns the lack of a URL's driver into a message that names the extra."""
+    """Turns the lack of a URL's driver, of its file and of the right to read it into messages."""
+    scheme = url.partition("://")[0]
     try:
         yield
     except ImportError as error:
-        scheme = url.partition("://")[0]
         raise InputError(
-            f"{url}: {scheme}:// needs a driver that is not installed ({error}). "
+            f"{shown(url)}: {scheme}:// needs a driver that is not installed ({error}). "
             f"Run `pip install 'fluxfill[{_EXTRAS[scheme]}]'`."
+        ) from error
+    except (FileNotFoundError, PermissionError) as error:
+        raise InputError(
+            f"{shown(url)}: not there, or closed to you ({error}). Correct the URL, or log in as its driver wants it."
         ) from error
 
 
@@ -60,9 +78,8 @@ def read_range(url: str, offset: int, size: int) -> bytes:
     if url.partition("://")[0] in _EXTRAS:
         with _driver_of(url):
             filesystem, path = fsspec.core.url_to_fs(url)
-        return bytes(filesystem.cat_file(path, start=offset, end=offset + size))
-    request = urllib.request.Request(url, headers={"Range": f"bytes={offset}-{offset + size - 1}"})
-    with _opener.open(request, timeout=_TIMEOUT_SECONDS) as file:
+            return bytes(filesystem.cat_file(path, start=offset, end=offset + size))
+    with _open_https(url, Range=f"bytes={offset}-{offset + size - 1}") as file:
         if file.status != 206 and offset:  # a server that knows no ranges begins at the beginning
             for begin in range(0, offset, 1 << 20):
                 file.read(min(1 << 20, offset - begin))
@@ -87,11 +104,10 @@ def url_stamp(url: str) -> str | None:
     if url.partition("://")[0] in _EXTRAS:
         with _driver_of(url):
             filesystem, path = fsspec.core.url_to_fs(url)
-        found = {key.lower(): value for key, value in filesystem.info(path).items()}
+            found = {key.lower(): value for key, value in filesystem.info(path).items()}
     else:
         # One byte of it, not its HEAD: a signed URL is often good for GET alone.
-        request = urllib.request.Request(url, headers={"Range": "bytes=0-0"})
-        with _opener.open(request, timeout=_TIMEOUT_SECONDS) as answer:
+        with _open_https(url, Range="bytes=0-0") as answer:
             found = {key.lower(): value for key, value in answer.headers.items()}
         found["size"] = found.get("content-range") or found.get("content-length")
     version = found.get("etag") or found.get("last-modified") or found.get("lastmodified") or found.get("updated")

@@ -20,7 +20,8 @@ from data.manifest import (
 )
 from data.shards import index_path
 from data.stored_tensors import sample_tensors
-from data.verify_shard import CheckedShard, ExpectedShard, Problem, WholeTar, check_shard
+from data.verify_shard import CheckedShard, ExpectedShard, WholeTar, check_shard
+from data.verify_tar import Problem
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 import json
 import os
+import subprocess
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -13,7 +14,7 @@ from configs.errors import InputError
 from configs.loading import json_schema, load_config
 from data.which_worker import which_worker
 from launch import shards
-from launch.command import choose_engine, render_command, render_environment, render_shell_line
+from launch.command import choose_engine, render_command, render_environment, render_export, render_shell_line
 from launch.gpus import count_gpus
 from launch.supervise import run_supervised
 
@@ -127,6 +128,31 @@ def train(
         step = "" if outcome.step is None else f" (step {outcome.step})"
         _print_error(f"{outcome.reason}{step}")
     raise typer.Exit(outcome.code)
+
+
+@app.command()
+def export(
+    source: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT_OR_RUN", help="A step-<number> folder, or a run: its newest one.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write; it must not be there yet.")],
+    weights: Annotated[
+        Literal["live", "ema"], typer.Option(help="The trained weights, or their moving average.")
+    ] = "live",
+    dtype: Annotated[
+        Literal["fp32", "bf16"] | None,
+        typer.Option(help="By default adapters are written in fp32, whole models in bf16.", show_default=False),
+    ] = None,
+) -> None:
+    """Make of a checkpoint what others load: an adapter, or a whole FLUX.1-Fill folder. Needs no GPU.
+
+    Works on the checkpoints of every engine and any number of GPUs, while the run goes on, and holds 4 GiB of weights
+    at a time.
+
+    Example: fluxfill export runs/fill-lora --out sofa-removal --weights ema
+    """
+    command = render_export(source, out, weights, dtype)
+    raise typer.Exit(subprocess.run(command, check=False).returncode)
 
 
 def _print_error(message: str) -> None:

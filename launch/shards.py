@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 BAD_FOUND = 1  # exit code
 _SHOWN_PROBLEMS = 100
 _MOST_THREADS = 16
+_LOG_COLUMNS = 160
 _PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
 
 app = typer.Typer(
@@ -64,7 +65,7 @@ def verify(
     """
     cache = _cache_folder(place)
     config = load_config(repair, []) if repair is not None else None
-    console = Console()
+    console = _console()
     num_threads = threads or min(len(os.sched_getaffinity(0)), _MOST_THREADS)
     from data.verify import verify_cache
 
@@ -112,7 +113,7 @@ def show(
         raise InputError(f"--out {out}: give a name that ends in .html or .png, in a folder that exists.")
     if out is not None and base is None:
         raise InputError("--out needs the VAE that encoded the cache: give --model, or a config in the folder's place.")
-    console = Console()
+    console = _console()
     from data.cache_statistics import count_cache, find_shards
     from data.manifest import read_manifest, read_shard_table
     from data.statistics_report import print_statistics
@@ -145,7 +146,9 @@ def _print_verdict(console: Console, cache: Path, checked: "CheckedCache") -> in
     if not problems:
         console.print(f"{cache}: all is as it was written.", **_PLAIN)
         return 0
-    table = Table("file", "member", "what is wrong", title=f"{cache}: not as it was written", title_justify="left")
+    table = Table(title=f"{cache}: not as it was written", title_justify="left")
+    for column in ("file", "member", "what is wrong"):
+        table.add_column(column, overflow="fold")  # names are what it is read for
     for row in problems[:_SHOWN_PROBLEMS]:
         table.add_row(*(escape(text) for text in row))
     console.print(table)
@@ -155,12 +158,26 @@ def _print_verdict(console: Console, cache: Path, checked: "CheckedCache") -> in
     return BAD_FOUND
 
 
+def _console() -> Console:
+    """As wide as the terminal; in a log file wide enough for names."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, _LOG_COLUMNS)
+    return console
+
+
 def _cache_folder(place: str) -> Path:
     """The cache that a folder or a config's path means."""
     if Path(place).is_dir():
         return Path(place)
     if Path(place).suffix in {".yaml", ".yml"}:
-        return load_config(place, []).data.cache
+        cache = load_config(place, []).data.cache
+        if isinstance(cache, Path):
+            return cache
+        raise InputError(
+            f"{place}: data.cache is {cache}. Give the folder that was copied there, or a copy of it; what training "
+            "fetches from a URL is checked as it comes."
+        )
     raise InputError(f"{place}: neither a folder nor a config (.yaml). Give the cache's folder, or the config of it.")
 
 

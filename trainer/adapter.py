@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from configs.errors import InputError
 from configs.schema import DoraConfig, LokrConfig, LoraConfig
 from trainer.dora import start_at_base, use_row_lengths
+from trainer.file_mode import give_usual_mode
 from trainer.lokr import (
     file_settings,
     lokr_misfits,
@@ -253,19 +254,25 @@ def _listed(numbers: set[int] | set[float]) -> str:
 
 
 def adapter_tensors(
-    transformer: FluxTransformer2DModel, tensors: Mapping[str, Tensor] | None = None
+    transformer: FluxTransformer2DModel,
+    tensors: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
-    """The adapter as its file holds it: "<layer>.lora_A.weight" and the like, on the CPU.
+    """The adapter as its file holds it: "<layer>.lora_A.weight" and the like, on the CPU, in `dtype`.
 
     tensors: parameter name -> value, to take instead of the live ones (an average).
     """
     own = get_peft_model_state_dict(transformer, adapter_name=ADAPTER, state_dict=dict(tensors) if tensors else None)
-    own = {name: tensor.detach().cpu().contiguous() for name, tensor in own.items()}
-    return with_scale(transformer, own, ADAPTER)
+    own = with_scale(transformer, {name: tensor.detach().cpu() for name, tensor in own.items()}, ADAPTER)
+    return {name: tensor.to(dtype).contiguous() for name, tensor in own.items()}
 
 
 def save_adapter(
-    transformer: FluxTransformer2DModel, folder: Path, *, tensors: Mapping[str, Tensor] | None = None
+    transformer: FluxTransformer2DModel,
+    folder: Path,
+    *,
+    tensors: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write the adapter, alpha and ranks included: LoRA and DoRA for `pipeline.load_lora_weights(folder)`, LoKr for
     `pipeline.transformer.load_lora_adapter(folder, use_safetensors=True)`.
@@ -273,12 +280,15 @@ def save_adapter(
     tensors: parameter name -> value, to write instead of the live ones (an average).
     """
     config = transformer.peft_config[ADAPTER]
+    settings = file_settings(config) if is_lokr(transformer) else config.to_dict()
+    settings["target_modules"] = sorted(settings["target_modules"])  # a set: in another order at every start
     FluxFillPipeline.save_lora_weights(
         folder,
-        transformer_lora_layers=adapter_tensors(transformer, tensors),
-        transformer_lora_adapter_metadata=file_settings(config) if is_lokr(transformer) else config.to_dict(),
+        transformer_lora_layers=adapter_tensors(transformer, tensors, dtype),
+        transformer_lora_adapter_metadata=settings,
         weight_name=WEIGHTS_NAME,
     )
+    give_usual_mode(folder)
 
 
 def is_lokr(transformer: FluxTransformer2DModel) -> bool:

@@ -1,12 +1,15 @@
 """The stream of micro-batches that a rank trains on."""
 
 import logging
+from collections import Counter
 
 import numpy as np
 
+from configs.errors import InputError
 from configs.schema import Config
-from data.manifest import TRAIN, Cache
-from data.order import Order, OrderSettings, hash_shards
+from data.cache import Cache
+from data.manifest import TRAIN
+from data.order import BLOCK_SHARDS, Order, OrderSettings, hash_shards
 from data.reader import BatchStream
 from data.row_filler import RowPolicy
 from trainer.engine import Engine
@@ -26,6 +29,32 @@ def choose_order(config: Config, cache: Cache) -> OrderSettings:
         weights={dataset.name: dataset.weight for dataset in config.data.datasets},
         shards=hash_shards(cache.table.path, _training_samples(cache)),
         streams=config.data.streams,
+        block_shards=_block_shards(cache),
+    )
+
+
+def _block_shards(cache: Cache) -> int:
+    """Shards that are shuffled together: fewer where their copies would not fit this node.
+
+    Of each pool (dataset and bucket) the block in use and the one that is fetched for it are held at once.
+    Raises InputError if not even blocks of one shard fit.
+    """
+    if cache.copies is None:
+        return BLOCK_SHARDS
+    table, trains = cache.table, _training_samples(cache) > 0
+    pools = Counter(zip(table.dataset[trains].tolist(), table.bucket[trains].tolist(), strict=True))
+    largest = int(table.bytes[trains].max(initial=0))
+
+    def needed(block_shards: int) -> int:
+        return sum(min(2 * block_shards, shards) for shards in pools.values()) * largest
+
+    for block_shards in range(BLOCK_SHARDS, 0, -1):
+        if needed(block_shards) <= cache.copies.prefetch_bytes:
+            return block_shards
+    raise InputError(
+        f"data.local_cache_gib is {cache.copies.limit_bytes / 2**30:g}, but shards of {largest / 2**30:.2g} GiB in "
+        f"{len(pools)} buckets need at least {needed(1) / cache.copies.prefetch_share / 2**30:.2g}. Raise it, or make "
+        "smaller shards (data.shard_size_mib)."
     )
 
 

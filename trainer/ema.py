@@ -18,7 +18,7 @@ class Ema:
     def __init__(self, slices: Sequence[LocalSlice], decay: float | None) -> None:
         self._weights = {part.name: part.weight for part in slices} if decay is not None else {}
         self._decay = decay or 0.0
-        self.averages = {name: weight.clone() for name, weight in self._weights.items()}
+        self.averages = {name: weight.to(torch.float32, copy=True) for name, weight in self._weights.items()}
 
     @torch.no_grad()
     def update(self, num_updates: int) -> None:
@@ -26,7 +26,12 @@ class Ema:
         if not self.averages:
             return
         decay = min(self._decay, (1 + num_updates) / (10 + num_updates))
-        torch._foreach_lerp_(list(self.averages.values()), list(self._weights.values()), 1 - decay)
+        averages, weights = list(self.averages.values()), list(self._weights.values())
+        if all(weight.dtype == torch.float32 for weight in weights):
+            torch._foreach_lerp_(averages, weights, 1 - decay)
+            return
+        for average, weight in zip(averages, weights, strict=True):  # one at a time: each is copied to fp32
+            average.lerp_(weight.float(), 1 - decay)
 
     @contextmanager
     def in_place(self, engine: Engine) -> Iterator[None]:

@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,19 +59,22 @@ class Update:
 
 @dataclass(frozen=True)
 class LocalSlice:
-    """The part of one trained parameter whose fp32 state lies on this rank.
+    """The part of one trained parameter whose state lies on this rank.
 
     name: the parameter.  start: of the part, in the flattened parameter.  numel: of the whole parameter.
-    weight: fp32 [n], a view: writing to it changes the weight the optimizer works on (then call `engine.loaded`).
-    moments: the optimizer's fp32 state of the same elements, views too.  owned: this rank writes it to checkpoints (the
-    other ranks that hold the same part do not).
+    weight: [n], fp32, or bf16 by train.weights; a view: writing to it changes the weight the optimizer works on (then
+    call `engine.loaded`).  moments: the optimizer's state of the same elements, in the same dtype, views too.
+    of, at: the tensor among `engine.optimizer_states` that holds the part, and where in it the part begins.  owned:
+    this rank writes it to checkpoints (the other ranks that hold the same part do not).
     """
 
     name: str
     start: int
     numel: int
     weight: Tensor
-    moments: dict[str, Tensor] = field(default_factory=dict)
+    moments: dict[str, Tensor]
+    of: str
+    at: int = 0
     owned: bool = True
 
 
@@ -274,7 +277,7 @@ class Engine:
         for (name, parameter), owner in zip(trained_parameters(self.plain_transformer).items(), owners, strict=True):
             moments = {key: moment.view(-1) for key, moment in movable(self._optimizer.state[parameter], parameter)}
             weight = parameter.detach().view(-1)
-            slices.append(LocalSlice(name, 0, parameter.numel(), weight, moments, owned=owner == self.rank))
+            slices.append(LocalSlice(name, 0, parameter.numel(), weight, moments, of=name, owned=owner == self.rank))
         return slices
 
     @property
@@ -296,13 +299,18 @@ class Engine:
         """Make the model agree with its fp32 state after the views of `local_slices` were written to."""
 
     @torch.no_grad()
-    def full_weights(self) -> dict[str, Tensor]:
-        """All trained parameters in fp32, whole, on the CPU of rank 0; empty elsewhere. All ranks call it."""
-        if not self.is_main:
-            return {}
+    def each_weight(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, fp32 tensor on the CPU) of every trained parameter, whole, one by one; on rank 0, nothing elsewhere.
+
+        All ranks must go through it to its end: parts of a parameter come from all of them.
+        """
         # Copies, also where fp32 weights lie on the CPU already: an average may stand in their place a moment later.
-        named = trained_parameters(self.plain_transformer)
-        return {name: torch.empty(parameter.shape).copy_(parameter.detach()) for name, parameter in named.items()}
+        for name, parameter in trained_parameters(self.plain_transformer).items() if self.is_main else ():
+            yield name, torch.empty(parameter.shape).copy_(parameter.detach())
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """All of `each_weight` at once: of an adapter. All ranks call it."""
+        return dict(self.each_weight())
 
     # --- the ranks ---------------------------------------------------------------------------------------------------
 
@@ -394,6 +402,9 @@ class FsdpEngine(Engine):
         # the shards themselves, which share their memory with the DTensors.
         self._shards = {p: nn.Parameter(p.to_local().detach()) for p in trained(self._transformer)}
         self._optimizer = build_optimizer([shard for shard in self._shards.values() if shard.numel()])
+        mesh = next(iter(self._shards)).device_mesh
+        for group in self._optimizer.param_groups:  # of what is rounded at random: alike in copies, not in other shards
+            group["shard"] = mesh.get_local_rank(mesh.ndim - 1)
         # Kept from now on: after a forward pass without a backward (validation) the model holds its root whole.
         self._named = trained_parameters(self._transformer)
         return self._transformer
@@ -420,7 +431,7 @@ class FsdpEngine(Engine):
             state = self._optimizer.state.get(self._shards[parameter], {})
             moments = {key: moment.view(-1) for key, moment in movable(state, local)}
             owned = mesh.ndim == 1 or mesh.get_local_rank(0) == 0
-            slices.append(LocalSlice(name, start, parameter.numel(), local.view(-1), moments, owned=owned))
+            slices.append(LocalSlice(name, start, parameter.numel(), local.view(-1), moments, of=name, owned=owned))
         return slices
 
     def optimizer_states(self) -> list[tuple[str, Tensor, dict]]:
@@ -432,13 +443,11 @@ class FsdpEngine(Engine):
         return f"slices of {self.name} on {self.world_size} processes"
 
     @torch.no_grad()
-    def full_weights(self) -> dict[str, Tensor]:
-        weights = {}
+    def each_weight(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._named.items():
-            whole = parameter.detach().full_tensor()  # one at a time: twelve billion would not fit a card
+            whole = parameter.detach().full_tensor()
             if self.is_main:  # the copy waits for the gathering and leaves a plain tensor
-                weights[name] = torch.empty(whole.shape).copy_(whole)
-        return weights
+                yield name, torch.empty(whole.shape).copy_(whole)
 
 
 class ZeroEngine(Engine):
@@ -551,6 +560,8 @@ class ZeroEngine(Engine):
             numel,
             flat.detach().narrow(0, offset, count),
             {key: moment.narrow(0, offset, count) for key, moment in moments},
+            of=_partition_name(group),
+            at=offset,
         )
 
     @property
@@ -560,7 +571,7 @@ class ZeroEngine(Engine):
 
     def optimizer_states(self) -> list[tuple[str, Tensor, dict]]:
         states = self._transformer.optimizer.optimizer.state
-        return [(f"partition {number}", flat, states[flat]) for number, flat in enumerate(self._partitions())]
+        return [(_partition_name(number), flat, states[flat]) for number, flat in enumerate(self._partitions())]
 
     @property
     def state_layout(self) -> str:
@@ -576,22 +587,22 @@ class ZeroEngine(Engine):
             parameter.ds_tensor.data.copy_(self._partitions()[group].narrow(0, offset, size))
 
     @torch.no_grad()
-    def full_weights(self) -> dict[str, Tensor]:
+    def each_weight(self) -> Iterator[tuple[str, Tensor]]:
         from deepspeed.utils import safe_get_full_fp32_param
 
-        weights = {}
         for name, parameter in trained_parameters(self._transformer.module).items():
             whole = safe_get_full_fp32_param(parameter)
             if self.is_main:
-                weights[name] = whole.detach().float().cpu()
-        return weights
+                yield name, whole.detach().float().cpu()
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """What model.precision computes in; auto: bf16 on a GPU, fp32 on a CPU. Over a quantized base always bf16."""
+    """What model.precision computes in; auto: bf16 on a GPU, fp32 on a CPU. Over weights that are quantized, or trained
+    in bf16, always bf16."""
     precision = config.model.precision
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
+        in_bf16 = device.type == "cuda" or config.train.weights == "bf16_stochastic"
+        precision = "bf16" if in_bf16 else "fp32"
     return torch.float32 if precision == "fp32" else torch.bfloat16
 
 
@@ -610,6 +621,10 @@ def _spread(sizes: list[int], parts: int) -> list[int]:
         owners.append(min(parts - 1, (before + size // 2) * parts // total))
         before += size
     return owners
+
+
+def _partition_name(number: int) -> str:
+    return f"partition {number}"
 
 
 def _span(address) -> tuple[int, int]:

@@ -5,20 +5,28 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxFillPipeline, FluxTransformer2DModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data.model_folder import PARTS
-from trainer.adapter import ADAPTER, is_lokr, prepare_layers
+from trainer.adapter import ADAPTER, WEIGHTS_NAME, adapter_tensors, is_lokr, prepare_layers
+from trainer.file_mode import give_usual_mode
 
 log = logging.getLogger("fluxfill")
 
+FILE_BYTES = 4 * 2**30  # of one file of a transformer's weights, and so of what an export holds in memory
+
 _CHECK_ADAPTER = "reloaded"
+_MODEL_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def verify_adapter(transformer: FluxTransformer2DModel, model: Path, folder: Path) -> None:
@@ -71,23 +79,33 @@ def _nothing_said_of_what_is_meant() -> Iterator[None]:
 
 
 def export_model(
-    transformer: FluxTransformer2DModel, model: Path, folder: Path, *, weights: Mapping[str, Tensor], dtype: torch.dtype
+    transformer: FluxTransformer2DModel,
+    model: Path,
+    folder: Path,
+    *,
+    weights: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype,
+    file_bytes: int = FILE_BYTES,
 ) -> None:
     """Write a whole FLUX.1-Fill folder: the trained transformer in `dtype`, every other part from the base.
 
-    weights: parameter name -> tensor, the ones to write.  The other parts are hard links where the disk allows it.
+    transformer: of which only the settings are looked at.  weights: (parameter's name, tensor) of every parameter, in
+    the model's order; no more than one file of them is held at a time.  The other parts are hard links where the disk
+    allows it.  Raises RuntimeError if the weights are not those of the model.
     """
     temporary = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    with torch.device("meta"):  # save_pretrained writes a model's own tensors, so these get a model of their own
+    part = temporary / "transformer"
+    part.mkdir(parents=True)
+    with torch.device("meta"):
         exported = FluxTransformer2DModel.from_config(transformer.config)
-    stored = transformer.state_dict() | dict(weights)
-    exported.load_state_dict({name: t.detach().to("cpu", dtype) for name, t in stored.items()}, assign=True)
-    exported.save_pretrained(temporary / "transformer")
-    for part in PARTS:
-        if part != "transformer":
-            shutil.copytree(model / part, temporary / part, copy_function=_link_or_copy)
+    exported.save_config(part)
+    shapes = {name: tensor.shape for name, tensor in exported.state_dict().items()}
+    _write_weights(part, plan_files(shapes, dtype, file_bytes), shapes, weights, dtype)
+    give_usual_mode(part)
+    for name in PARTS:
+        if name != "transformer":
+            shutil.copytree(model / name, temporary / name, copy_function=_link_or_copy)
     index = json.loads((model / "model_index.json").read_text(encoding="utf-8"))
     # Also when the base was FLUX.1-dev; an image encoder that FluxPipeline may name has no place in FluxFillPipeline.
     index = {name: part for name, part in index.items() if name.startswith("_") or name in PARTS}
@@ -95,6 +113,50 @@ def export_model(
     (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+
+
+def plan_files(shapes: Mapping[str, torch.Size], dtype: torch.dtype, file_bytes: int) -> dict[str, str]:
+    """Tensor -> the file that holds it, in order, by diffusers' names. A file is full at `file_bytes`."""
+    numbers, size, number = {}, 0, 1
+    for name, shape in shapes.items():
+        tensor_bytes = shape.numel() * dtype.itemsize
+        if size and size + tensor_bytes > file_bytes:
+            size, number = 0, number + 1
+        size += tensor_bytes
+        numbers[name] = number
+    stem, end = _MODEL_WEIGHTS.split(".")
+    files = (
+        {n: f"{stem}-{n:05d}-of-{number:05d}.{end}" for n in range(1, number + 1)}
+        if number > 1
+        else {1: _MODEL_WEIGHTS}
+    )
+    return {name: files[number] for name, number in numbers.items()}
+
+
+def _write_weights(
+    part: Path,
+    places: Mapping[str, str],
+    shapes: Mapping[str, torch.Size],
+    weights: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype,
+) -> None:
+    lacking = set(places)
+    waiting: dict[str, dict[str, Tensor]] = {file: {} for file in places.values()}
+    numbers = Counter(places.values())
+    for name, tensor in weights:
+        if name not in lacking or tensor.shape != shapes[name]:
+            raise RuntimeError(f"{part}: {name} {list(tensor.shape)} does not belong to the model, or was given twice")
+        lacking.remove(name)
+        file = places[name]
+        waiting[file][name] = tensor.detach().to("cpu", dtype).contiguous()
+        if len(waiting[file]) == numbers[file]:
+            save_file(waiting.pop(file), part / file, metadata={"format": "pt"})
+    if lacking:
+        raise RuntimeError(f"{part}: {len(lacking)} tensors were not given, {sorted(lacking)[:3]} among them")
+    if len(numbers) > 1:
+        size = sum(shape.numel() * dtype.itemsize for shape in shapes.values())
+        index = {"metadata": {"total_size": size}, "weight_map": dict(places)}
+        (part / f"{_MODEL_WEIGHTS}.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _link_or_copy(source: str, target: str) -> str:
@@ -108,29 +170,43 @@ def _link_or_copy(source: str, target: str) -> str:
 
 
 def verify_model(
-    transformer: FluxTransformer2DModel, folder: Path, *, weights: Mapping[str, Tensor], dtype: torch.dtype
+    transformer: FluxTransformer2DModel, folder: Path, *, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype
 ) -> None:
-    """Read an exported folder back and compare every tensor and the inputs and outputs with the live model's.
+    """Read an exported folder back and compare inputs, outputs and every tensor, one at a time.
 
     Raises RuntimeError if anything differs.
     """
-    reloaded = FluxTransformer2DModel.from_pretrained(
-        folder, subfolder="transformer", torch_dtype=dtype, use_safetensors=True
-    )
+    part = folder / "transformer"
+    settings = json.loads((part / "config.json").read_text(encoding="utf-8"))
     for key in ("in_channels", "out_channels"):
-        if getattr(reloaded.config, key) != getattr(transformer.config, key):
-            raise RuntimeError(f"{folder}: {key} came back as {getattr(reloaded.config, key)}")
-    expected = transformer.state_dict() | dict(weights)
-    found = reloaded.state_dict()
-    wrong = [name for name in expected if name not in found or not _equal(expected[name], found[name], dtype)]
-    if wrong or len(found) != len(expected):
+        if settings[key] != getattr(transformer.config, key):
+            raise RuntimeError(f"{folder}: {key} came back as {settings[key]}")
+    found: dict[str, Any] = {}
+    for file in sorted(part.glob("*.safetensors")):
+        opened = safe_open(file, "pt")
+        found |= dict.fromkeys(opened.keys(), opened)
+    count, wrong = 0, []
+    for name, tensor in weights:
+        count += 1
+        if name not in found or not torch.equal(found[name].get_tensor(name), tensor.detach().to("cpu", dtype)):
+            wrong.append(name)
+    if wrong or len(found) != count:
         raise RuntimeError(f"{folder}: {len(wrong)} tensors came back different, {wrong[:3]} among them")
-    log.info("%s: read back, all %d tensors as they were in the run", folder, len(found))
+    log.info("%s: read back, all %d tensors as they were in the run", folder, count)
 
 
-def _equal(live: Tensor, stored: Tensor, dtype: torch.dtype) -> bool:
-    # diffusers leaves a tensor that the file lacks on the meta device
-    return not stored.is_meta and torch.equal(live.detach().to("cpu", dtype), stored)
+def verify_adapter_file(
+    transformer: FluxTransformer2DModel, folder: Path, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+) -> None:
+    """Compare an exported adapter's file with the trained tensors, bit by bit. Raises RuntimeError if they differ."""
+    expected = adapter_tensors(transformer, weights, dtype)
+    found = load_file(folder / WEIGHTS_NAME)
+    wrong = [
+        name for name, tensor in expected.items() if not found.get(f"transformer.{name}", tensor[:0]).equal(tensor)
+    ]
+    if wrong or len(found) != len(expected):
+        raise RuntimeError(f"{folder}: {len(wrong)} of {len(expected)} adapter tensors came back different")
+    log.info("%s: read back, all %d adapter tensors as they were in the run", folder, len(found))
 
 
 @torch.no_grad()

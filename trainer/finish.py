@@ -1,18 +1,16 @@
 """The end of a run: its weights gathered, exported, read back."""
 
-import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from configs.schema import Config
-from trainer.adapter import WEIGHTS_NAME, adapter_tensors, save_adapter
+from trainer.adapter import save_adapter
 from trainer.ema import Ema
 from trainer.engine import Engine
-from trainer.export import export_model, verify_adapter, verify_model
-
-log = logging.getLogger("fluxfill")
+from trainer.export import export_model, verify_adapter, verify_adapter_file, verify_model
 
 
 def export_and_verify(config: Config, engine: Engine, model: Path, ema: Ema) -> None:
@@ -20,32 +18,41 @@ def export_and_verify(config: Config, engine: Engine, model: Path, ema: Ema) -> 
 
     All ranks call it; rank 0 writes. Raises RuntimeError if what was written is not what was trained.
     """
-    exports = {"final": engine.full_weights()}
+    export = _export_model if config.method.type == "full" else _export_adapter
+    export(engine, model, config.run.folder / "final")
     if ema.averages:
         with ema.in_place(engine):
-            exports["final-ema"] = engine.full_weights()
-    if engine.is_main:
-        transformer = engine.plain_transformer
-        for name, weights in exports.items():
-            folder = config.run.folder / name
-            if config.method.type == "full":
-                export_model(transformer, model, folder, weights=weights, dtype=engine.compute_dtype)
-                verify_model(transformer, folder, weights=weights, dtype=engine.compute_dtype)
-            else:
-                save_adapter(transformer, folder, tensors=weights)
-                verify_adapter_file(transformer, folder, weights)
-                if engine.holds_whole_model and name == "final":
-                    verify_adapter(transformer, model, folder)
+            export(engine, model, config.run.folder / "final-ema")
     engine.wait()
 
 
-def verify_adapter_file(transformer: nn.Module, folder: Path, weights: dict[str, Tensor]) -> None:
-    """Compare an exported adapter's file with the trained tensors, bit by bit. Raises RuntimeError if they differ."""
-    expected = adapter_tensors(transformer, weights)
-    found = load_file(folder / WEIGHTS_NAME)
-    wrong = [
-        name for name, tensor in expected.items() if not found.get(f"transformer.{name}", tensor[:0]).equal(tensor)
-    ]
-    if wrong or len(found) != len(expected):
-        raise RuntimeError(f"{folder}: {len(wrong)} of {len(expected)} adapter tensors came back different")
-    log.info("%s: read back, all %d adapter tensors as they were in the run", folder, len(found))
+def _export_model(engine: Engine, model: Path, folder: Path) -> None:
+    transformer, dtype = engine.plain_transformer, engine.compute_dtype
+    with _gathered(engine) as weights:
+        if engine.is_main:
+            export_model(transformer, model, folder, weights=weights, dtype=dtype)
+    with _gathered(engine) as weights:
+        if engine.is_main:
+            verify_model(transformer, folder, weights=weights, dtype=dtype)
+
+
+@contextmanager
+def _gathered(engine: Engine) -> Iterator[Iterator[tuple[str, Tensor]]]:
+    """Every trained parameter, one at a time, on rank 0. The other ranks take part in gathering all of them, also
+    those that rank 0 did not ask for because it failed."""
+    weights = engine.each_weight()
+    try:
+        yield weights
+    finally:
+        for _ in weights:
+            pass
+
+
+def _export_adapter(engine: Engine, model: Path, folder: Path) -> None:
+    weights = engine.full_weights()
+    if engine.is_main:
+        transformer = engine.plain_transformer
+        save_adapter(transformer, folder, tensors=weights)
+        verify_adapter_file(transformer, folder, weights)
+        if engine.holds_whole_model:
+            verify_adapter(transformer, model, folder)

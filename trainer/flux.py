@@ -113,7 +113,8 @@ def empty_transformer(model: Path, *, dtype: torch.dtype) -> FluxTransformer2DMo
     """The same model on the meta device, for a rank that gets the values from another. Raises InputError likewise."""
     config = _read_config(model)
     with torch.device("meta"):
-        transformer = FluxTransformer2DModel.from_config(config).to(dtype).eval()
+        transformer = FluxTransformer2DModel.from_config(config)
+    nn.Module.to(transformer, dtype).eval()  # diffusers' own `to` warns of nothing
     if config["in_channels"] == DEV_CHANNELS:
         expand_to_fill(transformer)
     return transformer

@@ -14,7 +14,7 @@ if __name__ == "__main__":
     if code := run_and_report(check_command_line):
         sys.exit(code)
 
-from data.manifest import open_cache
+from data.cache import open_cache
 from data.micro_batch import unpack_mask
 from data.model_folder import find_model
 from trainer.batches import choose_order, open_stream
@@ -37,10 +37,10 @@ def train(arguments: list[str] | None = None) -> int:
     engine = start_engine(config)  # the processes; the engine that was asked for, or an error
     console = configure_logging(engine)
     model = find_model(config.model.base)
-    cache = open_cache(config, model)  # the VAE and the text encoders did their work in data/
+    cache = open_cache(config, model, check_shards=engine.is_main)  # VAE and text encoders did their work in data/
     order = choose_order(config, cache)  # of the samples: fixed for the run
     transformer = build_transformer(config, model, engine)  # 384 inputs; all of it trains, or an adapter
-    transformer = engine.prepare(transformer, partial(build_optimizer, train=config.train))
+    transformer = engine.prepare(transformer, partial(build_optimizer, train=config.train, seed=config.run.seed))
     ema = Ema(engine.local_slices(), config.train.ema_decay)
     state = resume(config, resume_from, engine, ema, order)
     stream = open_stream(config, engine, cache, state)

@@ -20,13 +20,15 @@ log = logging.getLogger("fluxfill")
 def build_transformer(config: Config, model: Path, engine: Engine) -> FluxTransformer2DModel:
     """The base with 384 inputs, ready to train by the config's method.
 
-    full: every weight trains and is kept in fp32.  Else the base is frozen in the compute dtype, and an adapter trains
-    in fp32.  Raises InputError for a base that is no FLUX.1, or an adapter that does not fit.
+    full: every weight trains, and is kept in fp32 or bf16 by train.weights.  Else the base is frozen in the compute
+    dtype, and an adapter trains in fp32.  Raises InputError for a base that is no FLUX.1, or an adapter that does not
+    fit.
     """
     for note in notes_of(config, engine.name):
         log.info("%s", note)
     method = config.method
-    dtype = torch.float32 if method.type == "full" else engine.compute_dtype
+    trains_in_fp32 = method.type == "full" and config.train.weights == "fp32_master"
+    dtype = torch.float32 if trains_in_fp32 else engine.compute_dtype
     # Rank 0 alone reads the weights: eight ranks would hold eight copies of them in their node's memory.
     transformer = (load_transformer if engine.is_main else empty_transformer)(model, dtype=dtype)
     if config.model.precision in QUANTIZED:

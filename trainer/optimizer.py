@@ -7,15 +7,18 @@ from torch import nn
 
 from configs.errors import InputError
 from configs.schema import TrainConfig
+from trainer.stochastic_adamw import StochasticAdamW
 
 
-def build_optimizer(parameters: list[nn.Parameter], train: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(parameters: list[nn.Parameter], train: TrainConfig, *, seed: int = 0) -> torch.optim.Optimizer:
     """The optimizer of the trained parameters; AdamW's betas are 0.9 and 0.999, its eps 1e-8.
 
-    Raises InputError if it needs a package that is missing.
+    seed: of what is rounded at random.  Raises InputError if a package is missing.
     """
     match train.optimizer:
         case "adamw":
+            if train.weights == "bf16_stochastic":
+                return StochasticAdamW(parameters, lr=train.lr, weight_decay=train.weight_decay, seed=seed)
             return torch.optim.AdamW(parameters, lr=train.lr, weight_decay=train.weight_decay, fused=True)
         case "adamw8bit":
             return _adamw_8bit(parameters, train)

@@ -14,8 +14,9 @@ from data.order import OrderSettings
 from data.reader import BatchStream
 from data.row_filler import ReplacedRow, refuse_too_many
 from trainer.checkpoint import complete_checkpoints, damage_of, latest_checkpoint
+from trainer.eight_bit import eight_bit_moments, quantize, scale_of
 from trainer.ema import Ema
-from trainer.engine import WHOLE, Engine, Update, movable
+from trainer.engine import WHOLE, Engine, LocalSlice, Update, movable
 from trainer.state_files import StateFiles
 
 MAX_SKIPS = 5
@@ -85,7 +86,7 @@ def resume(config: Config, resume_from: str, engine: Engine, ema: Ema, order: Or
     replaced = tuple(ReplacedRow(**row) for row in fields["replaced"])
     state = RunState(**fields | {"order": OrderSettings(**fields["order"]), "replaced": replaced})
     _refuse_another_order(folder, state.order, order)
-    load_tensors(folder, engine, ema, saved["engine"])
+    load_tensors(folder, engine, ema, saved["engine"], requantize=config.checkpoint.requantize)
     log.info("resumed from %s, step %d (saved by %s)", folder, state.step, saved["engine"]["name"])
     return replace(state, restarts=state.restarts + 1)
 
@@ -129,11 +130,12 @@ def _choose_checkpoint(config: Config, resume_from: str) -> tuple[Path | None, s
 
 
 @torch.no_grad()
-def load_tensors(folder: Path, engine: Engine, ema: Ema, saved_by: dict) -> None:
+def load_tensors(folder: Path, engine: Engine, ema: Ema, saved_by: dict, *, requantize: bool) -> None:
     """Load weights, optimizer and average of this rank's slices from any engine's checkpoint.
 
-    saved_by: what `save` recorded of the engine.  Raises InputError if the trained tensors, the optimizer, or (for an
-    8-bit optimizer) the layout are not the checkpoint's.
+    saved_by: what `saver.describe_engine` told of the engine.  requantize: make 8-bit moments that were cut otherwise
+    whole, and quantize them anew.  Raises InputError if the trained tensors or the optimizer are not the checkpoint's,
+    or, without `requantize`, the layout of an 8-bit one.
     """
     engine.prime_optimizer()
     slices = engine.local_slices()
@@ -146,37 +148,64 @@ def load_tensors(folder: Path, engine: Engine, ema: Ema, saved_by: dict) -> None
             + (f"; {wrong[0]} is of another size" if wrong else "")
             + ". model.base and method must stay as they were; start a new run (run.name) to change them."
         )
-    moments: set[str] = set().union(*(part.moments for part in slices))
-    bound = bound_state(engine)
-    kinds = files.kinds() - {"weight", "ema"}
-    other_optimizer = f"{folder}: was saved with another train.optimizer. It must stay as it was, or start a new run."
-    if (moments, bool(bound)) != (kinds, saved_by["bound"]):
-        raise InputError(other_optimizer)
-    if bound and saved_by["layout"] != engine.state_layout:
-        raise InputError(
-            f"{folder}: the 8-bit optimizer state was saved as {saved_by['layout']} and cannot be made into "
-            f"{engine.state_layout}. Go on with the engine and number of processes that saved it, or start a new run "
-            "with train.optimizer=adamw, whose state fits any."
-        )
-    saved_bound = files.read_bound(0 if engine.state_layout == WHOLE else engine.rank) if bound else {}
+    states = {name: state for name, _, state in engine.optimizer_states()}
+    bound, same_layout = bound_state(engine), saved_by["layout"] == engine.state_layout
+    saved_bound = files.read_bound(0 if engine.state_layout == WHOLE else engine.rank) if bound and same_layout else {}
+    kinds: set[str] = set().union(*(part.moments for part in slices))
+    kinds |= {moment for state in states.values() for moment, _ in eight_bit_moments(state)}
     shapes, saved_shapes = ({name: value.shape for name, value in kept.items()} for kept in (bound, saved_bound))
-    if shapes != saved_shapes:
-        raise InputError(other_optimizer)
+    if (
+        kinds != files.kinds() - {"weight", "ema"}
+        or bool(bound) != saved_by["bound"]
+        or (same_layout and shapes != saved_shapes)
+    ):
+        raise InputError(
+            f"{folder}: was saved with another train.optimizer. It must stay as it was, or start a new run."
+        )
+    if bound and not same_layout and not requantize:
+        raise InputError(
+            f"{folder}: the 8-bit optimizer state was saved as {saved_by['layout']} and is not exactly that of "
+            f"{engine.state_layout}. Go on with the engine and number of processes that saved it, or set "
+            "checkpoint.requantize=true to have it quantized anew."
+        )
     if ema.averages and "ema" not in files.kinds():
         raise InputError(f"{folder}: holds no moving average. Set train.ema_decay=null, or start a new run.")
     for part in slices:
         count = part.weight.numel()
-        part.weight.copy_(files.read("weight", part.name, part.start, count))
+        weight = files.read("weight", part.name, part.start, count)
+        if count and weight.dtype != part.weight.dtype:
+            raise InputError(
+                f"{folder}: holds weights in {weight.dtype}, this run trains them in {part.weight.dtype}. "
+                "train.weights must stay as it was, or start a new run."
+            )
+        part.weight.copy_(weight)
         for key, moment in part.moments.items():
             moment.copy_(files.read(key, part.name, part.start, count))
         if ema.averages:
             ema.averages[part.name].copy_(files.read("ema", part.name, part.start, count))
     for name, value in saved_bound.items():
         bound[name].copy_(value)
+    if bound and not same_layout:
+        _requantize(files, slices, states)
+        log.warning("the 8-bit optimizer state of %s was quantized anew for this engine; not bit for bit", folder)
     for _, _, state in engine.optimizer_states():
         step = state.get("step")
         state["step"] = torch.full_like(step, saved_by["steps"]) if isinstance(step, Tensor) else saved_by["steps"]
     engine.loaded()
+
+
+def _requantize(files: StateFiles, slices: list[LocalSlice], states: dict[str, dict]) -> None:
+    """Fill 8-bit moments from a checkpoint whose slices were cut otherwise."""
+    for of, state in states.items():
+        for moment, codes in eight_bit_moments(state):
+            numbers = torch.zeros(codes.numel(), device=codes.device)
+            for part in slices:
+                if part.of == of:
+                    count = part.weight.numel()
+                    numbers[part.at : part.at + count] = files.read(moment, part.name, part.start, count)
+            new_codes, scales = quantize(numbers, moment)
+            codes.copy_(new_codes.view_as(codes))
+            state[scale_of(moment)].copy_(scales)
 
 
 def bound_state(engine: Engine) -> dict[str, Tensor]:

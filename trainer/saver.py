@@ -22,10 +22,11 @@ from configs.schema import CheckpointConfig, Config
 from data.reader import BatchStream
 from trainer.adapter import save_adapter
 from trainer.checkpoint import complete_checkpoints, flush_and_hash, prune_checkpoints, save_checkpoint, step_of
+from trainer.eight_bit import eight_bit_moments
 from trainer.ema import Ema
 from trainer.engine import WHOLE, Engine
 from trainer.run_state import RunState, bound_state, gather_replaced
-from trainer.state_files import rank_file, write_index, write_tensors
+from trainer.state_files import Span, rank_file, write_index, write_tensors
 
 log = logging.getLogger("fluxfill")
 
@@ -40,7 +41,7 @@ class _Save:
 
     step: int
     staging: Path
-    spans: dict[str, list[int]]
+    spans: dict[str, Span]
     sizes: dict[str, int]
     head: str
     adapter: dict[str, Tensor]
@@ -149,8 +150,8 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> str:
     return flush_and_hash(path)
 
 
-def snapshot(engine: Engine, ema: Ema, *, copy: bool) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-    """(tensors on the CPU, by their names in the file, [start, stop] of those that are slices) of what this rank owns.
+def snapshot(engine: Engine, ema: Ema, *, copy: bool) -> tuple[dict[str, Tensor], dict[str, Span]]:
+    """(tensors on the CPU, by their names in the file; the parts of parameters in them) of what this rank owns.
 
     copy: into memory of their own, so that training may go on.  Raises FloatingPointError, on every rank, if a weight
     of any rank is not finite.
@@ -167,13 +168,19 @@ def snapshot(engine: Engine, ema: Ema, *, copy: bool) -> tuple[dict[str, Tensor]
             if ema.averages:
                 yield f"ema/{part.name}", part.start, ema.averages[part.name]
 
-    tensors, spans = {}, {}
+    tensors: dict[str, Tensor] = {}
+    spans: dict[str, Span] = {}
     for name, start, values in pieces():
         tensors[name] = values.detach().to("cpu", copy=copy).contiguous()
-        spans[name] = [start, start + values.numel()]
+        spans[name] = Span(start, start + values.numel())
     if engine.state_layout != WHOLE or engine.is_main:  # where every rank holds the whole optimizer, one copy is enough
         for name, value in bound_state(engine).items():
             tensors[f"state/{name}"] = value.detach().to("cpu", copy=copy).contiguous()
+        states = {name: state for name, _, state in engine.optimizer_states()}
+        for part in engine.local_slices() if engine.state_layout == WHOLE else owned:
+            for moment, _ in eight_bit_moments(states.get(part.of, {})):
+                stop = part.start + part.weight.numel()
+                spans[f"{moment}/{part.name}"] = Span(part.start, stop, part.of, part.at)
     return tensors, spans
 
 

@@ -2,13 +2,16 @@
 
 Each rank writes one safetensors file with the slices that it owns; index.json says which file holds which elements. A
 reader asks for any range of any tensor, so a run saved by eight ranks of FSDP goes on under ZeRO on three.  No pickle.
-    weight/<parameter>, <moment>/<parameter>, ema/<parameter>    fp32, elements [start, stop) of the flattened parameter
+    weight/<parameter>, <moment>/<parameter>    elements [start, stop) of the flattened parameter, fp32 or bf16
+    ema/<parameter>                             likewise, fp32
     state/<layout-bound name>                                    8-bit moments and the like: read by the rank that wrote
 """
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -16,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from configs.errors import InputError
+from trainer.eight_bit import dequantize, scale_of
 
 INDEX = "index.json"
 
@@ -29,20 +33,31 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     save_file(tensors, path)
 
 
-def write_index(folder: Path, spans: Mapping[int, Mapping[str, list[int]]], sizes: Mapping[str, int]) -> None:
+class Span(NamedTuple):
+    """Elements [start, stop) of a parameter that a rank writes; of and at: inside its 8-bit tensor `of`, from element
+    `at` on, instead of as a tensor of their own."""
+
+    start: int
+    stop: int
+    of: str | None = None
+    at: int = 0
+
+
+def write_index(folder: Path, spans: Mapping[int, Mapping[str, Span]], sizes: Mapping[str, int]) -> None:
     """Write index.json from every rank's spans. sizes: parameter -> number of elements.
 
     Raises RuntimeError if the slices do not cover every tensor exactly once: such a checkpoint would load as garbage.
     """
     tensors: dict[str, list] = {}
     for rank, found in sorted(spans.items()):
-        for name, (start, stop) in found.items():
-            tensors.setdefault(name, []).append([start, stop, rank_file(rank)])
+        for name, span in found.items():
+            inside = [] if span.of is None else [span.of, span.at]
+            tensors.setdefault(name, []).append([span.start, span.stop, rank_file(rank), *inside])
     for name, parts in tensors.items():
         parts.sort()
-        ends = [0, *(stop for _, stop, _ in parts)]
+        ends = [0, *(stop for _, stop, *_ in parts)]
         whole = sizes[name.split("/", 1)[1]]
-        if [start for start, _, _ in parts] != ends[:-1] or ends[-1] != whole:
+        if [start for start, *_ in parts] != ends[:-1] or ends[-1] != whole:
             raise RuntimeError(f"{folder}: {name} has {whole} elements, saved are {[part[:2] for part in parts]}")
     (folder / INDEX).write_text(json.dumps({"sizes": dict(sizes), "tensors": tensors}), encoding="utf-8")
 
@@ -56,6 +71,7 @@ class StateFiles:
         self.sizes: dict[str, int] = index["sizes"]
         self._tensors: dict[str, list] = index["tensors"]
         self._files: dict[str, safe_open] = {}
+        self._dequantized = lru_cache(maxsize=2)(self._read_dequantized)  # one partition holds many parameters
 
     def names(self) -> list[str]:
         """All tensors: "<kind>/<parameter>"."""
@@ -76,11 +92,20 @@ class StateFiles:
         if name not in self._tensors:
             raise InputError(f"{self._folder}: holds no {name}.")
         pieces = []
-        for first, stop, file in self._tensors[name]:
+        for first, stop, file, *inside in self._tensors[name]:
             low, high = max(start, first), min(start + count, stop)
-            if low < high:
+            if low < high and inside:
+                of, at = inside
+                pieces.append(self._dequantized(file, of, kind)[at + low - first : at + high - first])
+            elif low < high:
                 pieces.append(self._open(file).get_slice(name)[low - first : high - first])
         return torch.cat(pieces) if pieces else torch.empty(0)
+
+    def _read_dequantized(self, file: str, of: str, moment: str) -> Tensor:
+        """A rank's whole 8-bit tensor of a moment, in fp32, flat."""
+        opened = self._open(file)
+        codes, scales = (opened.get_tensor(f"state/{of}//{key}") for key in (moment, scale_of(moment)))
+        return dequantize(codes, scales, moment).view(-1)
 
     def read_bound(self, rank: int) -> dict[str, Tensor]:
         """The layout-bound tensors that a rank wrote."""

@@ -18,9 +18,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxFillPipeline
 from torch import Tensor, nn
 
 from configs.schema import Config
+from data.cache import Cache
 from data.encode import decode_latents, load_vae
 from data.geometry import Bucket, Pixels
-from data.manifest import HOLDOUT, TRAIN, Cache, Manifest, parse_bucket
+from data.manifest import HOLDOUT, TRAIN, Manifest, parse_bucket
 from data.micro_batch import MicroBatch, bytes_of, row_fields
 from data.noise import draw_noise
 from data.picture_grid import save_grid
@@ -93,7 +94,7 @@ class Validator:
             return  # never due: the VAE need not be loaded
         self._vae = load_vae(model, device=engine.device, dtype=engine.compute_dtype)
         self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(model, subfolder="scheduler")
-        reader = ShardReader(cache.folder, manifest, table)
+        reader = ShardReader(cache)
         watched = [
             entry
             for split in (HOLDOUT, TRAIN)
@@ -210,7 +211,8 @@ class Validator:
         for item in self._items:
             if item.item.split == split:
                 for name, figure in (results[item.number].figures | self._ceilings[item.number]).items():
-                    columns[name].append(figure)
+                    if not (name.startswith("keep_psnr") and item.mask.all()):  # nothing of it is kept
+                        columns[name].append(figure)
         if not columns:
             return {}
         means = {name: float(np.mean(figures)) for name, figures in columns.items()}

@@ -8,6 +8,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from configs import schema
+from configs.errors import InputError
 from configs.loading import json_schema
 from configs.schema import Config
 
@@ -185,3 +186,21 @@ def test_committed_schema_is_current() -> None:
 def test_configs_import_no_torch() -> None:
     code = "import configs.loading, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("url", ["https://host/cache/sofa", "s3://bucket/cache/", "gs://bucket/a"])
+def test_a_cache_may_be_a_url_if_its_shards_may_be_copied_somewhere(url):
+    raw = with_key("data.cache", url)
+    with pytest.raises(ValidationError, match="give a folder on each node's own disk"):
+        Config.model_validate(raw)
+    raw["data"]["local_cache"] = "/scratch"
+    data = Config.model_validate(raw).data
+    assert data.cache == url.rstrip("/")
+    with pytest.raises(InputError, match=rf"data\.cache is {url.rstrip('/')}, but a cache is made in a folder"):
+        _ = data.cache_folder
+
+
+@pytest.mark.parametrize("place", ["pipe:cat x", "http://host/a", "file:///a", "s3://", "", 3, None])
+def test_a_cache_elsewhere_is_refused(place):
+    with pytest.raises(ValidationError, match=r"only https://|names no bucket|must be a path or a URL"):
+        Config.model_validate(with_key("data.cache", place))

@@ -1,6 +1,6 @@
 import pytest
 
-from configs.urls import is_url, problem_with_url
+from configs.urls import is_url, problem_with_url, shown
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,7 @@ def test_other_schemes_and_chains_are_refused(url):
     "url, problem",
     [
         ("https:///a", "it names no host"),
+        ("s3://bucket/a::file:///etc/passwd", "it chains several with ::"),
         ("s3://", "it names no bucket: write s3://NAME/folder"),
         ("https://user:secret@host/a", "it holds a user or password"),
         ("https://[host/a", "it is no URL"),
@@ -48,3 +49,8 @@ def test_what_is_wrong_with_a_url_is_said(url, problem):
 @pytest.mark.parametrize("path", ["data/cache", "/data/cache", "./a:b", "a b", "", None, 3])
 def test_paths_are_no_urls(path):
     assert not is_url(path)
+
+
+def test_a_url_is_shown_without_its_query():
+    assert shown("https://host/a.tar?token=secret") == "https://host/a.tar"
+    assert shown("a?b.tar") == "a?b.tar"

@@ -2,7 +2,7 @@
 
 import http.server
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,13 @@ import torch
 import xxhash
 from safetensors.torch import save_file
 
+from data.cache import Cache
 from data.geometry import Bucket
 from data.manifest import (
     EMPTY_TEXT,
     FORMAT_VERSION,
     HOLDOUT,
     TRAIN,
-    Cache,
     Manifest,
     ShardTable,
     blank_name,
@@ -106,6 +106,31 @@ def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable], str]]:
+    """Starts a server on this machine: `serve(handler)` -> its URL. Plain http is allowed as long as the test runs."""
+    monkeypatch.setattr("configs.urls.SCHEMES", ("https", "s3", "gs", "http"))
+    servers = []
+
+    def start(get):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                get(self)
+
+            def log_message(self, *_):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
 def make_cache(tmp_path: Path) -> Callable[..., Cache]:
     """Makes a cache: `make_cache([("photos", "48x64", 5), ("photos", "48x64", 3), ("removal", "32x32", 4)])`.
 
@@ -158,30 +183,6 @@ def make_cache(tmp_path: Path) -> Callable[..., Cache]:
         return Cache(folder, write_manifest(folder, manifest, table), table)
 
     return make
-
-
-@pytest.fixture
-def serve(monkeypatch):
-    """Starts a server on this machine: `serve(handler)` -> its URL. Plain http is allowed as long as the test runs."""
-    monkeypatch.setattr("configs.urls.SCHEMES", ("https", "s3", "gs", "http"))
-    servers = []
-
-    def start(get):
-        class Handler(http.server.BaseHTTPRequestHandler):
-            do_GET = get  # noqa: N815
-
-            def log_message(self, *_):
-                pass
-
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.fixture

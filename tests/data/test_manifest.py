@@ -9,16 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configs.errors import InputError
+from data.cache import open_cache
 from data.geometry import Bucket
-from data.manifest import (
-    FORMAT_VERSION,
-    cached_settings,
-    open_cache,
-    parse_bucket,
-    read_manifest,
-    read_shard_table,
-    write_manifest,
-)
+from data.manifest import FORMAT_VERSION, cached_settings, parse_bucket, read_manifest, read_shard_table, write_manifest
 
 # --- the head alone ---------------------------------------------------------------------------------------------------
 

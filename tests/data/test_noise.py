@@ -3,7 +3,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from data.noise import draw_dropout, draw_noise, draw_uniform, draw_variant
+from data.noise import draw_dropout, draw_noise, draw_uniform, draw_variant, draw_whole_hole
 
 
 def noise(seed, position, shape=(16, 8, 8)):
@@ -18,6 +18,7 @@ def all_draws(seed, position):
         draw_uniform(seed, position),
         draw_variant(seed, position, 1000),
         draw_dropout(seed, position, 0.5),
+        draw_whole_hole(seed, position, 0.5),
     )
 
 
@@ -34,6 +35,21 @@ def test_the_draws_are_those_of_every_run_before():
     assert [draw_variant(42, position, 4) for position in range(12)] == [0, 2, 3, 3, 2, 2, 3, 3, 3, 0, 0, 0]
     dropped = [position for position in range(12) if draw_dropout(42, position, 0.5)]
     assert dropped == [0, 1, 2, 3, 4, 5, 6, 11]
+
+
+@pytest.mark.parametrize("seed", [0, 5, 2**53 + 1, 2**63 - 1])
+@pytest.mark.parametrize("position", [0, 3, 2**62])
+def test_the_draws_are_numpys_philox_of_the_documented_key(seed, position):
+    """Also after an odd number of 32-bit draws: nothing of one draw is left for the next."""
+    for purpose, draw in ((0, draw_uniform), (2, lambda *key: draw_variant(*key, 3))):
+        draw_variant(7, 7, 3)
+        fresh = np.random.Generator(np.random.Philox(key=[seed, position], counter=[0, 0, 0, purpose]))
+        expected = (fresh.integers(1 << 52) + 0.5) / (1 << 52) if purpose == 0 else fresh.integers(3)
+        assert draw(seed, position) == expected
+    fresh = np.random.Generator(np.random.Philox(key=[seed, position], counter=[0, 0, 0, 1]))
+    np.testing.assert_array_equal(noise(seed, position), fresh.standard_normal((16, 8, 8), dtype=np.float32))
+    fresh = np.random.Generator(np.random.Philox(key=[seed, position], counter=[0, 0, 0, 4]))
+    assert draw_whole_hole(seed, position, 0.5) == (fresh.random() < 0.5)
 
 
 def test_a_draw_hangs_on_seed_and_position_alone():

@@ -14,8 +14,9 @@ from safetensors.torch import load, load_file
 
 from configs.errors import InputError
 from data import encode
+from data.cache import open_cache
 from data.encode import encode_pixels
-from data.manifest import EMPTY_TEXT, open_cache, read_manifest
+from data.manifest import EMPTY_TEXT, read_manifest
 from data.pictures import load_mask
 from data.preprocess import main, preprocess
 from data.shards import index_path, read_index

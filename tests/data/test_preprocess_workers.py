@@ -19,8 +19,9 @@ import data.decode_samples
 import data.encode_shards
 import data.preprocess
 from configs.errors import InputError
+from data.cache import open_cache
 from data.crew import join_crew
-from data.manifest import open_cache, read_manifest, read_shard_table
+from data.manifest import read_manifest, read_shard_table
 from data.model_folder import encoder_fingerprints
 from data.preprocess import CREW_FOLDER, Job, preprocess
 from data.which_worker import Worker

@@ -18,7 +18,7 @@ from data.noise import draw_dropout, draw_noise, draw_uniform, draw_variant, dra
 from data.order import Order, OrderSettings, hash_shards
 from data.reader import BatchStream
 from data.row_filler import ReplacedRow, RowPolicy
-from data.shard_reader import DamagedShard, ShardReader
+from data.shard_reader import DamagedSample, DamagedShard, ShardReader
 from data.shards import index_path
 
 SEED = 11
@@ -210,6 +210,39 @@ def test_an_odd_sample_out_is_trained_on_too(make_cache):
     latents = [rows.latents.view(torch.uint8).numpy().tobytes() for batch in batches for rows in batch]
     for start in range(0, 20, 5):
         assert len(set(latents[start : start + 5])) == 5
+
+
+FEW = [[("a", "32x32", 1)], [("a", "32x32", 2), ("a", "32x32", 40)], [("a", "32x32", 1)] * 3]
+
+
+@pytest.mark.parametrize("shards", FEW, ids=["one sample", "unequal shards", "shards of one sample"])
+@pytest.mark.parametrize("size", [1, 4])
+def test_more_ranks_than_shards_samples_or_rows_stay_in_step(make_cache, shards, size):
+    cache = make_cache(shards)
+    shares = [take(cache, 6, size=size, rank=rank, world_size=7, micro=2) for rank in range(7)]
+    alone = [rows_by_position(batch) for batch in take(cache, 6, size=size)]
+    for index in range(6):
+        assert len({tuple(len(rows.weight) for rows in share[index]) for share in shares}) == 1
+        found = [rows_by_position(share[index]) for share in shares]
+        assert sum(map(len, found)) == size
+        assert {position: row for part in found for position, row in part.items()} == alone[index]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 6])
+def test_streams_are_read_as_the_order_says(make_cache, world_size):
+    """Two canonical streams: the same rows in the same places for any number of ranks, half of each batch from each."""
+    cache = make_cache([("a", "32x32", count) for count in (3, 1, 4, 2, 5, 1, 3, 2, 4)])
+    alone = [rows_by_position(batch) for batch in take(cache, 8, size=6, streams=2)]
+    shares = [take(cache, 8, size=6, streams=2, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for index in range(8):
+        together = {position: row for share in shares for position, row in rows_by_position(share[index]).items()}
+        assert together == alone[index]
+    order = open_stream(cache, size=6, streams=2).order
+    shards_of = [
+        {shard for index in range(8) for shard in order.batch(index, half).shards.tolist()}
+        for half in (range(3), range(3, 6))
+    ]
+    assert len(shards_of[0] & shards_of[1]) <= 1
 
 
 # --- captions ---------------------------------------------------------------------------------------------------------
@@ -465,7 +498,7 @@ def test_a_forgotten_stream_leaves_no_file(make_cache):
 def test_few_shards_stay_open(make_cache, make_sample, monkeypatch):
     monkeypatch.setattr("data.shard_reader._OPEN_SHARDS", 2)
     cache = make_cache([("a", "32x32", 2)] * 12)
-    reader = ShardReader(cache.folder, cache.manifest, cache.table)
+    reader = ShardReader(cache)
     wrong = []
 
     def read_all(shift):
@@ -499,12 +532,12 @@ def one_shard(make_cache):
     """(cache, path, index) of a single shard of five samples, two texts and two variants."""
     cache = make_cache(ONE_SHARD, num_variants=2)
     path = cache.folder / str(cache.table.path[0])
-    return cache, path, ShardReader(cache.folder, cache.manifest, cache.table).shard(0).index
+    return cache, path, ShardReader(cache).shard(0).index
 
 
 def read_everything(cache):
     """Every member of the first shard, as bytes. Raises what the reader raises."""
-    reader, manifest = ShardReader(cache.folder, cache.manifest, cache.table), cache.manifest
+    reader, manifest = ShardReader(cache), cache.manifest
     bucket = parse_bucket(str(cache.table.bucket[0]))
     h, w = bucket.latent_size
     sizes = {
@@ -560,9 +593,43 @@ def test_a_cut_shard_is_named(one_shard, where):
         read_everything(cache)
 
 
+@pytest.mark.parametrize("what", ["tar header", "tensor", "safetensors header", "from a tensor to the next sample"])
+def test_zeros_over_a_part_of_a_shard_are_named_or_change_nothing(one_shard, what):
+    """A sector that was lost. WebDataset ends a shard early at a tar header of zeros, without a word."""
+    cache, path, index = one_shard
+    expected, member = read_everything(cache), int(index.latents[2, 0])
+    start, end = {
+        "tar header": (member - 512, member),
+        "tensor": (member + 200, member + 712),
+        "safetensors header": (member, member + 60),
+        "from a tensor to the next sample": (member + 300, int(index.latents[3, 0])),
+    }[what]
+    data = bytearray(path.read_bytes())
+    data[start:end] = bytes(end - start)
+    path.write_bytes(data)
+    if what == "tar header":
+        assert read_everything(cache) == expected
+    else:
+        with pytest.raises(DamagedSample, match=r"48x64-000000\.tar: a-0-2 \(latents, .* does not match its checksum"):
+            read_everything(cache)
+
+
+def test_the_first_members_damage_is_that_members_alone(one_shard):
+    """Its header tells the reader how the shard's members look; the next ones tell it too."""
+    cache, path, index = one_shard
+    data = bytearray(path.read_bytes())
+    for place in (index.latents[0, 0], index.masked[0, 0, 0], index.texts[0, 0]):
+        data[int(place) + 3] ^= 255
+    path.write_bytes(data)
+    reader, out = ShardReader(cache), {"latents": memoryview(bytearray(16 * 6 * 8 * 2))}
+    reader.read(0, 1, out)
+    with pytest.raises(DamagedSample, match="a-0-0"):
+        reader.read(0, 0, out)
+
+
 def test_a_shard_that_is_cut_while_it_is_read_is_named(one_shard):
     cache, path, index = one_shard
-    reader = ShardReader(cache.folder, cache.manifest, cache.table)
+    reader = ShardReader(cache)
     out = np.empty(16 * 6 * 8 * 2, np.uint8)
     reader.read(0, 0, {"latents": memoryview(out)})
     os.truncate(path, int(index.latents[3, 0]) + 100)
@@ -609,7 +676,7 @@ def test_a_storage_that_fails_for_a_while_costs_time_alone(one_shard, no_waits, 
 
 def test_a_stale_handle_is_opened_anew(one_shard, no_waits, monkeypatch):
     cache, _, _ = one_shard
-    reader = ShardReader(cache.folder, cache.manifest, cache.table)
+    reader = ShardReader(cache)
     stale, works = int(reader.shard(0).handle), os.preadv
 
     def fail_if_stale(handle, *arguments):
@@ -627,7 +694,7 @@ def test_a_stale_handle_is_opened_anew(one_shard, no_waits, monkeypatch):
 
 def test_a_disk_that_keeps_failing_is_named(one_shard, no_waits, monkeypatch):
     cache, _, _ = one_shard
-    reader = ShardReader(cache.folder, cache.manifest, cache.table)
+    reader = ShardReader(cache)
     reader.shard(0)
 
     def fail(*_):
@@ -640,7 +707,7 @@ def test_a_disk_that_keeps_failing_is_named(one_shard, no_waits, monkeypatch):
 
 def test_members_side_by_side_are_read_by_one_call(one_shard, monkeypatch):
     cache, _, _ = one_shard
-    reader, calls, works = ShardReader(cache.folder, cache.manifest, cache.table), [], os.preadv
+    reader, calls, works = ShardReader(cache), [], os.preadv
     sizes = {"latents": 1536, "masked_latents": 1536, "mask": 384}
     out = {name: memoryview(bytearray(size)) for name, size in sizes.items()}
     monkeypatch.setattr("data.shard_reader._MAX_GAP", 1024)  # these members are small
@@ -732,7 +799,7 @@ def test_a_stream_does_not_pass_over_what_it_cannot_read(make_cache):
 def damage(cache, *rows, part="latents", shard=0):
     """Flip a bit in a member of some rows of a shard."""
     path = cache.folder / str(cache.table.path[shard])
-    index = ShardReader(cache.folder, cache.manifest, cache.table).shard(shard).index
+    index = ShardReader(cache).shard(shard).index
     data = bytearray(path.read_bytes())
     for row in rows:
         place = {

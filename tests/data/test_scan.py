@@ -1,11 +1,14 @@
 import io
 import json
 import os
+import sys
 import tarfile
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from configs.errors import InputError
@@ -372,9 +375,51 @@ def test_a_list_on_a_server_and_its_pictures(scan, folders, serve_folder, tmp_pa
     read_all(scanned)
 
 
-def test_a_picture_that_the_server_lacks_is_named(scan, serve_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("data.retry.FIRST_WAIT_SECONDS", 0.001)
-    url, _ = serve_folder(tmp_path)
-    (tmp_path / "list.jsonl").write_text(json.dumps({"target": f"{url}/nothing.png", "mask": f"{url}/m.png"}))
-    with pytest.raises(InputError, match=rf"{url}/nothing\.png: failed 8 time\(s\), at last with HTTPError: .*404"):
+def test_a_picture_that_the_server_lacks_is_named_at_once_and_no_token(scan, serve_folder, tmp_path):
+    url, requests = serve_folder(tmp_path)
+    row = {"target": f"{url}/nothing.png?token=secret", "mask": f"{url}/m.png"}
+    (tmp_path / "list.jsonl").write_text(json.dumps(row))
+    with pytest.raises(InputError, match=rf"^{url}/nothing\.png: the server answers 404 Not Found\. Correct the URL"):
         scan(table=str(tmp_path / "list.jsonl"))
+    assert len(requests) == 1
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """Stands for s3: a file system in memory, with ETags. `bucket["name/a.tar"] = bytes`."""
+
+    class Bucket(MemoryFileSystem):
+        protocol = ("s3",)
+        store: ClassVar[dict] = {}
+        pseudo_dirs: ClassVar[list] = [""]
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return "/" + path.removeprefix("s3://").strip("/")
+
+        def info(self, path, **options):
+            return super().info(path, **options) | {"ETag": str(hash(bytes(self.store[path].getbuffer())))}
+
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "s3", Bucket)
+    return Bucket()
+
+
+def test_tars_and_lists_in_a_bucket(scan, folders, tars, bucket, reads, tmp_path):
+    expected = facts_by_name(scan(**folders))
+    for letter in "ab":
+        bucket.pipe(f"s3://photos/{letter}.tar", (tars / f"{letter}.tar").read_bytes())
+    scanned = scan(tars="s3://photos/{a,b}.tar", copies_gib=0)
+    assert facts_by_name(scanned) == expected
+    read_all(scanned)
+    reads.clear()
+    assert facts_by_name(scan(tars="s3://photos/{a,b}.tar")) == expected and reads == []
+
+    rows = []
+    for name in NAMES:
+        for role in ("target", "mask"):
+            bucket.pipe(f"s3://photos/list/{role}/{name}.png", (tmp_path / role / f"{name}.png").read_bytes())
+        rows.append({"target": f"target/{name}.png", "mask": f"mask/{name}.png", "id": name})
+    bucket.pipe("s3://photos/list/list.jsonl", "\n".join(map(json.dumps, rows)).encode())
+    listed = scan(table="s3://photos/list/list.jsonl", columns={"name": "id"})
+    assert [facts[1:] for facts in facts_by_name(listed).values()] == [facts[1:] for facts in expected.values()]
+    read_all(listed)

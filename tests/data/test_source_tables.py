@@ -3,6 +3,7 @@ import io
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -214,6 +215,17 @@ def test_pictures_inside_a_table_are_copied_out(tmp_path, name, stream):
     assert [item.mask.read(99).data for item in items] == masks
     assert [item.target.suffix for item in items] == [".jpg"] * 5
     assert [item.caption for item in items] == captions
+
+
+@needs_pyarrow
+def test_splits_of_a_hugging_face_folder_do_not_meet(tmp_path):
+    """As save_to_disk writes them: files of one name in a folder for each split."""
+    for split in ("train", "test"):
+        (tmp_path / "hub" / split).mkdir(parents=True)
+        write_arrow(tmp_path / "hub" / split / "data-00000-of-00001.arrow", {"target": [b"1"], "mask": [b"2"]})
+    tables = find_tables(str(tmp_path / "hub"), "listed")
+    names = [item.name for table in tables for item in items_of(Path(table), below=tmp_path / "hub")]
+    assert names == [f"{split}/data-00000-of-00001/00000000" for split in ("test", "train")]
 
 
 @needs_pyarrow

@@ -6,7 +6,8 @@ from rich.console import Console
 from safetensors.torch import load, load_file
 
 from configs.errors import InputError
-from data.manifest import EMPTY_TEXT, open_cache
+from data.cache import open_cache
+from data.manifest import EMPTY_TEXT
 from data.preprocess import preprocess
 from data.shards import index_path, read_index
 from data.stored_text import dequantize_tokens, quantize_tokens, store_text

@@ -1,3 +1,5 @@
+from urllib.error import HTTPError
+
 import pytest
 
 from configs.errors import InputError
@@ -78,6 +80,35 @@ def test_a_server_that_tells_nothing_gives_no_stamp(serve):
         handler.wfile.write(b"x")
 
     assert url_stamp(f"{serve(get)}/a") is None
+
+
+@pytest.mark.parametrize("code, final", [(403, True), (404, True), (429, False), (503, False)])
+def test_what_another_try_would_not_mend_is_final(serve, code, final):
+    url = f"{serve(lambda handler: handler.send_error(code))}/a?token=secret"
+    for call in (lambda: read_range(url, 0, 1), lambda: url_stamp(url), lambda: open_url(url).__enter__()):
+        with pytest.raises(InputError if final else HTTPError, match=str(code)) as caught:
+            call()
+        assert "secret" not in str(caught.value)
+
+
+def test_a_missing_object_of_a_bucket_is_final(monkeypatch):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    monkeypatch.setattr("fsspec.core.url_to_fs", lambda url: (memory, "/nothing"))
+    for call in (lambda: read_range("s3://bucket/nothing", 0, 1), lambda: url_stamp("s3://bucket/nothing")):
+        with pytest.raises(InputError, match=r"s3://bucket/nothing: not there, or closed to you"):
+            call()
+
+
+def test_a_driver_that_is_missing_is_named_by_every_call(monkeypatch):
+    def fail(*_):
+        raise ImportError("Install gcsfs to access GCS")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", fail)
+    for call in (lambda: read_range("gs://a/b", 0, 1), lambda: url_stamp("gs://a/b")):
+        with pytest.raises(InputError, match=r"gs://a/b: .*Install gcsfs.* Run `pip install 'fluxfill\[gcs\]'`"):
+            call()
 
 
 @pytest.mark.parametrize("call", [lambda url: read_range(url, 0, 1), url_stamp])

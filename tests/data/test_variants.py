@@ -14,9 +14,9 @@ from rich.console import Console
 from safetensors.torch import load
 
 from configs.errors import InputError
+from data.cache import open_cache
 from data.decode_samples import load_pixels
 from data.geometry import Bucket
-from data.manifest import open_cache
 from data.mask_recipe import MaskRecipe
 from data.masks import dilate_masks, draw_masks
 from data.plan_samples import plan_samples

@@ -155,7 +155,11 @@ DAMAGES = {
     ),
     "512 zero bytes over a header": (_zero(_meta_header), f"{MIDDLE}.json", "tar header is all zeros"),
     "zeros over the first header": (_zero(lambda i: 0), "text 0", "tar header is all zeros"),
-    "empty file": (lambda data, index: b"", "text 0", "the file ends before its header"),
+    "empty file": (
+        lambda data, index: b"",
+        "text 0",
+        r"at byte 0 \(the text of 3 samples, photos-1-0",
+    ),
     "html page": (
         lambda data, index: b"<!DOCTYPE html><title>503</title>",
         "text 0",
@@ -372,7 +376,8 @@ def test_tensors_of_another_size_than_the_manifest_says_are_named(folder):
     write_manifest(folder, replace(manifest, text_length=9), table)
     problems = found(folder)
     assert {member.partition("-")[0] for _, member, _ in problems} == {"text"}
-    assert "holds {" in problems[0][2] and "the cache asks for {'t5': ('BF16', [9, 6])" in problems[0][2]
+    assert "holds {" in problems[0][2] and "the manifest says {'t5': ('BF16', [9, 6])" in problems[0][2]
+    assert verify(folder).bad == sorted(table.path.tolist()) and verify(folder).rebuildable == []
 
 
 def test_files_that_belong_to_nothing_are_named(folder):

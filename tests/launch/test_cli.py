@@ -14,7 +14,7 @@ from launch.cli import app
 RECIPE = str(launch_command.REPO_ROOT / "configs" / "fill_lora.yaml")
 
 
-@pytest.mark.parametrize("command", ["schema", "preprocess", "train"])
+@pytest.mark.parametrize("command", ["schema", "preprocess", "train", "export"])
 def test_help_of_every_command_has_an_example(command: str) -> None:
     result = CliRunner().invoke(app, [command, "--help"])
     assert result.exit_code == 0
@@ -42,6 +42,25 @@ def test_bad_input_is_a_message_and_exit_code_2(arguments: list[str], message: s
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
     assert message in result.stderr and "Traceback" not in result.output and "\x1b" not in result.output
+
+
+def test_export_hands_its_options_on_and_ends_as_the_trainer_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+
+    def run(command: list[str], check: bool) -> subprocess.CompletedProcess:
+        seen.append(command)
+        return subprocess.CompletedProcess(command, 2)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    arguments = ["export", "runs/a", "--out", "b", "--weights", "ema", "--dtype", "bf16"]
+    assert CliRunner().invoke(app, arguments).exit_code == 2
+    module = [sys.executable, "-P", "-m", "trainer.export_checkpoint"]
+    assert seen == [[*module, "runs/a", "--out", "b", "--weights", "ema", "--dtype", "bf16"]]
+    assert CliRunner().invoke(app, ["export", "runs/a"]).exit_code == 2  # --out is missing
+    assert CliRunner().invoke(app, ["export", "runs/a", "--out", "b", "--weights", "mean"]).exit_code == 2
+    assert len(seen) == 1
 
 
 def test_train_prints_the_command_and_exits_as_the_trainer_does(

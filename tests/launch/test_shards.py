@@ -75,6 +75,16 @@ def test_bad_input_is_a_message_and_exit_code_2(arguments, message, tmp_path, mo
     assert message in result.stderr and "Traceback" not in result.output
 
 
+def test_a_cache_at_a_url_is_looked_at_where_it_was_made(config, tmp_path):
+    text = yaml.safe_load(config.read_text())
+    text["data"] |= {"cache": "https://example.org/cache", "local_cache": str(tmp_path / "copies")}
+    config.write_text(yaml.safe_dump(text))
+    for command in ("verify", "show"):
+        result = run(command, config)
+        assert result.exit_code == 2
+        assert "data.cache is https://example.org/cache. Give the folder that was copied there" in result.stderr
+
+
 def test_repair_by_the_config_of_another_cache_is_refused(config, tmp_path):
     other = tmp_path / "other.yaml"
     other.write_text(config.read_text().replace(str(tmp_path / "cache"), str(tmp_path / "elsewhere")))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from configs.schema import Config
-    from data.manifest import Cache
+    from data.cache import Cache
     from data.micro_batch import MicroBatch
     from trainer.engine import Engine
 
@@ -122,7 +122,7 @@ def config(tiny_model: Path, triples: Path, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="session")
 def cache(config: "Config", tiny_model: Path) -> "Cache":
     """The config's cache."""
-    from data.manifest import open_cache
+    from data.cache import open_cache
 
     return open_cache(config, tiny_model)
 

@@ -7,7 +7,7 @@ from trainer.engine import LocalSlice
 
 
 def slices_of(model: nn.Module) -> list[LocalSlice]:
-    return [LocalSlice(n, 0, p.numel(), p.detach().view(-1)) for n, p in model.named_parameters()]
+    return [LocalSlice(n, 0, p.numel(), p.detach().view(-1), {}, of=n) for n, p in model.named_parameters()]
 
 
 @pytest.fixture

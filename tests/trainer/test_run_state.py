@@ -51,7 +51,7 @@ def test_another_order_of_the_samples_is_refused(config, cache, engine, saved, c
 
 def test_a_run_keeps_its_streams_and_blocks(config, cache, engine, saved, monkeypatch):
     """Chosen for the machines it began on; the samples' order outlives them."""
-    monkeypatch.setattr("trainer.run_state.load_tensors", lambda *_: None)
+    monkeypatch.setattr("trainer.run_state.load_tensors", lambda *_, **__: None)
     before = replace(choose_order(config, cache), streams=2, block_shards=3)
     run, _ = saved(before, replaced=REPLACED[:2])
     state = resume(run, "auto", engine, Ema([], None), choose_order(config, cache))

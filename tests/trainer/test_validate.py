@@ -1,5 +1,6 @@
 import json
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -159,6 +160,24 @@ def test_weights_of_the_regions_do_not_change_the_reported_loss(
     flow = config.flow.model_copy(update={"hole_weight": 5.0, "keep_weight": 0.1})
     again = Validator(named("weighted", flow=flow), engine, tiny_model, cache).run(transformer, 3)
     assert again["holdout"]["loss_sigma_0.5"] == line["holdout"]["loss_sigma_0.5"]
+
+
+def test_a_hole_as_large_as_the_picture_leaves_the_other_figures_finite(
+    line, named, engine, tiny_model, cache, transformer, monkeypatch
+):
+    """Masks may be random, and one kind of them is full."""
+    read = validate.read_validation_items
+
+    def with_a_full_hole(folder, *, split, count):
+        (item, pixels), *others = read(folder, split=split, count=count)
+        return [(item, replace(pixels, mask=np.ones_like(pixels.mask))), *others]
+
+    monkeypatch.setattr(validate, "read_validation_items", with_a_full_hole)
+    again = Validator(named("full"), engine, tiny_model, cache).run(transformer, 3)
+    for split in SPLITS:
+        assert again[split].keys() == line[split].keys()
+        assert again[split]["items"] == line[split]["items"]
+        assert np.isfinite(list(again[split].values())).all()
 
 
 def test_no_text_encoder_is_loaded(named, engine, tiny_model, cache, monkeypatch):

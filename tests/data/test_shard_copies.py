@@ -1,0 +1,444 @@
+import fcntl
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from configs.errors import InputError
+from data.cache import Cache
+from data.manifest import MANIFEST, SHARD_TABLE, read_manifest, read_shard_table, write_manifest
+from data.order import Order, OrderSettings
+from data.prefetch import Prefetcher
+from data.reader import BatchStream
+from data.remote_head import fetch_head
+from data.shard_copies import ShardCopies
+from data.shard_reader import ShardReader
+from data.shards import index_path
+
+SHARDS = [("a", "32x32", 4), ("a", "32x32", 3), ("a", "32x32", 5), ("b", "48x64", 4)]
+GIB = 1 << 30
+
+
+class Remote:
+    """A server of a cache's folder. faults: path -> what the next requests for it get instead of the file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.faults: dict[str, list] = {}
+        self.requests: Counter = Counter()
+        self.slow = threading.Event()
+        self.slow.set()
+
+    def get(self, handler) -> None:
+        path = handler.path.lstrip("/")
+        self.requests[path] += 1
+        self.slow.wait(10)
+        fault = self.faults[path].pop(0) if self.faults.get(path) else None
+        if isinstance(fault, int):
+            handler.send_error(fault)
+            return
+        if not (self.folder / path).is_file():
+            handler.send_error(404)
+            return
+        data = (self.folder / path).read_bytes()
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(data)))
+        handler.end_headers()
+        if fault == "cut":
+            data = data[: len(data) // 2]
+        elif fault == "page":
+            data = b"<!DOCTYPE html><title>Please log in</title>".ljust(len(data))
+        elif fault == "flip":
+            data = data[:700] + bytes([data[700] ^ 4]) + data[701:]
+        handler.wfile.write(data)
+
+
+@pytest.fixture
+def remote(make_cache, serve):
+    """(url, server, the cache in its folder)."""
+    cache = make_cache(SHARDS, num_variants=2)
+    server = Remote(cache.folder)
+    return serve(server.get), server, cache
+
+
+def copies_of(url, cache, tmp_path, *, limit=GIB):
+    return ShardCopies(url, tmp_path / "node", limit, cache.table)
+
+
+def held(copies, number, **options):
+    return copies.open(number, stop=threading.Event(), **options)
+
+
+# --- one shard --------------------------------------------------------------------------------------------------------
+
+
+def test_a_copy_is_the_shard_and_is_fetched_once(remote, tmp_path):
+    url, server, cache = remote
+    copies = copies_of(url, cache, tmp_path)
+    for _ in range(3):
+        handle = held(copies, 1)
+        tar = cache.folder / str(cache.table.path[1])
+        assert os.pread(handle, tar.stat().st_size + 1, 0) == tar.read_bytes()
+    assert index_path(copies.path(1)).read_bytes() == index_path(tar).read_bytes()
+    assert server.requests == {"shards/a/32x32-000001.tar": 1, "shards/a/32x32-000001.index": 1}
+    assert not list(copies.folder.rglob("*.part"))
+
+
+@pytest.mark.parametrize("fault", [503, 404, "cut", "page", "flip"])
+def test_what_goes_wrong_for_a_while_is_tried_again(remote, tmp_path, no_waits, fault, caplog):
+    url, server, cache = remote
+    server.faults["shards/a/32x32-000001.tar"] = [fault] * 7
+    handle = held(copies_of(url, cache, tmp_path), 1)
+    tar = cache.folder / str(cache.table.path[1])
+    assert os.pread(handle, tar.stat().st_size, 0) == tar.read_bytes()
+    assert server.requests["shards/a/32x32-000001.tar"] == 8
+    assert all(f"{url}/shards/a/32x32-000001.tar: " in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    "fault, problem",
+    [
+        (503, "HTTPError: HTTP Error 503"),
+        (404, "HTTPError: HTTP Error 404"),
+        ("cut", r"\d+ bytes, the manifest says \d+"),
+        ("page", "the manifest says .*; it begins with b'<!DOCTYPE html><title>Please"),
+        ("flip", "sha256 .*, the manifest says"),
+        ("longer", r"more than the \d+ bytes of the manifest"),
+    ],
+)
+def test_what_stays_wrong_is_named_with_its_url(remote, tmp_path, no_waits, fault, problem):
+    url, server, cache = remote
+    if fault == "longer":
+        with (cache.folder / str(cache.table.path[1])).open("ab") as file:
+            file.write(b"more")
+    else:
+        server.faults["shards/a/32x32-000001.tar"] = [fault] * 99
+    copies = copies_of(url, cache, tmp_path)
+    with pytest.raises(InputError, match=rf"{url}/shards/a/32x32-000001\.tar: failed 8 time\(s\), .*{problem}"):
+        held(copies, 1)
+    assert not copies.path(1).exists()
+    assert not list(copies.folder.rglob("*.part"))
+
+
+@pytest.mark.parametrize("fault", [404, "flip", "another's"])
+def test_an_index_that_does_not_come_is_rebuilt(remote, tmp_path, fault):
+    url, server, cache = remote
+    if fault == "another's":
+        shutil.copy(
+            index_path(cache.folder / str(cache.table.path[0])), index_path(cache.folder / str(cache.table.path[1]))
+        )
+    else:
+        server.faults["shards/a/32x32-000001.index"] = [fault]
+    opened = ShardReader(replace(cache, copies=copies_of(url, cache, tmp_path))).shard(1)
+    assert opened.index.keys == ("a-1-0", "a-1-1", "a-1-2")
+
+
+def test_a_reader_that_is_closed_waits_for_nothing(remote, tmp_path):
+    url, server, cache = remote
+    server.faults["shards/a/32x32-000001.tar"] = [503] * 99
+    copies, stop = copies_of(url, cache, tmp_path), threading.Event()
+    threading.Timer(0.2, stop.set).start()
+    start = time.monotonic()
+    with pytest.raises(InputError, match=r"32x32-000001\.tar: (failed|not fetched)"):
+        copies.open(1, stop=stop)
+    assert time.monotonic() - start < 5
+
+
+# --- several at once --------------------------------------------------------------------------------------------------
+
+
+def _open_and_tell(copies, number, connection):
+    handle = copies.open(number, stop=threading.Event())
+    connection.send(os.fstat(handle).st_size)
+    connection.recv()
+
+
+def start_process(target, *arguments):
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    process = context.Process(target=target, args=(*arguments, there), daemon=True)
+    process.start()
+    return process, here
+
+
+def test_processes_and_threads_of_a_node_fetch_a_shard_once(remote, tmp_path):
+    url, server, cache = remote
+    server.slow.clear()
+    copies = copies_of(url, cache, tmp_path)
+    others = [start_process(_open_and_tell, copies, 1) for _ in range(3)]
+    sizes = []
+    threads = [threading.Thread(target=lambda: sizes.append(os.fstat(held(copies, 1)).st_size)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.3)
+    server.slow.set()
+    for thread in threads:
+        thread.join()
+    sizes += [connection.recv() for _, connection in others]
+    for process, connection in others:
+        connection.send("done")
+        process.join()
+    assert sizes == [cache.table.bytes[1]] * 6
+    assert server.requests["shards/a/32x32-000001.tar"] == 1
+
+
+def test_a_fetch_that_was_killed_is_taken_over(remote, tmp_path):
+    url, server, cache = remote
+    server.slow.clear()
+    copies = copies_of(url, cache, tmp_path)
+    process, _ = start_process(_open_and_tell, copies, 1)
+    part = copies.path(1).with_suffix(".part")
+    while not (part.exists() and part.stat().st_size):
+        time.sleep(0.01)
+    found = []
+    waiting = threading.Thread(target=lambda: found.append(held(copies, 1)))
+    waiting.start()
+    time.sleep(0.2)
+    assert not found
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    server.slow.set()
+    waiting.join(timeout=20)
+    assert os.fstat(found[0]).st_size == cache.table.bytes[1]
+    assert not part.exists()
+
+
+def test_a_copy_that_came_while_its_lock_was_waited_for_is_not_fetched_again(remote, tmp_path):
+    url, server, cache = remote
+    copies = copies_of(url, cache, tmp_path)
+    held(copies, 1)
+    assert copies._fetch(1, threading.Event(), may_exceed=True)  # of one who looked before it came
+    assert server.requests["shards/a/32x32-000001.tar"] == 1
+    assert not list(copies.folder.rglob("*.part"))
+    assert copies.path(1).exists() and index_path(copies.path(1)).exists()
+
+
+def test_a_full_disk_is_named(remote, tmp_path, monkeypatch):
+    url, _, cache = remote
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.pwrite", fail)
+    with pytest.raises(InputError, match=r"data.local_cache .*node: No space left on device\. Free room there, or"):
+        held(copies_of(url, cache, tmp_path), 1)
+    assert not list((tmp_path / "node").rglob("*.part"))
+
+
+# --- room -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_copies_unused_for_the_longest_time_make_room(remote, tmp_path):
+    url, _, cache = remote
+    sizes = cache.table.bytes
+    copies = copies_of(url, cache, tmp_path, limit=int(sizes[0] + sizes[1] + sizes[2]))
+    for number in (0, 1, 2):
+        held(copies, number)
+    held(copies, 0)  # used again
+    held(copies, 3)
+    there = {number for number in range(4) if copies.path(number).exists()}
+    assert there >= {0, 3} and 1 not in there
+    assert sum(path.stat().st_size for path in copies.folder.rglob("*.tar")) <= copies.limit_bytes
+    assert {path.stem for path in copies.folder.rglob("*.index")} == {copies.path(number).stem for number in there}
+
+
+def test_a_copy_in_use_is_never_removed(remote, tmp_path, caplog):
+    url, _, cache = remote
+    copies = copies_of(url, cache, tmp_path, limit=int(cache.table.bytes[0]) + 100)
+    reading, connection = start_process(_open_and_tell, copies, 0)  # another process of the node
+    connection.recv()
+    assert held(copies, 1, may_exceed=False) is None
+    assert not copies.path(1).exists()
+    held(copies, 1)
+    assert copies.path(0).exists()
+    assert "more than data.local_cache_gib" in caplog.text
+    connection.send("done")
+    reading.join()
+    held(copies, 2)
+    assert not copies.path(0).exists()
+
+
+def test_what_a_killed_process_left_makes_room_first(remote, tmp_path):
+    url, _, cache = remote
+    copies = copies_of(url, cache, tmp_path, limit=int(cache.table.bytes.max()))
+    left = copies.path(0).with_suffix(".part")
+    left.write_bytes(b"x" * int(cache.table.bytes.max()))
+    assert held(copies, 1, may_exceed=False) is not None
+    assert not left.exists()
+
+
+def test_many_processes_in_little_room_end(remote, tmp_path):
+    """Fetching, reading and removing at once, in room for one or two shards: nobody waits for ever, nothing is torn."""
+    url, _, cache = remote
+    copies = copies_of(url, cache, tmp_path, limit=int(cache.table.bytes.max() * 1.5))
+
+    def churn(seed, connection):
+        rng = np.random.default_rng(seed)
+        for _ in range(25):
+            number = int(rng.integers(4))
+            handle = copies.open(number, stop=threading.Event())
+            data = os.pread(handle, 1 << 24, 0)
+            if data != (cache.folder / str(cache.table.path[number])).read_bytes():
+                connection.send(f"shard {number} is torn")
+                return
+            del handle
+        connection.send("whole")
+
+    others = [start_process(churn, seed) for seed in range(4)]
+    assert [connection.recv() for _, connection in others] == ["whole"] * 4
+    for process, _ in others:
+        process.join()
+
+
+# --- the head ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_head_is_fetched_whole_and_once(remote, tmp_path):
+    url, server, cache = remote
+    (cache.folder / "validation").mkdir()
+    (cache.folder / "validation" / "items.json").write_text("[]")
+    write_manifest(cache.folder, cache.manifest, cache.table)
+    folder = fetch_head(url, tmp_path / "node")
+    assert read_manifest(folder).files == read_manifest(cache.folder).files
+    assert len(read_shard_table(folder)) == 4
+    assert (folder / "validation" / "items.json").read_text() == "[]"
+    before = Counter(server.requests)
+    assert fetch_head(url, tmp_path / "node") == folder
+    assert server.requests - before == {MANIFEST: 1}, "whether it is still the same"
+
+
+def test_a_cache_that_has_changed_has_another_head(remote, tmp_path):
+    url, _, cache = remote
+    before = fetch_head(url, tmp_path / "node")
+    write_manifest(cache.folder, replace(cache.manifest, vae_scale=0.5), cache.table)
+    after = fetch_head(url, tmp_path / "node")
+    assert (read_manifest(before).vae_scale, read_manifest(after).vae_scale) == (cache.manifest.vae_scale, 0.5)
+
+
+@pytest.mark.parametrize("fault", [503, "cut", "page"])
+def test_a_head_that_does_not_come_is_tried_again_and_named(remote, tmp_path, no_waits, fault):
+    url, server, _ = remote
+    server.faults[SHARD_TABLE] = [fault] * 3
+    fetch_head(url, tmp_path / "node")
+    server.faults[SHARD_TABLE] = [fault] * 99
+    with pytest.raises(InputError, match=rf"{url}/{SHARD_TABLE}: failed 8 time\(s\), at last with"):
+        fetch_head(url, tmp_path / "another-node")
+
+
+def test_a_page_in_the_place_of_the_manifest_is_named(remote, tmp_path):
+    url, server, _ = remote
+    server.faults[MANIFEST] = ["page"]
+    with pytest.raises(InputError, match=rf"{url}/{MANIFEST}: damaged"):
+        fetch_head(url, tmp_path / "node")
+
+
+# --- streams ----------------------------------------------------------------------------------------------------------
+
+
+def open_stream(cache: Cache, *, rank=0, world_size=1, block_shards=8, start=0) -> BatchStream:
+    settings = OrderSettings.current(
+        seed=3, global_batch_size=4, weights={"a": 1.0, "b": 1.0}, shards="", block_shards=block_shards
+    )
+    order = Order(cache.table.dataset, cache.table.bucket, cache.table.samples, settings)
+    return BatchStream(cache, order, rank=rank, world_size=world_size, micro_batch_size=2, start=start)
+
+
+def contents(stream: BatchStream, num_batches: int) -> list[tuple]:
+    found = []
+    for _ in range(num_batches):
+        for rows in next(stream):
+            found += zip(rows.position.tolist(), rows.latents.sum((1, 2, 3)).tolist(), strict=True)
+            assert torch.isfinite(rows.t5.float()).all()
+    stream.close()
+    return found
+
+
+@pytest.mark.parametrize("limit_shards", [1.2, 2.5, 100])
+def test_a_remote_cache_trains_as_its_folder_does(remote, tmp_path, limit_shards):
+    url, server, cache = remote
+    expected = contents(open_stream(cache), 20)
+    head = fetch_head(url, tmp_path / "node")
+    copies = copies_of(url, cache, tmp_path, limit=int(limit_shards * cache.table.bytes.max()))
+    assert contents(open_stream(replace(cache, folder=head, copies=copies)), 20) == expected
+    resumed = open_stream(replace(cache, folder=head, copies=copies), start=13)
+    assert contents(resumed, 7) == [row for row in expected if row[0] >= 13 * 4]
+    if limit_shards == 100:
+        assert all(count == 1 for path, count in server.requests.items() if path.endswith(".tar"))
+
+
+def test_an_object_store_is_read_through_its_fsspec_driver(make_cache, tmp_path, monkeypatch):
+    import fsspec
+
+    monkeypatch.setattr("configs.urls.SCHEMES", ("https", "s3", "gs", "memory"))
+    monkeypatch.setattr("data.urls._EXTRAS", {"memory": "none"})
+    cache = make_cache(SHARDS)
+    fsspec.filesystem("memory").put(str(cache.folder), "/bucket/cache", recursive=True)
+    url = "memory://bucket/cache"
+    copies = copies_of(url, cache, tmp_path)
+    head = fetch_head(url, tmp_path / "node")
+    assert contents(open_stream(replace(cache, folder=head, copies=copies)), 6) == contents(open_stream(cache), 6)
+    fsspec.filesystem("memory").rm("/bucket", recursive=True)
+
+
+def test_a_closed_stream_holds_no_copy(remote, tmp_path):
+    url, _, cache = remote
+    copies = copies_of(url, cache, tmp_path)
+    before = threading.active_count()
+    stream = open_stream(replace(cache, copies=copies))
+    next(next(stream))
+    stream.close()
+    del stream
+    server_threads = [thread for thread in threading.enumerate() if "process_request" in thread.name]
+    assert threading.active_count() - len(server_threads) <= before
+    for path in copies.folder.rglob("*.tar"):
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_shards_are_fetched_before_they_are_read_and_held_until_then(make_cache, serve, tmp_path):
+    """Blocks of one shard, one after the other: while the first is read, the second comes, but not the tenth."""
+    cache = make_cache([("a", "32x32", 8)] * 12)
+    server = Remote(cache.folder)
+    size = int(cache.table.bytes[0])
+    copies = ShardCopies(serve(server.get), tmp_path / "node", 4 * size, cache.table)
+    settings = OrderSettings.current(seed=3, global_batch_size=4, weights={"a": 1.0}, shards="", block_shards=1)
+    order = Order(cache.table.dataset, cache.table.bucket, cache.table.samples, settings)
+    turns = [int(order.batch(2 * number).shards[0]) for number in range(12)]
+    prefetcher = Prefetcher(copies, order, cache.table.bytes, part=range(4), start=0)
+
+    def wait_for(numbers):
+        deadline = time.monotonic() + 20
+        while not all(copies.path(number).exists() for number in numbers):
+            assert time.monotonic() < deadline, f"{numbers} did not come"
+            time.sleep(0.01)
+
+    for at in range(0, 10):
+        prefetcher.reached(2 * at)
+        wait_for(turns[at : at + 3])
+        time.sleep(0.05)
+        assert all(not copies.path(number).exists() for number in turns[at + 4 :]), "too far ahead"
+        for number in turns[at : at + 2]:
+            with copies.path(number).open() as file, pytest.raises(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    prefetcher.close()
+    assert sum(count for path, count in server.requests.items() if path.endswith(".tar")) == 12
+
+
+def test_a_shard_that_stays_away_stops_the_stream_and_is_named(remote, tmp_path, no_waits):
+    url, server, cache = remote
+    server.faults = {str(path): [503] * 99 for path in cache.table.path}
+    stream = open_stream(replace(cache, copies=copies_of(url, cache, tmp_path)))
+    with pytest.raises(
+        InputError, match=rf"{url}/shards/./.*\.tar: failed 8 time\(s\), at last with HTTPError: .* 503"
+    ):
+        list(next(stream))
+    stream.close()
