@@ -88,6 +88,8 @@ class Job:
 # Of the data section, what each worker may have as it likes, and what concerns training alone.
 _FREE_KEYS: Any = {
     "cache": True,
+    "local_cache": True,
+    "local_cache_gib": True,
     "copies_gib": True,
     "encode_batch_size": True,
     "encoders": {"vae", "clip", "t5"},
