@@ -1,8 +1,6 @@
 """Small real shards and caches of made-up samples, for tests that need no model."""
 
-import http.server
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,31 +101,6 @@ def write_shard() -> Callable[..., ShardIndex]:
 def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tried again is tried at once."""
     monkeypatch.setattr("data.retry.LONGEST_WAIT_SECONDS", 0.0)
-
-
-@pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable], str]]:
-    """Starts a server on this machine: `serve(handler)` -> its URL. Plain http is allowed as long as the test runs."""
-    monkeypatch.setattr("configs.urls.SCHEMES", ("https", "s3", "gs", "http"))
-    servers = []
-
-    def start(get):
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                get(self)
-
-            def log_message(self, *_):
-                pass
-
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.fixture
