@@ -46,7 +46,7 @@ class ShardCopies:
     prefetch_share: of it, that may be held for later.
     """
 
-    prefetch_share = 0.75
+    prefetch_share = 0.6
 
     def __init__(self, url: str, folder: Path, limit_bytes: int, table: ShardTable) -> None:
         self.url, self.folder, self.limit_bytes = url, folder, limit_bytes
@@ -56,8 +56,13 @@ class ShardCopies:
 
     @property
     def prefetch_bytes(self) -> int:
-        """What may be held for later; the rest is for what is open and what is on its way."""
+        """What may be held for later; the rest is for what is open."""
         return int(self.limit_bytes * self.prefetch_share)
+
+    @property
+    def max_open(self) -> int:
+        """Copies that one reader may keep open: each is held, also when nothing needs it any more."""
+        return max(4, int(self.limit_bytes * (1 - self.prefetch_share)) // int(self._table.bytes.max()))
 
     def path(self, number: int) -> Path:
         """Where the copy of a shard lies, if it is there."""

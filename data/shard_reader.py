@@ -25,7 +25,6 @@ from data.stored_tensors import MAX_HEADER, Tensors, num_bytes, parse_header, sa
 # File handles and indexes that a reader keeps. The order stays within a block or two of shards per dataset and bucket,
 # but goes round all of these; a process may have 1024 files open where nobody raised the limit.
 _OPEN_SHARDS = 256
-_OPEN_COPIES = 4  # of a remote cache: an open copy cannot make room for another, and its prefetcher holds the rest
 _MAX_GAP = 4096  # bytes between two members that are read along rather than by a call of their own: tar's header
 
 _ENCODE_ANEW = "Delete the shard and run `fluxfill preprocess CONFIG` again: only that shard is encoded anew."
@@ -120,6 +119,7 @@ class ShardReader:
         self._lock = threading.Lock()
         self._scratch = threading.local()
         self._closing = threading.Event()
+        self._max_open = _OPEN_SHARDS if cache.copies is None else min(_OPEN_SHARDS, cache.copies.max_open)
 
     def shard(self, number: int) -> _OpenShard:
         """An open shard.
@@ -143,7 +143,7 @@ class ShardReader:
         newly_opened = self._open_shard(number)
         with self._lock:
             opened = self._open.setdefault(number, newly_opened)
-            if len(self._open) > (_OPEN_SHARDS if self._copies is None else _OPEN_COPIES):
+            if len(self._open) > self._max_open:
                 # Not closed here: another thread may be reading from it. The handle goes with the last reference.
                 self._open.popitem(last=False)
             return opened

@@ -418,7 +418,7 @@ def test_shards_are_fetched_before_they_are_read_and_held_until_then(make_cache,
     cache = make_cache([("a", "32x32", 8)] * 12)
     server = Remote(cache.folder)
     size = int(cache.table.bytes[0])
-    copies = ShardCopies(serve(server.get), tmp_path / "node", 4 * size, cache.table)
+    copies = ShardCopies(serve(server.get), tmp_path / "node", 5 * size + 9, cache.table)
     settings = OrderSettings.current(seed=3, global_batch_size=4, weights={"a": 1.0}, shards="", block_shards=1)
     order = Order(cache.table.dataset, cache.table.bucket, cache.table.samples, settings)
     turns = [int(order.batch(2 * number).shards[0]) for number in range(12)]

@@ -11,9 +11,9 @@ from trainer.batches import choose_order, open_stream
 from trainer.run_state import RunState
 
 
-@pytest.mark.parametrize("room, block_shards", [(100, 8), (11, 4), (6, 2), (2.8, 1)])
+@pytest.mark.parametrize("room, block_shards", [(100, 8), (14, 4), (7, 2), (3.5, 1)])
 def test_blocks_are_as_large_as_the_nodes_copies_may_be(config, cache, tmp_path, room, block_shards):
-    """One pool of many shards: the block in use and the next one are held, in three quarters of the room."""
+    """One pool of many shards: the block in use and the next one are held, in six tenths of the room."""
     train = cache.table.split == "train"
     table = replace(cache.table, **{name: column[train][:1].repeat(20) for name, column in vars(cache.table).items()})
     copies = ShardCopies("https://host/cache", tmp_path, int(room * table.bytes[0]), table)
