@@ -26,6 +26,7 @@ from data.manifest import (
 from data.order import ORDER_VERSION
 from data.shards import SampleTensors, ShardIndex, ShardWriter, count_hole_fractions
 from data.stored_text import store_text
+from tests.data.remote_server import SHARDS, Remote
 
 TEXT_LENGTH, TEXT_WIDTH, POOLED_WIDTH = 8, 6, 4
 
@@ -191,3 +192,11 @@ def serve_folder(serve):
         return serve(get), requests
 
     return start
+
+
+@pytest.fixture
+def remote(make_cache: Callable[..., Cache], serve: Callable[[Callable], str]) -> tuple[str, Remote, Cache]:
+    """(URL, server, the cache in its folder) of a cache of four small shards."""
+    cache = make_cache(SHARDS, num_variants=2)
+    server = Remote(cache.folder)
+    return serve(server.get), server, cache
