@@ -80,9 +80,15 @@ class ShardCopies:
         """
         while True:
             if (held := self._hold(self.path(number))) is not None:
-                return held
+                if os.fstat(held).st_size == int(self._table.bytes[number]):
+                    return held
+                self.discard(number)
             if not self._fetch(number, stop, may_exceed):
                 return None
+
+    def discard(self, number: int) -> None:
+        """Forget a copy that is damaged: the next `open` fetches it anew. Who reads from it reads on."""
+        self.path(number).unlink(missing_ok=True)
 
     def _hold(self, path: Path) -> FileHandle | None:
         """A shared lock on a copy, which is now the one used last; None if it is not there."""

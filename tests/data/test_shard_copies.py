@@ -17,8 +17,8 @@ from data.order import Order, OrderSettings
 from data.reader import BatchStream
 from data.remote_head import fetch_head
 from data.shard_copies import ShardCopies
-from data.shard_reader import ShardReader
-from data.shards import index_path
+from data.shard_reader import DamagedSample, ShardReader
+from data.shards import index_path, read_index, write_index
 from tests.data.remote_server import SHARDS
 
 GIB = 1 << 30
@@ -114,6 +114,38 @@ def test_a_reader_that_is_closed_waits_for_nothing(remote, tmp_path):
     with pytest.raises(InputError, match=r"32x32-000001\.tar: (failed|not fetched)"):
         copies.open(1, stop=stop)
     assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("damage", ["bit", "cut", "empty"])
+def test_a_copy_that_was_damaged_on_this_node_is_fetched_anew(remote, tmp_path, caplog, damage):
+    url, server, cache = remote
+    copies = copies_of(url, cache, tmp_path)
+    whole = (cache.folder / str(cache.table.path[1])).read_bytes()
+    held(copies, 1)
+    if damage == "bit":
+        place = int(ShardReader(cache).shard(1).index.latents[2].sum()) - 9
+        copies.path(1).write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    else:
+        os.truncate(copies.path(1), 0 if damage == "empty" else len(whole) // 2)
+    reader, out = ShardReader(replace(cache, copies=copies)), memoryview(bytearray(16 * 4 * 4 * 2))
+    for row in (0, 2, 1, 2):
+        reader.read(1, row, {"latents": out})
+    assert copies.path(1).read_bytes() == whole
+    assert server.requests["shards/a/32x32-000001.tar"] == 2
+    assert ("damaged, fetched anew" in caplog.text) == (damage == "bit")
+
+
+def test_a_shard_that_is_damaged_at_its_source_too_is_fetched_anew_once(remote, tmp_path):
+    url, server, cache = remote
+    place = index_path(cache.folder / str(cache.table.path[1]))
+    index = read_index(place)
+    write_index(place, replace(index, latents_xxh3=index.latents_xxh3 ^ np.array([0, 0, 1], np.uint64)))
+    reader, out = ShardReader(replace(cache, copies=copies_of(url, cache, tmp_path))), memoryview(bytearray(512))
+    for _ in range(3):
+        reader.read(1, 1, {"latents": out})
+        with pytest.raises(DamagedSample, match="a-1-2"):
+            reader.read(1, 2, {"latents": out})
+    assert server.requests["shards/a/32x32-000001.tar"] == 2
 
 
 # --- several at once --------------------------------------------------------------------------------------------------
