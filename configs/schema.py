@@ -33,6 +33,10 @@ def _path_or_url(value: object) -> Path | str:
         return Path(value)
     if problem := problem_with_url(str(value)):
         raise ValueError(problem)
+    if "?" in str(value) or "#" in str(value):
+        raise ValueError(
+            "it has a ? or #, and the names of files could not be put behind it: give the folder's URL alone"
+        )
     return str(value).rstrip("/")
 
 

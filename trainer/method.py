@@ -42,6 +42,7 @@ def build_transformer(config: Config, model: Path, engine: Engine) -> FluxTransf
         # Blocks of one kind share a graph. Dynamic from the start: were the first sizes taken for fixed, a later one
         # could be compiled anew between a forward pass and its recomputation, which then do not match.
         transformer.compile_repeated_blocks(dynamic=True)
+        torch._dynamo.config.optimize_ddp = False  # it cuts graphs where DDP's messages begin
     counts = [sum(p.numel() for p in transformer.parameters() if p.requires_grad is wanted) for wanted in (True, False)]
     log.info("method: %s, %.1f M parameters train, %.1f M are frozen", method.type, counts[0] / 1e6, counts[1] / 1e6)
     return transformer.train()

@@ -200,7 +200,9 @@ def test_a_cache_may_be_a_url_if_its_shards_may_be_copied_somewhere(url):
         _ = data.cache_folder
 
 
-@pytest.mark.parametrize("place", ["pipe:cat x", "http://host/a", "file:///a", "s3://", "", 3, None])
+@pytest.mark.parametrize(
+    "place", ["pipe:cat x", "http://host/a", "file:///a", "s3://", "https://host/a?key=b", "", 3, None]
+)
 def test_a_cache_elsewhere_is_refused(place):
-    with pytest.raises(ValidationError, match=r"only https://|names no bucket|must be a path or a URL"):
+    with pytest.raises(ValidationError, match=r"only https://|names no bucket|has a \? or #|must be a path or a URL"):
         Config.model_validate(with_key("data.cache", place))

@@ -1,0 +1,14 @@
+import benchmarks.reader
+
+
+def test_small_samples_are_measured_side_by_side(monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmarks.reader, "TEXT_LENGTH", 4)
+    monkeypatch.setattr(benchmarks.reader, "SHARD_BYTES", 64 << 10)
+    monkeypatch.setattr(benchmarks.reader, "BATCH_SIZE", {32: 2})
+    line = benchmarks.reader.measure(tmp_path, 32, gib=0.0004, repeats=1)
+    assert line["samples"] == 12
+    assert line["sample_bytes"] == 2 * 2 * 16 * 4 * 4 + 32 * 4 + 2 * (4 * 4096 + 768)
+    for name in ("webdataset", "fluxfill", "fluxfill_with_noise"):
+        assert line[f"{name}_samples_per_s"] > 0
+        assert len(line["runs"][name]) == 1
+    assert line["times_webdataset"] > 0 and line["share_of_cat"] > 0
