@@ -220,6 +220,10 @@ class HostCopy:
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
+    @property
+    def num_bytes(self) -> int:
+        return self._tensor.nbytes
+
     def wait(self) -> Tensor:
         if self._arrived is not None:
             self._arrived.synchronize()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from configs.schema import DataConfig
 from data.backlog import Backlog
@@ -28,7 +29,7 @@ from data.sources import listed
 from data.stored_text import store_text
 
 _BATCHES_AHEAD = 2  # decoded and collated, besides those in the decoding threads
-_WRITES_BEHIND = 4  # batches whose tensors wait to be written
+_BYTES_BEHIND = 512 << 20  # of tensors that wait to be written: while a shard is flushed, the next goes on
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def encode_shards(
             if batch.pixels is not None and not writing.has_problems(plan):  # else only to find all that is wrong
                 encoded = encode_pixels(encoders.vae, batch.pixels)
                 latents, masked = (HostCopy(t.bfloat16()) for t in (encoded.latents, encoded.masked_latents))
-                writing.add_samples(plan, batch, latents, masked)
+                writing.add_samples(plan, batch.samples, batch.pixels.masks, latents, masked)
             backlog.advance(len(batch.samples) + len(batch.problems))
             if batch.place.is_last:
                 writing.finish(plan)
@@ -143,12 +144,13 @@ class _OpenShard:
 
 
 class _Writing:
-    """A thread that writes what the device has encoded, in order and a bounded number of batches behind it."""
+    """A thread that writes what the device has encoded, in order and a bounded number of bytes behind it."""
 
     def __init__(self, cache: Path, backlog: Backlog) -> None:
         self._cache, self._backlog = cache, backlog
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="write")
-        self._pending: deque[Future[None]] = deque()
+        self._pending: deque[tuple[Future[None], int]] = deque()
+        self._bytes = 0  # of what is pending
         self._open: dict[str, _OpenShard] = {}
 
     def __enter__(self) -> "_Writing":
@@ -158,19 +160,23 @@ class _Writing:
         """Wait until all is written; or, if something failed, leave no part of a shard behind."""
         try:
             if kind is None:
-                self._wait(at_most=0)
+                while self._pending:
+                    self._wait_for_one()
         finally:
             self._thread.shutdown(cancel_futures=True)
             for shard in self._open.values():
                 shard.writer.__exit__(None, None, None)
 
-    def _submit(self, function: Callable[..., None], *arguments: object) -> None:
-        self._pending.append(self._thread.submit(function, *arguments))
-        self._wait(at_most=_WRITES_BEHIND)
+    def _submit(self, num_bytes: int, function: Callable[..., None], *arguments: object) -> None:
+        self._pending.append((self._thread.submit(function, *arguments), num_bytes))
+        self._bytes += num_bytes
+        while self._pending and (self._pending[0][0].done() or self._bytes > _BYTES_BEHIND):
+            self._wait_for_one()
 
-    def _wait(self, *, at_most: int) -> None:
-        while len(self._pending) > at_most:
-            self._pending.popleft().result()
+    def _wait_for_one(self) -> None:
+        written, num_bytes = self._pending.popleft()
+        self._bytes -= num_bytes
+        written.result()
 
     def _shard(self, plan: ShardPlan) -> _OpenShard:
         if plan.path not in self._open:
@@ -184,13 +190,22 @@ class _Writing:
         return bool(self._shard(plan).problems)
 
     def add_texts(self, plan: ShardPlan, texts: _Texts) -> None:
-        self._submit(_write_texts, self._shard(plan), texts)
+        num_bytes = sum(copy.num_bytes for copy in texts.tensors.values())
+        self._submit(num_bytes, _write_texts, self._shard(plan), texts)
 
-    def add_samples(self, plan: ShardPlan, batch: _ReadyBatch, latents: HostCopy, masked_latents: HostCopy) -> None:
-        self._submit(_write_samples, self._shard(plan), batch, latents, masked_latents)
+    def add_samples(
+        self,
+        plan: ShardPlan,
+        samples: Sequence[PlannedSample],
+        masks: Tensor,
+        latents: HostCopy,
+        masked_latents: HostCopy,
+    ) -> None:
+        num_bytes = masks.nbytes + latents.num_bytes + masked_latents.num_bytes
+        self._submit(num_bytes, _write_samples, self._shard(plan), samples, masks, latents, masked_latents)
 
     def finish(self, plan: ShardPlan) -> None:
-        self._submit(self._finish, plan, self._shard(plan))
+        self._submit(0, self._finish, plan, self._shard(plan))
 
     def _finish(self, plan: ShardPlan, shard: _OpenShard) -> None:
         with shard.writer:
@@ -222,14 +237,19 @@ def _write_texts(shard: _OpenShard, texts: _Texts) -> None:
         shard.tokens[name] = texts.tokens[row]
 
 
-def _write_samples(shard: _OpenShard, batch: _ReadyBatch, latents: HostCopy, masked_latents: HostCopy) -> None:
-    assert batch.pixels is not None
-    for row, sample in enumerate(batch.samples):
+def _write_samples(
+    shard: _OpenShard,
+    samples: Sequence[PlannedSample],
+    masks: Tensor,
+    latents: HostCopy,
+    masked_latents: HostCopy,
+) -> None:
+    for row, sample in enumerate(samples):
         tensors = SampleTensors(
             key=sample.key,
             latents=latents.wait()[row],
             masked_latents=list(masked_latents.wait()[:, row]),
-            masks=list(batch.pixels.masks[:, row].numpy()),
+            masks=list(masks[:, row].numpy()),
             text=sample.text,
             tokens=shard.tokens[sample.text],
             meta=_describe_sample(sample),

@@ -15,6 +15,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -32,9 +33,10 @@ from data.backlog import SHARD_CLAIMS, Backlog, read_finished_of
 from data.cache_head import delete_unplanned, describe_cache, is_current
 from data.constants import constants_are_there, write_constants
 from data.crew import Crew, join_crew
-from data.decode_samples import load_pixels
+from data.decode_samples import DecodedBatch, decode_batches
 from data.dry_run import bytes_by_part, measure, print_bytes, print_counts, print_hours
 from data.encode_shards import encode_shards
+from data.geometry import Pixels
 from data.library_noise import quiet_libraries
 from data.load_encoders import Encoders, load_encoders
 from data.manifest import FORMAT_VERSION, read_shard_table, write_manifest
@@ -45,7 +47,12 @@ from data.scan import delete_copies, scan_dataset
 from data.shard_plan import ShardPlan, plan_shards
 from data.share_plan import agree_on_plan
 from data.stored_text import text_bytes
-from data.validation_items import choose_validation_items, num_watched, write_validation_items
+from data.validation_items import (
+    ValidationItem,
+    choose_validation_items,
+    num_watched,
+    write_validation_items,
+)
 from data.which_worker import Worker, which_worker
 
 CREW_FOLDER = "crew"  # in the cache, while somebody works on it
@@ -90,6 +97,8 @@ _FREE_KEYS: Any = {
     "cache": True,
     "mode": True,
     "encoder_devices": True,
+    "local_cache": True,
+    "local_cache_gib": True,
     "copies_gib": True,
     "encode_batch_size": True,
     "encoders": {"vae", "clip", "t5"},
@@ -122,7 +131,7 @@ def preprocess(config: Config, console: Console, worker: Worker = _ALONE) -> Non
             )
             backlog = Backlog(cache, plans, crew, worker)
             _encode_what_is_left(job, plans, backlog, crew, worker, progress)
-            _complete(job, plans, crew, progress, before=before)
+            _complete(job, plans, crew, worker, progress, before=before)
     finally:
         with suppress(OSError):
             cache.rmdir()  # if nothing came of it
@@ -201,7 +210,13 @@ def _encode_what_is_left(
 
 
 def _complete(
-    job: Job, plans: Sequence[ShardPlan], crew: Crew, progress: Progress, *, before: tuple[int, int] | None
+    job: Job,
+    plans: Sequence[ShardPlan],
+    crew: Crew,
+    worker: Worker,
+    progress: Progress,
+    *,
+    before: tuple[int, int] | None,
 ) -> None:
     """Give the cache its head when everything else is there: one worker does, the others wait for it.
 
@@ -213,7 +228,7 @@ def _complete(
         # Who is still at a shard took it for unfinished: it will see that it is not, or write the same bytes again.
         if crew.claim(_HEAD):
             if not crew.held(SHARD_CLAIMS):
-                return _write_head(job, plans, progress)
+                return _write_head(job, plans, worker, progress)
             crew.release(_HEAD)
         waiting(f"{crew.holder(_HEAD) or 'another worker'}, which completes the cache")
 
@@ -227,7 +242,7 @@ def _manifest_stamp(cache: Path) -> tuple[int, int] | None:
     return status.st_ino, status.st_mtime_ns
 
 
-def _write_head(job: Job, plans: Sequence[ShardPlan], progress: Progress) -> None:
+def _write_head(job: Job, plans: Sequence[ShardPlan], worker: Worker, progress: Progress) -> None:
     cache, config = job.config.data.cache_folder, job.config
     indexes = [index for index in read_finished_of(cache, plans) if index]
     if len(indexes) < len(plans):
@@ -239,10 +254,19 @@ def _write_head(job: Job, plans: Sequence[ShardPlan], progress: Progress) -> Non
     delete_unplanned(cache, plans)
     chosen = choose_validation_items(plans, count=num_watched(config.data.holdout))
     bar = progress.add_task("validation pictures", total=len(chosen))
-    pictures = ((item, load_pixels(sample, config.data)[0]) for item, sample in chosen)
-    write_validation_items(cache, pictures, advance=lambda: progress.advance(bar))
+    with ThreadPoolExecutor(worker.decode_threads) as pool:
+        singly = ((item, [sample]) for item, sample in chosen)
+        decoded = decode_batches(singly, config.data, pool, ahead=2 * worker.decode_threads)
+        write_validation_items(cache, map(_only_pixels, decoded), advance=lambda: progress.advance(bar))
     write_manifest(cache, *head)
     delete_copies(cache)
+
+
+def _only_pixels(decoded: DecodedBatch[ValidationItem]) -> tuple[ValidationItem, Pixels]:
+    """An item with its picture, behind the first of its masks. Raises InputError if it cannot be decoded."""
+    if decoded.problems:
+        raise InputError(decoded.problems[0])
+    return decoded.tag, decoded.pixels[0][0]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

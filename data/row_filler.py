@@ -131,9 +131,9 @@ class RowFiller:
         with self._lock:
             is_new = all((known.shard, known.row) != (replaced.shard, replaced.row) for known in self.replaced)
             self.replaced.add(replaced)
-            known = list(self.replaced)
+            so_far = list(self.replaced)
         try:
-            refuse_too_many(known, self._policy.max_bad_samples)
+            refuse_too_many(so_far, self._policy.max_bad_samples)
         except InputError as error:
             raise InputError(f"{damage}\n{error}") from damage
         if is_new:

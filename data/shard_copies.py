@@ -46,7 +46,7 @@ class ShardCopies:
     prefetch_share: of it, that may be held for later.
     """
 
-    prefetch_share = 0.75
+    prefetch_share = 0.6
 
     def __init__(self, url: str, folder: Path, limit_bytes: int, table: ShardTable) -> None:
         self.url, self.folder, self.limit_bytes = url, folder, limit_bytes
@@ -56,8 +56,13 @@ class ShardCopies:
 
     @property
     def prefetch_bytes(self) -> int:
-        """What may be held for later; the rest is for what is open and what is on its way."""
+        """What may be held for later; the rest is for what is open."""
         return int(self.limit_bytes * self.prefetch_share)
+
+    @property
+    def max_open(self) -> int:
+        """Copies that one reader may keep open: each is held, also when nothing needs it any more."""
+        return max(4, int(self.limit_bytes * (1 - self.prefetch_share)) // int(self._table.bytes.max()))
 
     def path(self, number: int) -> Path:
         """Where the copy of a shard lies, if it is there."""
@@ -75,9 +80,15 @@ class ShardCopies:
         """
         while True:
             if (held := self._hold(self.path(number))) is not None:
-                return held
+                if os.fstat(held).st_size == int(self._table.bytes[number]):
+                    return held
+                self.discard(number)
             if not self._fetch(number, stop, may_exceed):
                 return None
+
+    def discard(self, number: int) -> None:
+        """Forget a copy that is damaged: the next `open` fetches it anew. Who reads from it reads on."""
+        self.path(number).unlink(missing_ok=True)
 
     def _hold(self, path: Path) -> FileHandle | None:
         """A shared lock on a copy, which is now the one used last; None if it is not there."""

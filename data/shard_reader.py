@@ -4,6 +4,7 @@ There is nothing to decode, `preadv` releases the GIL, and xxh3 (30 GB/s) costs 
 by side in the tar are read by one call.
 """
 
+import logging
 import os
 import threading
 from collections import OrderedDict
@@ -22,10 +23,11 @@ from data.shard_copies import FileHandle
 from data.shards import ShardIndex, index_path, read_index, rebuild_index
 from data.stored_tensors import MAX_HEADER, Tensors, num_bytes, parse_header, sample_tensors
 
+log = logging.getLogger("fluxfill")
+
 # File handles and indexes that a reader keeps. The order stays within a block or two of shards per dataset and bucket,
 # but goes round all of these; a process may have 1024 files open where nobody raised the limit.
 _OPEN_SHARDS = 256
-_OPEN_COPIES = 4  # of a remote cache: an open copy cannot make room for another, and its prefetcher holds the rest
 _MAX_GAP = 4096  # bytes between two members that are read along rather than by a call of their own: tar's header
 
 _ENCODE_ANEW = "Delete the shard and run `fluxfill preprocess CONFIG` again: only that shard is encoded anew."
@@ -120,6 +122,8 @@ class ShardReader:
         self._lock = threading.Lock()
         self._scratch = threading.local()
         self._closing = threading.Event()
+        self._fetched_anew: set[int] = set()
+        self._max_open = _OPEN_SHARDS if cache.copies is None else min(_OPEN_SHARDS, cache.copies.max_open)
 
     def shard(self, number: int) -> _OpenShard:
         """An open shard.
@@ -143,7 +147,7 @@ class ShardReader:
         newly_opened = self._open_shard(number)
         with self._lock:
             opened = self._open.setdefault(number, newly_opened)
-            if len(self._open) > (_OPEN_SHARDS if self._copies is None else _OPEN_COPIES):
+            if len(self._open) > self._max_open:
                 # Not closed here: another thread may be reading from it. The handle goes with the last reference.
                 self._open.popitem(last=False)
             return opened
@@ -209,9 +213,26 @@ class ShardReader:
         opened = self.shard(shard)
         try:
             self._read(opened, row, out, variant)
+        except DamagedSample:
+            if not self._copy_is_replaced(shard, opened):
+                raise
+            self._read(self.shard(shard), row, out, variant)
         except OSError as error:
             where = f"{opened.path}: {opened.index.keys[row]} cannot be read ({error.strerror})"
             with_retries(lambda: self._read_anew(shard, row, out, variant), where, stop=self._closing)
+
+    def _copy_is_replaced(self, shard: int, opened: _OpenShard) -> bool:
+        """Whether a shard is worth another look: it is a copy, which was perhaps damaged on this node. Once each."""
+        if self._copies is None:
+            return False
+        with self._lock:
+            if shard in self._fetched_anew:
+                return self._open.get(shard) is not opened  # another thread was first to see it
+            self._fetched_anew.add(shard)
+            self._open.pop(shard, None)
+        log.warning("%s: damaged, fetched anew from %s", opened.path, self._copies.url_of(shard))
+        self._copies.discard(shard)
+        return True
 
     def _read_anew(self, shard: int, row: int, out: Buffers, variant: int) -> None:
         """Read with a new handle: that of a file that was replaced, or of a server that came back, stays stale."""

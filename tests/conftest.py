@@ -3,7 +3,9 @@ made once a session."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import http.server
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,3 +78,28 @@ def cache(demo_config: Callable[..., Config], tmp_path_factory: pytest.TempPathF
     config = demo_config(tmp_path_factory.mktemp("cache") / "cache")
     preprocess(config, Console(quiet=True))
     return open_cache(config, Path(config.model.base))
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable], str]]:
+    """Starts a server on this machine: `serve(handler)` -> its URL. Plain http is allowed as long as the test runs."""
+    monkeypatch.setattr("configs.urls.SCHEMES", ("https", "s3", "gs", "http"))
+    servers = []
+
+    def start(get):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                get(self)
+
+            def log_message(self, *_):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()

@@ -5,10 +5,9 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.dora import DoraLinearLayer
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-from trainer.quantize import WeightOnlyLinear
+from trainer.quantize import WeightOnlyLinear, is_quantized
 
 
 class RowLengths(DoraLinearLayer):
@@ -49,9 +48,15 @@ def row_lengths(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     return torch.linalg.vector_norm(turned, dim=1, dtype=torch.float32)
 
 
-def _whole_weight(layer: nn.Linear) -> Tensor:
-    """[out, in], dequantized where the base is quantized."""
-    return layer.dequantized() if isinstance(layer, WeightOnlyLinear) else dequantize_module_weight(layer)
+def _whole_weight(layer: Any) -> Tensor:
+    """[out, in], dequantized where the base is quantized. (peft's own function cannot be compiled into one graph.)"""
+    if not is_quantized(layer):
+        return layer.weight
+    if isinstance(layer, WeightOnlyLinear):
+        return layer.dequantized()
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
 
 
 def use_row_lengths(transformer: nn.Module, adapter: str) -> None:

@@ -9,7 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -227,29 +227,27 @@ class Engine:
 
     def step(self, lr: float) -> Update:
         """Clip and apply the gradients at learning rate `lr`, unless loss or gradient is not finite on any rank."""
-        stop = stop_signal() is not None
+        # One message for both: what each rank has been told reaches all of them at the same update.
+        told = torch.stack([self._loss, self._loss.new_full((), stop_signal() is not None)])
         if self.world_size > 1:
-            # One message for both: what each rank has been told reaches all of them at the same update.
-            told = torch.stack([self._loss, torch.full_like(self._loss, float(stop))])
             all_reduce(told)
-            self._loss.copy_(told[0])
-            stop = bool(told[1] > 0)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        update = self._step()
+        update = self._step(told)
         self._loss.zero_()
-        return replace(update, stop=stop)
+        return update
 
-    def _step(self) -> Update:
+    def _step(self, told: Tensor) -> Update:
+        """told: [2], the loss of all ranks, and how many of them have been told to stop."""
         norm = torch.nn.utils.clip_grad_norm_(trained(self._transformer), self._max_grad_norm or float("inf"))
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        # One wait for the device per update: whether the weights may change hangs on these two numbers.
-        loss, grad_norm = torch.stack([self._loss, norm.to(self._loss)]).tolist()
+        # One wait for the device per update: whether the weights may change hangs on these numbers.
+        loss, stops, grad_norm = torch.stack([*told, norm.to(told)]).tolist()
         applied = abs(loss) + abs(grad_norm) < float("inf")
         if applied:
             self._apply_gradients()
         self._transformer.zero_grad(set_to_none=True)
-        return Update(loss, grad_norm, applied)
+        return Update(loss, grad_norm, applied, stop=stops > 0)
 
     def _apply_gradients(self) -> None:
         self._optimizer.step()
@@ -519,11 +517,12 @@ class ZeroEngine(Engine):
     def _backward(self, loss: Tensor) -> None:
         self._transformer.backward(loss)
 
-    def _step(self) -> Update:
+    def _step(self, told: Tensor) -> Update:
         self._transformer.step()  # clips, skips if a gradient of any rank is not finite, applies, gathers
         norm = self._transformer.get_global_grad_norm()
         applied = self._transformer.was_step_applied()
-        return Update(self._loss.item(), float(norm) if norm is not None else float("nan"), applied)
+        loss, stops = told.tolist()
+        return Update(loss, float(norm) if norm is not None else float("nan"), applied, stop=stops > 0)
 
     def _partitions(self) -> list[Tensor]:
         """This rank's flat fp32 weights, one tensor per group: what the inner optimizer steps."""

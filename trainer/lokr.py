@@ -42,8 +42,18 @@ class Kronecker(PeftLinear):
     """peft's layer, which applies the two matrices one after the other instead of making their product.
 
     For a factor of f that is 1/f of the base layer's arithmetic, where the product costs as much as the base layer and
-    is kept for the backward pass, as large as the model.
+    is kept for the backward pass, as large as the model.  Nor does it draw a random number whether to leave a layer
+    out, as peft does whatever the dropout is: no graph can be compiled of that.
     """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        for adapter in self.active_adapters:
+            if adapter in self._available_adapters:
+                result = result + self._get_delta_activations(adapter, x).to(result.dtype)
+        return result
 
     def _get_delta_activations(self, adapter_name: str, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         small = self.lokr_w1[adapter_name]  # [l, m]: out = l k, in = m n

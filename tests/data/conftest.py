@@ -1,8 +1,6 @@
 """Small real shards and caches of made-up samples, for tests that need no model."""
 
-import http.server
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from data.manifest import (
 from data.order import ORDER_VERSION
 from data.shards import SampleTensors, ShardIndex, ShardWriter, count_hole_fractions
 from data.stored_text import store_text
+from tests.data.remote_server import SHARDS, Remote
 
 TEXT_LENGTH, TEXT_WIDTH, POOLED_WIDTH = 8, 6, 4
 
@@ -103,31 +102,6 @@ def write_shard() -> Callable[..., ShardIndex]:
 def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tried again is tried at once."""
     monkeypatch.setattr("data.retry.LONGEST_WAIT_SECONDS", 0.0)
-
-
-@pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable], str]]:
-    """Starts a server on this machine: `serve(handler)` -> its URL. Plain http is allowed as long as the test runs."""
-    monkeypatch.setattr("configs.urls.SCHEMES", ("https", "s3", "gs", "http"))
-    servers = []
-
-    def start(get):
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                get(self)
-
-            def log_message(self, *_):
-                pass
-
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.fixture
@@ -218,3 +192,11 @@ def serve_folder(serve):
         return serve(get), requests
 
     return start
+
+
+@pytest.fixture
+def remote(make_cache: Callable[..., Cache], serve: Callable[[Callable], str]) -> tuple[str, Remote, Cache]:
+    """(URL, server, the cache in its folder) of a cache of four small shards."""
+    cache = make_cache(SHARDS, num_variants=2)
+    server = Remote(cache.folder)
+    return serve(server.get), server, cache

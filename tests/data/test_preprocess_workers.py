@@ -19,6 +19,7 @@ import data.decode_samples
 import data.encode_shards
 import data.preprocess
 from configs.errors import InputError
+from configs.schema import DataConfig
 from data.cache import open_cache
 from data.crew import join_crew
 from data.manifest import read_manifest, read_shard_table
@@ -257,6 +258,12 @@ def test_a_job_of_another_config_is_refused_and_the_first_goes_on(config_of, pic
         same = config_of(tmp_path / "cache", pictures, "data.encoders.t5=cpu", "data.captions.dropout=0.5")
         preprocess(same, QUIET, Worker(1, 2))
     assert contents(config.data.cache) == undisturbed[0]
+
+
+def test_of_every_key_it_is_decided_whether_it_binds_the_workers():
+    """A new key of `data` binds them until _FREE_KEYS says that it need not."""
+    binding = {"datasets", "resolution", "resolution_policy", "captions", "holdout", "shard_size_mib", "max_megapixels"}
+    assert DataConfig.model_fields.keys() == binding | data.preprocess._FREE_KEYS.keys()
 
 
 def test_pictures_that_change_between_two_jobs_are_planned_anew(config_of, pictures, tmp_path):

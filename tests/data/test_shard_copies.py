@@ -5,9 +5,7 @@ import shutil
 import signal
 import threading
 import time
-from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,60 +13,16 @@ import torch
 
 from configs.errors import InputError
 from data.cache import Cache
-from data.manifest import MANIFEST, SHARD_TABLE, read_manifest, read_shard_table, write_manifest
 from data.order import Order, OrderSettings
-from data.prefetch import Prefetcher
 from data.reader import BatchStream
 from data.remote_head import fetch_head
 from data.shard_copies import ShardCopies
-from data.shard_reader import ShardReader
+from data.shard_reader import DamagedSample, ShardReader
 from data.shard_rows import ShardRows
-from data.shards import index_path
+from data.shards import index_path, read_index, write_index
+from tests.data.remote_server import SHARDS
 
-SHARDS = [("a", "32x32", 4), ("a", "32x32", 3), ("a", "32x32", 5), ("b", "48x64", 4)]
 GIB = 1 << 30
-
-
-class Remote:
-    """A server of a cache's folder. faults: path -> what the next requests for it get instead of the file."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.faults: dict[str, list] = {}
-        self.requests: Counter = Counter()
-        self.slow = threading.Event()
-        self.slow.set()
-
-    def get(self, handler) -> None:
-        path = handler.path.lstrip("/")
-        self.requests[path] += 1
-        self.slow.wait(10)
-        fault = self.faults[path].pop(0) if self.faults.get(path) else None
-        if isinstance(fault, int):
-            handler.send_error(fault)
-            return
-        if not (self.folder / path).is_file():
-            handler.send_error(404)
-            return
-        data = (self.folder / path).read_bytes()
-        handler.send_response(200)
-        handler.send_header("Content-Length", str(len(data)))
-        handler.end_headers()
-        if fault == "cut":
-            data = data[: len(data) // 2]
-        elif fault == "page":
-            data = b"<!DOCTYPE html><title>Please log in</title>".ljust(len(data))
-        elif fault == "flip":
-            data = data[:700] + bytes([data[700] ^ 4]) + data[701:]
-        handler.wfile.write(data)
-
-
-@pytest.fixture
-def remote(make_cache, serve):
-    """(url, server, the cache in its folder)."""
-    cache = make_cache(SHARDS, num_variants=2)
-    server = Remote(cache.folder)
-    return serve(server.get), server, cache
 
 
 def copies_of(url, cache, tmp_path, *, limit=GIB):
@@ -161,6 +115,38 @@ def test_a_reader_that_is_closed_waits_for_nothing(remote, tmp_path):
     with pytest.raises(InputError, match=r"32x32-000001\.tar: (failed|not fetched)"):
         copies.open(1, stop=stop)
     assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("damage", ["bit", "cut", "empty"])
+def test_a_copy_that_was_damaged_on_this_node_is_fetched_anew(remote, tmp_path, caplog, damage):
+    url, server, cache = remote
+    copies = copies_of(url, cache, tmp_path)
+    whole = (cache.folder / str(cache.table.path[1])).read_bytes()
+    held(copies, 1)
+    if damage == "bit":
+        place = int(ShardReader(cache).shard(1).index.latents[2].sum()) - 9
+        copies.path(1).write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    else:
+        os.truncate(copies.path(1), 0 if damage == "empty" else len(whole) // 2)
+    reader, out = ShardReader(replace(cache, copies=copies)), memoryview(bytearray(16 * 4 * 4 * 2))
+    for row in (0, 2, 1, 2):
+        reader.read(1, row, {"latents": out})
+    assert copies.path(1).read_bytes() == whole
+    assert server.requests["shards/a/32x32-000001.tar"] == 2
+    assert ("damaged, fetched anew" in caplog.text) == (damage == "bit")
+
+
+def test_a_shard_that_is_damaged_at_its_source_too_is_fetched_anew_once(remote, tmp_path):
+    url, server, cache = remote
+    place = index_path(cache.folder / str(cache.table.path[1]))
+    index = read_index(place)
+    write_index(place, replace(index, latents_xxh3=index.latents_xxh3 ^ np.array([0, 0, 1], np.uint64)))
+    reader, out = ShardReader(replace(cache, copies=copies_of(url, cache, tmp_path))), memoryview(bytearray(512))
+    for _ in range(3):
+        reader.read(1, 1, {"latents": out})
+        with pytest.raises(DamagedSample, match="a-1-2"):
+            reader.read(1, 2, {"latents": out})
+    assert server.requests["shards/a/32x32-000001.tar"] == 2
 
 
 # --- several at once --------------------------------------------------------------------------------------------------
@@ -309,48 +295,6 @@ def test_many_processes_in_little_room_end(remote, tmp_path):
         process.join()
 
 
-# --- the head ---------------------------------------------------------------------------------------------------------
-
-
-def test_the_head_is_fetched_whole_and_once(remote, tmp_path):
-    url, server, cache = remote
-    (cache.folder / "validation").mkdir()
-    (cache.folder / "validation" / "items.json").write_text("[]")
-    write_manifest(cache.folder, cache.manifest, cache.table)
-    folder = fetch_head(url, tmp_path / "node")
-    assert read_manifest(folder).files == read_manifest(cache.folder).files
-    assert len(read_shard_table(folder)) == 4
-    assert (folder / "validation" / "items.json").read_text() == "[]"
-    before = Counter(server.requests)
-    assert fetch_head(url, tmp_path / "node") == folder
-    assert server.requests - before == {MANIFEST: 1}, "whether it is still the same"
-
-
-def test_a_cache_that_has_changed_has_another_head(remote, tmp_path):
-    url, _, cache = remote
-    before = fetch_head(url, tmp_path / "node")
-    write_manifest(cache.folder, replace(cache.manifest, vae_scale=0.5), cache.table)
-    after = fetch_head(url, tmp_path / "node")
-    assert (read_manifest(before).vae_scale, read_manifest(after).vae_scale) == (cache.manifest.vae_scale, 0.5)
-
-
-@pytest.mark.parametrize("fault", [503, "cut", "page"])
-def test_a_head_that_does_not_come_is_tried_again_and_named(remote, tmp_path, no_waits, fault):
-    url, server, _ = remote
-    server.faults[SHARD_TABLE] = [fault] * 3
-    fetch_head(url, tmp_path / "node")
-    server.faults[SHARD_TABLE] = [fault] * 99
-    with pytest.raises(InputError, match=rf"{url}/{SHARD_TABLE}: failed 8 time\(s\), at last with"):
-        fetch_head(url, tmp_path / "another-node")
-
-
-def test_a_page_in_the_place_of_the_manifest_is_named(remote, tmp_path):
-    url, server, _ = remote
-    server.faults[MANIFEST] = ["page"]
-    with pytest.raises(InputError, match=rf"{url}/{MANIFEST}: damaged"):
-        fetch_head(url, tmp_path / "node")
-
-
 # --- streams ----------------------------------------------------------------------------------------------------------
 
 
@@ -413,35 +357,6 @@ def test_a_closed_stream_holds_no_copy(remote, tmp_path):
     for path in copies.folder.rglob("*.tar"):
         with path.open() as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def test_shards_are_fetched_before_they_are_read_and_held_until_then(make_cache, serve, tmp_path):
-    """Blocks of one shard, one after the other: while the first is read, the second comes, but not the tenth."""
-    cache = make_cache([("a", "32x32", 8)] * 12)
-    server = Remote(cache.folder)
-    size = int(cache.table.bytes[0])
-    copies = ShardCopies(serve(server.get), tmp_path / "node", 4 * size, cache.table)
-    settings = OrderSettings.current(seed=3, global_batch_size=4, weights={"a": 1.0}, shards="", block_shards=1)
-    order = Order(cache.table.dataset, cache.table.bucket, cache.table.samples, settings)
-    turns = [int(order.batch(2 * number).shards[0]) for number in range(12)]
-    prefetcher = Prefetcher(copies, order, cache.table.bytes, part=range(4), start=0)
-
-    def wait_for(numbers):
-        deadline = time.monotonic() + 20
-        while not all(copies.path(number).exists() for number in numbers):
-            assert time.monotonic() < deadline, f"{numbers} did not come"
-            time.sleep(0.01)
-
-    for at in range(0, 10):
-        prefetcher.reached(2 * at)
-        wait_for(turns[at : at + 3])
-        time.sleep(0.05)
-        assert all(not copies.path(number).exists() for number in turns[at + 4 :]), "too far ahead"
-        for number in turns[at : at + 2]:
-            with copies.path(number).open() as file, pytest.raises(BlockingIOError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    prefetcher.close()
-    assert sum(count for path, count in server.requests.items() if path.endswith(".tar")) == 12
 
 
 def test_a_shard_that_stays_away_stops_the_stream_and_is_named(remote, tmp_path, no_waits):

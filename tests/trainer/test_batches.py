@@ -3,13 +3,17 @@ from dataclasses import replace
 import pytest
 
 from configs.errors import InputError
+from configs.loading import dump_config, load_config
+from data.cache import open_cache
 from data.shard_copies import ShardCopies
-from trainer.batches import choose_order
+from data.validation_items import read_validation_items
+from trainer.batches import choose_order, open_stream
+from trainer.run_state import RunState
 
 
-@pytest.mark.parametrize("room, block_shards", [(100, 8), (11, 4), (6, 2), (2.8, 1)])
+@pytest.mark.parametrize("room, block_shards", [(100, 8), (14, 4), (7, 2), (3.5, 1)])
 def test_blocks_are_as_large_as_the_nodes_copies_may_be(config, cache, tmp_path, room, block_shards):
-    """One pool of many shards: the block in use and the next one are held, in three quarters of the room."""
+    """One pool of many shards: the block in use and the next one are held, in six tenths of the room."""
     train = cache.table.split == "train"
     table = replace(cache.table, **{name: column[train][:1].repeat(20) for name, column in vars(cache.table).items()})
     copies = ShardCopies("https://host/cache", tmp_path, int(room * table.bytes[0]), table)
@@ -24,3 +28,28 @@ def test_copies_without_room_for_the_least_are_refused(config, cache, tmp_path):
         InputError, match=r"data\.local_cache_gib is .*e-07, but shards of .* GiB in \d+ buckets need at least"
     ):
         choose_order(config, replace(cache, copies=copies))
+
+
+def test_a_run_reads_a_cache_by_its_url(config, cache, engine, tiny_model, tmp_path, serve):
+    """Head, validation pictures and shards come from the server; the rows are those of the folder."""
+
+    def get(handler):
+        data = (cache.folder / handler.path.lstrip("/")).read_bytes()
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(data)))
+        handler.end_headers()
+        handler.wfile.write(data)
+
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    remote = load_config(path, [f"data.cache={serve(get)}", f"data.local_cache={tmp_path / 'node'}"])
+    opened = open_cache(remote, tiny_model)
+    assert len(read_validation_items(opened.folder, split="holdout", count=4)) == 4
+    found = []
+    for each, its_cache in ((config, cache), (remote, opened)):
+        state = RunState(step=0, batch=0, skips=0, restarts=0, order=choose_order(each, its_cache))
+        stream = open_stream(each, engine, its_cache, state)
+        found.append([rows.latents.sum().item() + rows.mask.sum().item() for _ in range(6) for rows in next(stream)])
+        stream.close()
+    assert found[0] == found[1]
+    assert opened.folder.is_relative_to(tmp_path / "node")

@@ -503,7 +503,7 @@ def test_an_engine_that_was_not_asked_for_is_refused(launch):
 @pytest.mark.timeout(600)
 def test_compiled_blocks_give_the_losses_of_plain_ones(launch):
     """Recomputed in the backward pass, too, where a block must meet the graph that its forward pass met."""
-    short = ("train.steps=3", "train.warmup_steps=2")
+    short = ("train.steps=2", "train.warmup_steps=1")
     switches = ("train.compile=regional", "train.activation_checkpointing=true")
     losses = []
     for run in (
@@ -512,4 +512,4 @@ def test_compiled_blocks_give_the_losses_of_plain_ones(launch):
     ):
         lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         losses.append([json.loads(line)["loss"] for line in lines])
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4) and len(losses[0]) == 3
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4) and len(losses[0]) == 2

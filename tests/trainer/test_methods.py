@@ -178,3 +178,21 @@ def test_an_adapter_of_another_kind_is_refused_with_what_to_set(tiny_model, tmp_
     save_adapter(adapted(tiny_model, of), tmp_path)
     with pytest.raises(InputError, match=words):
         adapted(tiny_model, to.model_copy(update={"init_from": tmp_path}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [DORA, LOKR], ids=["dora", "lokr"])
+def test_blocks_are_compiled_whole_and_compute_the_same(tiny_model, rows, method):
+    """train.compile: regional. peft's own layers break each block into a dozen graphs."""
+    transformer = adapted(tiny_model, method)
+    train_a_little(transformer)
+    plain = velocity_of(transformer.train(), rows)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    transformer.compile_repeated_blocks(dynamic=True, backend="eager")
+    try:
+        torch.testing.assert_close(velocity_of(transformer, rows), plain, rtol=0, atol=1e-6)
+        assert not torch._dynamo.utils.counters["graph_break"]
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    finally:
+        torch._dynamo.reset()

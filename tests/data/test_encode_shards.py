@@ -1,0 +1,104 @@
+"""That the stages of encoding overlap, told by one waiting for another: without overlap it would wait in vain."""
+
+import threading
+
+import pytest
+from rich.console import Console
+
+import data.decode_samples
+import data.encode_shards
+from data.load_encoders import Encoders
+from data.manifest import read_shard_table
+from data.preprocess import preprocess
+from data.shards import ShardWriter
+
+QUIET = Console(quiet=True)
+PATIENCE = 30  # seconds
+
+
+@pytest.fixture
+def config(demo_config, tmp_path):
+    """The demo's 96 triples in batches of four."""
+    return demo_config(tmp_path / "cache", "data.encode_batch_size=4")
+
+
+@pytest.fixture
+def expected(demo_config, tmp_path_factory):
+    """Bytes of the shards that come out of it."""
+    config = demo_config(tmp_path_factory.mktemp("expected") / "cache", "data.encode_batch_size=4")
+    preprocess(config, QUIET)
+    return shards(config.data.cache)
+
+
+def shards(cache):
+    return {path.relative_to(cache): path.read_bytes() for path in sorted(cache.rglob("*.tar"))}
+
+
+def test_the_next_pictures_are_decoded_while_a_batch_is_encoded(config, expected, monkeypatch):
+    """Across the shards' borders too."""
+    changed = threading.Condition()
+    loaded, encoded, in_vain = [], [], []
+    load_pixels, encode_pixels = data.decode_samples.load_pixels, data.encode_shards.encode_pixels
+
+    def load(sample, settings):
+        pixels = load_pixels(sample, settings)
+        with changed:
+            loaded.append(sample.key)
+            changed.notify_all()
+        return pixels
+
+    def encode(vae, batch):
+        with changed:
+            encoded.append(len(batch.target))
+            in_time = changed.wait_for(lambda: len(loaded) >= min(sum(encoded) + 4, 96), PATIENCE)
+        if not in_time:
+            in_vain.append(len(encoded))
+        return encode_pixels(vae, batch)
+
+    monkeypatch.setattr("data.decode_samples.load_pixels", load)
+    monkeypatch.setattr("data.encode_shards.encode_pixels", encode)
+    preprocess(config, QUIET)
+    assert in_vain == []
+    assert sum(encoded) == 96
+    assert shards(config.data.cache) == expected
+    assert len(expected) > 3
+
+
+def test_a_shard_is_written_while_the_next_is_encoded(config, expected, monkeypatch):
+    changed = threading.Condition()
+    encoded, in_vain = [], []
+    encode_pixels, finish = data.encode_shards.encode_pixels, ShardWriter.finish
+
+    def encode(vae, batch):
+        with changed:
+            encoded.append(len(batch.target))
+            changed.notify_all()
+        return encode_pixels(vae, batch)
+
+    def finish_late(writer, *, plan):
+        with changed:
+            so_far = len(encoded)
+            if not changed.wait_for(lambda: len(encoded) > so_far or sum(encoded) == 96, PATIENCE):
+                in_vain.append(so_far)
+        return finish(writer, plan=plan)
+
+    monkeypatch.setattr("data.encode_shards.encode_pixels", encode)
+    monkeypatch.setattr(ShardWriter, "finish", finish_late)
+    preprocess(config, QUIET)
+    assert in_vain == []
+    assert shards(config.data.cache) == expected
+
+
+def test_text_on_its_own_device_is_encoded_ahead_and_is_the_same(config, expected, monkeypatch):
+    monkeypatch.setattr(Encoders, "text_has_its_own_device", True)
+    threads, encode_captions = set(), data.encode_shards.encode_captions
+
+    def encode(*arguments, **options):
+        threads.add(threading.current_thread().name)
+        return encode_captions(*arguments, **options)
+
+    monkeypatch.setattr("data.encode_shards.encode_captions", encode)
+    preprocess(config, QUIET)
+    assert threads == {"ahead"}
+    assert shards(config.data.cache) == expected
+    assert read_shard_table(config.data.cache).samples.sum() == 96
