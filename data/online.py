@@ -22,7 +22,7 @@ from data.cache_head import describe_samples
 from data.constants import encode_blank, encode_empty_text
 from data.decode_samples import in_batches, load_pixels
 from data.encoded_rows import EncodedRows
-from data.geometry import Bucket
+from data.geometry import Bucket, Pixels
 from data.load_encoders import Encoders, cuda_devices, load_encoders
 from data.manifest import ShardTable, parse_bucket
 from data.micro_batch import bytes_of
@@ -117,7 +117,7 @@ class OnlineSamples:
             for item, sample in choose_validation_items(self._plans, count=num_watched(self._config.data.holdout))
             if item.split == split
         ][:count]
-        pixels = [load_pixels(sample, self._config.data)[0] for _, sample in chosen]
+        pixels = [_copy(load_pixels(sample, self._config.data)[0]) for _, sample in chosen]
         by_bucket: dict[Bucket, list[int]] = defaultdict(list)
         for place, (_, sample) in enumerate(chosen):
             by_bucket[sample.bucket].append(place)
@@ -134,6 +134,11 @@ class OnlineSamples:
             WatchedSample(item, pixels[place], sample.bucket, tensors[place])
             for place, (item, sample) in enumerate(chosen)
         ]
+
+
+def _copy(pixels: Pixels) -> Pixels:
+    """In memory of their own: torch warns of arrays, such as Pillow's, that cannot be written to."""
+    return Pixels(pixels.target.copy(), pixels.image.copy(), pixels.mask.copy())
 
 
 def _buckets_of(order: Order) -> list[Bucket]:

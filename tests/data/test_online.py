@@ -186,6 +186,7 @@ def test_watched_samples_are_those_of_the_cache(online, cached):
             assert (found.item, found.bucket) == (expected.item, expected.bucket)
             for part in ("target", "image", "mask"):
                 np.testing.assert_array_equal(getattr(found.pixels, part), getattr(expected.pixels, part))
+                assert getattr(found.pixels, part).flags.writeable, "torch would warn"
             assert found.tensors.keys() == expected.tensors.keys()
             assert torch.equal(found.tensors["mask"], expected.tensors["mask"])
             for name in ("latents", "masked_latents", "t5", "pooled"):
