@@ -23,7 +23,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     # Of its own name in every process and on every machine: ranks that repair one file must not cut each other's.
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode & 0o777
         write(temporary)
+        temporary.chmod(mode)  # as the user's umask has it: safetensors' own files can be read by their owner alone
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -25,6 +25,7 @@ from trainer.checkpoint import complete_checkpoints, flush_and_hash, prune_check
 from trainer.eight_bit import eight_bit_moments
 from trainer.ema import Ema
 from trainer.engine import WHOLE, Engine
+from trainer.file_mode import give_usual_mode
 from trainer.run_state import RunState, bound_state, gather_replaced
 from trainer.state_files import Span, rank_file, write_index, write_tensors
 
@@ -129,6 +130,7 @@ class Saver:
             def fill(folder: Path) -> dict[str, str]:
                 for rank in range(len(everyone)):
                     (save.staging / rank_file(rank)).rename(folder / rank_file(rank))
+                give_usual_mode(folder)
                 write_index(folder, {rank: spans for rank, (_, spans, _) in enumerate(everyone)}, save.sizes)
                 (folder / "state.json").write_text(save.head, encoding="utf-8")
                 (folder / "config.yaml").write_text(dump_config(self._config), encoding="utf-8")

@@ -1,6 +1,7 @@
 import os
 import threading
 
+import numpy as np
 import pytest
 
 from data.atomic_write import write_atomically, write_text_atomically
@@ -62,3 +63,14 @@ def test_several_writers_of_one_path_do_not_disturb_each_other(tmp_path):
     assert errors == []
     assert path.read_text() in texts
     assert os.listdir(tmp_path) == ["shard.index"]
+
+
+def test_what_safetensors_writes_can_be_read_by_whom_the_umask_allows(tmp_path):
+    from safetensors.numpy import save_file
+
+    before = os.umask(0o027)
+    try:
+        write_atomically(tmp_path / "a.index", lambda temporary: save_file({"a": np.zeros(3)}, temporary))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.index").stat().st_mode & 0o777 == 0o640

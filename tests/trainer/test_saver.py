@@ -64,6 +64,8 @@ def test_what_is_written_in_the_background_is_the_state_of_its_step(make, tmp_pa
     assert not (tmp_path / "run" / "checkpoints" / "step-00000010").exists()
     saver.finish()
     assert torch.equal(saved_weight(tmp_path / "run", 10), before)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert len(modes) == 1  # a colleague who can read one file of it can read all
 
 
 def test_a_finished_save_is_made_whole_at_the_next_step(make, tmp_path, heard):
