@@ -8,7 +8,7 @@ from rich.progress import Progress
 from data.dry_run import Estimate, bytes_by_part, print_hours
 from data.manifest import read_shard_table
 from data.model_folder import encoder_fingerprints, find_model
-from data.preprocess import Job, _make_plan, dry_run, preprocess
+from data.preprocess import Job, dry_run, make_plan, preprocess
 from data.shards import index_path
 from data.which_worker import Worker
 
@@ -59,7 +59,7 @@ def test_the_bytes_are_those_that_are_written(demo_config, tmp_path):
     preprocess(config, Console(quiet=True))
     model = find_model(config.model.base)
     job = Job(config, model, encoder_fingerprints(model))
-    parts = bytes_by_part(_make_plan(job, Progress(disable=True)), text_bytes=job.text_bytes)
+    parts = bytes_by_part(make_plan(job, Progress(disable=True)), text_bytes=job.text_bytes)
     assert sum(parts.values()) == pytest.approx(int(read_shard_table(config.data.cache).bytes.sum()), rel=0.1)
 
 
