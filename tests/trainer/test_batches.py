@@ -5,10 +5,17 @@ import pytest
 from configs.errors import InputError
 from configs.loading import dump_config, load_config
 from data.cache import open_cache
+from data.samples import CachedSamples
 from data.shard_copies import ShardCopies
 from data.validation_items import read_validation_items
 from trainer.batches import choose_order, open_stream
 from trainer.run_state import RunState
+
+
+@pytest.fixture(scope="module")
+def cache(config, tiny_model):
+    """The config's cache."""
+    return open_cache(config, tiny_model)
 
 
 @pytest.mark.parametrize("room, block_shards", [(100, 8), (14, 4), (7, 2), (3.5, 1)])
@@ -18,8 +25,8 @@ def test_blocks_are_as_large_as_the_nodes_copies_may_be(config, cache, tmp_path,
     table = replace(cache.table, **{name: column[train][:1].repeat(20) for name, column in vars(cache.table).items()})
     copies = ShardCopies("https://host/cache", tmp_path, int(room * table.bytes[0]), table)
     remote = replace(cache, table=table, copies=copies)
-    assert choose_order(config, remote).block_shards == block_shards
-    assert choose_order(config, replace(remote, copies=None)).block_shards == 8
+    assert choose_order(config, CachedSamples(remote)).block_shards == block_shards
+    assert choose_order(config, CachedSamples(replace(remote, copies=None))).block_shards == 8
 
 
 def test_copies_without_room_for_the_least_are_refused(config, cache, tmp_path):
@@ -27,7 +34,7 @@ def test_copies_without_room_for_the_least_are_refused(config, cache, tmp_path):
     with pytest.raises(
         InputError, match=r"data\.local_cache_gib is .*e-07, but shards of .* GiB in \d+ buckets need at least"
     ):
-        choose_order(config, replace(cache, copies=copies))
+        choose_order(config, CachedSamples(replace(cache, copies=copies)))
 
 
 def test_a_run_reads_a_cache_by_its_url(config, cache, engine, tiny_model, tmp_path, serve):
@@ -47,8 +54,9 @@ def test_a_run_reads_a_cache_by_its_url(config, cache, engine, tiny_model, tmp_p
     assert len(read_validation_items(opened.folder, split="holdout", count=4)) == 4
     found = []
     for each, its_cache in ((config, cache), (remote, opened)):
-        state = RunState(step=0, batch=0, skips=0, restarts=0, order=choose_order(each, its_cache))
-        stream = open_stream(each, engine, its_cache, state)
+        samples = CachedSamples(its_cache)
+        state = RunState(step=0, batch=0, skips=0, restarts=0, order=choose_order(each, samples))
+        stream = open_stream(each, engine, samples, state)
         found.append([rows.latents.sum().item() + rows.mask.sum().item() for _ in range(6) for rows in next(stream)])
         stream.close()
     assert found[0] == found[1]
