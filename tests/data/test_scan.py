@@ -400,6 +400,11 @@ def bucket(monkeypatch):
         def info(self, path, **options):
             return super().info(path, **options) | {"ETag": str(hash(bytes(self.store[path].getbuffer())))}
 
+        def _open(self, path, mode="rb", **options):
+            if mode != "rb":
+                return super()._open(path, mode, **options)
+            return io.BytesIO(self.store[path].getvalue())  # its own: threads would share a memory file's position
+
     monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "s3", Bucket)
     return Bucket()
 
