@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +49,11 @@ class Copies:
 
     def are_too_many(self) -> bool:
         """Whether they take all that they may, or more."""
-        return sum(file.stat().st_size for file in self.folder.glob("*")) >= self.limit
+        taken = 0
+        for file in self.folder.glob("*"):
+            with suppress(FileNotFoundError):  # others delete theirs meanwhile
+                taken += file.stat().st_size
+        return taken >= self.limit
 
 
 def _fetch(url: str, path: Path) -> None:
