@@ -7,7 +7,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
 
-from trainer.quantize import WeightOnlyLinear, is_quantized
+from trainer.quantize import whole_weight
 
 
 class RowLengths(DoraLinearLayer):
@@ -29,7 +29,7 @@ class RowLengths(DoraLinearLayer):
         adapter_name: str,
     ) -> Tensor:
         """What is added to `base_result`, the base layer's own output: [..., out]."""
-        lengths = row_lengths(_whole_weight(base_layer), lora_A.weight, lora_B.weight, scaling)
+        lengths = row_lengths(whole_weight(base_layer), lora_A.weight, lora_B.weight, scaling)
         # Where the engine hands out trained weights in bf16, the lengths are rounded alike: the quotient starts at 1.
         scale = self.weight.float() / lengths.to(self.weight.dtype)
         turned = base_result if base_layer.bias is None else base_result - base_layer.bias
@@ -46,17 +46,6 @@ def row_lengths(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     with torch.autocast(weight.device.type, enabled=False):
         turned = torch.addmm(weight, b.to(weight.dtype), a.to(weight.dtype), alpha=scaling)
     return torch.linalg.vector_norm(turned, dim=1, dtype=torch.float32)
-
-
-def _whole_weight(layer: Any) -> Tensor:
-    """[out, in], dequantized where the base is quantized. (peft's own function cannot be compiled into one graph.)"""
-    if not is_quantized(layer):
-        return layer.weight
-    if isinstance(layer, WeightOnlyLinear):
-        return layer.dequantized()
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
 
 
 def use_row_lengths(transformer: nn.Module, adapter: str) -> None:
@@ -76,7 +65,7 @@ def start_at_base(transformer: nn.Module, adapter: str) -> None:
     """
     for module in transformer.modules():
         if isinstance(module, LoraLayer) and adapter in module.lora_magnitude_vector:
-            weight = _whole_weight(module.get_base_layer())
+            weight = whole_weight(module.get_base_layer())
             if not weight.is_meta:
                 a: Any = module.lora_A[adapter].weight
                 b: Any = module.lora_B[adapter].weight

@@ -114,7 +114,7 @@ def empty_transformer(model: Path, *, dtype: torch.dtype) -> FluxTransformer2DMo
     config = _read_config(model)
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(config)
-    nn.Module.to(transformer, dtype).eval()  # diffusers' own `to` warns of nothing
+    nn.Module.to(transformer, dtype).eval()  # diffusers' own warns of parts to keep in fp32; there are none
     if config["in_channels"] == DEV_CHANNELS:
         expand_to_fill(transformer)
     return transformer

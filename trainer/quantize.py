@@ -126,16 +126,21 @@ def is_quantized(module: nn.Module) -> bool:
     return isinstance(module, WeightOnlyLinear) or type(module).__name__ == "Nf4Linear"
 
 
-def dequantized_linear(layer: Any) -> nn.Linear:
-    """An ordinary linear layer, in the layer's compute dtype, that does what a quantized one should."""
-    twin = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+def whole_weight(layer: Any) -> Tensor:
+    """[out, in] of a linear layer, dequantized where it is quantized. (peft has one that breaks a compiled graph.)"""
+    if not is_quantized(layer):
+        return layer.weight
     if isinstance(layer, WeightOnlyLinear):
-        weight = layer.dequantized()
-    else:
-        from bitsandbytes.functional import dequantize_4bit
+        return layer.dequantized()
+    from bitsandbytes.functional import dequantize_4bit
 
-        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    twin.weight = nn.Parameter(weight.to(torch.bfloat16), requires_grad=False)
+    return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+
+
+def dequantized_linear(layer: Any) -> nn.Linear:
+    """An ordinary linear layer, in bf16, that does what a quantized one should."""
+    twin = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    twin.weight = nn.Parameter(whole_weight(layer).to(torch.bfloat16), requires_grad=False)
     if layer.bias is not None:
         twin.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
     return twin

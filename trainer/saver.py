@@ -158,7 +158,8 @@ def snapshot(engine: Engine, ema: Ema, *, copy: bool) -> tuple[dict[str, Tensor]
     copy: into memory of their own, so that training may go on.  Raises FloatingPointError, on every rank, if a weight
     of any rank is not finite.
     """
-    owned = [part for part in engine.local_slices() if part.owned and part.weight.numel()]
+    slices = engine.local_slices()
+    owned = [part for part in slices if part.owned and part.weight.numel()]
     bad = [part.name for part in owned if not torch.isfinite(part.weight).all()]
     if named := [f"{name} (rank {rank})" for rank, names in enumerate(engine.gather(bad[:1])) for name in names]:
         raise FloatingPointError(f"weights are not finite and are not saved: {', '.join(named)}")
@@ -179,7 +180,7 @@ def snapshot(engine: Engine, ema: Ema, *, copy: bool) -> tuple[dict[str, Tensor]
         for name, value in bound_state(engine).items():
             tensors[f"state/{name}"] = value.detach().to("cpu", copy=copy).contiguous()
         states = {name: state for name, _, state in engine.optimizer_states()}
-        for part in engine.local_slices() if engine.state_layout == WHOLE else owned:
+        for part in slices if engine.state_layout == WHOLE else owned:
             for moment, _ in eight_bit_moments(states.get(part.of, {})):
                 stop = part.start + part.weight.numel()
                 spans[f"{moment}/{part.name}"] = Span(part.start, stop, part.of, part.at)
