@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.schema import DatasetConfig
+from configs.dataset_schema import DatasetConfig
 
 
 @dataclass(frozen=True)

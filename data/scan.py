@@ -25,8 +25,9 @@ from typing import BinaryIO
 import numpy as np
 import xxhash
 
+from configs.dataset_schema import DatasetConfig
 from configs.errors import InputError
-from configs.schema import DataConfig, DatasetConfig
+from configs.schema import DataConfig
 from configs.urls import is_url
 from data.atomic_write import write_atomically
 from data.mask_recipe import recipe_of

@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from configs.dataset_schema import DatasetConfig
 from configs.errors import InputError
-from configs.schema import DatasetConfig
 from data.picture_files import PictureFile
 from data.pictures import PICTURE_SUFFIXES
 from data.source_items import Item, decode_text, is_utf8, listed

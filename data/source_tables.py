@@ -12,8 +12,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
+from configs.dataset_schema import DatasetConfig
 from configs.errors import InputError
-from configs.schema import DatasetConfig
 from configs.urls import is_url, shown
 from data.picture_files import PictureFile
 from data.source_items import Item, is_utf8

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
+from configs.dataset_schema import DatasetConfig
 from configs.errors import InputError
-from configs.schema import DatasetConfig
 from configs.urls import is_url, shown
 from data.picture_files import PictureFile
 from data.source_items import Item, decode_text, is_utf8

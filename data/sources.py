@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import xxhash
 
+from configs.dataset_schema import DatasetConfig
 from configs.errors import InputError
-from configs.schema import DataConfig, DatasetConfig
+from configs.schema import DataConfig
 from data.picture_files import PictureFile
 from data.scan import ScannedItem, scan_dataset
 from data.source_items import finish_caption, listed

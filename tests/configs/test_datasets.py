@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from configs.dataset_schema import DatasetConfig
 from configs.errors import InputError
 from configs.loading import load_config
-from configs.schema import DatasetConfig
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 

@@ -140,7 +140,7 @@ def test_masks_without_dilation_are_as_they_are(tmp_path):
     ],
 )
 def test_a_recipe_is_what_the_config_says(mask, recipe, text):
-    from configs.schema import DatasetConfig
+    from configs.dataset_schema import DatasetConfig
 
     found = recipe_of(DatasetConfig.model_validate({"name": "a", "target": "t", "mask": mask}))
     assert found == recipe

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from configs.dataset_schema import DatasetConfig
 from configs.errors import InputError
-from configs.schema import DatasetConfig
 from data.source_tables import find_tables, list_table, names_are_below
 
 needs_pyarrow = pytest.mark.skipif(

@@ -5,8 +5,8 @@ import tarfile
 
 import pytest
 
+from configs.dataset_schema import DatasetConfig
 from configs.errors import InputError
-from configs.schema import DatasetConfig
 from data.source_tars import expand_tars, list_tar, tar_name
 
 
