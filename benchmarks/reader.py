@@ -7,6 +7,9 @@ cache; checksums on. Two reader threads against two DataLoader workers, batches 
 reader's rate is given twice: bytes alone, as the others do, and with the noise and sigma that it draws for each sample.
 WebDataset gets tars as its users write them, one member a sample, and stacks in the workers; neither it nor `cat`
 checks anything. Rates count the bytes of tensors in batches; those of `cat` the tars.
+
+`cat` reads into 128 KiB that never leave the processor's cache. Batches that fit there too (of 2 samples: 9 and 11 MB,
+two or three of them in use) come as fast; with larger ones the memory's speed is the limit, as --batch-sizes shows.
 """
 
 import argparse
@@ -41,8 +44,10 @@ from data.shards import SampleTensors, ShardWriter
 
 TEXT_LENGTH, TEXT_WIDTH, POOLED_WIDTH = 512, 4096, 768
 SHARD_BYTES = 256 << 20  # data.shard_size_mib
-BATCH_SIZE = {512: 4, 1024: 2}  # rows a forward pass, by side in pixels
+GLOBAL_BATCH_SIZE = 16
 WORKERS = 2
+SETTLE_SECONDS = 0.5  # after WebDataset: its workers go on until their queues are full
+PASSES = 4  # over all samples in a run, of what is fast: `cat` and this reader
 TENSORS = ("latents", "masked_latents", "mask", "t5", "pooled")
 
 
@@ -164,7 +169,7 @@ def open_stream(cache: Cache, batch_size: int) -> BatchStream:
     table = cache.table
     settings = OrderSettings.current(
         seed=0,
-        global_batch_size=batch_size,
+        global_batch_size=max(GLOBAL_BATCH_SIZE, batch_size),
         weights={"photos": 1.0},
         shards=hash_shards(table.path, table.samples),
     )
@@ -197,33 +202,33 @@ def _micro_batches(stream: BatchStream) -> Iterator:
         yield from batch
 
 
-def rate_of_cat(paths: Sequence[Path]) -> float:
+def rate_of_cat(paths: list[Path]) -> float:
     """Bytes per second."""
     start = time.perf_counter()
     with open(os.devnull, "wb") as nowhere:
-        subprocess.run(["cat", *map(str, paths)], stdout=nowhere, check=True)
-    return sum(path.stat().st_size for path in paths) / (time.perf_counter() - start)
+        subprocess.run(["cat", *map(str, paths * PASSES)], stdout=nowhere, check=True)
+    return PASSES * sum(path.stat().st_size for path in paths) / (time.perf_counter() - start)
 
 
-def measure(folder: Path, side: int, *, gib: float, repeats: int) -> dict:
-    """All rates at one size, each the median of `repeats` alternating runs."""
-    size, batch_size = sample_bytes(side), BATCH_SIZE[side]
-    num_samples = int(gib * 2**30) // size
-    cache = write_cache(folder / "cache", side, num_samples)
-    plain = write_plain_tars(folder / "plain", side, num_samples)
+def measure(cache: Cache, plain: list[str], side: int, batch_size: int, *, repeats: int) -> dict:
+    """All rates at one size of samples and batches, each the median of `repeats` alternating runs.
+
+    plain: the tars that WebDataset reads.
+    """
+    size, num_samples = sample_bytes(side), int(cache.table.samples.sum())
     tars = [cache.folder / str(path) for path in cache.table.path]
-    loader = open_webdataset(plain, batch_size)
-    webdataset = _endless(loader)
+    webdataset = _endless(open_webdataset(plain, batch_size))
     runs: dict[str, list[float]] = {name: [] for name in ("cat", "webdataset", "fluxfill", "fluxfill_with_noise")}
     rate_of_cat(tars)
     rate_of_cat([Path(path) for path in plain])
     for _ in range(repeats):
         runs["cat"].append(rate_of_cat(tars))
         runs["webdataset"].append(rate(webdataset, lambda batch: len(batch["t5"]), num_samples))
+        time.sleep(SETTLE_SECONDS)
         for name in ("fluxfill", "fluxfill_with_noise"):
             stream = open_stream(cache, batch_size)
             with mock.patch("data.row_filler.draw_noise", _draw_nothing) if name == "fluxfill" else nullcontext():
-                runs[name].append(rate(_micro_batches(stream), lambda rows: len(rows.weight), num_samples))
+                runs[name].append(rate(_micro_batches(stream), lambda rows: len(rows.weight), PASSES * num_samples))
                 stream.close()
     medians = {name: statistics.median(values) for name, values in runs.items()}
     return {
@@ -259,17 +264,22 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=1.5, help="samples of each size, twice: for us and for WebDataset")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--sides", type=int, nargs="+", default=[512, 1024])
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[2], help="rows a forward pass")
     options = parser.parse_args()
     for side in options.sides:
         folder = Path(tempfile.mkdtemp(prefix="reader-benchmark-", dir=options.folder))
         try:
-            line = json.dumps(measure(folder, side, gib=options.gib, repeats=options.repeats))
+            num_samples = int(options.gib * 2**30) // sample_bytes(side)
+            cache = write_cache(folder / "cache", side, num_samples)
+            plain = write_plain_tars(folder / "plain", side, num_samples)
+            for batch_size in options.batch_sizes:
+                line = json.dumps(measure(cache, plain, side, batch_size, repeats=options.repeats))
+                print(line, flush=True)
+                if options.out:
+                    with options.out.open("a", encoding="utf-8") as file:
+                        file.write(line + "\n")
         finally:
             shutil.rmtree(folder)
-        print(line, flush=True)
-        if options.out:
-            with options.out.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
 
 
 if __name__ == "__main__":

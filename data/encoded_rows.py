@@ -17,7 +17,7 @@ from configs.schema import DataConfig
 from data.batch_encoder import BatchEncoder, EncodedBatch
 from data.decode_samples import in_batches, load_pixels
 from data.geometry import Pixels
-from data.micro_batch import Rows, Slot, bytes_of
+from data.micro_batch import RowMemory, bytes_of
 from data.order import Batch
 from data.row_filler import ReplacedRow, RowFiller
 from data.row_source import PlannedMicroBatch
@@ -83,20 +83,20 @@ class EncodedRows:
     def reached(self, batch: Batch) -> None:
         """Nothing is fetched ahead of `fill`."""
 
-    def fill(self, planned: PlannedMicroBatch, slot: Slot, rows: Rows) -> list[Future[None]]:
-        decoded = [self._decoding.submit(self._decode, planned, slot, rows, place) for place in range(planned.width)]
+    def fill(self, planned: PlannedMicroBatch, memory: RowMemory) -> Future[None]:
+        decoded = [self._decoding.submit(self._decode, planned, memory, place) for place in range(planned.width)]
         begun = _Begun(decoded, Future())
         self._group.append(begun)
         # The last micro-batch of a global batch may be narrower; the width of the others decides.
         if planned.is_last or len(self._group) == self._group_size(planned.width):
             self._encoding.submit(self._encode, self._group)
             self._group = []
-        return [begun.ready]
+        return begun.ready
 
     # --- decoding
 
-    def _decode(self, planned: PlannedMicroBatch, slot: Slot, rows: Rows, place: int) -> _DecodedRow | None:
-        slot.wait_until_free()
+    def _decode(self, planned: PlannedMicroBatch, memory: RowMemory, place: int) -> _DecodedRow | None:
+        rows = memory.rows()
         wanted = planned.at(place)
         if wanted is None:
             rows.clear(place)

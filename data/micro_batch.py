@@ -1,6 +1,7 @@
 """Micro-batches: what a forward pass takes, and the memory that is filled with one after another."""
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -159,6 +160,34 @@ class Slot:
         self._was_lent = True
         if self._copied is not None:
             self._copied.record()
+
+
+class RowMemory:
+    """Where the rows of one micro-batch go: a slot that is taken when the first of them is filled.
+
+    free: the slots that are not in use. The one last given back is taken, as it may still be in the processor's cache.
+    """
+
+    def __init__(self, free: list[Slot], bucket: Bucket, fields: Sequence[RowField], rows: int) -> None:
+        self._free, self._shape = free, (bucket, fields, rows)
+        self._lock = threading.Lock()
+        self._taken: tuple[Slot, Rows] | None = None
+
+    def rows(self) -> Rows:
+        """The rows, once they may be written to; safe to call from many threads."""
+        with self._lock:
+            if self._taken is None:
+                slot = self._free.pop()
+                slot.wait_until_free()
+                self._taken = slot, slot.lay_out(*self._shape)
+            return self._taken[1]
+
+    def give_back(self) -> None:
+        """Its user has asked for the next one. Nobody may have asked for its rows at the same time."""
+        assert self._taken is not None, "rows that nobody filled"
+        slot, _ = self._taken
+        slot.give_back()
+        self._free.append(slot)
 
 
 def _huge_pages(num_bytes: int) -> Tensor:

@@ -6,13 +6,14 @@ Where a row's tensors come from is the RowSource's matter: shards (`data/shard_r
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from data.geometry import Bucket
 from data.manifest import Manifest, parse_bucket
-from data.micro_batch import MicroBatch, Rows, Slot, row_fields
+from data.micro_batch import MicroBatch, RowMemory, Slot, row_fields
 from data.order import Batch, Order, num_micro_steps, rank_rows
 from data.row_filler import ReplacedRow
 from data.row_source import PlannedMicroBatch, RowSource
@@ -23,9 +24,8 @@ class _Ahead:
     """A micro-batch that is being filled."""
 
     planned: PlannedMicroBatch
-    slot: Slot
-    rows: Rows
-    work: Sequence[Future[None]]
+    memory: RowMemory
+    ready: Future[None]
 
 
 class BatchStream:
@@ -76,10 +76,12 @@ class BatchStream:
             for bucket, fields in self._fields.items()
         )
         self._free = [Slot(slot_bytes, pin_memory) for _ in range(self._depth + 1)]
-        self._lent: Slot | None = None
+        self._lent: RowMemory | None = None
+        # A batch is asked for twice: when the first of it is begun ahead, and when its user comes to it.
+        self._batch = lru_cache(maxsize=self._depth + 2)(lambda index: order.batch(index, self._mine))
         self._planned = self._plan(start)
         self._ahead: deque[_Ahead] = deque()
-        source.reached(order.batch(start, self._mine))
+        source.reached(self._batch(start))
 
     def micro_batch_size(self, bucket: Bucket) -> int:
         """Rows per forward of a bucket: about as many tokens as the largest bucket's."""
@@ -94,7 +96,7 @@ class BatchStream:
         """Every micro-batch from a global batch on, endlessly."""
         mine, index = self._mine, start
         while True:
-            batch = self.order.batch(index, mine)
+            batch = self._batch(index)
             bucket = self._buckets[batch.pool[1]]
             width = min(self.micro_batch_size(bucket), self._most_rows)
             num_steps = self.num_micro_steps(bucket)
@@ -107,15 +109,14 @@ class BatchStream:
     def _begin_ahead(self) -> None:
         while len(self._ahead) < self._depth:
             planned = next(self._planned)
-            slot = self._free.pop()
-            rows = slot.lay_out(planned.bucket, self._fields[planned.bucket], planned.width)
-            self._ahead.append(_Ahead(planned, slot, rows, self._source.fill(planned, slot, rows)))
+            memory = RowMemory(self._free, planned.bucket, self._fields[planned.bucket], planned.width)
+            self._ahead.append(_Ahead(planned, memory, self._source.fill(planned, memory)))
 
     def __iter__(self) -> "BatchStream":
         return self
 
     def __next__(self) -> Iterator[MicroBatch]:
-        self.current = self.order.batch(self.next_batch, self._mine)
+        self.current = self._batch(self.next_batch)
         self.batch_start, self.wait_seconds = time.monotonic(), 0.0
         self._source.reached(self.current)
         self.next_batch += 1
@@ -125,21 +126,19 @@ class BatchStream:
         while index == self.next_batch - 1:  # no later batch has been asked for
             if self._lent is not None:
                 self._lent.give_back()
-                self._free.append(self._lent)
                 self._lent = None
             self._begin_ahead()
             ahead = self._ahead[0]
             if ahead.planned.batch.index > index:
                 return
             wait_start = time.monotonic()
-            for future in ahead.work:
-                future.result()
+            ahead.ready.result()
             self.wait_seconds += time.monotonic() - wait_start
             self._ahead.popleft()
-            self._lent = ahead.slot
+            self._lent = ahead.memory
             self._begin_ahead()  # while its user computes
             if ahead.planned.batch.index == index:  # else left over from a batch that was not read to its end
-                yield replace(ahead.rows.batch, is_last=ahead.planned.is_last)
+                yield replace(ahead.memory.rows().batch, is_last=ahead.planned.is_last)
 
     def replaced(self) -> list[ReplacedRow]:
         """The damaged rows up to the global batch last asked for that were replaced, in order: those of this rank, and

@@ -1,12 +1,11 @@
 """The seam between the order of the samples and where their tensors come from: shards, or encoders."""
 
-from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
 from data.geometry import Bucket
-from data.micro_batch import Rows, Slot
+from data.micro_batch import RowMemory
 from data.order import Batch
 from data.row_filler import ReplacedRow
 
@@ -52,9 +51,9 @@ class RowSource(Protocol):
     def reached(self, batch: Batch) -> None:
         """The stream is at this global batch (`batch.part` of it is its own), or will begin with it."""
 
-    def fill(self, planned: PlannedMicroBatch, slot: Slot, rows: Rows) -> Sequence[Future[None]]:
-        """Begin to fill a micro-batch, and return at once: it is ready when all of these are done, and cannot be had
-        if one of them raises."""
+    def fill(self, planned: PlannedMicroBatch, memory: RowMemory) -> Future[None]:
+        """Begin to fill a micro-batch, and return at once: it is ready when this is done, and cannot be had if this
+        raises."""
 
     def least_depth(self, width: int) -> int:
         """How many micro-batches of `width` rows must be begun before the first of them is waited for."""

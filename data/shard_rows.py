@@ -4,18 +4,44 @@ A row's bytes go from the shard straight to their place in the batch (`data/shar
 processes. Beside the stored tensors a row gets what is random about it (`data/noise.py`), drawn here in the threads.
 """
 
+import threading
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from data.blanks import read_blank, read_empty_text
 from data.cache import Cache
 from data.manifest import parse_bucket
-from data.micro_batch import Rows, Slot
+from data.micro_batch import RowMemory, Rows
 from data.order import Batch, Order
 from data.prefetch import Prefetcher
 from data.row_filler import ReplacedRow, RowFiller, RowPolicy
 from data.row_source import PlannedMicroBatch, PlannedRow
 from data.shard_reader import ShardReader
+
+
+class _Filling:
+    """A micro-batch in the making, by `shares` tasks.
+
+    ready: done when all of them are. The last one says so, once: whoever waits is not woken for each of them.
+    """
+
+    def __init__(self, planned: PlannedMicroBatch, memory: RowMemory, shares: int) -> None:
+        self.planned, self.memory, self.shares = planned, memory, shares
+        self.ready: Future[None] = Future()
+        self._error: BaseException | None = None
+        self._left = shares
+        self._lock = threading.Lock()
+
+    def one_is_done(self, error: BaseException | None) -> None:
+        """One of the tasks has ended; with an error, if it has not filled its places."""
+        with self._lock:
+            self._left -= 1
+            self._error = self._error or error
+            is_last = self._left == 0
+        if is_last and self._error is not None:
+            self.ready.set_exception(self._error)
+        elif is_last:
+            self.ready.set_result(None)
 
 
 class ShardRows:
@@ -66,16 +92,27 @@ class ShardRows:
             sizes = self._cache.table.bytes
             self._prefetcher = Prefetcher(copies, self._order, sizes, part=batch.part, start=batch.index)
 
-    def fill(self, planned: PlannedMicroBatch, slot: Slot, rows: Rows) -> list[Future[None]]:
+    def fill(self, planned: PlannedMicroBatch, memory: RowMemory) -> Future[None]:
         # A share of the rows for each thread rather than a task for each row: handing one over costs as much as reading
         # a small one.
         shares = min(self._threads, planned.width)
-        return [self._pool.submit(self._fill_share, planned, slot, rows, first, shares) for first in range(shares)]
+        filling = _Filling(planned, memory, shares)
+        for first in range(shares):
+            self._pool.submit(self._fill_share, filling, first)
+        return filling.ready
 
-    def _fill_share(self, planned: PlannedMicroBatch, slot: Slot, rows: Rows, first: int, step: int) -> None:
-        """Fill every `step`-th place from `first` on."""
-        slot.wait_until_free()
-        for place in range(first, planned.width, step):
+    def _fill_share(self, filling: "_Filling", first: int) -> None:
+        """Fill every so many-th place from `first` on."""
+        try:
+            self._fill_places(filling, first)
+        except BaseException as error:
+            filling.one_is_done(error)
+        else:
+            filling.one_is_done(None)
+
+    def _fill_places(self, filling: "_Filling", first: int) -> None:
+        planned, rows = filling.planned, filling.memory.rows()
+        for place in range(first, planned.width, filling.shares):
             wanted = planned.at(place)
             if wanted is None:
                 rows.clear(place)

@@ -12,6 +12,7 @@ from data.geometry import Bucket
 from data.manifest import parse_bucket
 from data.noise import draw_dropout, draw_noise, draw_uniform, draw_variant
 from data.row_filler import RowPolicy
+from data.shard_reader import ShardReader
 from tests.data.streams import SEED, SHARDS, copy_of, damage, open_stream, open_tars, rows_by_position, take
 
 # --- what a stream gives ----------------------------------------------------------------------------------------------
@@ -236,14 +237,39 @@ def test_memory_is_used_again_only_after_the_next_was_asked_for(make_cache, dept
         for rows in next(stream):
             before = copy_of(rows)
             for ahead in stream._ahead:  # everything that is read ahead has been read
-                for future in ahead.work:
-                    future.result()
+                ahead.ready.result()
             for name, value in vars(rows).items():
                 if isinstance(value, Tensor):
                     assert torch.equal(value, getattr(before, name)), f"{name} changed in its user's hands"
             places.add(rows.latents.data_ptr())
     stream.close()
     assert len(places) == depth + 1, "memory for every micro-batch anew"
+
+
+def test_a_micro_batch_is_ready_when_all_who_fill_it_have_ended(make_cache, monkeypatch):
+    """Also if one of them fails at once: nothing may write to memory that is thought free."""
+    cache = make_cache([("a", "32x32", 6)])
+    damage(cache, 1)
+    begun, go_on = threading.Event(), threading.Event()
+    read = ShardReader.read
+
+    def read_slowly(self, shard, row, out, **options):
+        if row != 1:
+            begun.set()
+            assert go_on.wait(10)
+        return read(self, shard, row, out, **options)
+
+    monkeypatch.setattr(ShardReader, "read", read_slowly)
+    stream = open_stream(cache, size=6, micro=6, threads=2, depth=1)
+    stream._begin_ahead()
+    ready = stream._ahead[0].ready
+    assert begun.wait(10)
+    with pytest.raises(TimeoutError):
+        ready.result(timeout=0.3)
+    go_on.set()
+    with pytest.raises(InputError, match="1 damaged sample"):
+        ready.result(timeout=10)
+    stream.close()
 
 
 @pytest.mark.parametrize("taken", [0, 1, 2])

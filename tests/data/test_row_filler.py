@@ -67,7 +67,7 @@ def variants_by_epoch(cache, make_sample, policy, num_epochs):
     stream = open_stream(cache, size=1, micro=1, policy=policy)
     found = {}
     for _ in range(num_epochs * int(cache.table.samples.sum())):
-        (rows,) = list(next(stream))
+        rows = next(next(stream))
         (key,) = stream.keys(stream.current)
         stored = make_sample(key, rows.bucket, text="", num_variants=3)
         bits = np.unpackbits(rows.mask[0].numpy(), axis=1).astype(bool)
