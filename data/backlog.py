@@ -25,6 +25,7 @@ def read_finished(cache: Path, plan: ShardPlan) -> ShardIndex | None:
     try:
         index = read_index(index_path(tar))
         whole = tar.stat().st_size == index.tar_bytes and index.plan == plan.plan
+        whole = whole and index.num_samples == len(plan.samples)
     except (FileNotFoundError, InputError):
         return None
     return index if whole else None

@@ -152,26 +152,38 @@ class _Writing:
         self._pending: deque[tuple[Future[None], int]] = deque()
         self._bytes = 0  # of what is pending
         self._open: dict[str, _OpenShard] = {}
+        self._stopped = False
 
     def __enter__(self) -> "_Writing":
         return self
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
         """Wait until all is written; or, if something failed, leave no part of a shard behind."""
+        if kind is not None:
+            self._stopped = True
         try:
-            if kind is None:
-                while self._pending:
-                    self._wait_for_one()
+            while self._pending and kind is None:
+                self._wait_for_one()
         finally:
             self._thread.shutdown(cancel_futures=True)
             for shard in self._open.values():
                 shard.writer.__exit__(None, None, None)
 
     def _submit(self, num_bytes: int, function: Callable[..., None], *arguments: object) -> None:
-        self._pending.append((self._thread.submit(function, *arguments), num_bytes))
+        self._pending.append((self._thread.submit(self._run, function, *arguments), num_bytes))
         self._bytes += num_bytes
         while self._pending and (self._pending[0][0].done() or self._bytes > _BYTES_BEHIND):
             self._wait_for_one()
+
+    def _run(self, function: Callable[..., None], *arguments: object) -> None:
+        """Nothing, once something failed: what is queued behind it would finish a shard that lacks what it wrote."""
+        if self._stopped:
+            return
+        try:
+            function(*arguments)
+        except BaseException:
+            self._stopped = True
+            raise
 
     def _wait_for_one(self) -> None:
         written, num_bytes = self._pending.popleft()
@@ -216,6 +228,8 @@ class _Writing:
         del self._open[plan.path]
 
     def _publish(self, plan: ShardPlan, writer: ShardWriter) -> None:
+        if writer.num_samples != len(plan.samples):
+            raise RuntimeError(f"{plan.path}: {writer.num_samples} of its {len(plan.samples)} samples were written")
         try:
             if self._backlog.may_publish(plan):
                 writer.finish(plan=plan.plan)

@@ -185,6 +185,11 @@ class ShardWriter:
         self._sink.close()
         self._part.unlink(missing_ok=True)
 
+    @property
+    def num_samples(self) -> int:
+        """Those that were added."""
+        return len(self._rows)
+
     def _add_member(self, key: str, suffix: str, data: bytes) -> _Place:
         """Append one member; returns (offset, size, xxh3) of its data."""
         if len(key) + len(suffix) + 1 > 100:
