@@ -3,17 +3,16 @@ that is all hole."""
 
 import json
 from collections.abc import Iterable, Mapping
-from functools import partial
 from pathlib import Path
 
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from configs.schema import CaptionsConfig
-from data.atomic_write import write_atomically
+from data.atomic_write import write_bytes_atomically
 from data.encode import encode_captions, encode_images
 from data.geometry import Bucket
 from data.load_encoders import Encoders
@@ -83,4 +82,4 @@ def _write(path: Path, tensors: Mapping[str, Tensor], encoding: Mapping[str, obj
     for name, tensor in stored.items():
         if not torch.isfinite(tensor).all():
             raise NotFinite(f"{path}: {name} holds NaN or infinity. Look at the model's files and at the GPU.")
-    write_atomically(path, partial(save_file, stored, metadata=_made_by(encoding, stored)))
+    write_bytes_atomically(path, save(stored, metadata=_made_by(encoding, stored)))

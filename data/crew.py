@@ -25,6 +25,7 @@ from pathlib import Path
 
 from configs.errors import InputError
 from data.atomic_write import write_text_atomically
+from data.full_disk import DiskFull, told_when_full
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 180.0  # above heartbeat, an NFS client's 60 s of cached times, and some patience with a busy server
@@ -136,11 +137,12 @@ class Crew:
         if self.holder(what):
             return False
         mine = self._claim_file(what)
-        try:
-            mine.touch()
-        except FileNotFoundError:  # the folder went with a member that took itself for the last one
-            self._write()
-            mine.touch()
+        with told_when_full(mine):
+            try:
+                mine.touch()
+            except FileNotFoundError:  # the folder went with a member that took itself for the last one
+                self._write()
+                mine.touch()
         if self.holder(what):
             mine.unlink(missing_ok=True)
             return False
@@ -181,7 +183,8 @@ class Crew:
 
     def report_failure(self, what: str, problem: str) -> None:
         """Tell the others that something cannot be done, so that not each of them finds out by itself."""
-        write_text_atomically(self.folder / "failed" / f"{what}.txt", problem)
+        with suppress(DiskFull):  # then each does
+            write_text_atomically(self.folder / "failed" / f"{what}.txt", problem)
 
     def failure(self, what: str) -> str | None:
         """A problem reported since this process joined. What was wrong before may have been mended."""
@@ -223,6 +226,11 @@ def join_crew(folder: Path, settings: Mapping[str, object]) -> Iterator[Crew]:
     """
     try:
         crew = Crew(folder, json.loads(json.dumps(settings)))
+    except DiskFull:
+        for empty in [*(folder / name for name in _FOLDERS), folder]:
+            with suppress(OSError):  # others are there
+                empty.rmdir()
+        raise
     except OSError as error:
         raise InputError(
             f"data.cache {folder.parent}: cannot be written to ({error.strerror}). "

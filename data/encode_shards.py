@@ -10,7 +10,7 @@ A shard's batches are a matter of its plan and the batch size alone, so its byte
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def encode_shards(
     """Make every shard of `shards`, which are claimed from `backlog` as they are asked for.
 
     threads: that decode.  A picture that cannot be decoded is told to the backlog and stops its shard alone; anything
-    else that is raised leaves no part of a shard behind.
+    else that is raised (DiskFull where there is no room) leaves no part of a shard behind.
     """
     with (
         ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool,
@@ -166,8 +166,9 @@ class _Writing:
                 self._wait_for_one()
         finally:
             self._thread.shutdown(cancel_futures=True)
-            for shard in self._open.values():
-                shard.writer.__exit__(None, None, None)
+            with ExitStack() as parts:  # the others go even if one cannot be removed
+                for shard in self._open.values():
+                    parts.push(shard.writer)
 
     def _submit(self, num_bytes: int, function: Callable[..., None], *arguments: object) -> None:
         self._pending.append((self._thread.submit(self._run, function, *arguments), num_bytes))

@@ -36,6 +36,7 @@ from data.crew import Crew, join_crew
 from data.decode_samples import DecodedBatch, decode_batches
 from data.dry_run import bytes_by_part, measure, print_bytes, print_counts, print_hours
 from data.encode_shards import encode_shards
+from data.full_disk import DiskFull, told_when_full
 from data.geometry import Pixels
 from data.library_noise import quiet_libraries
 from data.load_encoders import Encoders, load_encoders
@@ -121,7 +122,11 @@ def preprocess(config: Config, console: Console, worker: Worker = _ALONE) -> Non
     model = find_model(config.model.base)
     job = Job(config, model, encoder_fingerprints(model))
     try:
-        with join_crew(cache / CREW_FOLDER, job.settings) as crew, open_progress(console, worker) as progress:
+        with (
+            told_when_full(cache),
+            join_crew(cache / CREW_FOLDER, job.settings) as crew,
+            open_progress(console, worker) as progress,
+        ):
             before = _manifest_stamp(cache)
             plans = agree_on_plan(
                 crew,
@@ -130,7 +135,11 @@ def preprocess(config: Config, console: Console, worker: Worker = _ALONE) -> Non
                 waiting=Waiting(progress),
             )
             backlog = Backlog(cache, plans, crew, worker)
-            _encode_what_is_left(job, plans, backlog, crew, worker, progress)
+            try:
+                _encode_what_is_left(job, plans, backlog, crew, worker, progress)
+            except DiskFull as error:
+                left = bytes_by_part(list(backlog.remaining.values()), text_bytes=job.text_bytes)
+                raise error.with_needed(sum(left.values())) from error
             _complete(job, plans, crew, worker, progress, before=before)
     finally:
         with suppress(OSError):
@@ -147,7 +156,7 @@ def dry_run(config: Config, console: Console, worker: Worker = _ALONE) -> None:
     data = config.data
     model = find_model(config.model.base)
     job = Job(config, model, encoder_fingerprints(model))
-    with open_progress(console, worker) as progress:
+    with told_when_full(data.cache_folder), open_progress(console, worker) as progress:
         plans = make_plan(job, progress)
     finished = read_finished_of(data.cache_folder, plans)
     todo = [plan for plan, index in zip(plans, finished, strict=True) if index is None]

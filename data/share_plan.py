@@ -7,13 +7,11 @@ may have changed since.
 import gzip
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
-from pathlib import Path
 
 from pydantic import TypeAdapter
 
 from configs.errors import InputError
-from data.atomic_write import write_atomically
+from data.atomic_write import write_bytes_atomically
 from data.crew import Crew
 from data.shard_plan import ShardPlan
 
@@ -72,10 +70,6 @@ def _make_and_share(crew: Crew, make_plan: Callable[[], Sequence[ShardPlan]]) ->
         crew.report_failure(_CLAIM, str(error))
         raise
     name = f"plan-{crew.token}.json.gz"
-    write_atomically(crew.folder / name, partial(_write_plan, plans))
+    write_bytes_atomically(crew.folder / name, gzip.compress(_PLANS.dump_json(plans), compresslevel=1))
     crew.adopt(name)
     return plans
-
-
-def _write_plan(plans: tuple[ShardPlan, ...], path: Path) -> None:
-    path.write_bytes(gzip.compress(_PLANS.dump_json(plans), compresslevel=1))

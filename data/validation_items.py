@@ -17,6 +17,7 @@ from PIL import Image
 
 from configs.errors import InputError
 from data.atomic_write import write_text_atomically
+from data.full_disk import told_when_full
 from data.geometry import Pixels
 from data.manifest import HOLDOUT, TRAIN
 from data.shard_plan import PlannedSample, ShardPlan
@@ -103,7 +104,9 @@ def write_validation_items(
 
 def _save_pixels(folder: Path, number: int, pixels: Pixels) -> None:
     for role, picture in zip(_ROLES, (pixels.target, pixels.image, pixels.mask), strict=True):
-        Image.fromarray(picture).save(folder / _file_name(number, role))
+        file = folder / _file_name(number, role)
+        with told_when_full(file):
+            Image.fromarray(picture).save(file)
 
 
 def validation_items_are_there(cache: Path) -> bool:

@@ -13,6 +13,7 @@ from rich.console import Console
 from safetensors.torch import load, load_file
 
 from configs.errors import InputError
+from configs.loading import dump_config
 from data import encode
 from data.cache import open_cache
 from data.encode import encode_pixels
@@ -365,12 +366,44 @@ def test_an_exception_leaves_no_part_and_no_manifest(make_pictures, config_of, m
     assert shard_bytes(cache) != before
 
 
+@pytest.mark.parametrize("room", [0, 6, 100, 800, 1500, 2300, "all but one file"])
+def test_a_full_disk_is_told_and_when_there_is_room_the_rest_is_done(
+    make_pictures, config_of, small_disk, tmp_path, capsys, room
+):
+    """room: KiB of the 2.7 MiB that the cache takes."""
+    folder = make_pictures(40)
+    whole = config_of(folder)
+    preprocess(whole, QUIET)
+    pages = {name: -(-path.stat().st_size // 4096) * 4096 for name, path in files_below(whole.data.cache).items()}
+    room = sum(pages.values()) - pages["manifest.json"] if room == "all but one file" else room << 10
+    if not small_disk.is_real and room > 1 << 20:
+        pytest.skip("no disk can be mounted here, and no single file is larger than this")
+    config = config_of(folder, cache=small_disk.folder / "cache")
+    cache = config.data.cache
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    command = ["--config", str(tmp_path / "config.yaml")]
+    with small_disk.with_room_for(room):
+        assert main(command) == 2
+        assert not list(cache.rglob("*.part"))
+        assert not (cache / "manifest.json").exists()
+        assert not (cache / "crew").exists()
+    said = capsys.readouterr().err
+    message = said.splitlines()[-1]
+    assert re.match(rf"{cache}\S*: cannot be written \((No space left on device|File too large)\)\. ", message)
+    assert " free there" in message and "Make room and run the same command again" in message
+    assert "Traceback" not in said
+    if ".tar" in message:
+        assert re.search(r"about [\d.]+ [MK]iB are needed", message), "for all shards that are left"
+
+    assert main(command) == 0
+    assert shard_bytes(cache) == shard_bytes(whole.data.cache)
+    assert {name for name in files_below(cache)} == pages.keys()
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
 def write_config(path, config):
-    from configs.loading import dump_config
-
     path.write_text(dump_config(config), encoding="utf-8")
     return str(path)
 
