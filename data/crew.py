@@ -104,6 +104,16 @@ class Crew:
             return None
         return member if age < STALE_SECONDS * 1e9 else None
 
+    def has_heard(self, other: Member) -> bool:
+        """Whether a member is known to be alive, not only not known to be dead: it runs here, or its file was touched
+        since this process joined."""
+        if other.place == self._me.place and other.place != "":
+            return True  # else it were not among the others
+        try:
+            return self._file_of(other.token).stat().st_mtime_ns > self.joined
+        except FileNotFoundError:
+            return False
+
     def refuse_other_settings(self, other: Member) -> None:
         """Raises InputError, naming the keys, if another member works by other settings."""
         mine, theirs = self._me.settings, other.settings

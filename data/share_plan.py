@@ -1,7 +1,8 @@
 """One worker plans, the others read its plan. Reading the pictures, which is nearly all of planning, they share.
 
 A plan is good as long as a living worker goes by it. A job that starts when none is there makes a new one, as pictures
-may have changed since.
+may have changed since. One that died on another machine passes for living for minutes: a worker takes a plan only from
+one that it has heard of since it came itself, and waits until it has, or until the other is dead.
 """
 
 import gzip
@@ -12,7 +13,7 @@ from pydantic import TypeAdapter
 
 from configs.errors import InputError
 from data.atomic_write import write_bytes_atomically
-from data.crew import Crew
+from data.crew import Crew, Member
 from data.shard_plan import ShardPlan
 
 _PLANS = TypeAdapter(tuple[ShardPlan, ...])
@@ -37,11 +38,15 @@ def agree_on_plan(
             return plans
         if problem := crew.failure(_CLAIM):
             raise InputError(problem)
+        if silent := _unheard_with_plan(crew):
+            waiting(f"a sign of life of {silent}, whose plan is there")
+            continue
         if crew.claim(_CLAIM):
             try:
                 if (plans := _read_plan_of(crew)) is not None:  # made between our look and our claim
                     return plans
-                return _make_and_share(crew, make_plan)
+                if not _unheard_with_plan(crew):
+                    return _make_and_share(crew, make_plan)
             finally:
                 crew.release(_CLAIM)
         if crew.holder(_CLAIM) and not has_helped:
@@ -53,7 +58,7 @@ def agree_on_plan(
 
 
 def _read_plan_of(crew: Crew) -> tuple[ShardPlan, ...] | None:
-    for name in sorted({member.plan for member in crew.others() if member.plan}):
+    for name in sorted({member.plan for member in crew.others() if member.plan and crew.has_heard(member)}):
         try:
             plans = _PLANS.validate_json(gzip.decompress((crew.folder / name).read_bytes()))
         except FileNotFoundError:  # its last user left and cleared up
@@ -61,6 +66,11 @@ def _read_plan_of(crew: Crew) -> tuple[ShardPlan, ...] | None:
         crew.adopt(name)
         return plans
     return None
+
+
+def _unheard_with_plan(crew: Crew) -> Member | None:
+    """A member of whom it cannot be told yet whether its plan is that of a living one."""
+    return next((member for member in crew.others() if member.plan and not crew.has_heard(member)), None)
 
 
 def _make_and_share(crew: Crew, make_plan: Callable[[], Sequence[ShardPlan]]) -> tuple[ShardPlan, ...]:

@@ -1,5 +1,6 @@
 """Several workers on one cache, alive, dead and late. Forked from a warm server, or as threads of this process."""
 
+import json
 import random
 import shutil
 import threading
@@ -278,6 +279,24 @@ def test_pictures_that_change_between_two_jobs_are_planned_anew(config_of, pictu
     alone = config_of(tmp_path / "alone", folder)
     preprocess(alone, QUIET)
     assert contents(config.data.cache) == contents(alone.data.cache)
+
+
+def test_a_worker_that_was_killed_elsewhere_is_not_followed_while_it_passes_for_living(
+    config_of, pictures, tmp_path, monkeypatch
+):
+    """Pictures were added meanwhile."""
+    folder = tmp_path / "pictures"
+    shutil.copytree(pictures, folder)
+    config = config_of(tmp_path / "cache", folder)
+    assert start_worker(config, kill_at=60).join()[0] == -9
+    crew = config.data.cache / CREW_FOLDER
+    assert list(crew.glob("plan-*.json.gz"))
+    for file in (crew / "workers").iterdir():
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"place": "another machine"}))
+    monkeypatch.setattr("data.crew.STALE_SECONDS", 3)
+    write_triple(folder, PICTURES)
+    preprocess(config, QUIET)
+    assert read_manifest(config.data.cache).samples["noise"]["train"] == PICTURES + 1 - 6
 
 
 @pytest.mark.parametrize("batch_size", [1, 7])
