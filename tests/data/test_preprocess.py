@@ -366,6 +366,22 @@ def test_an_exception_leaves_no_part_and_no_manifest(make_pictures, config_of, m
     assert shard_bytes(cache) != before
 
 
+def test_what_a_killed_worker_had_half_written_is_removed(make_pictures, config_of):
+    folder = make_pictures(4)
+    config = config_of(folder, "data.holdout=1")
+    cache = config.data.cache
+    preprocess(config, QUIET)
+    whole = files_below(cache).keys()
+    write_triple(folder, "picture-01", seed=1, hole=(0, 0, 5, 5))
+    for name in whole:
+        if not name.startswith(f"{FOLDER}/"):
+            (cache / f"{name}.0123abcd.part").write_bytes(b"half")
+    (cache / f"{FOLDER}.part").mkdir()
+    preprocess(config, QUIET)
+    assert leftovers(cache) == []
+    assert not (cache / f"{FOLDER}.part").exists()
+
+
 @pytest.mark.parametrize("room", [0, 6, 100, 800, 1500, 2300, "all but one file"])
 def test_a_full_disk_is_told_and_when_there_is_room_the_rest_is_done(
     make_pictures, config_of, small_disk, tmp_path, capsys, room
