@@ -13,6 +13,7 @@ from torch import Tensor
 
 from configs.schema import CaptionsConfig
 from data.atomic_write import write_bytes_atomically
+from data.device_memory import told_when_out_of_memory
 from data.encode import encode_captions, encode_images
 from data.geometry import Bucket
 from data.load_encoders import Encoders
@@ -67,14 +68,16 @@ def write_constants(
 
 def encode_empty_text(encoders: Encoders, captions: CaptionsConfig) -> dict[str, Tensor]:
     """The empty caption's tensors as shards store them."""
-    text = encode_captions(encoders.text, [""], text_length=captions.text_length)
-    return store_text(text.t5[0], text.pooled[0], captions.text_dtype)
+    with told_when_out_of_memory(encoders.text.t5.device, "encode the empty caption"):
+        text = encode_captions(encoders.text, [""], text_length=captions.text_length)
+        return store_text(text.t5[0], text.pooled[0], captions.text_dtype)
 
 
 def encode_blank(encoders: Encoders, bucket: Bucket) -> dict[str, Tensor]:
     """`masked_latents` of a bucket's picture that is all hole, as stored."""
     grey = torch.zeros(1, 3, bucket.height, bucket.width)
-    return {"masked_latents": encode_images(encoders.vae, grey)[0].bfloat16()}
+    with told_when_out_of_memory(encoders.vae.device, f"encode a single picture of {bucket}"):
+        return {"masked_latents": encode_images(encoders.vae, grey)[0].bfloat16()}
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], encoding: Mapping[str, object]) -> None:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from configs.schema import DataConfig
 from data.decode_samples import load_pixels
+from data.device_memory import told_when_out_of_memory
 from data.encode import collate_pixels, encode_captions, encode_pixels
 from data.geometry import Bucket
 from data.load_encoders import Encoders
@@ -129,8 +130,9 @@ def _time_pixels(samples: Sequence[PlannedSample], encoders: Encoders, data: Dat
     batch = collate_pixels([load_pixels(sample, data) for sample in samples])
     for _ in range(2):
         start = time.perf_counter()
-        encode_pixels(encoders.vae, batch)
-        _wait_for(encoders.vae.device)
+        with told_when_out_of_memory(encoders.vae.device, f"encode {len(samples)} pictures at once"):
+            encode_pixels(encoders.vae, batch)
+            _wait_for(encoders.vae.device)
     return (time.perf_counter() - start) / len(samples)
 
 
@@ -139,8 +141,9 @@ def _time_captions(samples: Sequence[PlannedSample], encoders: Encoders, data: D
     captions = [sample.triple.caption for sample in samples]
     for _ in range(2):
         start = time.perf_counter()
-        encode_captions(encoders.text, captions, text_length=data.captions.text_length)
-        _wait_for(encoders.text.t5.device)
+        with told_when_out_of_memory(encoders.text.t5.device, f"encode {len(captions)} captions at once"):
+            encode_captions(encoders.text, captions, text_length=data.captions.text_length)
+            _wait_for(encoders.text.t5.device)
     return (time.perf_counter() - start) / len(captions)
 
 

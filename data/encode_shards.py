@@ -20,6 +20,7 @@ from torch import Tensor
 from configs.schema import DataConfig
 from data.backlog import Backlog
 from data.decode_samples import DecodedBatch, decode_batches, in_batches
+from data.device_memory import told_when_out_of_memory
 from data.encode import HostCopy, PixelBatch, collate_pixels, encode_captions, encode_pixels
 from data.load_encoders import Encoders
 from data.run_ahead import run_ahead
@@ -67,7 +68,7 @@ def encode_shards(
     """Make every shard of `shards`, which are claimed from `backlog` as they are asked for.
 
     threads: that decode.  A picture that cannot be decoded is told to the backlog and stops its shard alone; anything
-    else that is raised (DiskFull where there is no room) leaves no part of a shard behind.
+    else that is raised (DiskFull, InputError where a device has no memory) leaves no part of a shard behind.
     """
     with (
         ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool,
@@ -81,8 +82,9 @@ def encode_shards(
                     writing.add_texts(plan, texts)
             writing.add_problems(plan, batch.problems)
             if batch.pixels is not None and not writing.has_problems(plan):  # else only to find all that is wrong
-                encoded = encode_pixels(encoders.vae, batch.pixels)
-                latents, masked = (HostCopy(t.bfloat16()) for t in (encoded.latents, encoded.masked_latents))
+                with told_when_out_of_memory(encoders.vae.device, f"encode {len(batch.samples)} pictures at once"):
+                    encoded = encode_pixels(encoders.vae, batch.pixels)
+                    latents, masked = (HostCopy(t.bfloat16()) for t in (encoded.latents, encoded.masked_latents))
                 writing.add_samples(plan, batch.samples, batch.pixels.masks, latents, masked)
             backlog.advance(len(batch.samples) + len(batch.problems))
             if batch.place.is_last:
@@ -120,9 +122,12 @@ def _encode_texts(plan: ShardPlan, encoders: Encoders, data: DataConfig) -> Iter
     """Each caption of a shard once."""
     captions = {sample.text: sample.triple.caption for sample in plan.samples}
     for names in in_batches(captions, data.encode_batch_size):
-        text = encode_captions(encoders.text, [captions[name] for name in names], text_length=data.captions.text_length)
-        stored = store_text(text.t5, text.pooled, data.captions.text_dtype)
-        yield _Texts(names, {name: HostCopy(tensor) for name, tensor in stored.items()}, text.tokens)
+        batch, length = [captions[name] for name in names], data.captions.text_length
+        with told_when_out_of_memory(encoders.text.t5.device, f"encode {len(batch)} captions at once"):
+            text = encode_captions(encoders.text, batch, text_length=length)
+            stored = store_text(text.t5, text.pooled, data.captions.text_dtype)
+            copies = {name: HostCopy(tensor) for name, tensor in stored.items()}
+        yield _Texts(names, copies, text.tokens)
 
 
 def _make_ready(batch: DecodedBatch[_Place], device: torch.device) -> _ReadyBatch:

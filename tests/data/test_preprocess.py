@@ -340,6 +340,35 @@ def test_numbers_that_are_not_finite_stop_their_shard_and_name_the_sample(make_p
     assert read_manifest(config.data.cache).samples == {"noise": {"train": 30, "holdout": 0}}
 
 
+MEMORY = {
+    "pictures": ("data.encode_shards.encode_pixels", "encode [12] pictures at once", False),
+    "captions": ("data.encode_shards.encode_captions", "encode [12] captions at once", False),
+    "empty caption": ("data.constants.encode_captions", "encode the empty caption", False),
+    "blank": ("data.constants.encode_images", "encode a single picture of 32x32", False),
+    "measured pictures": ("data.dry_run.encode_pixels", "encode 2 pictures at once", True),
+    "measured captions": ("data.dry_run.encode_captions", "encode 2 captions at once", True),
+}
+
+
+@pytest.mark.parametrize("where", MEMORY)
+def test_a_device_without_memory_is_told_with_what_to_set(
+    make_pictures, config_of, tmp_path, capsys, monkeypatch, where
+):
+    function, doing, dry = MEMORY[where]
+    config = config_of(make_pictures(3), "data.encode_batch_size=2")
+
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(function, full)
+    command = ["--config", write_config(tmp_path / "config.yaml", config), *(["--dry-run"] if dry else [])]
+    assert main(command) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(rf"cpu has no memory left to {doing} \(CUDA out of memory\..*\)\. ", message)
+    assert "Lower data.encode_batch_size, or place the encoders elsewhere: data.encoders sets" in message
+    assert leftovers(config.data.cache) == []
+
+
 def test_an_exception_leaves_no_part_and_no_manifest(make_pictures, config_of, monkeypatch):
     folder = make_pictures(6)
     config = config_of(folder, "data.encode_batch_size=2")
@@ -352,11 +381,11 @@ def test_an_exception_leaves_no_part_and_no_manifest(make_pictures, config_of, m
     def fail_at_the_second(*arguments):
         calls.append(1)
         if len(calls) == 2:
-            raise torch.OutOfMemoryError("as on a full GPU")
+            raise RuntimeError("as of a broken GPU")
         return encode_pixels(*arguments)
 
     monkeypatch.setattr("data.encode_shards.encode_pixels", fail_at_the_second)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(RuntimeError, match="as of a broken GPU"):
         preprocess(config, QUIET)
     assert leftovers(cache) == []
     assert shard_bytes(cache) == before
