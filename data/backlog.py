@@ -120,7 +120,8 @@ class Backlog:
     # --- giving back
 
     def may_publish(self, plan: ShardPlan) -> bool:
-        """Whether a shard's claim still holds. Not if this process was stopped so long that it was taken for dead."""
+        """Whether a shard's claim still holds. Not if this process was stopped so long that it was taken for dead;
+        raises TakenForDead if others go by another plan since."""
         return self._crew.holds(_claim_name(plan))
 
     def finish(self, plan: ShardPlan) -> None:

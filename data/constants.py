@@ -2,7 +2,7 @@
 that is all hole."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -59,11 +59,16 @@ def write_constants(
     buckets: Iterable[Bucket],
     encoding: Mapping[str, object],
     captions: CaptionsConfig,
+    check: Callable[[], object],
 ) -> None:
-    """Write all of them, each whole or not at all."""
-    _write(cache / EMPTY_TEXT, encode_empty_text(encoders, captions), encoding)
+    """Write all of them, each whole or not at all.  check: called before each is; raises if it must not be."""
+    empty = encode_empty_text(encoders, captions)
+    check()
+    _write(cache / EMPTY_TEXT, empty, encoding)
     for bucket in buckets:
-        _write(blank_path(cache, str(bucket)), encode_blank(encoders, bucket), encoding)
+        blank = encode_blank(encoders, bucket)
+        check()
+        _write(blank_path(cache, str(bucket)), blank, encoding)
 
 
 def encode_empty_text(encoders: Encoders, captions: CaptionsConfig) -> dict[str, Tensor]:

@@ -138,6 +138,10 @@ def _make_ready(batch: DecodedBatch[_Place], device: torch.device) -> _ReadyBatc
 # --- behind the device ------------------------------------------------------------------------------------------------
 
 
+class _LostClaim(Exception):
+    """Another worker has the shard: this one was stopped for so long that it was taken for dead."""
+
+
 class _OpenShard:
     """A shard in the writing. Used by the writing thread alone, but for `problems`."""
 
@@ -236,9 +240,15 @@ class _Writing:
     def _publish(self, plan: ShardPlan, writer: ShardWriter) -> None:
         if writer.num_samples != len(plan.samples):
             raise RuntimeError(f"{plan.path}: {writer.num_samples} of its {len(plan.samples)} samples were written")
+
+        def check() -> None:
+            if not self._backlog.may_publish(plan):
+                raise _LostClaim
+
         try:
-            if self._backlog.may_publish(plan):
-                writer.finish(plan=plan.plan)
+            writer.finish(plan=plan.plan, check=check)
+        except _LostClaim:
+            pass
         except FileNotFoundError:
             if self._backlog.may_publish(plan):
                 raise

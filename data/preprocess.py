@@ -116,7 +116,8 @@ def preprocess(config: Config, console: Console, worker: Worker = _ALONE) -> Non
     """Bring data.cache up to date with the datasets, model and settings of a config, together with whoever else does;
     touch nothing if it is. Returns when the cache is complete.
 
-    Raises InputError for whatever the user can mend: shards finished by then stay, parts of one do not.
+    Raises InputError for whatever the user can mend, and TakenForDead: shards finished by then stay, parts of one do
+    not.
     """
     cache = config.data.cache_folder
     model = find_model(config.model.base)
@@ -127,24 +128,35 @@ def preprocess(config: Config, console: Console, worker: Worker = _ALONE) -> Non
             join_crew(cache / CREW_FOLDER, job.settings) as crew,
             open_progress(console, worker) as progress,
         ):
-            before = _manifest_stamp(cache)
-            plans = agree_on_plan(
-                crew,
-                partial(make_plan, job, progress),
-                help_planning=partial(_scan, job, progress),
-                waiting=Waiting(progress),
-            )
-            backlog = Backlog(cache, plans, crew, worker)
             try:
-                _encode_what_is_left(job, plans, backlog, crew, worker, progress)
-            except DiskFull as error:
-                left = bytes_by_part(list(backlog.remaining.values()), text_bytes=job.text_bytes)
-                raise error.with_needed(sum(left.values())) from error
-            _complete(job, plans, crew, worker, progress, before=before)
+                num_encoded = _take_part(job, crew, worker, progress)
+            except FileNotFoundError:
+                crew.touch()  # which tells if others took what it had half written for a dead worker's
+                raise
     finally:
         with suppress(OSError):
             cache.rmdir()  # if nothing came of it
-    print_report(console, cache, read_shard_table(cache), worker, num_encoded=backlog.num_encoded)
+    print_report(console, cache, read_shard_table(cache), worker, num_encoded=num_encoded)
+
+
+def _take_part(job: Job, crew: Crew, worker: Worker, progress: Progress) -> int:
+    """Plan, encode and complete, with whoever else does; how many samples were encoded here."""
+    cache = job.config.data.cache_folder
+    before = _manifest_stamp(cache)
+    plans = agree_on_plan(
+        crew,
+        partial(make_plan, job, progress),
+        help_planning=partial(_scan, job, progress),
+        waiting=Waiting(progress),
+    )
+    backlog = Backlog(cache, plans, crew, worker)
+    try:
+        _encode_what_is_left(job, plans, backlog, crew, worker, progress)
+    except DiskFull as error:
+        left = bytes_by_part(list(backlog.remaining.values()), text_bytes=job.text_bytes)
+        raise error.with_needed(sum(left.values())) from error
+    _complete(job, plans, crew, worker, progress, before=before)
+    return backlog.num_encoded
 
 
 def dry_run(config: Config, console: Console, worker: Worker = _ALONE) -> None:
@@ -202,8 +214,10 @@ def _encode_what_is_left(
         constants = constants_are_there(data.cache_folder, buckets, job.encoding)
         if not constants and crew.claim(_CONSTANTS):
             encoders = encoders or load_encoders(job.model, data.encoders, device_index=worker.device_index)
+            crew.make_sure_of(_CONSTANTS)
             (data.cache_folder / "manifest.json").unlink(missing_ok=True)
-            write_constants(data.cache_folder, encoders, buckets, job.encoding, data.captions)
+            still_mine = partial(crew.make_sure_of, _CONSTANTS)
+            write_constants(data.cache_folder, encoders, buckets, job.encoding, data.captions, still_mine)
             crew.release(_CONSTANTS)
             constants = True
         shards = backlog.claim_shards()
@@ -237,7 +251,7 @@ def _complete(
         # Who is still at a shard took it for unfinished: it will see that it is not, or write the same bytes again.
         if crew.claim(_HEAD):
             if not crew.held(SHARD_CLAIMS):
-                return _write_head(job, plans, worker, progress)
+                return _write_head(job, plans, crew, worker, progress)
             crew.release(_HEAD)
         waiting(f"{crew.holder(_HEAD) or 'another worker'}, which completes the cache")
 
@@ -251,7 +265,7 @@ def _manifest_stamp(cache: Path) -> tuple[int, int] | None:
     return status.st_ino, status.st_mtime_ns
 
 
-def _write_head(job: Job, plans: Sequence[ShardPlan], worker: Worker, progress: Progress) -> None:
+def _write_head(job: Job, plans: Sequence[ShardPlan], crew: Crew, worker: Worker, progress: Progress) -> None:
     cache, config = job.config.data.cache_folder, job.config
     indexes = [index for index in read_finished_of(cache, plans) if index]
     if len(indexes) < len(plans):
@@ -259,6 +273,7 @@ def _write_head(job: Job, plans: Sequence[ShardPlan], worker: Worker, progress: 
     head = describe_cache(config, job.model, job.encoders, plans, indexes)
     if is_current(cache, *head):
         return delete_copies(cache)
+    crew.make_sure_of(_HEAD)
     (cache / "manifest.json").unlink(missing_ok=True)
     delete_unplanned(cache, plans)
     chosen = choose_validation_items(plans, count=num_watched(config.data.holdout))
@@ -266,7 +281,8 @@ def _write_head(job: Job, plans: Sequence[ShardPlan], worker: Worker, progress: 
     with ThreadPoolExecutor(worker.decode_threads) as pool:
         singly = ((item, [sample]) for item, sample in chosen)
         decoded = decode_batches(singly, config.data, pool, ahead=2 * worker.decode_threads)
-        write_validation_items(cache, map(_only_pixels, decoded), advance=lambda: progress.advance(bar))
+        pixels = map(_only_pixels, decoded)
+        write_validation_items(cache, pixels, lambda: progress.advance(bar), partial(crew.make_sure_of, _HEAD))
     write_manifest(cache, *head)
     delete_copies(cache)
 

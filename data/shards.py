@@ -14,7 +14,7 @@ import json
 import os
 import secrets
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,18 +245,24 @@ class ShardWriter:
                     "picture and its caption; if others fail too, at the model's files and at the GPU."
                 )
 
-    def finish(self, *, plan: str) -> ShardIndex:
-        """Close the tar, give it its name, write its index. `plan`: 32 hex digits of what it was made from."""
+    def finish(self, *, plan: str, check: Callable[[], object] = lambda: None) -> ShardIndex:
+        """Close the tar, give it its name, write its index.
+
+        plan: 32 hex digits of what it was made from.  check: called before either gets its name, when what takes long
+        is done; raises if they must not.
+        """
         with told_when_full(self.path):
             self._tar.close()
             self._sink.commit()
         tar_bytes, tar_sha256 = self._part.stat().st_size, self._sink.sha256.hexdigest()
         index = _build_index(self._rows, self._texts, plan=plan, tar_bytes=tar_bytes, tar_sha256=tar_sha256)
+        check()
         # At no moment does an index stand beside a tar that it does not describe: a new one beside an old tar, perhaps
         # of the same size, would pass for a finished shard.
         index_path(self.path).unlink(missing_ok=True)
         self._part.replace(self.path)
         fsync_folder(self.path.parent)
+        check()
         try:
             write_index(index_path(self.path), index)
         except DiskFull:

@@ -46,6 +46,7 @@ def agree_on_plan(
                 if (plans := _read_plan_of(crew)) is not None:  # made between our look and our claim
                     return plans
                 if not _unheard_with_plan(crew):
+                    crew.bury_the_dead()
                     return _make_and_share(crew, make_plan)
             finally:
                 crew.release(_CLAIM)

@@ -72,11 +72,14 @@ def num_watched(holdout: int) -> int:
 
 
 def write_validation_items(
-    cache: Path, items: Iterable[tuple[ValidationItem, Pixels]], advance: Callable[[], None]
+    cache: Path,
+    items: Iterable[tuple[ValidationItem, Pixels]],
+    advance: Callable[[], None],
+    check: Callable[[], object] = lambda: None,
 ) -> None:
     """Write <cache>/validation: items.json and three PNGs per item, in the place of what was there.
 
-    If `items` raises, nothing changes.
+    check: called when all are written, before anything changes.  If it raises, or `items`, nothing does.
     """
     folder, temporary = cache / FOLDER, cache / f"{FOLDER}.part"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -95,6 +98,7 @@ def write_validation_items(
                 future.result()
                 advance()
         write_text_atomically(temporary / "items.json", json.dumps(entries, indent=1, ensure_ascii=False))
+        check()
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     except BaseException:

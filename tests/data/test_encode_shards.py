@@ -78,12 +78,12 @@ def test_a_shard_is_written_while_the_next_is_encoded(config, expected, monkeypa
             changed.notify_all()
         return encode_pixels(vae, batch)
 
-    def finish_late(writer, *, plan):
+    def finish_late(writer, **options):
         with changed:
             so_far = len(encoded)
             if not changed.wait_for(lambda: len(encoded) > so_far or sum(encoded) == 96, PATIENCE):
                 in_vain.append(so_far)
-        return finish(writer, plan=plan)
+        return finish(writer, **options)
 
     monkeypatch.setattr("data.encode_shards.encode_pixels", encode)
     monkeypatch.setattr(ShardWriter, "finish", finish_late)
