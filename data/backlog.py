@@ -11,6 +11,7 @@ from configs.errors import InputError
 from data.crew import Crew
 from data.shard_plan import ShardPlan
 from data.shards import ShardIndex, index_path, read_index
+from data.stale_files import read_anew_if_stale
 from data.which_worker import Worker
 
 _LOOK_SECONDS = 20.0
@@ -22,13 +23,16 @@ SHARD_CLAIMS = "shards."  # what the names of their claims begin with
 def read_finished(cache: Path, plan: ShardPlan) -> ShardIndex | None:
     """The index of a shard that is there, whole, and made from this very plan; else None."""
     tar = cache / plan.path
+    return read_anew_if_stale(index_path(tar), partial(_read_finished, tar, plan))
+
+
+def _read_finished(tar: Path, plan: ShardPlan) -> ShardIndex | None:
     try:
         index = read_index(index_path(tar))
         whole = tar.stat().st_size == index.tar_bytes and index.plan == plan.plan
-        whole = whole and index.num_samples == len(plan.samples)
     except (FileNotFoundError, InputError):
         return None
-    return index if whole else None
+    return index if whole and index.num_samples == len(plan.samples) else None
 
 
 def read_finished_of(cache: Path, plans: Sequence[ShardPlan]) -> list[ShardIndex | None]:

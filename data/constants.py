@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 import xxhash
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from configs.schema import CaptionsConfig
@@ -19,6 +19,7 @@ from data.geometry import Bucket
 from data.load_encoders import Encoders
 from data.manifest import EMPTY_TEXT, blank_name
 from data.shards import NotFinite
+from data.stale_files import read_anew_if_stale
 from data.stored_text import store_text
 
 
@@ -43,14 +44,20 @@ def constants_are_there(cache: Path, buckets: Iterable[Bucket], encoding: Mappin
     """Whether all of them are, made by this encoding and undamaged."""
     for path in _paths(cache, buckets):
         try:
-            with safe_open(path, framework="pt") as file:
-                names = file.keys()
-                tensors = {name: file.get_tensor(name) for name in names}
-                if file.metadata() != _made_by(encoding, tensors):
-                    return False
+            data = read_anew_if_stale(path, path.read_bytes)  # not mapped: they are replaced while others look
+            if _metadata(data) != _made_by(encoding, load(data)):
+                return False
         except (FileNotFoundError, SafetensorError):
             return False
     return True
+
+
+def _metadata(data: bytes) -> object:
+    """What a safetensors file says of itself, which `load` leaves out."""
+    try:
+        return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__")
+    except (ValueError, AttributeError):
+        return None
 
 
 def write_constants(

@@ -30,6 +30,7 @@ from pathlib import Path
 from configs.errors import InputError
 from data.atomic_write import write_text_atomically
 from data.full_disk import DiskFull, told_when_full
+from data.stale_files import read_anew_if_stale
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 180.0  # above heartbeat, an NFS client's 60 s of cached times, and some patience with a busy server
@@ -104,7 +105,8 @@ class Crew:
     def _living(self, token: str, now: int) -> Member | None:
         file = self._file_of(token)
         try:
-            member = Member(**json.loads(file.read_text(encoding="utf-8")))
+            text = read_anew_if_stale(file, lambda: file.read_text(encoding="utf-8"))  # it is replaced by `adopt`
+            member = Member(**json.loads(text))
             age = now - file.stat().st_mtime_ns
         except (FileNotFoundError, ValueError, TypeError):
             return None
@@ -235,7 +237,8 @@ class Crew:
         """A problem reported since this process joined. What was wrong before may have been mended."""
         file = self.folder / "failed" / f"{what}.txt"
         try:
-            return file.read_text(encoding="utf-8") if file.stat().st_mtime_ns > self.joined else None
+            text = read_anew_if_stale(file, lambda: file.read_text(encoding="utf-8"))
+            return text if file.stat().st_mtime_ns > self.joined else None
         except FileNotFoundError:
             return None
 
@@ -305,7 +308,7 @@ def join_crew(folder: Path, settings: Mapping[str, object]) -> Iterator[Crew]:
 
 def _names_in(folder: Path) -> list[str]:
     try:
-        return os.listdir(folder)
+        return read_anew_if_stale(folder, lambda: os.listdir(folder))
     except FileNotFoundError:
         return []
 

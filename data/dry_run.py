@@ -61,8 +61,8 @@ def print_bytes(console: Console, parts: dict[str, int]) -> None:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the shards to do take one worker, in seconds: of its device, and of its decoding threads, which run beside
-    each other."""
+    """What the shards to do take one worker, in seconds: of its device (of the busier one, where text has its own), and
+    of its decoding threads, which run beside each other."""
 
     device: float
     decode: float
@@ -75,7 +75,7 @@ def measure(
 
     The size is that of the fullest bucket near each resolution: buckets of one have about the same area.
     """
-    device = decode = 0.0
+    vae = text = decode = 0.0
     for plans in _by_size(todo, data):
         count = sum(len(plan.samples) for plan in plans)
         captions = sum(len({sample.text for sample in plan.samples}) for plan in plans)
@@ -84,7 +84,8 @@ def measure(
         decode_each = _time_decoding(samples, data, worker.decode_threads)
         vae_each = _time_pixels(samples, encoders, data)
         text_each = _time_captions(samples, encoders, data)
-        device += count * vae_each + captions * text_each
+        vae += count * vae_each
+        text += captions * text_each
         decode += count * decode_each
         console.print(
             f"{fullest.bucket}, {len(samples)} at once, measured: VAE {1 / vae_each:.1f} pictures/s, "
@@ -92,7 +93,7 @@ def measure(
             f"{worker.decode_threads} threads",
             highlight=False,
         )
-    return Estimate(device, decode)
+    return Estimate(max(vae, text) if encoders.text_has_its_own_device else vae + text, decode)
 
 
 def print_hours(console: Console, estimate: Estimate, worker: Worker) -> None:

@@ -23,6 +23,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from data.library_noise import quiet_libraries
+
+if __name__ == "__main__":
+    quiet_libraries()
+
 from rich.console import Console
 from rich.progress import Progress
 
@@ -38,7 +43,6 @@ from data.dry_run import bytes_by_part, measure, print_bytes, print_counts, prin
 from data.encode_shards import encode_shards
 from data.full_disk import DiskFull, told_when_full
 from data.geometry import Pixels
-from data.library_noise import quiet_libraries
 from data.load_encoders import Encoders, load_encoders
 from data.manifest import FORMAT_VERSION, read_shard_table, write_manifest
 from data.model_folder import encoder_fingerprints, find_model, read_part_number
@@ -267,9 +271,15 @@ def _manifest_stamp(cache: Path) -> tuple[int, int] | None:
 
 def _write_head(job: Job, plans: Sequence[ShardPlan], crew: Crew, worker: Worker, progress: Progress) -> None:
     cache, config = job.config.data.cache_folder, job.config
-    indexes = [index for index in read_finished_of(cache, plans) if index]
+    found = read_finished_of(cache, plans)
+    indexes = [index for index in found if index]
     if len(indexes) < len(plans):
-        raise RuntimeError(f"{cache}: shards that were just written are gone")
+        gone = [plan.path for plan, index in zip(plans, found, strict=True) if index is None]
+        others = f", and so are {len(gone) - 1} other shards" if len(gone) > 1 else ""
+        raise InputError(
+            f"{cache / gone[0]}: was written and is gone, or is another now{others}. See that nothing else changes the "
+            "cache, then run the same command again: it makes what is missing."
+        )
     head = describe_cache(config, job.model, job.encoders, plans, indexes)
     if is_current(cache, *head):
         return delete_copies(cache)
@@ -303,7 +313,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="say what it would do, how large and how long")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example data.resolution=[512]")
     options = parser.parse_args(arguments)
-    quiet_libraries()
     try:
         worker = which_worker(os.environ, worker=options.worker, workers=options.workers)
         run = dry_run if options.dry_run else preprocess

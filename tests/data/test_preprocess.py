@@ -15,7 +15,9 @@ from safetensors.torch import load, load_file
 from configs.errors import InputError
 from configs.loading import dump_config
 from data import encode
+from data.backlog import Backlog
 from data.cache import open_cache
+from data.crew import Crew
 from data.encode import encode_pixels
 from data.manifest import EMPTY_TEXT, read_manifest
 from data.pictures import load_mask
@@ -348,6 +350,23 @@ MEMORY = {
     "measured pictures": ("data.dry_run.encode_pixels", "encode 2 pictures at once", True),
     "measured captions": ("data.dry_run.encode_captions", "encode 2 captions at once", True),
 }
+
+
+def test_shards_that_vanish_at_the_end_are_named(make_pictures, config_of, monkeypatch):
+    config = config_of(make_pictures(3))
+    held = Crew.held
+
+    def held_and_lost(crew, prefix):
+        for tar in config.data.cache.rglob("*.tar"):
+            tar.unlink()
+        return held(crew, prefix)
+
+    monkeypatch.setattr(Backlog, "raise_problems", lambda _: monkeypatch.setattr(Crew, "held", held_and_lost))
+    with pytest.raises(InputError, match=r"32x32-000001\.tar: was written and is gone,.*run the same command again"):
+        preprocess(config, QUIET)
+    monkeypatch.undo()
+    preprocess(config, QUIET)
+    assert read_manifest(config.data.cache).samples == {"noise": {"train": 3, "holdout": 0}}
 
 
 @pytest.mark.parametrize("where", MEMORY)
