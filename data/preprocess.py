@@ -46,6 +46,7 @@ from data.geometry import Pixels
 from data.load_encoders import Encoders, load_encoders
 from data.manifest import FORMAT_VERSION, read_shard_table, write_manifest
 from data.model_folder import encoder_fingerprints, find_model, read_part_number
+from data.plan_file import PlanFile
 from data.plan_samples import plan_samples
 from data.preprocess_report import Waiting, advancing, open_progress, print_report
 from data.scan import delete_copies, scan_dataset
@@ -147,19 +148,18 @@ def _take_part(job: Job, crew: Crew, worker: Worker, progress: Progress) -> int:
     """Plan, encode and complete, with whoever else does; how many samples were encoded here."""
     cache = job.config.data.cache_folder
     before = _manifest_stamp(cache)
-    plans = agree_on_plan(
+    plan = agree_on_plan(
         crew,
         partial(make_plan, job, progress),
         help_planning=partial(_scan, job, progress),
         waiting=Waiting(progress),
     )
-    backlog = Backlog(cache, plans, crew, worker)
+    backlog = Backlog(cache, plan, crew, worker)
     try:
-        _encode_what_is_left(job, plans, backlog, crew, worker, progress)
+        _encode_what_is_left(job, plan, backlog, crew, worker, progress)
     except DiskFull as error:
-        left = bytes_by_part(list(backlog.remaining.values()), text_bytes=job.text_bytes)
-        raise error.with_needed(sum(left.values())) from error
-    _complete(job, plans, crew, worker, progress, before=before)
+        raise error.with_needed(sum(head.num_bytes for head in backlog.remaining.values())) from error
+    _complete(job, plan, crew, worker, progress, before=before)
     return backlog.num_encoded
 
 
@@ -202,14 +202,14 @@ def make_plan(job: Job, progress: Progress) -> list[ShardPlan]:
 
 
 def _encode_what_is_left(
-    job: Job, plans: Sequence[ShardPlan], backlog: Backlog, crew: Crew, worker: Worker, progress: Progress
+    job: Job, plan: PlanFile, backlog: Backlog, crew: Crew, worker: Worker, progress: Progress
 ) -> None:
     """Take part until every shard is there, and the constants. Waits for what others have in work: they may die.
 
     Raises one InputError that lists all pictures at fault, once every shard without one is written.
     """
     data = job.config.data
-    buckets = sorted({plan.bucket for plan in plans})
+    buckets = sorted({head.bucket for head in plan.heads})
     bar = progress.add_task("encoding", total=backlog.num_samples)
     backlog.advance = advancing(progress, bar)
     encoders: Encoders | None = None  # loaded once there is something to encode: T5 takes a minute
@@ -238,7 +238,7 @@ def _encode_what_is_left(
 
 def _complete(
     job: Job,
-    plans: Sequence[ShardPlan],
+    plan: PlanFile,
     crew: Crew,
     worker: Worker,
     progress: Progress,
@@ -255,7 +255,7 @@ def _complete(
         # Who is still at a shard took it for unfinished: it will see that it is not, or write the same bytes again.
         if crew.claim(_HEAD):
             if not crew.held(SHARD_CLAIMS):
-                return _write_head(job, plans, crew, worker, progress)
+                return _write_head(job, plan, crew, worker, progress)
             crew.release(_HEAD)
         waiting(f"{crew.holder(_HEAD) or 'another worker'}, which completes the cache")
 
@@ -269,24 +269,24 @@ def _manifest_stamp(cache: Path) -> tuple[int, int] | None:
     return status.st_ino, status.st_mtime_ns
 
 
-def _write_head(job: Job, plans: Sequence[ShardPlan], crew: Crew, worker: Worker, progress: Progress) -> None:
+def _write_head(job: Job, plan: PlanFile, crew: Crew, worker: Worker, progress: Progress) -> None:
     cache, config = job.config.data.cache_folder, job.config
-    found = read_finished_of(cache, plans)
-    indexes = [index for index in found if index]
-    if len(indexes) < len(plans):
-        gone = [plan.path for plan, index in zip(plans, found, strict=True) if index is None]
+    found = read_finished_of(cache, plan.heads)
+    shards = [shard for shard in found if shard is not None]
+    if len(shards) < len(found):
+        gone = [head.path for head, shard in zip(plan.heads, found, strict=True) if shard is None]
         others = f", and so are {len(gone) - 1} other shards" if len(gone) > 1 else ""
         raise InputError(
             f"{cache / gone[0]}: was written and is gone, or is another now{others}. See that nothing else changes the "
             "cache, then run the same command again: it makes what is missing."
         )
-    head = describe_cache(config, job.model, job.encoders, plans, indexes)
+    head = describe_cache(config, job.model, job.encoders, plan.heads, shards)
     if is_current(cache, *head):
         return delete_copies(cache)
     crew.make_sure_of(_HEAD)
     (cache / "manifest.json").unlink(missing_ok=True)
-    delete_unplanned(cache, plans)
-    chosen = choose_validation_items(plans, count=num_watched(config.data.holdout))
+    delete_unplanned(cache, plan.heads)
+    chosen = choose_validation_items(plan.shards(), count=num_watched(config.data.holdout))
     bar = progress.add_task("validation pictures", total=len(chosen))
     with ThreadPoolExecutor(worker.decode_threads) as pool:
         singly = ((item, [sample]) for item, sample in chosen)

@@ -45,16 +45,27 @@ class PlannedSample:
         return text_name(self.triple.caption)
 
 
-@dataclass(frozen=True)
-class ShardPlan:
-    """One shard to be.  path: below the cache folder.  plan: 32 hex digits over all that shapes its bytes."""
+@dataclass(frozen=True, slots=True)
+class ShardHead:
+    """What can be told of a shard to be without its samples.
+
+    path: below the cache folder.  plan: 32 hex digits over all that shapes its bytes.  num_bytes: about, of its tar.
+    """
 
     path: str
     dataset: str
     bucket: Bucket
     split: str
-    samples: tuple[PlannedSample, ...]
     plan: str
+    num_samples: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan(ShardHead):
+    """One shard to be."""
+
+    samples: tuple[PlannedSample, ...]
 
 
 def text_name(caption: str) -> str:
@@ -84,25 +95,39 @@ def plan_shards(
         each = sample_bytes(bucket, num_variants=members[0].recipe.variants)  # one recipe a dataset
         prefix = f"shards/{dataset}/{bucket}" if split == "train" else f"shards/{dataset}/{split}-{bucket}"
 
-        def fits(num_samples: int, num_texts: int, each: int = each) -> bool:
-            return num_samples * each + num_texts * text_bytes <= size_limit
+        def num_bytes(num_samples: int, num_texts: int, each: int = each) -> int:
+            return num_samples * each + num_texts * text_bytes
 
-        for name, part in _deal(members, fits):
+        for name, part in _deal(members, num_bytes, size_limit):
             part.sort(key=lambda sample: (sample.text, sample.key))
-            plan = _plan_hash(part, encoding)
-            plans.append(ShardPlan(f"{prefix}-{name}.tar", dataset, bucket, split, tuple(part), plan))
+            plans.append(
+                ShardPlan(
+                    f"{prefix}-{name}.tar",
+                    dataset,
+                    bucket,
+                    split,
+                    _plan_hash(part, encoding),
+                    num_samples=len(part),
+                    num_bytes=num_bytes(len(part), len({sample.text for sample in part})),
+                    samples=tuple(part),
+                )
+            )
     return plans
 
 
 def _deal(
-    samples: Iterable[PlannedSample], fits: Callable[[int, int], bool]
+    samples: Iterable[PlannedSample], num_bytes: Callable[[int, int], int], size_limit: int
 ) -> Iterator[tuple[str, list[PlannedSample]]]:
     """(name, samples) of every part: split by the captions' bits down to a part that fits or has one caption, and that
     by the bits of the samples' own keys.
 
-    fits: whether so many samples with so many captions do.  What a caption is split into has its hash for a name: the
+    num_bytes: of so many samples with so many captions.  What a caption is split into has its hash for a name: the
     part of the tree in which it is alone changes with the captions around it.
     """
+
+    def fits(num_samples: int, num_texts: int) -> bool:
+        return num_bytes(num_samples, num_texts) <= size_limit
+
     for leaf, part in _split(
         [(_bits_of(sample.text), sample) for sample in samples],
         1,

@@ -90,6 +90,20 @@ class ShardIndex:
         return len(self.keys)
 
 
+@dataclass(frozen=True, slots=True)
+class FinishedShard:
+    """What a cache's head tells of a shard.  hole_counts: its masks per tenth of the area that is painted."""
+
+    num_samples: int
+    tar_bytes: int
+    tar_sha256: str
+    hole_counts: tuple[int, ...]
+
+    @staticmethod
+    def of(index: ShardIndex) -> "FinishedShard":
+        return FinishedShard(index.num_samples, index.tar_bytes, index.tar_sha256, tuple(count_hole_fractions([index])))
+
+
 _Place = tuple[int, int, int]  # offset, size and xxh3 of a member's data
 
 

@@ -7,9 +7,11 @@ text encoders on the machine it runs on.
 import json
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from heapq import nsmallest
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -42,24 +44,24 @@ class ValidationItem:
     caption: str
 
 
-def choose_validation_items(plans: Sequence[ShardPlan], *, count: int) -> list[tuple[ValidationItem, PlannedSample]]:
+def choose_validation_items(plans: Iterable[ShardPlan], *, count: int) -> list[tuple[ValidationItem, PlannedSample]]:
     """All held-out samples, and `count` training samples, each split in the order of its targets' hashes.
 
     Mirror images are left out: they would show the same pictures once more.
     """
+    found: dict[str, list[tuple[tuple[str, str, int], PlannedSample]]] = {HOLDOUT: [], TRAIN: []}
+    for plan in plans:
+        found[plan.split] += [
+            ((sample.triple.target_content, plan.path, row), sample)
+            for row, sample in enumerate(plan.samples)  # a shard's rows are its plan's
+            if not sample.flip
+        ]
+        # No more than are wanted are kept: of millions, all would fill the memory.
+        found[TRAIN] = nsmallest(count, found[TRAIN], key=itemgetter(0))
+    found[HOLDOUT].sort(key=itemgetter(0))
     chosen = []
     for split in (HOLDOUT, TRAIN):
-        found = sorted(
-            (
-                (sample.triple.target_content, plan.path, row, sample)
-                for plan in plans
-                if plan.split == split
-                for row, sample in enumerate(plan.samples)  # a shard's rows are its plan's
-                if not sample.flip
-            ),
-            key=lambda entry: entry[:3],
-        )
-        for _, path, row, sample in found if split == HOLDOUT else found[:count]:
+        for (_, path, row), sample in found[split]:
             triple = sample.triple
             item = ValidationItem(sample.key, split, triple.dataset, path, row, triple.caption)
             chosen.append((item, sample))

@@ -1,11 +1,11 @@
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from data.geometry import Bucket, plan_crop
 from data.mask_recipe import OWN_MASKS, MaskRecipe
+from data.picture_files import PictureFile
 from data.shard_plan import PlannedSample, plan_shards, sample_bytes, text_name
 from data.sources import Triple
 
@@ -18,8 +18,8 @@ SQUARE, WIDE = Bucket(64, 64), Bucket(48, 80)
 def planned(
     name, *, caption="a cat", dataset="cats", bucket=SQUARE, split="train", content="0", recipe=OWN_MASKS, flip=False
 ):
-    path = Path(name)
-    triple = Triple(dataset, name, path, path, None, caption, content, content)
+    picture = PictureFile(name)
+    triple = Triple(dataset, name, picture, picture, None, caption, content, content)
     size = (bucket.width, bucket.height)
     return PlannedSample(triple, size, bucket, plan_crop(*size, bucket), split, recipe, flip)
 

@@ -11,8 +11,7 @@ from data.backlog import read_finished
 from data.constants import constants_are_there
 from data.crew import join_crew
 from data.geometry import Bucket
-from data.shard_plan import ShardPlan
-from tests.data.test_backlog import planned
+from tests.data.test_backlog import planned, shard_plan
 
 
 @pytest.fixture
@@ -51,7 +50,7 @@ def test_a_member_whose_file_is_replaced_meanwhile_is_no_dead_one(tmp_path, stal
 def test_a_shard_whose_index_is_replaced_meanwhile_is_read(tmp_path, write_shard, stale):
     path = "shards/cats/32x32-000001.tar"
     index = write_shard(tmp_path / path, Bucket(32, 32), ["a", "b"])
-    plan = ShardPlan(path, "cats", Bucket(32, 32), "train", (planned("a"), planned("b")), index.plan)
+    plan = shard_plan(path, (planned("a"), planned("b")), index.plan)
     stale(".index", 3)
     assert read_finished(tmp_path, plan).keys == ("a", "b")
 
@@ -65,7 +64,7 @@ def test_constants_that_are_replaced_meanwhile_are_read(cache, stale):
 def test_what_stays_stale_is_named(tmp_path, cache, write_shard, stale, part):
     path = "shards/cats/32x32-000001.tar"
     index = write_shard(tmp_path / path, Bucket(32, 32), ["a"])
-    plan = ShardPlan(path, "cats", Bucket(32, 32), "train", (planned("a"),), index.plan)
+    plan = shard_plan(path, (planned("a"),), index.plan)
     with join_crew(tmp_path / "crew", {}) as one, join_crew(tmp_path / "crew", {}):
         calls = {
             "workers/": lambda: one.others(),
