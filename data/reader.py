@@ -151,6 +151,12 @@ class BatchStream:
         whole = self.order.batch(batch.index)
         return [self._source.key(int(s), int(r)) for s, r in zip(whole.shards, whole.rows, strict=True)]
 
+    def __enter__(self) -> "BatchStream":
+        return self
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Stop what is going on ahead, and close the source. The stream cannot be used after it."""
         self._source.close()
