@@ -22,7 +22,6 @@ from data.shard_copies import ShardCopies
 from data.shard_reader import DamagedSample, DamagedShard, ShardReader
 from data.shard_rows import ShardRows
 from data.shards import index_path, read_index, write_index
-from tests.data.remote_server import SHARDS
 
 GIB = 1 << 30
 
@@ -437,20 +436,6 @@ def test_a_remote_cache_trains_as_its_folder_does(remote, tmp_path, limit_shards
     assert contents(resumed, 7) == [row for row in expected if row[0] >= 13 * 4]
     if limit_shards == 100:
         assert all(count == 1 for path, count in server.requests.items() if path.endswith(".tar"))
-
-
-def test_an_object_store_is_read_through_its_fsspec_driver(make_cache, tmp_path, monkeypatch):
-    import fsspec
-
-    monkeypatch.setattr("configs.urls.SCHEMES", ("https", "s3", "gs", "memory"))
-    monkeypatch.setattr("data.urls._EXTRAS", {"memory": "none"})
-    cache = make_cache(SHARDS)
-    fsspec.filesystem("memory").put(str(cache.folder), "/bucket/cache", recursive=True)
-    url = "memory://bucket/cache"
-    copies = copies_of(url, cache, tmp_path)
-    head = fetch_head(url, tmp_path / "node")
-    assert contents(open_stream(replace(cache, folder=head, copies=copies)), 6) == contents(open_stream(cache), 6)
-    fsspec.filesystem("memory").rm("/bucket", recursive=True)
 
 
 def test_a_closed_stream_holds_no_copy(remote, tmp_path):
