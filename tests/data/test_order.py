@@ -182,7 +182,7 @@ def test_the_hash_of_the_shards_is_that_of_names_and_counts_that_train():
     assert hash_shards(np.array(["a", "b", "d"]), samples, plans) != digest
     assert hash_shards(paths, np.array([4, 0, 3]), plans) != digest
     assert hash_shards(np.array(["c", "b", "a"]), samples, plans) != digest
-    assert hash_shards(paths, samples, np.array(["p", "q", "made from other pictures"])) != digest
+    assert hash_shards(paths, samples, np.array(["p", "q", "other"])) != digest
 
 
 def test_another_order_in_each_epoch_and_for_each_seed():
