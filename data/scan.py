@@ -52,7 +52,7 @@ from data.source_tables import find_tables, list_table, names_are_below
 from data.source_tars import expand_tars, list_tar
 from data.urls import url_stamp
 
-_SCAN_VERSION = 1
+_SCAN_VERSION = 2
 _UNIT_THREADS, _PICTURE_THREADS = 4, 8  # they wait for disks and networks, and decode masks
 _UNIT_ITEMS = 1024
 _CLOCK_SECONDS = 0.05  # file times come from a clock that ticks every 1 to 10 ms
@@ -181,17 +181,20 @@ class _Scanner:
         stamps = {place: place if is_url(place) else _stamp_of(place) for place in places}
         described = [[item.name, *([stamps[f.place], f.offset, f.size] for f in item.pictures)] for item in items]
         key = self._key("files", described)
-        pack = self.copies.path("", key, ".pictures")
-        if (rows := self.results.read(key)) is None:
+        if (found := self.results.read(key)) is None:
             _outwait_the_clock(places)
             if any(map(is_url, places)) and not self.copies.are_too_many():
-                with _new_file(pack) as packed:
+                # Of a name of its own: who scans the same at the same time packs in another order. The name stands
+                # with the offsets, so whichever result is read later, its offsets are those of its pack.
+                pack = f"{key}-{secrets.token_hex(4)}.pictures"
+                with _new_file(self.copies.folder / pack) as packed:
                     scanned = self._scan(items, packed=_Pack(packed))
             else:
-                scanned = self._scan(items, packed=None)
-            rows = [row_of_facts(entry) for entry in scanned]
-            self.results.write(key, rows)
-        return [with_facts(item, row, pack) for item, row in zip(items, rows, strict=True)]
+                pack, scanned = "", self._scan(items, packed=None)
+            found = [[pack], *(row_of_facts(entry) for entry in scanned)]
+            self.results.write(key, found)
+        (pack,), *rows = found
+        return [with_facts(item, row, self.copies.folder / pack) for item, row in zip(items, rows, strict=True)]
 
     def _key(self, *parts: object) -> str:
         return self.results.key(_SCAN_VERSION, self.max_megapixels, self.masks, *parts)

@@ -3,6 +3,10 @@ import json
 import os
 import sys
 import tarfile
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
 
@@ -181,14 +185,25 @@ def test_a_change_reads_a_part_of_a_large_set_anew(scan, reads, tmp_path):
     assert 0 < len(reads) < 2 * 100
 
 
-def test_what_another_process_found_is_taken_over(scan, folders, reads, tmp_path):
-    """Two scans of one state name their results alike."""
-    scan(**folders)
-    (found,) = results(tmp_path)
-    kept = found.read_bytes()
-    found.unlink()
-    scan(**folders)
-    assert [file.name for file in results(tmp_path)] == [found.name] and found.read_bytes() == kept
+def test_what_another_worker_found_is_taken_over(folders, reads, tmp_path):
+    """One stops halfway while another scans to the end, and goes on then: together they read each picture once."""
+    write_folders(tmp_path, [f"{number:04d}" for number in range(600)])
+    data = DataConfig.model_validate({"cache": tmp_path / "cache", "datasets": [{"name": "photos", **folders}]})
+    halfway, other_is_done, counts = threading.Event(), threading.Event(), []
+
+    def stop_halfway(count):
+        counts.append(count)
+        if sum(counts) > 310:
+            halfway.set()
+            assert other_is_done.wait(30)
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(scan_dataset, data.datasets[0], data, stop_halfway)
+        assert halfway.wait(30)
+        second = scan_dataset(data.datasets[0], data, lambda count: None)
+        other_is_done.set()
+        assert first.result() == second and len(second) == 620
+    assert len(reads) == 2 * 620
 
 
 def test_every_picture_at_fault_is_named_and_the_good_ones_are_kept(scan, reads, tmp_path):
@@ -362,6 +377,33 @@ def test_a_list_of_urls_is_fetched_once_if_there_is_room(scan, folders, serve_fo
     reads.clear()
     read_all(scan(**dataset, copies_gib=copies_gib))
     assert reads == []
+
+
+def test_workers_that_copy_the_same_pictures_at_once_each_find_their_own(scan, folders, serve, tmp_path):
+    """Two workers on one list of URLs; the server answers each in an order of its own."""
+    asked, both_scan = Counter(), threading.Barrier(2)
+
+    def get(handler):
+        asked[handler.path] += 1
+        if handler.path == "/target/a/00.png":
+            both_scan.wait(10)
+        number = int(handler.path[-6:-4])
+        time.sleep(0.002 * (number if asked[handler.path] == 1 else 10 - number))
+        data = (tmp_path / handler.path.lstrip("/")).read_bytes()
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(data)))
+        handler.end_headers()
+        handler.wfile.write(data)
+
+    url = serve(get)
+    rows = [{"target": f"{url}/target/{name}.png", "mask": f"{url}/mask/{name}.png"} for name in NAMES]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with ThreadPoolExecutor(2) as pool:
+        for scanned in pool.map(lambda _: scan(table=str(tmp_path / "list.jsonl")), range(2)):
+            read_all(scanned)
+    assert set(asked.values()) == {2}
+    read_all(scan(table=str(tmp_path / "list.jsonl")))
+    assert set(asked.values()) == {2}, "copied once more by each worker, and read from the copies since"
 
 
 def test_a_list_on_a_server_and_its_pictures(scan, folders, serve_folder, tmp_path):
