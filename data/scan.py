@@ -162,14 +162,14 @@ class _Scanner:
         stamp = _stamp_of(tar)
         key = self._key("tar", tar, stamp, self.dataset.members.model_dump())
         copy = str(self.copies.path(tar, stamp, ".copy")) if is_url(tar) else ""
-        if (rows := self.results.read(key)) is not None:
-            return [with_facts(item_of(row, tar, copy), row[ITEM_COLUMNS:]) for row in rows]
-        _outwait_the_clock([tar])
-        with self.copies.local(tar, stamp) as file:
-            items = list_tar(tar, file, self.dataset, masks=self.masks)
-            scanned = self._scan(items, packed=None)
-        self.results.write(key, [[*row_of_item(entry.item, tar), *row_of_facts(entry)] for entry in scanned])
-        return scanned
+        if (rows := self.results.read(key)) is None:
+            _outwait_the_clock([tar])
+            with self.copies.local(tar, stamp) as file:
+                scanned = self._scan(list_tar(tar, file, self.dataset, masks=self.masks), packed=None)
+            rows = [[*row_of_item(entry.item, tar), *row_of_facts(entry)] for entry in scanned]
+            self.results.write(key, rows)
+        # Of the rows even if the items were just listed: those have their copy where it was while they were.
+        return [with_facts(item_of(row, tar, copy), row[ITEM_COLUMNS:]) for row in rows]
 
     def scan_files(self, items: Sequence[Item]) -> list[ScannedItem]:
         """Items whose pictures are files of their own, or in a table's."""
