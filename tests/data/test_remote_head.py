@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from configs.errors import InputError
-from data.manifest import MANIFEST, SHARD_TABLE, read_manifest, read_shard_table, write_manifest
+from data.manifest import MANIFEST, SHARD_TABLE, hash_files, read_manifest, read_shard_table, write_manifest
 from data.remote_head import fetch_head
 
 
@@ -45,3 +45,16 @@ def test_a_page_in_the_place_of_the_manifest_is_named(remote, tmp_path):
     server.faults[MANIFEST] = ["page"]
     with pytest.raises(InputError, match=rf"{url}/{MANIFEST}: damaged"):
         fetch_head(url, tmp_path / "node")
+
+
+def test_a_manifest_that_names_files_elsewhere_writes_none(remote, tmp_path, monkeypatch):
+    url, _, cache = remote
+    (cache.folder.parent / "outside.txt").write_text("a stranger's")
+    with monkeypatch.context() as patched:
+        patched.setattr("data.manifest.hash_files", lambda *_: hash_files(cache.folder, ["../outside.txt"]))
+        write_manifest(cache.folder, cache.manifest, cache.table)
+    with pytest.raises(
+        InputError, match=rf"{url}/{MANIFEST}: damaged \(names a file outside of the cache: \.\./outside"
+    ):
+        fetch_head(url, tmp_path / "node")
+    assert not (tmp_path / "node").exists()
