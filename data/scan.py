@@ -64,8 +64,10 @@ def scan_dataset(dataset: DatasetConfig, data: DataConfig, advance: Callable[[in
     advance: told how many more are done.  Raises one InputError that lists all that is wrong with items and pictures.
     """
     scanner = _Scanner(dataset, data)
+    tars = expand_tars(dataset.tars or [], dataset.name)
+    _refuse_the_caches_own(dataset, tars, data.cache_folder)
     if dataset.tars is not None:
-        units = [partial(scanner.scan_tar, tar) for tar in expand_tars(dataset.tars, dataset.name)]
+        units = [partial(scanner.scan_tar, tar) for tar in tars]
     else:
         units = [partial(scanner.scan_files, items) for items in _deal(scanner.list_items())]
 
@@ -95,6 +97,23 @@ def scan_dataset(dataset: DatasetConfig, data: DataConfig, advance: Callable[[in
         raise InputError(listed(problems))
     scanner.results.delete_unused()
     return scanned
+
+
+_OWN_FOLDERS = ("shards", "validation", "scan", "copies", "crew")
+
+
+def _refuse_the_caches_own(dataset: DatasetConfig, tars: Sequence[str], cache: Path) -> None:
+    """Raise InputError if a dataset's pictures lie in a folder of the cache from which it deletes."""
+    places = {place for place in (dataset.target, mask_folder(dataset), dataset.source) if place is not None}
+    places |= {Path(tar).parent for tar in tars if not is_url(tar)}
+    places |= {Path(table) for table in [dataset.table] if table is not None and not is_url(table)}
+    own = [(cache / name).resolve() for name in _OWN_FOLDERS]
+    for place in sorted(places):
+        if any(place.resolve().is_relative_to(folder) for folder in own):
+            raise InputError(
+                f"dataset {dataset.name}: {place} lies in a folder of data.cache {cache} itself, which deletes what it "
+                "does not know there. Move the pictures elsewhere, or point data.cache at another folder."
+            )
 
 
 def delete_copies(cache: Path) -> None:

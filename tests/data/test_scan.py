@@ -287,6 +287,25 @@ def test_names_that_meet_are_refused(scan, tmp_path, folders):
         scan(table=str(tmp_path / "one.jsonl"))
 
 
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        {"tars": "cache/shards/{000..001}.tar"},
+        {"tars": ["elsewhere/a.tar", "cache/shards/mine/b.tar"]},
+        {"tars": "link/a.tar"},
+        {"table": "cache/copies/list.jsonl"},
+        {"table": "cache/shards"},
+        {"target": "cache/validation", "mask": "masks"},
+        {"target": "targets", "mask": "cache/scan/masks"},
+    ],
+)
+def test_pictures_in_folders_that_the_cache_clears_are_refused(scan, tmp_path, monkeypatch, dataset):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "cache" / "shards")
+    with pytest.raises(InputError, match=r"lies in a folder of data.cache .* Move the pictures elsewhere"):
+        scan(**dataset)
+
+
 # --- remote -----------------------------------------------------------------------------------------------------------
 
 
