@@ -14,6 +14,10 @@ from data.picture_files import PictureBytes, PictureFile, byte_limit
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # Pillow's other readers are code that no picture here needs
 
+# A picture is resized until its short side fills the bucket, so a strip of a few pixels would become gigapixels: at 32
+# it takes 16 times the bucket's area, no more than a large photograph.
+LONGEST_ASPECT = 32
+
 _ORIENTATION_TAG = 0x0112
 # EXIF orientation -> how the stored picture is turned to stand upright.
 _TURNS = {
@@ -42,7 +46,8 @@ def read_picture(picture: Picture, *, max_megapixels: float) -> PictureBytes:
 
 
 def _open(picture_bytes: PictureBytes, max_megapixels: float) -> Image.Image:
-    """An opened, not yet decoded picture. Raises InputError if it is no picture, or too large to decode."""
+    """An opened, not yet decoded picture. Raises InputError if it is no picture, or too large or too long to
+    decode."""
     # Pillow's own limit is one for the whole process and may lie below the user's; the check below stands in for it.
     Image.MAX_IMAGE_PIXELS = None
     try:
@@ -61,6 +66,12 @@ def _open(picture_bytes: PictureBytes, max_megapixels: float) -> Image.Image:
         raise InputError(
             f"{picture_bytes}: {picture.width}x{picture.height} is {megapixels:.0f} megapixels, above "
             f"data.max_megapixels {max_megapixels:g}; it was not decoded. Shrink the picture or raise the limit."
+        )
+    if max(picture.size) > LONGEST_ASPECT * min(picture.size):
+        picture.close()
+        raise InputError(
+            f"{picture_bytes}: {picture.width}x{picture.height} is more than {LONGEST_ASPECT} times as long as wide: "
+            "next to nothing of it would be left at the size that is trained. Cut it into pictures, or remove it."
         )
     return picture
 
@@ -125,8 +136,8 @@ def _load(picture_file: Picture, max_megapixels: float) -> Image.Image:
 def load_picture(picture_file: Picture, *, max_megapixels: float) -> Image.Image:
     """A decoded, upright RGB picture; transparent parts stand on white.
 
-    Raises InputError, naming the file, if it is missing, unreadable, or has more than `max_megapixels` pixels (then it
-    is refused before decoding: a file of some kilobytes can hold gigapixels).
+    Raises InputError, naming the file, if it is missing, unreadable, has more than `max_megapixels` pixels or is above
+    LONGEST_ASPECT (then it is refused before decoding: a file of some kilobytes can hold gigapixels).
     """
     picture = _load(picture_file, max_megapixels)
     if "A" in picture.getbands() or "transparency" in picture.info:

@@ -109,6 +109,20 @@ def test_a_picture_above_the_limit_is_refused_undecoded(tmp_path, load):
         load(path, max_megapixels=LIMIT)
 
 
+@pytest.mark.parametrize("load", [load_picture, load_mask, picture_size])
+@pytest.mark.parametrize("size", [(1000, 1), (1, 1000), (33 * 7, 7)])
+def test_a_strip_is_refused_undecoded(tmp_path, load, size):
+    """Resized to fill a bucket with its short side, it would take gigabytes."""
+    (tmp_path / "spacer.png").write_bytes(png_that_claims(*size))
+    with pytest.raises(InputError, match=rf"spacer.png: {size[0]}x{size[1]} is more than 32 times as long as wide"):
+        load(tmp_path / "spacer.png", max_megapixels=LIMIT)
+
+
+def test_a_panorama_is_read(tmp_path):
+    Image.new("RGB", (32 * 7, 7)).save(tmp_path / "wide.png")
+    assert load_picture(tmp_path / "wide.png", max_megapixels=LIMIT).size == (32 * 7, 7)
+
+
 def test_a_size_is_read_without_decoding(tmp_path, monkeypatch):
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda picture: pytest.fail(f"{picture} was decoded"))
     monkeypatch.setattr("PIL.WebPImagePlugin.WebPImageFile.load", lambda picture: pytest.fail("decoded"))
