@@ -15,7 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -55,6 +55,7 @@ from data.urls import url_stamp
 _SCAN_VERSION = 2
 _UNIT_THREADS, _PICTURE_THREADS = 4, 8  # they wait for disks and networks, and decode masks
 _UNIT_ITEMS = 1024
+_ABANDONED_SECONDS = 24 * 3600.0
 _CLOCK_SECONDS = 0.05  # file times come from a clock that ticks every 1 to 10 ms
 
 
@@ -117,12 +118,25 @@ def _refuse_the_caches_own(dataset: DatasetConfig, tars: Sequence[str], cache: P
 
 
 def delete_copies(cache: Path) -> None:
-    """Delete what a scan kept for encoding, once all is encoded."""
+    """Delete what a scan kept for encoding, once all is encoded.
+
+    What others are just writing stays theirs (a late helper, a dry run); what a killed one left goes after a day.
+    """
     folder = _copies_folder(cache)
-    for file in folder.glob("*"):
-        file.unlink(missing_ok=True)
-    if folder.is_dir():
-        folder.rmdir()
+    with suppress(FileNotFoundError):
+        for file in folder.iterdir():
+            if file.suffix != ".part" or _age_seconds(file) > _ABANDONED_SECONDS:
+                file.unlink(missing_ok=True)
+        with suppress(OSError):  # not empty
+            folder.rmdir()
+
+
+def _age_seconds(file: Path) -> float:
+    """Since it was last written to; 0 if it is gone."""
+    try:
+        return time.time() - file.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _copies_folder(cache: Path) -> Path:

@@ -338,6 +338,36 @@ def test_a_remote_tar_is_fetched_once(scan, folders, tars, serve_folder, tmp_pat
     assert [path for path, wanted in requests_of_files(requests) if wanted] == ["/a.tar"] * 4, "single pictures"
 
 
+def test_what_another_is_writing_is_left_to_it(tmp_path):
+    """A late helper or a dry run, while this job ends."""
+    copies = tmp_path / "cache" / "copies"
+    copies.mkdir(parents=True)
+    for name in ("a.copy", "b.pictures", "c.copy.0123abcd.part", "d.copy.4567cdef.part"):
+        (copies / name).write_text("x")
+    os.utime(copies / "d.copy.4567cdef.part", (0, 0))
+    delete_copies(tmp_path / "cache")
+    assert [file.name for file in copies.iterdir()] == ["c.copy.0123abcd.part"]
+    os.utime(copies / "c.copy.0123abcd.part", (0, 0))
+    for _ in range(2):
+        delete_copies(tmp_path / "cache")
+        assert not copies.exists()
+
+
+def test_copies_go_although_a_new_one_comes_meanwhile(tmp_path, monkeypatch):
+    copies = tmp_path / "cache" / "copies"
+    copies.mkdir(parents=True)
+    (copies / "a.copy").write_text("x")
+    unlink = Path.unlink
+
+    def unlink_slowly(path, **options):
+        unlink(path, **options)
+        (copies / "new.copy.0123abcd.part").write_text("x")
+
+    monkeypatch.setattr(Path, "unlink", unlink_slowly)
+    delete_copies(tmp_path / "cache")
+    assert [file.name for file in copies.iterdir()] == ["new.copy.0123abcd.part"]
+
+
 def test_without_room_for_copies_pictures_are_fetched_one_by_one(scan, tars, serve_folder, tmp_path):
     url, requests = serve_folder(tars)
     scanned = scan(tars=f"{url}/{{a,b}}.tar", copies_gib=0)
