@@ -40,7 +40,7 @@ from data.scan_results import (
     Facts,
     ScannedItem,
     ScanResults,
-    is_in,
+    is_in_pack,
     item_of,
     row_of_facts,
     row_of_item,
@@ -180,12 +180,12 @@ class _Scanner:
         key = self._key("table", table, below, stamp, self.dataset.columns.model_dump())
         pack = self.copies.path(table, key, ".pictures")
         rows = self.results.read(key)
-        if rows is not None and (pack.exists() or not any(is_in(pack, row) for row in rows)):
-            return [item_of(row) for row in rows]
+        if rows is not None and (pack.exists() or not any(map(is_in_pack, rows))):
+            return [item_of(row, str(pack)) for row in rows]
         _outwait_the_clock([table])
         with self.copies.local(table, stamp) as file, _new_file(pack) as packed:
             items = list_table(table, file, below, self.dataset, masks=self.masks, pack=pack, packed=packed)
-        self.results.write(key, [row_of_item(item) for item in items])
+        self.results.write(key, [row_of_item(item, str(pack)) for item in items])
         return items
 
     # --- scanning ---
@@ -211,7 +211,7 @@ class _Scanner:
             captions = dict(zip(texts, self.picture_pool.map(read_caption_file, texts), strict=True))
             items = [replace(item, caption=captions.get(item.caption or "")) for item in items]
         places = {file.place for item in items for file in item.pictures}
-        stamps = {place: place if is_url(place) else _stamp_of(place) for place in places}
+        stamps = {place: place if is_url(place) else self._stamp_of_file(place) for place in places}
         described = [[item.name, *([stamps[f.place], f.offset, f.size] for f in item.pictures)] for item in items]
         key = self._key("files", described)
         if (found := self.results.read(key)) is None:
@@ -228,6 +228,12 @@ class _Scanner:
             self.results.write(key, found)
         (pack,), *rows = found
         return [with_facts(item, row, self.copies.folder / pack) for item, row in zip(items, rows, strict=True)]
+
+    def _stamp_of_file(self, place: str) -> str:
+        """As `_stamp_of`; of a table's pack its name, which is a hash of the table's own stamp: when it is gone it is
+        written anew, with the same bytes."""
+        path = Path(place)
+        return path.name if path.parent == self.copies.folder else _stamp_of(place)
 
     def _key(self, *parts: object) -> str:
         return self.results.key(_SCAN_VERSION, self.max_megapixels, self.masks, *parts)

@@ -306,6 +306,54 @@ def test_pictures_in_folders_that_the_cache_clears_are_refused(scan, tmp_path, m
         scan(**dataset)
 
 
+# --- pictures inside tables -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    """A dataset of five pictures that lie, with their masks, inside a table."""
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    columns = {role: [picture_bytes(n, mask=role == "mask") for n in range(5)] for role in ("target", "mask")}
+    parquet.write_table(pa.table(columns), tmp_path / "list.parquet")
+    return {"table": str(tmp_path / "list.parquet")}
+
+
+def test_pictures_inside_a_table_are_read_once(scan, parquet, reads, tmp_path):
+    """Also when their pack went, as it does once all is encoded."""
+    first = scan(**parquet)
+    read_all(first)
+    assert len(reads) == 10
+    reads.clear()
+    assert scan(**parquet) == first
+    delete_copies(tmp_path / "cache")
+    again = scan(**parquet)
+    assert again == first and reads == []
+    read_all(again)
+
+
+def test_pictures_inside_a_table_that_changed_are_read_anew(scan, parquet, reads, tmp_path):
+    import pyarrow as pa
+    from pyarrow.parquet import write_table
+
+    scan(**parquet)
+    columns = {"target": [picture_bytes(9)], "mask": [picture_bytes(9, mask=True)]}
+    write_table(pa.table(columns), tmp_path / "list.parquet")
+    reads.clear()
+    read_all(scan(**parquet))
+    assert len(reads) == 2
+
+
+def test_a_cache_may_be_called_otherwise(scan, parquet, reads, tmp_path):
+    scan(**parquet)
+    (tmp_path / "cache").rename(tmp_path / "moved")
+    data = DataConfig.model_validate({"cache": tmp_path / "moved", "datasets": [{"name": "photos", **parquet}]})
+    reads.clear()
+    read_all(scan_dataset(data.datasets[0], data, lambda count: None))
+    assert reads == []
+
+
 # --- remote -----------------------------------------------------------------------------------------------------------
 
 
