@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from configs.dataset_schema import DatasetConfig
 from configs.errors import InputError
 from configs.urls import is_url, shown
+from data.folder_walk import walk_folder
 from data.picture_files import PictureFile
 from data.source_items import Item, is_utf8
 from data.urls import check_url
@@ -26,7 +27,7 @@ _NEEDS_PYARROW = (".parquet", ".arrow")
 def find_tables(place: str, dataset: str) -> list[str]:
     """The tables that a dataset's `table` names: itself, or all of a Hugging Face folder, sorted.
 
-    Raises InputError if there is none.
+    Raises InputError if there is none, or `walk_folder` refuses the folder.
     """
     where = f"dataset {dataset}: table {shown(place)}"
     path = Path(place)
@@ -36,7 +37,7 @@ def find_tables(place: str, dataset: str) -> list[str]:
         return [place]
     if not path.is_dir():
         raise InputError(f"{where} does not exist. Correct data.datasets.*.table.")
-    files = [file for file in path.rglob("*") if not any(part[0] == "." for part in file.relative_to(path).parts)]
+    files = [Path(parent, name) for parent, names in walk_folder(path, where) for name in names]
     tables = [file for file in files if file.name in ("metadata.jsonl", "metadata.csv")]
     tables = tables or [file for file in files if file.suffix in _NEEDS_PYARROW]
     if not tables:
