@@ -17,7 +17,7 @@ from configs.errors import InputError
 from configs.urls import is_url, shown
 from data.folder_walk import walk_folder
 from data.picture_files import PictureFile
-from data.source_items import Item, is_utf8
+from data.source_items import HALF_A_CHARACTER, Item, is_utf8
 from data.urls import check_url
 
 _ROW_BATCH = 64  # rows of a table that are in memory at a time
@@ -130,6 +130,8 @@ def _name(row: dict[str, Any], column: str | None, target: PictureFile, below: s
         path = f"{parts.netloc}{parts.path}"  # without the query, which may hold a token
     else:
         path = _below(target.place, below)
+    if not PurePosixPath(path).name:
+        raise InputError(f"{where}: {target} names a folder, no picture. Correct it.")
     return str(PurePosixPath(path).with_suffix(""))
 
 
@@ -149,10 +151,12 @@ def _resolve(table: str, cell: object, where: str) -> str:
     if is_url(path):
         check_url(path, where)
         return path
-    if path.startswith("/") or ".." in PurePosixPath(path).parts or "\0" in path or not is_utf8(path):
+    if path.startswith("/") or ".." in PurePosixPath(path).parts or "\0" in path:
         raise InputError(
             f"{where} is {path!a}, which leads out of the table's folder. Write a path relative to the table, below it."
         )
+    if not PurePosixPath(path).name:
+        raise InputError(f"{where} is {path!r}, the table's folder, no picture. Correct it.")
     folder, separator, _ = table.partition("?")[0].rpartition("/")
     return f"{folder}{separator}{PurePosixPath(path)}"
 
@@ -183,25 +187,36 @@ def _read_jsonl(table: str, file: Path) -> Iterator[tuple[int, str, dict[str, An
             where = f"{shown(table)}, line {number + 1}"
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{where}: no JSON ({error}). Correct the line, or write the list anew.") from error
             if not isinstance(row, dict):
                 raise InputError(f'{where}: no JSON object. Write {{"target": ..., "mask": ...}}.')
+            if "\\u" in line and not is_utf8(json.dumps(row, ensure_ascii=False)):
+                raise InputError(f"{where}: {HALF_A_CHARACTER}. Correct the line, or write the list anew.")
             yield number, where, _with_file_names(row)
 
 
 def _read_csv(table: str, file: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
     with file.open(encoding="utf-8-sig", newline="") as lines:
-        for number, row in enumerate(csv.DictReader(lines)):
-            yield number, f"{shown(table)}, row {number + 1}", _with_file_names(row)
+        rows = csv.DictReader(lines, strict=True)  # else a quote that is never closed swallows the rows behind it
+        try:
+            for number, row in enumerate(rows):
+                where = f"{shown(table)}, line {rows.line_num}"
+                if None in row:
+                    raise InputError(
+                        f"{where}: {len(row[None])} cell(s) more than the first line has columns, from "
+                        f'{row[None][0]!r:.60} on. Put a text with commas in quotes: "a red, old car".'
+                    )
+                yield number, where, _with_file_names({name: cell or None for name, cell in row.items()})
+        except csv.Error as error:
+            raise InputError(
+                f"{shown(table)}, line {rows.line_num + 1}: no CSV ({error}). Correct the line."
+            ) from error
 
 
 def _with_file_names(row: dict[str, Any]) -> dict[str, Any]:
     """`datasets` calls the column `image` whose files metadata.jsonl names under file_name or image_file_name."""
-    columns = {}
-    for name, cell in row.items():
-        if name is not None:
-            columns["image" if name == "file_name" else name.removesuffix("_file_name")] = cell
+    columns = {"image" if name == "file_name" else name.removesuffix("_file_name"): row[name] for name in row}
     return row | columns
 
 

@@ -12,7 +12,7 @@ from configs.dataset_schema import DatasetConfig
 from configs.errors import InputError
 from configs.urls import is_url, shown
 from data.picture_files import PictureFile
-from data.source_items import Item, decode_text, is_utf8
+from data.source_items import HALF_A_CHARACTER, Item, decode_text, is_utf8
 from data.tar_headers import Member, read_members
 from data.urls import check_url
 
@@ -115,8 +115,10 @@ def _read_caption(tar: str, copy: Path, member: Member | None) -> str | None:
         return text
     try:
         caption = json.loads(text).get("caption")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"{shown(tar)}: {member.name}: no JSON object ({error}). Mend or remove it.") from error
     if not isinstance(caption, str | None):
         raise InputError(f"{shown(tar)}: {member.name}: its caption is no text. Mend or remove it.")
+    if caption is not None and not is_utf8(caption):
+        raise InputError(f"{shown(tar)}: {member.name}: its caption {HALF_A_CHARACTER}. Mend or remove it.")
     return caption

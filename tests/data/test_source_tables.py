@@ -69,7 +69,7 @@ def test_paths_of_a_list_on_a_server_are_relative_to_it(tmp_path):
 
 @pytest.mark.parametrize(
     "path",
-    ["../x.png", "a/../../x.png", "/etc/passwd", "a/..", "a\0.png", "\udce9.png"],
+    ["../x.png", "a/../../x.png", "/etc/passwd", "a/..", "a\0.png"],
 )
 @pytest.mark.parametrize("role", ["target", "mask"])
 def test_a_path_that_leads_out_of_the_lists_folder_is_refused(tmp_path, path, role):
@@ -97,11 +97,29 @@ def test_a_scheme_that_is_not_allowed_is_refused(tmp_path, url):
         ({"target": "", "mask": "m"}, r"list\.jsonl, line 2, target is '': no path, URL or picture"),
         ({"target": 3, "mask": "m"}, r"list\.jsonl, line 2, target is 3: no path, URL or picture"),
         ({"target": "x", "mask": "m", "caption": 3}, r"list\.jsonl, line 2: caption is 3, no text"),
+        ('{"target": "x", "mask": "m", "caption": "a \\ud83d"}', r"list\.jsonl, line 2: holds half a character"),
+        ('{"target": "x\\udce9.png", "mask": "m"}', r"list\.jsonl, line 2: holds half a character"),
+        ('{"target": "x", "mask": "m", "other": {"\\ud83d": 1}}', r"list\.jsonl, line 2: holds half a character"),
+        ("[" * 100_000, r"list\.jsonl, line 2: no JSON \(.*recursion"),
+        ({"target": ".", "mask": "m"}, r"list\.jsonl, line 2, target is '\.', the table's folder, no picture"),
+        ({"target": "x", "mask": "./"}, r"list\.jsonl, line 2, mask is '\./', the table's folder, no picture"),
     ],
 )
 def test_a_row_at_fault_is_named(tmp_path, row, message):
     with pytest.raises(InputError, match=message):
         items_of(write_jsonl(tmp_path / "list.jsonl", {"target": "a.png", "mask": "m.png"}, row))
+
+
+def test_a_whole_character_in_two_halves_is_one(tmp_path):
+    (item,) = items_of(write_jsonl(tmp_path / "list.jsonl", '{"target":"a","mask":"m","caption":"\\ud83d\\ude00"}'))
+    assert item.caption == "\U0001f600"
+
+
+def test_a_url_that_names_no_picture_is_refused(tmp_path):
+    url = "https://host/data/list.jsonl"
+    file = write_jsonl(tmp_path / "copy", {"target": "https://host/data/", "mask": "m.png"})
+    with pytest.raises(InputError, match=r"list\.jsonl, line 1: https://host/data/ names a folder, no picture"):
+        list_table(url, file, names_are_below(url, url), dataset(url), masks=True, pack=file, packed=io.BytesIO())
 
 
 def test_all_rows_at_fault_are_named_at_once(tmp_path):
@@ -156,6 +174,39 @@ def test_an_imagefolder_names_its_pictures_in_metadata(tmp_path):
         tmp_path / "hub" / "more" / "metadata.csv", below=tmp_path / "hub", target="image", caption="text"
     )
     assert item.caption == "B, b"
+
+
+def write_csv(tmp_path, *lines):
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "metadata.csv").write_text("".join(f"{line}\n" for line in lines))
+    return tmp_path / "hub" / "metadata.csv"
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (
+            "a.png,m.png,a red, old car",
+            r"line 3: 1 cell\(s\) more than the first line has columns, from ' old car' on\. Put",
+        ),
+        ("a.png,m.png,a, b, c", r"line 3: 2 cell\(s\) more"),
+        ('a.png,m.png,"a red car', r"line 3: no CSV \(unexpected end of data\)"),
+        (f"a.png,m.png,{'x' * 200_000}", r"line 3: no CSV \(field larger than"),
+        (",m.png,text", r"line 3: no image, but "),
+    ],
+)
+def test_a_line_of_a_csv_at_fault_is_named(tmp_path, line, message):
+    table = write_csv(
+        tmp_path, "file_name,mask_file_name,caption", 'b.png,m.png,"a red, old car"', line, "c.png,m.png,x"
+    )
+    with pytest.raises(InputError, match=rf"^{table}, {message}"):
+        items_of(table, target="image")
+
+
+def test_an_empty_cell_of_a_csv_is_none(tmp_path):
+    """So it has the default caption, as the row of another list that has none."""
+    table = write_csv(tmp_path, "file_name,mask_file_name,caption", "a.png,m.png,", "b.png,m.png", "c.png,m.png,x")
+    assert [item.caption for item in items_of(table, target="image")] == [None, None, "x"]
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,12 @@ def test_what_is_no_samples_is_passed_over(items_of):
         ({"1.jpg": b"", "1.mask.png": b"", "1.txt": b"gr\xfcn"}, {}, [r"photos-0\.tar: 1\.txt: not UTF-8 text"]),
         ({"1.jpg": b"", "1.mask.png": b"", "1.json": b"[1]"}, {}, [r"photos-0\.tar: 1\.json: no JSON object"]),
         ({"1.jpg": b"", "1.mask.png": b"", "1.json": b'{"caption": 3}'}, {}, [r"1\.json: its caption is no text"]),
+        (
+            {"1.jpg": b"", "1.mask.png": b"", "1.json": b'{"caption": "a \\ud83d"}'},
+            {},
+            [r"photos-0\.tar: 1\.json: its caption holds half a character"],
+        ),
+        ({"1.jpg": b"", "1.mask.png": b"", "1.json": b"[" * 100_000}, {}, [r"1\.json: no JSON object \(.*recursion"]),
         ({"README": b"x"}, {}, [r"photos-0\.tar: holds no sample\. Remove it from data\.datasets\.\*\.tars"]),
     ],
 )
