@@ -25,6 +25,8 @@ def problem_with_url(url: str) -> str | None:
     scheme, separator, _ = url.partition("://")
     if not separator or scheme not in SCHEMES:
         return f"only {', '.join(f'{name}://' for name in SCHEMES)} are read: use one of them, or a folder"
+    if re.search(r"[\x00-\x1f\x7f]", url):
+        return "it holds a line break, tab or other control character: correct it"
     try:
         parts = urlsplit(url)
     except ValueError as error:

@@ -187,11 +187,12 @@ def _read_jsonl(table: str, file: Path) -> Iterator[tuple[int, str, dict[str, An
             where = f"{shown(table)}, line {number + 1}"
             try:
                 row = json.loads(line)
+                is_text = "\\u" not in line or is_utf8(json.dumps(row, ensure_ascii=False))
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{where}: no JSON ({error}). Correct the line, or write the list anew.") from error
             if not isinstance(row, dict):
                 raise InputError(f'{where}: no JSON object. Write {{"target": ..., "mask": ...}}.')
-            if "\\u" in line and not is_utf8(json.dumps(row, ensure_ascii=False)):
+            if not is_text:
                 raise InputError(f"{where}: {HALF_A_CHARACTER}. Correct the line, or write the list anew.")
             yield number, where, _with_file_names(row)
 

@@ -17,6 +17,37 @@ def test_a_file_is_read_from_a_server(serve):
         assert len(file.read()) == 8 * 1000 - 12
 
 
+@pytest.mark.parametrize(
+    "path, sent",
+    [
+        ("/my photo.png", "/my%20photo.png"),
+        ("/фото/猫.png?x=ü y", "/%D1%84%D0%BE%D1%82%D0%BE/%E7%8C%AB.png?x=%C3%BC%20y"),
+        ("/my%20photo.png?X-Amz-Credential=A%2Fb&sig=a+b/c==", "/my%20photo.png?X-Amz-Credential=A%2Fb&sig=a+b/c=="),
+        ("/a&b;c(1)[2]!,100%.png", "/a&b;c(1)[2]!,100%.png"),
+    ],
+)
+def test_a_url_is_sent_as_servers_take_it(serve, path, sent):
+    """As browsers do, spaces and other letters encoded; what is encoded, or signed, stays as it is."""
+
+    def get(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(handler.path.encode())
+
+    assert read_range(f"{serve(get)}{path}", 0, 1000).decode() == sent
+
+
+@pytest.mark.parametrize("url", ["https://a..b/x.png", f"https://{'a' * 70}.com/x.png", "https://a:port/x.png"])
+def test_what_is_no_url_is_final(url):
+    with pytest.raises(InputError, match=r"https://.*/x\.png: no URL \(.*\)\. Correct it"):
+        read_range(url, 0, 1)
+
+
+def test_a_url_with_a_line_break_is_refused():
+    with pytest.raises(InputError, match="it holds a line break, tab or other control character: correct it"):
+        check_url("https://host/a\nb.png", "list.jsonl, line 1")
+
+
 def test_a_redirect_stays_within_the_schemes(serve):
     def get(handler):
         handler.send_response(302)
