@@ -28,7 +28,7 @@ import xxhash
 from configs.dataset_schema import DatasetConfig
 from configs.errors import InputError
 from configs.schema import DataConfig
-from configs.urls import is_url
+from configs.urls import is_url, shown
 from data.atomic_write import write_atomically
 from data.mask_recipe import recipe_of
 from data.picture_files import PictureFile
@@ -303,7 +303,7 @@ def _stamp_of(place: str) -> str:
     """What changes when a file changes."""
     if is_url(place):
         # Of a storage that tells nothing, what is found is good for this once.
-        return with_retries(lambda: url_stamp(place), place) or secrets.token_hex(8)
+        return with_retries(lambda: url_stamp(place), shown(place)) or secrets.token_hex(8)
     try:
         status = os.stat(place)
     except OSError:

@@ -32,7 +32,9 @@ def expand_tars(patterns: Sequence[str], dataset: str) -> list[str]:
         try:
             tars += braceexpand(pattern)
         except ValueError as error:
-            raise InputError(f"dataset {dataset}: tars {pattern}: {error}. Correct data.datasets.*.tars.") from error
+            raise InputError(
+                f"dataset {dataset}: tars {shown(pattern)}: {error}. Correct data.datasets.*.tars."
+            ) from error
     places: dict[str, str] = {}
     for tar in tars:
         if is_url(tar):

@@ -130,7 +130,7 @@ class _StayWithinSchemes(urllib.request.HTTPRedirectHandler):
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> urllib.request.Request | None:
-        check_url(newurl, f"{req.full_url} redirects; its target")
+        check_url(newurl, f"{shown(req.full_url)} redirects; its target")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 

@@ -523,6 +523,15 @@ def test_a_picture_that_the_server_lacks_is_named_at_once_and_no_token(scan, ser
     assert len(requests) == 1
 
 
+def test_no_message_holds_the_token_of_a_signed_url(scan, serve, no_waits, caplog):
+    """Neither the log's of attempts, nor the error's in the end."""
+    url = serve(lambda handler: handler.send_error(503))
+    with pytest.raises(InputError, match=rf"^{url}/a\.tar: failed 8 time\(s\)") as caught:
+        scan(tars=f"{url}/a.tar?X-Amz-Signature=secret")
+    assert "attempt 8 of 8" in caplog.text
+    assert "secret" not in str(caught.value) + caplog.text
+
+
 @pytest.fixture
 def bucket(monkeypatch):
     """Stands for s3: a file system in memory, with ETags. `bucket["name/a.tar"] = bytes`."""

@@ -131,6 +131,7 @@ def test_braces_and_lists_name_many_tars():
     "patterns, message",
     [
         (["a-{0..1.tar"], r"dataset web: tars a-\{0\.\.1\.tar: Unbalanced braces"),
+        (["s3://b/a-{0..1.tar?token=secret"], r"dataset web: tars s3://b/a-\{0\.\.1\.tar: Unbalanced braces"),
         (["a/0.tar", "b/0.tar"], r"dataset web: a/0\.tar and b/0\.tar have the same name"),
         (["0.tar", "0.tar"], r"dataset web: 0\.tar and 0\.tar have the same name"),
         (["{pipe:cat ,https://a/}0.tar"], r"dataset web: tar is pipe:cat 0\.tar, but only https://, s3://, gs:// are"),
