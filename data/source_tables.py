@@ -50,7 +50,11 @@ def find_tables(place: str, dataset: str) -> list[str]:
 
 def names_are_below(table: str, place: str) -> str:
     """The folder or URL that the names of a table's pictures begin below: a Hugging Face folder, or the table's own."""
-    return place if table != place else table.partition("?")[0].rpartition("/")[0]
+    if table == place:
+        return table.partition("?")[0].rpartition("/")[0]
+    return str(
+        Path(place)
+    )  # as the tables found there are called, whichever way the config calls it: ./hub, /data/hub/
 
 
 def list_table(

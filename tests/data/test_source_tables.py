@@ -176,6 +176,17 @@ def test_an_imagefolder_names_its_pictures_in_metadata(tmp_path):
     assert item.caption == "B, b"
 
 
+@pytest.mark.parametrize("place", ["{}/hub", "{}/hub/", "{}//hub", "hub", "./hub", "hub/.", "../{0.name}/hub"])
+def test_names_do_not_hang_on_how_a_folder_is_written(tmp_path, monkeypatch, place):
+    """They make the samples' keys, by which shards are dealt and masks are drawn."""
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "hub" / "train" / "metadata.jsonl", {"file_name": "a.png", "mask_file_name": "m.png"})
+    place = place.format(tmp_path)
+    (table,) = find_tables(place, "listed")
+    (item,) = items_of(Path(table), below=place, target="image")
+    assert item.name == "train/a"
+
+
 def write_csv(tmp_path, *lines):
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "metadata.csv").write_text("".join(f"{line}\n" for line in lines))
