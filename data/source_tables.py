@@ -7,7 +7,8 @@ cache: a table is read a group of rows at a time, encoding wants single pictures
 
 import csv
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
@@ -37,15 +38,32 @@ def find_tables(place: str, dataset: str) -> list[str]:
         return [place]
     if not path.is_dir():
         raise InputError(f"{where} does not exist. Correct data.datasets.*.table.")
-    files = [Path(parent, name) for parent, names in walk_folder(path, where) for name in names]
-    tables = [file for file in files if file.name in ("metadata.jsonl", "metadata.csv")]
-    tables = tables or [file for file in files if file.suffix in _NEEDS_PYARROW]
+    metadata, tables = [], []
+    for parent, names in walk_folder(path, where):
+        metadata += [Path(parent, name) for name in names if name in ("metadata.jsonl", "metadata.csv")]
+        tables += [Path(parent, name) for name in _data_files(Path(parent), names) if name.endswith(_NEEDS_PYARROW)]
+    tables = metadata or tables
     if not tables:
         raise InputError(
             f"{where} is a folder without metadata.jsonl, metadata.csv, .parquet or .arrow files below it. Point "
             "data.datasets.*.table at a list, or at a folder that Hugging Face's datasets wrote."
         )
     return sorted(map(str, tables))
+
+
+# What map and filter of `datasets` leave beside the data: cache-<fingerprint>.arrow, or one of several such.
+_INTERMEDIATE = re.compile(r"cache-[0-9a-f]{16}(_\d+_of_\d+)?\.arrow")
+
+
+def _data_files(folder: Path, names: Sequence[str]) -> list[str]:
+    """Of a folder's files those that hold its rows: where `datasets` saved it, what its state.json lists."""
+    if "state.json" in names:
+        try:
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            return [PurePosixPath(entry["filename"]).name for entry in state["_data_files"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # of something else
+    return [name for name in names if not _INTERMEDIATE.fullmatch(name)]
 
 
 def names_are_below(table: str, place: str) -> str:

@@ -290,6 +290,21 @@ def test_splits_of_a_hugging_face_folder_do_not_meet(tmp_path):
     assert names == [f"{split}/data-00000-of-00001/00000000" for split in ("test", "train")]
 
 
+def test_what_datasets_left_beside_its_data_is_no_data(tmp_path):
+    """Intermediate results of its map and filter, in a folder of save_to_disk and in one of its own cache."""
+    ours = ["saved/data-00000-of-00002.arrow", "saved/data-00001-of-00002.arrow", "cache/photos-train.arrow"]
+    ours += ["mine/cache-photos.arrow", "mine/state.json"]
+    theirs = ["saved/cache-0123456789abcdef.arrow", "saved/cache-mine.arrow", "saved/tmpab12.arrow"]
+    theirs += ["cache/cache-0123456789abcdef.arrow", "cache/cache-0123456789abcdef_00001_of_00004.arrow"]
+    for name in ours + theirs:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    state = {"_data_files": [{"filename": f"data-0000{number}-of-00002.arrow"} for number in range(2)]}
+    (tmp_path / "saved" / "state.json").write_text(json.dumps(state))
+    found = find_tables(str(tmp_path), "listed")
+    assert found == sorted(f"{tmp_path}/{name}" for name in ours if not name.endswith("json"))
+
+
 @needs_pyarrow
 def test_paths_in_a_parquet_table_are_paths(tmp_path):
     table = write_arrow(tmp_path / "list.parquet", {"target": ["a.png"], "mask": [{"path": "m.png", "bytes": None}]})
