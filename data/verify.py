@@ -39,6 +39,12 @@ class CheckedCache:
     bad: list[str]
 
 
+def refuse_no_cache(folder: Path) -> None:
+    """Raise InputError if a folder holds no cache at all."""
+    if not any((folder / name).exists() for name in (MANIFEST, SHARD_TABLE, "shards")):
+        raise InputError(f"{folder}: no cache is there. Give the folder that `fluxfill preprocess CONFIG` wrote.")
+
+
 def verify_cache(
     cache: Path,
     *,
@@ -53,8 +59,7 @@ def verify_cache(
     only: shards to read, below the cache folder, beside the head; None: all of them.
     Raises InputError if the folder holds no cache at all.
     """
-    if not any((cache / name).exists() for name in (MANIFEST, SHARD_TABLE, "shards")):
-        raise InputError(f"{cache}: no cache is there. Give the folder that `fluxfill preprocess CONFIG` wrote.")
+    refuse_no_cache(cache)
     manifest, table, problems = _check_head(cache)
     if table is None:  # every shard that is there is judged by its own index
         expected = [ExpectedShard(path) for path in _files_below(cache, ".tar")]
