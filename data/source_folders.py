@@ -60,7 +60,7 @@ def _find(folder: Path, role: str, dataset: str) -> _Found:
             if suffix.lower() not in _SUFFIXES:
                 continue
             name = stem if below == "." else f"{below}/{stem}"
-            if suffix == ".txt":
+            if suffix.lower() == ".txt":
                 found.texts[name] = os.path.join(parent, file)
                 continue
             if name in found.pictures:
