@@ -111,6 +111,11 @@ def _read_caption(tar: str, copy: Path, member: Member | None) -> str | None:
     """A text, or the entry `caption` of a JSON object."""
     if member is None:
         return None
+    if member.size > _LONGEST_CAPTION:
+        raise InputError(
+            f"{shown(tar)}: {member.name}: {member.size} bytes are no caption, of which the longest has "
+            f"{_LONGEST_CAPTION >> 20} MiB. Shorten or remove it."
+        )
     data = PictureFile(str(copy), member.offset, member.size, member.name).read(_LONGEST_CAPTION).data
     text = decode_text(data, f"{shown(tar)}: {member.name}")
     if not member.name.lower().endswith(".json"):

@@ -58,3 +58,12 @@ def test_a_manifest_that_names_files_elsewhere_writes_none(remote, tmp_path, mon
     ):
         fetch_head(url, tmp_path / "node")
     assert not (tmp_path / "node").exists()
+
+
+def test_a_local_cache_that_cannot_be_written_to_is_named(remote, tmp_path):
+    url, _, _ = remote
+    (tmp_path / "node").write_text("a file, which stands for what its user may not write to")
+    with pytest.raises(
+        InputError, match=r"data.local_cache .*node: cannot be written to \(.*\)\. Point data.local_cache"
+    ):
+        fetch_head(url, tmp_path / "node")
