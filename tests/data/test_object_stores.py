@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 
 import fsspec
@@ -39,20 +40,18 @@ class Proxy:
             threading.Thread(target=self._pass_on, args=(client,), daemon=True).start()
 
     def _pass_on(self, client: socket.socket) -> None:
-        with client, socket.create_connection(("127.0.0.1", self._target)) as server:
+        # One end may hang up at any time, or not be there yet.
+        with client, suppress(ConnectionError), socket.create_connection(("127.0.0.1", self._target)) as server:
             other = {client: server, server: client}
             while True:
                 readable, _, _ = select.select(list(other), [], [], 0.02)
                 if self.is_down.is_set():
                     self.refused += 1
                     return
-                try:
-                    for end in readable:
-                        if not (data := end.recv(1 << 16)):
-                            return
-                        other[end].sendall(data)
-                except ConnectionError:  # one end has hung up
-                    return
+                for end in readable:
+                    if not (data := end.recv(1 << 16)):
+                        return
+                    other[end].sendall(data)
 
     def close(self) -> None:
         self._listener.close()

@@ -277,7 +277,8 @@ def test_kill_9_of_a_repair_at_any_moment_loses_nothing(config, cache):
         process.join(60)
         num_killed += process.exitcode == -signal.SIGKILL
         assert process.exitcode in (0, -signal.SIGKILL), delay
-        finished = stored(folder) == whole
+        # Killed at the very end, it has all but left the crew; the next one clears that up.
+        finished = {path: data for path, data in stored(folder).items() if not path.startswith("crew/")} == whole
         assert (verify(folder).problems == []) == finished, f"killed after {delay:.3f} s"
         repair(config)
         assert stored(folder) == whole, f"killed after {delay:.3f} s"
