@@ -92,7 +92,7 @@ def start_rank(folder: Path, *, rank: int, ranks: int, streams: int, share: floa
         seed=0,
         global_batch_size=size,
         weights=WEIGHTS,
-        shards=hash_shards(table.path, samples),
+        shards=hash_shards(table.path, samples, table.plan),
         streams=streams,
     )
     order = Order(table.dataset, table.bucket, samples, settings)

@@ -171,7 +171,7 @@ def open_stream(cache: Cache, batch_size: int) -> BatchStream:
         seed=0,
         global_batch_size=max(GLOBAL_BATCH_SIZE, batch_size),
         weights={"photos": 1.0},
-        shards=hash_shards(table.path, table.samples),
+        shards=hash_shards(table.path, table.samples, table.plan),
     )
     order = Order(table.dataset, table.bucket, table.samples, settings)
     rows = ShardRows(cache, order, threads=WORKERS)

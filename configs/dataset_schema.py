@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from configs.section import Count, Names, NonNegativeFloat, PathText, PositiveFloat, Section, Word, list_of_word
-from configs.urls import is_url, problem_with_url
+from configs.urls import is_url, problem_with_url, shown
 
 
 class RandomMasks(Section):
@@ -248,4 +248,4 @@ def _place_of_pictures(info: ValidationInfo) -> str | None:
 
 def _refuse_url(place: str) -> None:
     if is_url(place) and (problem := problem_with_url(place)):
-        raise ValueError(f"of {place}, {problem}")
+        raise ValueError(f"of {shown(place)}, {problem}")

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from configs.suggest import suggest_key
+from configs.urls import shown
 from configs.yaml_text import KeyPath, dotted
 
 JsonSchema = dict[str, Any]
@@ -50,10 +51,19 @@ def render_value(value: object) -> str:
     """A value on one line, as it is written in a config; the middle of a long one left out."""
     if isinstance(value, float) and not math.isfinite(value):
         return {math.inf: ".inf", -math.inf: "-.inf"}.get(value, ".nan")
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(_without_secrets(value), ensure_ascii=False)
     if len(text) <= _LONGEST_VALUE:
         return text
     return f"{text[: _LONGEST_VALUE // 2]} ... {text[-_LONGEST_VALUE // 4 :]}"
+
+
+def _without_secrets(value: Any) -> Any:
+    """A value of a config with every URL in it as messages show it."""
+    if isinstance(value, dict):
+        return {key: _without_secrets(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_secrets(entry) for entry in value]
+    return shown(value) if isinstance(value, str) and "://" in value else value
 
 
 def dotted_keys(schema: JsonSchema) -> list[str]:

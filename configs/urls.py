@@ -16,8 +16,23 @@ def is_url(place: object) -> bool:
 
 
 def shown(place: str) -> str:
-    """A path or URL as messages show it: without a URL's query, which may hold a token."""
-    return place.partition("?")[0] if is_url(place) else place
+    """A path or URL as messages show it: without a URL's query, which may hold a token, and its user and password."""
+    if not is_url(place):
+        return place
+    scheme, separator, rest = place.partition("://")
+    if not separator:
+        return place.partition("?")[0]
+    host = re.split("[/?#]", rest, maxsplit=1)[0]
+    if "@" in host:
+        rest = rest[host.rindex("@") + 1 :]
+    elif not _is_port(host):  # a password with a / or ? in it, as S3's keys have
+        rest = rest.rpartition("@")[2]
+    return f"{scheme}://{rest.partition('?')[0]}"
+
+
+def _is_port(host: str) -> bool:
+    """Whether what stands behind a host's colon may be a port. True if there is none."""
+    return re.fullmatch(r"(\[.*\]|[^:]*)(:\d*)?", host) is not None
 
 
 def problem_with_url(url: str) -> str | None:
@@ -25,10 +40,14 @@ def problem_with_url(url: str) -> str | None:
     scheme, separator, _ = url.partition("://")
     if not separator or scheme not in SCHEMES:
         return f"only {', '.join(f'{name}://' for name in SCHEMES)} are read: use one of them, or a folder"
+    if re.search(r"[\x00-\x1f\x7f]", url):
+        return "it holds a line break, tab or other control character: correct it"
     try:
         parts = urlsplit(url)
     except ValueError as error:
         return f"it is no URL ({error}): correct it"
+    if not _is_port(parts.netloc.rpartition("@")[2]):
+        return "what stands behind its host's colon is no port: correct it"
     if not parts.hostname:
         return f"it names no {'host' if scheme == 'https' else 'bucket'}: write {scheme}://NAME/folder"
     if scheme != "https" and "::" in url:

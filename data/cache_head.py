@@ -1,6 +1,7 @@
 """The head of a cache folder: what its manifest and its table of shards say, whether they are true, and what else lies
 there."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,15 +31,20 @@ from data.shard_plan import ShardHead
 from data.shards import FinishedShard, index_path
 from data.validation_items import validation_items_are_there
 
+# What preprocessing itself writes in shards/<dataset>/ and beside the manifest. Anything else is not ours to delete.
+_SHARD = re.compile(r"(holdout-)?\d+x\d+(-[0-9a-f]{16})?-\d{6,}\.(tar|index)(\.[0-9a-f]{8}\.part)?")
+_BESIDE = re.compile(r"blank_\d+x\d+\.safetensors|.+\.[0-9a-f]{8}\.part")
+
 
 def delete_unplanned(cache: Path, plans: Sequence[ShardHead]) -> None:
     """Remove shards that no plan names (their pictures went elsewhere) and what an interrupted job left."""
     planned = {cache / plan.path for plan in plans}
     planned |= {index_path(tar) for tar in planned}
     planned |= {blank_path(cache, str(plan.bucket)) for plan in plans}
-    ours = [*(cache / "shards").rglob("*"), *cache.glob("blank_*.safetensors"), *cache.glob("*.part")]
+    ours = [path for path in (cache / "shards").glob("*/*") if _SHARD.fullmatch(path.name)]
+    ours += [path for path in cache.glob("*") if _BESIDE.fullmatch(path.name)]
     for path in ours:
-        if path.suffix in {".tar", ".index", ".safetensors", ".part"} and path.is_file() and path not in planned:
+        if path not in planned and path.is_file():
             path.unlink()
 
 

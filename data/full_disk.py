@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from configs.errors import InputError
+from configs.errors import StorageFailed
 
 # Of the disk, of a user's quota, of a file (ulimit -f, or what the filesystem can hold).
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-class DiskFull(InputError, OSError):
+class DiskFull(StorageFailed, OSError):
     """There is no room for a file. An OSError too: whoever goes on without what could not be written still does.
 
     needed: bytes that there must be room for, if known.

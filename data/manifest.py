@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -158,7 +158,11 @@ def parse_manifest(data: bytes, path: Path | str) -> Manifest:
             )
         if fields.pop("checksum") != _checksum(fields):
             raise ValueError("its checksum differs")
-        return Manifest(**fields)
+        manifest = Manifest(**fields)
+        for name in manifest.files:  # they become paths, of what a server sends too
+            if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+                raise ValueError(f"names a file outside of the cache: {name}")
+        return manifest
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path}: damaged ({error}). Run `fluxfill preprocess CONFIG` again; whole shards are kept."
@@ -166,11 +170,12 @@ def parse_manifest(data: bytes, path: Path | str) -> Manifest:
 
 
 def read_shard_table(cache: Path) -> ShardTable:
-    """Raises InputError if shards.npz is missing or damaged."""
+    """Raises InputError if shards.npz is missing or damaged, or names a file outside of the cache."""
     path = cache / SHARD_TABLE
     try:
         with np.load(path, allow_pickle=False) as columns:
             table = ShardTable(**{name: _compact(columns[name]) for name in columns.files})
+        _refuse_names(table)
     except FileNotFoundError:
         raise InputError(f"{path}: missing. Run `fluxfill preprocess CONFIG` again; whole shards are kept.") from None
     except Exception as error:  # zipfile, zlib and numpy each have their own
@@ -180,6 +185,17 @@ def read_shard_table(cache: Path) -> ShardTable:
     if len({len(column) for column in vars(table).values()}) != 1:
         raise InputError(f"{path}: columns of unequal length. Run `fluxfill preprocess CONFIG` again.")
     return table
+
+
+def _refuse_names(table: ShardTable) -> None:
+    """Raise ValueError unless paths are below shards/ and hashes are hashes: both become names of files. By columns:
+    there may be a million rows."""
+    outside = ~np.strings.startswith(table.path, "shards/") | (np.strings.find(table.path, "..") >= 0)
+    if outside.any():
+        raise ValueError(f"names a file outside of the cache: {table.path[outside][0]}")
+    strange = (np.strings.str_len(table.sha256) != 64) | (np.strings.strip(table.sha256, "0123456789abcdef") != "")
+    if strange.any():
+        raise ValueError(f"has a sha256 that is none: {table.sha256[strange][0]!r}")
 
 
 def _compact(column: np.ndarray) -> np.ndarray:

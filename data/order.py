@@ -34,7 +34,7 @@ class OrderSettings:
     """All that the order depends on. Stored in checkpoints and kept on resume, whatever the machines and the config.
 
     streams: C.  block_shards: shards that are shuffled together, per stream.  weights: dataset -> share of the mix.
-    shards: hash of the training shards' names and sample counts.
+    shards: hash of the training shards' names, sample counts and plans (what they are made from).
     """
 
     version: int
@@ -68,9 +68,13 @@ class OrderSettings:
         return cls(ORDER_VERSION, seed, global_batch_size, streams, block_shards, dict(weights), shards)
 
 
-def hash_shards(paths: np.ndarray, samples: np.ndarray) -> str:
-    """OrderSettings.shards: of shards' paths and samples that train, in the shard table's order."""
+def hash_shards(paths: np.ndarray, samples: np.ndarray, plans: np.ndarray) -> str:
+    """OrderSettings.shards: of shards' paths, samples that train and plans, in the shard table's order.
+
+    Not of their bytes: shards that were encoded anew from the same pictures, on another GPU, are the same run's.
+    """
     digest = xxhash.xxh3_128("\n".join(paths[samples > 0].tolist()).encode())
+    digest.update(plans[samples > 0].astype("S32").data)  # 32 hex digits; a million of them as one piece
     digest.update(np.ascontiguousarray(samples[samples > 0], dtype="<i8").data)
     return digest.hexdigest()
 

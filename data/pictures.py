@@ -9,10 +9,15 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from configs.errors import InputError
+from data.colour_profile import to_srgb
 from data.picture_files import PictureBytes, PictureFile, byte_limit
 
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # Pillow's other readers are code that no picture here needs
+
+# A picture is resized until its short side fills the bucket, so a strip of a few pixels would become gigapixels: at 32
+# it takes 16 times the bucket's area, no more than a large photograph.
+LONGEST_ASPECT = 32
 
 _ORIENTATION_TAG = 0x0112
 # EXIF orientation -> how the stored picture is turned to stand upright.
@@ -42,7 +47,8 @@ def read_picture(picture: Picture, *, max_megapixels: float) -> PictureBytes:
 
 
 def _open(picture_bytes: PictureBytes, max_megapixels: float) -> Image.Image:
-    """An opened, not yet decoded picture. Raises InputError if it is no picture, or too large to decode."""
+    """An opened, not yet decoded picture. Raises InputError if it is no picture, or too large or too long to
+    decode."""
     # Pillow's own limit is one for the whole process and may lie below the user's; the check below stands in for it.
     Image.MAX_IMAGE_PIXELS = None
     try:
@@ -61,6 +67,12 @@ def _open(picture_bytes: PictureBytes, max_megapixels: float) -> Image.Image:
         raise InputError(
             f"{picture_bytes}: {picture.width}x{picture.height} is {megapixels:.0f} megapixels, above "
             f"data.max_megapixels {max_megapixels:g}; it was not decoded. Shrink the picture or raise the limit."
+        )
+    if max(picture.size) > LONGEST_ASPECT * min(picture.size):
+        picture.close()
+        raise InputError(
+            f"{picture_bytes}: {picture.width}x{picture.height} is more than {LONGEST_ASPECT} times as long as wide: "
+            "next to nothing of it would be left at the size that is trained. Cut it into pictures, or remove it."
         )
     return picture
 
@@ -123,18 +135,45 @@ def _load(picture_file: Picture, max_megapixels: float) -> Image.Image:
 
 
 def load_picture(picture_file: Picture, *, max_megapixels: float) -> Image.Image:
-    """A decoded, upright RGB picture; transparent parts stand on white.
+    """A decoded, upright picture in sRGB; transparent parts stand on white.
 
-    Raises InputError, naming the file, if it is missing, unreadable, or has more than `max_megapixels` pixels (then it
-    is refused before decoding: a file of some kilobytes can hold gigapixels).
+    Raises InputError, naming the file, if it is missing, unreadable, has more than `max_megapixels` pixels or is above
+    LONGEST_ASPECT (then it is refused before decoding: a file of some kilobytes can hold gigapixels).
     """
-    picture = _load(picture_file, max_megapixels)
-    if "A" in picture.getbands() or "transparency" in picture.info:
+    picture = to_srgb(_load(picture_file, max_megapixels))
+    if _has_alpha(picture):
         rgba = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return picture.convert("RGB")
 
 
 def load_mask(picture_file: Picture, *, max_megapixels: float) -> Image.Image:
-    """A decoded, upright mask in mode L: white (255) = repaint, black (0) = keep. Raises as `load_picture` does."""
-    return _load(picture_file, max_megapixels).convert("L")
+    """A decoded, upright mask in mode L: white (255) = repaint, black (0) = keep.
+
+    Raises as `load_picture` does, and where transparency says other than the colours. Some programs mean by it what is
+    to be painted, some what is not; only a person can tell.
+    """
+    read = read_picture(picture_file, max_megapixels=max_megapixels)
+    picture = _load(read, max_megapixels)
+    # Pillow knows the way from Lab to RGB, but none to grey.
+    mask = (picture.convert("RGB") if picture.mode == "LAB" else picture).convert("L")
+    if _has_alpha(picture) and not _agree(np.asarray(mask), np.asarray(picture.convert("RGBA").getchannel("A"))):
+        raise InputError(
+            f"{read}: the mask is partly transparent, and its colours do not say which part is the hole. Save it "
+            "without transparency: white = repaint, black = keep."
+        )
+    return mask
+
+
+def _has_alpha(picture: Image.Image) -> bool:
+    return "A" in picture.getbands() or "transparency" in picture.info
+
+
+def _agree(levels: np.ndarray, alpha: np.ndarray) -> bool:
+    """Whether a mask means the same without its alpha: either nothing is transparent, or what is transparent is of one
+    colour, white or black, and what is not of the other. Edges, half transparent, may have either."""
+    strongest = int(alpha.max())
+    clear, covered = levels[alpha <= strongest // 4] >= 128, levels[alpha > strongest - strongest // 4] >= 128
+    if strongest == 0 or not clear.size:
+        return True
+    return bool(clear.all() and not covered.any()) or bool(covered.all() and not clear.any())

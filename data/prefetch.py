@@ -9,7 +9,6 @@ from functools import partial
 
 import numpy as np
 
-from configs.errors import InputError
 from data.order import Order
 from data.shard_copies import FileHandle, ShardCopies
 
@@ -17,6 +16,8 @@ log = logging.getLogger("fluxfill")
 
 _PARALLEL = 4  # transfers at once, in each process
 _HORIZON = 512  # batches that are looked ahead, where everything fits
+_MOST_HELD = 256  # shards: each is an open file, of which a process may have 1024 where nobody raised the limit
+_LOOK_AGAIN_SECONDS = 5.0
 
 
 @dataclass
@@ -31,7 +32,8 @@ class _Held:
 class Prefetcher:
     """Fetches what one rank's rows of the coming batches need, nearest first, as far as the copies' limit goes.
 
-    A shard that could not be fetched is left to the reader, which tries again and says so.
+    part: its rows of a global batch, one at least.  A shard that could not be fetched at the first attempt is left to
+    the reader, which tries again and says so: whoever needs it now must not wait for the attempts of those who do not.
     """
 
     def __init__(self, copies: ShardCopies, order: Order, sizes: np.ndarray, *, part: range, start: int) -> None:
@@ -85,7 +87,9 @@ class Prefetcher:
             return True
         if batch >= self._current + _HORIZON:
             return False
-        return shard in self._held or sum(held.size for held in self._held.values()) + size <= self._budget
+        if shard in self._held:
+            return True
+        return len(self._held) < _MOST_HELD and sum(h.size for h in self._held.values()) + size <= self._budget
 
     def _needed(self, start: int) -> Iterator[tuple[int, int]]:
         """(batch, shard) of everything that this rank will read, endlessly."""
@@ -108,11 +112,14 @@ class Prefetcher:
                 if shard not in self._held:
                     continue  # the reader has passed it
             try:
-                handle = self._copies.open(shard, stop=self._stop, may_exceed=False)
-            except InputError as error:
+                handle = self._copies.open(shard, stop=self._stop, may_exceed=False, attempts=1)
+            except Exception as error:  # of any driver, or of the folder; the thread goes on with the next
                 log.info("not fetched ahead: %s", error)
                 continue
             with self._changed:
-                if shard in self._held:
+                if handle is None and shard in self._held and not self._stop.is_set():
+                    self._wanted.appendleft(shard)  # no room: others of this node hold it
+                    self._changed.wait(_LOOK_AGAIN_SECONDS)
+                elif shard in self._held:
                     self._held[shard].handle = handle
             handle = None  # else this thread's own reference would hold the copy while it waits for the next

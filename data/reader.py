@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from data.geometry import Bucket
 from data.manifest import Manifest, parse_bucket
@@ -78,7 +78,7 @@ class BatchStream:
         self._free = [Slot(slot_bytes, pin_memory) for _ in range(self._depth + 1)]
         self._lent: RowMemory | None = None
         # A batch is asked for twice: when the first of it is begun ahead, and when its user comes to it.
-        self._batch = lru_cache(maxsize=self._depth + 2)(lambda index: order.batch(index, self._mine))
+        self._batch = lru_cache(maxsize=self._depth + 2)(partial(order.batch, part=self._mine))
         self._planned = self._plan(start)
         self._ahead: deque[_Ahead] = deque()
         source.reached(self._batch(start))
@@ -150,6 +150,12 @@ class BatchStream:
         """Names of all of a global batch's samples, in order. Of a cache this opens every shard that it touches."""
         whole = self.order.batch(batch.index)
         return [self._source.key(int(s), int(r)) for s, r in zip(whole.shards, whole.rows, strict=True)]
+
+    def __enter__(self) -> "BatchStream":
+        return self
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Stop what is going on ahead, and close the source. The stream cannot be used after it."""

@@ -1,5 +1,6 @@
 """Copies of remote files beside the cache, so that what planning reads is not fetched again to be encoded."""
 
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -31,21 +32,29 @@ class Copies:
 
     @contextmanager
     def local(self, place: str, stamp: str) -> Iterator[Path]:
-        """A local file of the same bytes: the file itself, or a copy, fetched if it is not there."""
+        """A local file of the same bytes, good within the block: the file itself, or a copy, fetched if it is not
+        there. A copy that was fetched stays, at `path`, if the block raises nothing and there is room."""
         if not is_url(place):
             yield Path(place)
             return
         copy = self.path(place, stamp, ".copy")
-        if not copy.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with_retries(lambda: write_atomically(copy, lambda temporary: _fetch(place, temporary)), shown(place))
+        if copy.exists():
+            try:
+                yield copy
+            except BaseException:
+                copy.unlink(missing_ok=True)  # who put it there read it without a fault: perhaps it is damaged now
+                raise
+            return
+        # One's own until it was looked at, and there to stay once it has its name: others open it by that at any time.
+        self.folder.mkdir(parents=True, exist_ok=True)
+        own = copy.with_name(f"{copy.name}.{secrets.token_hex(4)}.part")
         try:
-            yield copy
-        except BaseException:
-            copy.unlink(missing_ok=True)  # perhaps it is the copy that is at fault
-            raise
-        if self.are_too_many():
-            copy.unlink(missing_ok=True)
+            with_retries(lambda: _fetch(place, own), shown(place))
+            yield own
+            if not self.are_too_many():
+                write_atomically(copy, lambda temporary: own.replace(temporary))
+        finally:
+            own.unlink(missing_ok=True)
 
     def are_too_many(self) -> bool:
         """Whether they take all that they may, or more."""

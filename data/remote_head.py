@@ -4,9 +4,11 @@ import fcntl
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 import xxhash
 
+from configs.errors import InputError
 from data.atomic_write import write_atomically
 from data.manifest import MANIFEST, Manifest, hash_files, parse_manifest
 from data.retry import with_retries
@@ -19,14 +21,14 @@ def fetch_head(url: str, local_cache: Path) -> Path:
     """A folder with all of a remote cache but its shards, each file checked against the manifest.
 
     The processes of a node share it: the first one fetches, the others wait. Raises InputError, naming the URL, for
-    what cannot be fetched after many attempts, and for a manifest that is none.
+    what cannot be fetched after many attempts, and for a manifest that is none; or naming data.local_cache, if that
+    cannot be written to.
     """
     place = f"{url}/{MANIFEST}"
     data = with_retries(partial(_read, place), place)
     manifest = parse_manifest(data, place)
     folder = local_cache / "heads" / f"{xxhash.xxh3_64_hexdigest(url.encode())}-{xxhash.xxh3_64_hexdigest(data)}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "fetch.lock").open("w") as lock:
+    with _open_lock(folder / "fetch.lock", local_cache) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         missing = _missing(folder, manifest)
         with ThreadPoolExecutor(_PARALLEL) as pool:
@@ -34,6 +36,18 @@ def fetch_head(url: str, local_cache: Path) -> Path:
                 fetched.result()
         write_atomically(folder / MANIFEST, lambda temporary: temporary.write_bytes(data))
     return folder
+
+
+def _open_lock(path: Path, local_cache: Path) -> TextIO:
+    """The first that is written in data.local_cache. Raises InputError if nothing can be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("w")
+    except OSError as error:
+        raise InputError(
+            f"data.local_cache {local_cache}: cannot be written to ({error.strerror}). Point data.local_cache at a "
+            "folder of this node that can."
+        ) from error
 
 
 def _missing(folder: Path, manifest: Manifest) -> list[str]:

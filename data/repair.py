@@ -5,7 +5,7 @@ What is missing then, preprocessing makes anew: a shard is a function of its pic
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from data.manifest import ShardTable, read_manifest, read_shard_table, refuse_ot
 from data.model_folder import find_model
 from data.preprocess import CREW_FOLDER, preprocess
 from data.shards import index_path, rebuild_index
-from data.verify import CheckedCache
+from data.verify import CheckedCache, refuse_no_cache
 from data.verify_shard import WholeTar
 from data.verify_tar import Problem
 
@@ -38,17 +38,21 @@ def refuse_other_config(config: Config, cache: Path) -> None:
     refuse_other_settings(config, model, manifest)
 
 
-def repair_cache(config: Config, checked: CheckedCache, console: Console) -> list[str]:
-    """Mend what `verify_cache` found in data.cache. Returns the shards that came out with other bytes than the cache
+def repair_cache(config: Config, check: Callable[[], CheckedCache], console: Console) -> tuple[CheckedCache, list[str]]:
+    """Mend what `check` finds in data.cache. Returns that, and the shards that came out with other bytes than the cache
     listed (encoded on another device, say): they are as good, and the cache lists them as they are now.
 
+    check: `verify_cache` of the whole cache.
     Bad files go to <cache>/quarantine/<time>/ and a line each into quarantine.jsonl. Killed at any moment it leaves a
     cache that `verify` judges rightly and preprocessing completes. Raises InputError for what the user can mend.
     """
     cache = config.data.cache_folder
+    refuse_no_cache(cache)
+    # From before the check on: what a job writes while it runs, an hour perhaps, would be taken for bad.
     with join_crew(cache / CREW_FOLDER, {"work": "repair"}) as crew:
         if other := next(iter(crew.others()), None):
             raise InputError(f"data.cache {cache}: {other} is at work in it. Wait for it or stop it.")
+        checked = check()
         for whole in checked.rebuildable:
             index = index_path(Path(whole.path)).as_posix()
             _quarantine(cache, [index], [problem for problem in checked.problems if problem.path == index])
@@ -57,13 +61,13 @@ def repair_cache(config: Config, checked: CheckedCache, console: Console) -> lis
             bad = set(checked.bad)
             _quarantine(cache, checked.bad, [problem for problem in checked.problems if problem.path in bad])
     if not checked.bad:
-        return []
+        return checked, []
     preprocess(config, console)
     if checked.table is None:
-        return []
+        return checked, []
     now = dict(zip(*_paths_and_hashes(read_shard_table(cache)), strict=True))
     before = zip(*_paths_and_hashes(checked.table), strict=True)
-    return [path for path, sha256 in before if path in checked.bad and now.get(path) != sha256]
+    return checked, [path for path, sha256 in before if path in checked.bad and now.get(path) != sha256]
 
 
 def _paths_and_hashes(table: ShardTable) -> tuple[list[str], list[str]]:

@@ -114,20 +114,20 @@ class RowFiller:
         shard: its path.  read: raises DamagedSample for a row that is not.
         Raises DamagedShard if the shard has no whole row, InputError if too many samples are damaged.
         """
-        damage = None
+        damage = ""  # not the error: kept in a frame that it passed, it would hold the shard's file for a while
         for step in range(num_samples):
             candidate = (row + step) % num_samples
             try:
                 found = read(candidate)
             except DamagedSample as error:
-                damage = damage or error
+                damage = damage or str(error)
                 continue
-            if damage is not None:
+            if damage:
                 self._record(ReplacedRow(position, shard, row, candidate), damage)
             return candidate, found
-        raise DamagedShard(f"{damage} No other sample of the shard is whole.") from damage
+        raise DamagedShard(f"{damage} No other sample of the shard is whole.")
 
-    def _record(self, replaced: ReplacedRow, damage: DamagedSample) -> None:
+    def _record(self, replaced: ReplacedRow, damage: str) -> None:
         with self._lock:
             is_new = all((known.shard, known.row) != (replaced.shard, replaced.row) for known in self.replaced)
             self.replaced.add(replaced)
@@ -135,6 +135,6 @@ class RowFiller:
         try:
             refuse_too_many(so_far, self._policy.max_bad_samples)
         except InputError as error:
-            raise InputError(f"{damage}\n{error}") from damage
+            raise InputError(f"{damage}\n{error}") from error
         if is_new:
             log.warning("%s Row %d of the shard stands in for it.", damage, replaced.replacement)

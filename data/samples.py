@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,9 +62,11 @@ class CachedSamples:
     def watched(self, *, split: str, count: int) -> list[WatchedSample]:
         """Raises InputError if they, or the shards that they are in, are damaged."""
         reader = ShardReader(self._cache)
-        shards = {str(path): number for number, path in enumerate(self.table.path)}
         found = read_validation_items(self._cache.folder, split=split, count=count)
-        watched = [WatchedSample(item, pixels, *_read(reader, shards[item.shard], item.row)) for item, pixels in found]
+        watched = []
+        for item, pixels in found:
+            shard = int(np.flatnonzero(self.table.path == item.shard)[0])
+            watched.append(WatchedSample(item, pixels, *_read(reader, shard, item.row)))
         reader.close()
         return watched
 

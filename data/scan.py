@@ -15,7 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -28,7 +28,7 @@ import xxhash
 from configs.dataset_schema import DatasetConfig
 from configs.errors import InputError
 from configs.schema import DataConfig
-from configs.urls import is_url
+from configs.urls import is_url, shown
 from data.atomic_write import write_atomically
 from data.full_disk import told_when_full
 from data.mask_recipe import recipe_of
@@ -41,7 +41,7 @@ from data.scan_results import (
     Facts,
     ScannedItem,
     ScanResults,
-    is_in,
+    is_in_pack,
     item_of,
     row_of_facts,
     row_of_item,
@@ -53,9 +53,10 @@ from data.source_tables import find_tables, list_table, names_are_below
 from data.source_tars import expand_tars, list_tar
 from data.urls import url_stamp
 
-_SCAN_VERSION = 1
+_SCAN_VERSION = 2
 _UNIT_THREADS, _PICTURE_THREADS = 4, 8  # they wait for disks and networks, and decode masks
 _UNIT_ITEMS = 1024
+_ABANDONED_SECONDS = 24 * 3600.0
 _CLOCK_SECONDS = 0.05  # file times come from a clock that ticks every 1 to 10 ms
 
 
@@ -65,8 +66,10 @@ def scan_dataset(dataset: DatasetConfig, data: DataConfig, advance: Callable[[in
     advance: told how many more are done.  Raises one InputError that lists all that is wrong with items and pictures.
     """
     scanner = _Scanner(dataset, data)
+    tars = expand_tars(dataset.tars or [], dataset.name)
+    _refuse_the_caches_own(dataset, tars, data.cache_folder)
     if dataset.tars is not None:
-        units = [partial(scanner.scan_tar, tar) for tar in expand_tars(dataset.tars, dataset.name)]
+        units = [partial(scanner.scan_tar, tar) for tar in tars]
     else:
         units = [partial(scanner.scan_files, items) for items in _deal(scanner.list_items())]
 
@@ -98,13 +101,43 @@ def scan_dataset(dataset: DatasetConfig, data: DataConfig, advance: Callable[[in
     return scanned
 
 
+_OWN_FOLDERS = ("shards", "validation", "scan", "copies", "crew")
+
+
+def _refuse_the_caches_own(dataset: DatasetConfig, tars: Sequence[str], cache: Path) -> None:
+    """Raise InputError if a dataset's pictures lie in a folder of the cache from which it deletes."""
+    places = {place for place in (dataset.target, mask_folder(dataset), dataset.source) if place is not None}
+    places |= {Path(tar).parent for tar in tars if not is_url(tar)}
+    places |= {Path(table) for table in [dataset.table] if table is not None and not is_url(table)}
+    own = [(cache / name).resolve() for name in _OWN_FOLDERS]
+    for place in sorted(places):
+        if any(place.resolve().is_relative_to(folder) for folder in own):
+            raise InputError(
+                f"dataset {dataset.name}: {place} lies in a folder of data.cache {cache} itself, which deletes what it "
+                "does not know there. Move the pictures elsewhere, or point data.cache at another folder."
+            )
+
+
 def delete_copies(cache: Path) -> None:
-    """Delete what a scan kept for encoding, once all is encoded."""
+    """Delete what a scan kept for encoding, once all is encoded.
+
+    What others are just writing stays theirs (a late helper, a dry run); what a killed one left goes after a day.
+    """
     folder = _copies_folder(cache)
-    for file in folder.glob("*"):
-        file.unlink(missing_ok=True)
-    if folder.is_dir():
-        folder.rmdir()
+    with suppress(FileNotFoundError):
+        for file in folder.iterdir():
+            if file.suffix != ".part" or _age_seconds(file) > _ABANDONED_SECONDS:
+                file.unlink(missing_ok=True)
+        with suppress(OSError):  # not empty
+            folder.rmdir()
+
+
+def _age_seconds(file: Path) -> float:
+    """Since it was last written to; 0 if it is gone."""
+    try:
+        return time.time() - file.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _copies_folder(cache: Path) -> Path:
@@ -148,12 +181,12 @@ class _Scanner:
         key = self._key("table", table, below, stamp, self.dataset.columns.model_dump())
         pack = self.copies.path(table, key, ".pictures")
         rows = self.results.read(key)
-        if rows is not None and (pack.exists() or not any(is_in(pack, row) for row in rows)):
-            return [item_of(row) for row in rows]
+        if rows is not None and (pack.exists() or not any(map(is_in_pack, rows))):
+            return [item_of(row, str(pack)) for row in rows]
         _outwait_the_clock([table])
         with self.copies.local(table, stamp) as file, _new_file(pack) as packed:
             items = list_table(table, file, below, self.dataset, masks=self.masks, pack=pack, packed=packed)
-        self.results.write(key, [row_of_item(item) for item in items])
+        self.results.write(key, [row_of_item(item, str(pack)) for item in items])
         return items
 
     # --- scanning ---
@@ -163,14 +196,14 @@ class _Scanner:
         stamp = _stamp_of(tar)
         key = self._key("tar", tar, stamp, self.dataset.members.model_dump())
         copy = str(self.copies.path(tar, stamp, ".copy")) if is_url(tar) else ""
-        if (rows := self.results.read(key)) is not None:
-            return [with_facts(item_of(row, tar, copy), row[ITEM_COLUMNS:]) for row in rows]
-        _outwait_the_clock([tar])
-        with self.copies.local(tar, stamp) as file:
-            items = list_tar(tar, file, self.dataset, masks=self.masks)
-            scanned = self._scan(items, packed=None)
-        self.results.write(key, [[*row_of_item(entry.item, tar), *row_of_facts(entry)] for entry in scanned])
-        return scanned
+        if (rows := self.results.read(key)) is None:
+            _outwait_the_clock([tar])
+            with self.copies.local(tar, stamp) as file:
+                scanned = self._scan(list_tar(tar, file, self.dataset, masks=self.masks), packed=None)
+            rows = [[*row_of_item(entry.item, tar), *row_of_facts(entry)] for entry in scanned]
+            self.results.write(key, rows)
+        # Of the rows even if the items were just listed: those have their copy where it was while they were.
+        return [with_facts(item_of(row, tar, copy), row[ITEM_COLUMNS:]) for row in rows]
 
     def scan_files(self, items: Sequence[Item]) -> list[ScannedItem]:
         """Items whose pictures are files of their own, or in a table's."""
@@ -179,20 +212,29 @@ class _Scanner:
             captions = dict(zip(texts, self.picture_pool.map(read_caption_file, texts), strict=True))
             items = [replace(item, caption=captions.get(item.caption or "")) for item in items]
         places = {file.place for item in items for file in item.pictures}
-        stamps = {place: place if is_url(place) else _stamp_of(place) for place in places}
+        stamps = {place: place if is_url(place) else self._stamp_of_file(place) for place in places}
         described = [[item.name, *([stamps[f.place], f.offset, f.size] for f in item.pictures)] for item in items]
         key = self._key("files", described)
-        pack = self.copies.path("", key, ".pictures")
-        if (rows := self.results.read(key)) is None:
+        if (found := self.results.read(key)) is None:
             _outwait_the_clock(places)
             if any(map(is_url, places)) and not self.copies.are_too_many():
-                with _new_file(pack) as packed:
+                # Of a name of its own: who scans the same at the same time packs in another order. The name stands
+                # with the offsets, so whichever result is read later, its offsets are those of its pack.
+                pack = f"{key}-{secrets.token_hex(4)}.pictures"
+                with _new_file(self.copies.folder / pack) as packed:
                     scanned = self._scan(items, packed=_Pack(packed))
             else:
-                scanned = self._scan(items, packed=None)
-            rows = [row_of_facts(entry) for entry in scanned]
-            self.results.write(key, rows)
-        return [with_facts(item, row, pack) for item, row in zip(items, rows, strict=True)]
+                pack, scanned = "", self._scan(items, packed=None)
+            found = [[pack], *(row_of_facts(entry) for entry in scanned)]
+            self.results.write(key, found)
+        (pack,), *rows = found
+        return [with_facts(item, row, self.copies.folder / pack) for item, row in zip(items, rows, strict=True)]
+
+    def _stamp_of_file(self, place: str) -> str:
+        """As `_stamp_of`; of a table's pack its name, which is a hash of the table's own stamp: when it is gone it is
+        written anew, with the same bytes."""
+        path = Path(place)
+        return path.name if path.parent == self.copies.folder else _stamp_of(place)
 
     def _key(self, *parts: object) -> str:
         return self.results.key(_SCAN_VERSION, self.max_megapixels, self.masks, *parts)
@@ -262,7 +304,7 @@ def _stamp_of(place: str) -> str:
     """What changes when a file changes."""
     if is_url(place):
         # Of a storage that tells nothing, what is found is good for this once.
-        return with_retries(lambda: url_stamp(place), place) or secrets.token_hex(8)
+        return with_retries(lambda: url_stamp(place), shown(place)) or secrets.token_hex(8)
     try:
         status = os.stat(place)
     except OSError:

@@ -91,28 +91,29 @@ class ScanResults:
 ITEM_COLUMNS = 5  # name, target, mask, source, caption
 
 
-def row_of_item(item: Item, tar: str = "") -> Row:
-    """An item as a row; of a tar's, without the tar, which is called differently elsewhere."""
+def row_of_item(item: Item, file: str = "") -> Row:
+    """An item as a row. file: the tar or the pack that holds its pictures; it is called differently elsewhere, so the
+    row does not name it."""
     pictures = [
-        None if file is None else ["" if file.place == tar else file.place, file.offset, file.size, file.member]
-        for file in (item.target, item.mask, item.source)
+        picture and ["" if picture.place == file else picture.place, picture.offset, picture.size, picture.member]
+        for picture in (item.target, item.mask, item.source)
     ]
     return [item.name, *pictures, item.caption]
 
 
-def is_in(pack: Path, row: Row) -> bool:
-    """Whether a picture of an item's row lies in a pack."""
-    return any(picture is not None and picture[0] == str(pack) for picture in row[1 : ITEM_COLUMNS - 1])
+def is_in_pack(row: Row) -> bool:
+    """Whether a picture of a table's row lies in the table's pack."""
+    return any(picture is not None and picture[0] == "" for picture in row[1 : ITEM_COLUMNS - 1])
 
 
-def item_of(row: Row, tar: str = "", copy: str = "") -> Item:
-    """The item of a row. tar, copy: of a tar's, the tar and its copy."""
+def item_of(row: Row, file: str = "", copy: str = "") -> Item:
+    """The item of a row. file: of `row_of_item`, as it is called here.  copy: of it, if it is a tar on a server."""
 
-    def file(place: str, offset: int, size: int | None, member: str) -> PictureFile:
-        return PictureFile(place or tar, offset, size, member, copy, offset if copy else 0)
+    def picture(place: str, offset: int, size: int | None, member: str) -> PictureFile:
+        return PictureFile(place or file, offset, size, member, copy, offset if copy else 0)
 
     name, target, mask, source, caption = row[:ITEM_COLUMNS]
-    return Item(name, file(*target), mask and file(*mask), source and file(*source), caption)
+    return Item(name, picture(*target), mask and picture(*mask), source and picture(*source), caption)
 
 
 def row_of_facts(scanned: ScannedItem) -> Row:

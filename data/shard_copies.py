@@ -11,14 +11,13 @@ import hashlib
 import logging
 import os
 import threading
-import time
 from contextlib import suppress
 from pathlib import Path
 
 from configs.errors import InputError
 from data.atomic_write import fsync_folder, write_atomically
 from data.manifest import ShardTable
-from data.retry import with_retries
+from data.retry import ATTEMPTS, with_retries
 from data.shards import index_path, read_index
 from data.urls import open_url
 
@@ -72,45 +71,55 @@ class ShardCopies:
         """Where a shard is fetched from."""
         return f"{self.url}/{self._table.path[number]}"
 
-    def open(self, number: int, *, stop: threading.Event, may_exceed: bool = True) -> FileHandle | None:
+    def open(
+        self, number: int, *, stop: threading.Event, may_exceed: bool = True, attempts: int = ATTEMPTS
+    ) -> FileHandle | None:
         """A shard's copy, fetched if need be, held as long as the handle lives.
 
         None if there is no room and it may not exceed the limit.  Raises InputError, naming shard and URL, if it cannot
-        be fetched after many attempts, or once `stop` is set.
+        be fetched after so many attempts, or once `stop` is set.
         """
         while True:
-            if (held := self._hold(self.path(number))) is not None:
+            if (held := self._hold(number, stop)) is not None:
                 if os.fstat(held).st_size == int(self._table.bytes[number]):
                     return held
-                self.discard(number)
-            if not self._fetch(number, stop, may_exceed):
+                self.discard(number, held)
+            if not self._fetch(number, stop, may_exceed, attempts):
                 return None
 
-    def discard(self, number: int) -> None:
-        """Forget a copy that is damaged: the next `open` fetches it anew. Who reads from it reads on."""
-        self.path(number).unlink(missing_ok=True)
+    def discard(self, number: int, handle: FileHandle) -> None:
+        """Forget a copy that is damaged, and its index: the next `open` fetches it anew. Who reads from it reads on.
 
-    def _hold(self, path: Path) -> FileHandle | None:
+        handle: of that copy. What others have fetched in its place since stays.
+        """
+        path = self.path(number)
+        if _is_at(handle, path):  # at worst a copy that came in this very moment goes too, and is fetched once more
+            index_path(path).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+
+    def _hold(self, number: int, stop: threading.Event) -> FileHandle | None:
         """A shared lock on a copy, which is now the one used last; None if it is not there."""
         try:
-            handle = FileHandle(path)
+            handle = FileHandle(self.path(number))
             while not _lock(handle, fcntl.LOCK_SH):
-                time.sleep(_POLL_SECONDS / 10)  # it is being made room with, or has just been fetched
+                if stop.wait(_POLL_SECONDS / 10):  # it is being made room with, or has just been fetched
+                    raise _closed(self.url_of(number))
             if os.fstat(handle).st_nlink == 0:
                 return None
-            os.utime(handle)
+            with suppress(PermissionError):  # fetched by somebody else: it only goes the earlier
+                os.utime(handle)
         except FileNotFoundError:
             return None
         return handle
 
-    def _fetch(self, number: int, stop: threading.Event, may_exceed: bool) -> bool:
+    def _fetch(self, number: int, stop: threading.Event, may_exceed: bool, attempts: int) -> bool:
         """Bring a copy into the folder, or wait while another does. False if there is no room for it."""
         path, url = self.path(number), self.url_of(number)
         part = path.with_suffix(".part")
         handle = FileHandle(part, os.O_RDWR | os.O_CREAT)
         while not (is_ours := _lock(handle, fcntl.LOCK_EX)) and _is_at(handle, part):
             if stop.wait(_POLL_SECONDS):
-                raise InputError(f"{url}: not fetched, the reader was closed.")
+                raise _closed(url)
         if not (is_ours and _is_at(handle, part)):
             return True  # whoever had it has finished, or given up: look again
         try:
@@ -118,7 +127,7 @@ class ShardCopies:
                 return True  # it came between the look and the lock
             if not self._make_room(handle, int(self._table.bytes[number]), may_exceed):
                 return False
-            with_retries(lambda: self._download(number, handle, url, stop), url, stop=stop)
+            with_retries(lambda: self._download(number, handle, url, stop), url, stop=stop, attempts=attempts)
             self._fetch_index(number, url)
             part.rename(path)
             fsync_folder(self._shards)
@@ -126,6 +135,9 @@ class ShardCopies:
         finally:
             if _is_at(handle, part):
                 part.unlink()
+            # Not left to the handle's end: an error of fsspec's drivers holds itself, and with it every frame that it
+            # passed through, until Python's collector comes by; the copy would be locked for as long.
+            fcntl.flock(handle, fcntl.LOCK_UN)
 
     def _download(self, number: int, handle: FileHandle, url: str, stop: threading.Event) -> None:
         """Fill a .part. Raises OSError if it is not, to the last bit, the shard of the manifest."""
@@ -134,7 +146,7 @@ class ShardCopies:
         with open_url(url) as file:
             while chunk := file.read(_CHUNK):
                 if stop.is_set():
-                    raise InputError(f"{url}: not fetched, the reader was closed.")
+                    raise _closed(url)
                 head = head or bytes(chunk[:40])
                 if received + len(chunk) > size:
                     raise OSError(f"more than the {size} bytes of the manifest; it begins with {head!r}")
@@ -201,6 +213,10 @@ class ShardCopies:
             return True
 
 
+def _closed(url: str) -> InputError:
+    return InputError(f"{url}: not fetched, the reader was closed.")
+
+
 def _index_url(url: str) -> str:
     """Where the index of a shard lies: beside it."""
     return url.removesuffix(".tar") + ".index"
@@ -225,9 +241,11 @@ def _is_at(handle: FileHandle, path: Path) -> bool:
 def _remove_unheld(path: Path) -> bool:
     """Remove a copy, or what a killed process left of one, unless somebody reads or writes it."""
     try:
-        handle = FileHandle(path)
+        handle = FileHandle(path, os.O_RDWR)  # NFS wants a file that is open for writing for a lock of this kind
     except FileNotFoundError:
         return True
+    except PermissionError:  # somebody else's
+        return False
     if not _lock(handle, fcntl.LOCK_EX):
         return False
     path.unlink(missing_ok=True)

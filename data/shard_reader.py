@@ -5,8 +5,10 @@ by side in the tar are read by one call.
 """
 
 import logging
+import math
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ log = logging.getLogger("fluxfill")
 # File handles and indexes that a reader keeps. The order stays within a block or two of shards per dataset and bucket,
 # but goes round all of these; a process may have 1024 files open where nobody raised the limit.
 _OPEN_SHARDS = 256
+_FETCH_ANEW_SECONDS = 3600.0
 _MAX_GAP = 4096  # bytes between two members that are read along rather than by a call of their own: tar's header
 
 _ENCODE_ANEW = "Delete the shard and run `fluxfill preprocess CONFIG` again: only that shard is encoded anew."
@@ -84,10 +87,13 @@ class _Member:
 
 
 class _OpenShard:
-    """A shard's handle and index. The index is kept as lists: single numbers are taken from them for every row."""
+    """A shard's handle and index. The index is kept as lists: single numbers are taken from them for every row.
 
-    def __init__(self, path: Path, handle: FileHandle, index: ShardIndex, layouts: dict[str, _Layout]) -> None:
-        self.path, self.handle, self.index = path, handle, index
+    where: the shard, for messages.
+    """
+
+    def __init__(self, where: str, handle: FileHandle, index: ShardIndex, layouts: dict[str, _Layout]) -> None:
+        self.where, self.handle, self.index = where, handle, index
         self._layouts = layouts
         self._latents, self._latents_xxh3 = index.latents.tolist(), index.latents_xxh3.tolist()
         self._masked, self._masked_xxh3 = index.masked.tolist(), index.masked_xxh3.tolist()
@@ -122,7 +128,7 @@ class ShardReader:
         self._lock = threading.Lock()
         self._scratch = threading.local()
         self._closing = threading.Event()
-        self._fetched_anew: set[int] = set()
+        self._fetched_anew: dict[int, float] = {}
         self._max_open = _OPEN_SHARDS if cache.copies is None else min(_OPEN_SHARDS, cache.copies.max_open)
 
     def shard(self, number: int) -> _OpenShard:
@@ -163,18 +169,27 @@ class ShardReader:
             self._open.clear()
 
     def _open_shard(self, number: int) -> _OpenShard:
-        sha256, size = str(self.table.sha256[number]), int(self.table.bytes[number])
         if self._copies is None:
             path = self._folder / str(self.table.path[number])
-            handle = FileHandle(path)
-        else:
-            path = self._copies.path(number)
-            copy = self._copies.open(number, stop=self._closing)
-            assert copy is not None  # it may exceed the limit
-            handle = copy
+            return self._open_file(number, path, FileHandle(path), str(path))
+        path, where = self._copies.path(number), f"{self._copies.url_of(number)} (its copy {self._copies.path(number)})"
+        handle = self._copies.open(number, stop=self._closing)
+        assert handle is not None  # it may exceed the limit
+        try:
+            return self._open_file(number, path, handle, where)
+        except (InputError, OSError) as error:  # of the copy or its index: the shard may be whole where it comes from
+            log.warning("%s: damaged, fetched anew (%s)", where, error)
+            self._copies.discard(number, handle)
+        handle = self._copies.open(number, stop=self._closing)
+        assert handle is not None
+        return self._open_file(number, path, handle, where)
+
+    def _open_file(self, number: int, path: Path, handle: FileHandle, where: str) -> _OpenShard:
+        """where: the shard, for messages."""
+        sha256, size = str(self.table.sha256[number]), int(self.table.bytes[number])
         if (actual := os.fstat(handle).st_size) != size:
             raise DamagedShard(
-                f"{path}: {actual} bytes, the manifest says {size}. Restore it, or delete it and run "
+                f"{where}: {actual} bytes, the manifest says {size}. Restore it, or delete it and run "
                 "`fluxfill preprocess CONFIG` again."
             )
         try:
@@ -187,8 +202,8 @@ class ShardReader:
             )
         places = {"latents": index.latents, "masked": index.masked.reshape(-1, 2), "text": index.texts}
         expected = sample_tensors(parse_bucket(str(self.table.bucket[number])), self.manifest)
-        layouts = {kind: _find_layout(handle, path, kind, places[kind], expected[kind]) for kind in places}
-        return _OpenShard(path, handle, index, layouts)
+        layouts = {kind: _find_layout(handle, where, kind, places[kind], expected[kind]) for kind in places}
+        return _OpenShard(where, handle, index, layouts)
 
     def key(self, shard: int, row: int) -> str:
         """A sample's name."""
@@ -212,26 +227,32 @@ class ShardReader:
         """
         opened = self.shard(shard)
         try:
-            self._read(opened, row, out, variant)
-        except DamagedSample:
-            if not self._copy_is_replaced(shard, opened):
-                raise
-            self._read(self.shard(shard), row, out, variant)
+            try:
+                self._read(opened, row, out, variant)
+            except (DamagedSample, OSError):
+                if not self._copy_is_replaced(shard, opened):
+                    raise
+                self._read(self.shard(shard), row, out, variant)
         except OSError as error:
-            where = f"{opened.path}: {opened.index.keys[row]} cannot be read ({error.strerror})"
+            where = f"{opened.where}: {opened.index.keys[row]} cannot be read ({error.strerror})"
             with_retries(lambda: self._read_anew(shard, row, out, variant), where, stop=self._closing)
 
     def _copy_is_replaced(self, shard: int, opened: _OpenShard) -> bool:
-        """Whether a shard is worth another look: it is a copy, which was perhaps damaged on this node. Once each."""
+        """Whether a shard is worth another look: it is a copy, which was perhaps damaged on this node. Once an hour, as
+        what is damaged where it comes from would be fetched for each of its rows."""
         if self._copies is None:
             return False
         with self._lock:
-            if shard in self._fetched_anew:
-                return self._open.get(shard) is not opened  # another thread was first to see it
-            self._fetched_anew.add(shard)
+            if self._open.get(shard) not in (opened, None):
+                return True  # another thread was first to see it
+            now = time.monotonic()
+            if now - self._fetched_anew.get(shard, -math.inf) < _FETCH_ANEW_SECONDS:
+                return False
+            self._fetched_anew[shard] = now
+            # Under the lock: another thread that opened it now would find the damaged copy once more.
             self._open.pop(shard, None)
-        log.warning("%s: damaged, fetched anew from %s", opened.path, self._copies.url_of(shard))
-        self._copies.discard(shard)
+            self._copies.discard(shard, opened.handle)
+        log.warning("%s: damaged, fetched anew", opened.where)
         return True
 
     def _read_anew(self, shard: int, row: int, out: Buffers, variant: int) -> None:
@@ -303,10 +324,10 @@ def _offset(member: _Member) -> int:
 
 
 def _where(opened: _OpenShard, member: _Member) -> str:
-    return f"{opened.path}: {member.name} ({member.layout.kind}, {member.size} bytes at {member.offset})"
+    return f"{opened.where}: {member.name} ({member.layout.kind}, {member.size} bytes at {member.offset})"
 
 
-def _find_layout(handle: int, path: Path, kind: str, places: np.ndarray, expected: Tensors) -> _Layout:
+def _find_layout(handle: int, where: str, kind: str, places: np.ndarray, expected: Tensors) -> _Layout:
     """The layout that a shard's members of one kind share: of the first one whose header is whole.
 
     places: int64 [n, 2], offset and size of each.  Raises DamagedShard, of the first one, if no header is.
@@ -315,10 +336,12 @@ def _find_layout(handle: int, path: Path, kind: str, places: np.ndarray, expecte
     for number, (offset, size) in enumerate(places.tolist()):
         head = os.pread(handle, min(size, MAX_HEADER), offset)
         try:
-            return _parse_layout(kind, head, expected, f"{path}: {'first' if number == 0 else 'a later'} {kind} member")
+            return _parse_layout(
+                kind, head, expected, f"{where}: {'first' if number == 0 else 'a later'} {kind} member"
+            )
         except DamagedShard as error:
             problem = problem or error
-    raise problem or DamagedShard(f"{path}: holds no {kind} member. {_ENCODE_ANEW}")
+    raise problem or DamagedShard(f"{where}: holds no {kind} member. {_ENCODE_ANEW}")
 
 
 def _read_again(opened: _OpenShard, parts: list[memoryview], run: list[_Member]) -> None:

@@ -88,7 +88,7 @@ class ShardRows:
         """Has the shards of a remote cache fetched from there on."""
         if self._prefetcher is not None:
             self._prefetcher.reached(batch.index)
-        elif (copies := self._cache.copies) is not None:
+        elif (copies := self._cache.copies) is not None and batch.part:  # of more ranks than rows, some have none
             sizes = self._cache.table.bytes
             self._prefetcher = Prefetcher(copies, self._order, sizes, part=batch.part, start=batch.index)
 

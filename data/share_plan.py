@@ -47,7 +47,7 @@ def agree_on_plan(
             finally:
                 crew.release(_CLAIM)
         if crew.holder(_CLAIM) and not has_helped:
-            with suppress(InputError):  # who plans will find it too, and say so
+            with suppress(InputError, OSError):  # who plans will find it too, and say so, or has finished meanwhile
                 help_planning()
             has_helped = True
             continue

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from configs.dataset_schema import DatasetConfig
 from configs.errors import InputError
+from data.folder_walk import walk_folder
 from data.picture_files import PictureFile
 from data.pictures import PICTURE_SUFFIXES
 from data.source_items import Item, decode_text, is_utf8, listed
@@ -44,28 +45,22 @@ class _Found(NamedTuple):
 
 
 def _find(folder: Path, role: str, dataset: str) -> _Found:
-    """Raises InputError if there is no picture, a folder is missing or cannot be read, a name is not UTF-8, or two
-    pictures differ in their suffix alone."""
+    """Raises InputError if there is no picture, a name is not UTF-8, two pictures differ in their suffix alone, the
+    folder is missing, or `walk_folder` refuses one below it."""
     where = f"dataset {dataset}: {role} folder {folder}"
     if not folder.is_dir():
         raise InputError(f"{where} does not exist. Check data.datasets.*.{role}.")
 
-    def refuse(error: OSError) -> None:  # os.walk would pass over the folder in silence
-        raise InputError(
-            f"{where}: {error.filename} cannot be read ({error.strerror}). Change its permissions."
-        ) from error
-
     found = _Found({}, {})
     problems = []
-    for parent, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    for parent, files in walk_folder(folder, where):
         below = os.path.relpath(parent, folder)
-        for file in sorted(files):  # of a million: no Path is made of each
+        for file in files:  # of a million: no Path is made of each
             stem, suffix = os.path.splitext(file)
-            if file.startswith(".") or suffix.lower() not in _SUFFIXES:
+            if suffix.lower() not in _SUFFIXES:
                 continue
             name = stem if below == "." else f"{below}/{stem}"
-            if suffix == ".txt":
+            if suffix.lower() == ".txt":
                 found.texts[name] = os.path.join(parent, file)
                 continue
             if name in found.pictures:

@@ -50,10 +50,13 @@ def decode_text(data: bytes, name: str) -> str:
         raise InputError(f"{name}: not UTF-8 text ({error}). Save the caption as UTF-8.") from error
 
 
-def is_utf8(name: str) -> bool:
-    """False for a file name of other bytes, which Python holds as lone surrogates and no JSON can."""
+HALF_A_CHARACTER = "holds half a character (a lone surrogate such as \\ud83d), which is no text"
+
+
+def is_utf8(text: str) -> bool:
+    """False for a file name of other bytes, which Python holds as lone surrogates, and for JSON that spells these."""
     try:
-        name.encode()
+        text.encode()
     except UnicodeEncodeError:
         return False
     return True

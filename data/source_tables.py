@@ -7,7 +7,8 @@ cache: a table is read a group of rows at a time, encoding wants single pictures
 
 import csv
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
@@ -15,8 +16,9 @@ from urllib.parse import urlsplit
 from configs.dataset_schema import DatasetConfig
 from configs.errors import InputError
 from configs.urls import is_url, shown
+from data.folder_walk import walk_folder
 from data.picture_files import PictureFile
-from data.source_items import Item, is_utf8
+from data.source_items import HALF_A_CHARACTER, Item, is_utf8
 from data.urls import check_url
 
 _ROW_BATCH = 64  # rows of a table that are in memory at a time
@@ -26,7 +28,7 @@ _NEEDS_PYARROW = (".parquet", ".arrow")
 def find_tables(place: str, dataset: str) -> list[str]:
     """The tables that a dataset's `table` names: itself, or all of a Hugging Face folder, sorted.
 
-    Raises InputError if there is none.
+    Raises InputError if there is none, or `walk_folder` refuses the folder.
     """
     where = f"dataset {dataset}: table {shown(place)}"
     path = Path(place)
@@ -36,9 +38,11 @@ def find_tables(place: str, dataset: str) -> list[str]:
         return [place]
     if not path.is_dir():
         raise InputError(f"{where} does not exist. Correct data.datasets.*.table.")
-    files = [file for file in path.rglob("*") if not any(part[0] == "." for part in file.relative_to(path).parts)]
-    tables = [file for file in files if file.name in ("metadata.jsonl", "metadata.csv")]
-    tables = tables or [file for file in files if file.suffix in _NEEDS_PYARROW]
+    metadata, tables = [], []
+    for parent, names in walk_folder(path, where):
+        metadata += [Path(parent, name) for name in names if name in ("metadata.jsonl", "metadata.csv")]
+        tables += [Path(parent, name) for name in _data_files(Path(parent), names) if name.endswith(_NEEDS_PYARROW)]
+    tables = metadata or tables
     if not tables:
         raise InputError(
             f"{where} is a folder without metadata.jsonl, metadata.csv, .parquet or .arrow files below it. Point "
@@ -47,9 +51,28 @@ def find_tables(place: str, dataset: str) -> list[str]:
     return sorted(map(str, tables))
 
 
+# What map and filter of `datasets` leave beside the data: cache-<fingerprint>.arrow, or one of several such.
+_INTERMEDIATE = re.compile(r"cache-[0-9a-f]{16}(_\d+_of_\d+)?\.arrow")
+
+
+def _data_files(folder: Path, names: Sequence[str]) -> list[str]:
+    """Of a folder's files those that hold its rows: where `datasets` saved it, what its state.json lists."""
+    if "state.json" in names:
+        try:
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            return [PurePosixPath(entry["filename"]).name for entry in state["_data_files"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # of something else
+    return [name for name in names if not _INTERMEDIATE.fullmatch(name)]
+
+
 def names_are_below(table: str, place: str) -> str:
     """The folder or URL that the names of a table's pictures begin below: a Hugging Face folder, or the table's own."""
-    return place if table != place else table.partition("?")[0].rpartition("/")[0]
+    if table == place:
+        return table.partition("?")[0].rpartition("/")[0]
+    return str(
+        Path(place)
+    )  # as the tables found there are called, whichever way the config calls it: ./hub, /data/hub/
 
 
 def list_table(
@@ -129,6 +152,8 @@ def _name(row: dict[str, Any], column: str | None, target: PictureFile, below: s
         path = f"{parts.netloc}{parts.path}"  # without the query, which may hold a token
     else:
         path = _below(target.place, below)
+    if not PurePosixPath(path).name:
+        raise InputError(f"{where}: {target} names a folder, no picture. Correct it.")
     return str(PurePosixPath(path).with_suffix(""))
 
 
@@ -148,10 +173,12 @@ def _resolve(table: str, cell: object, where: str) -> str:
     if is_url(path):
         check_url(path, where)
         return path
-    if path.startswith("/") or ".." in PurePosixPath(path).parts or "\0" in path or not is_utf8(path):
+    if path.startswith("/") or ".." in PurePosixPath(path).parts or "\0" in path:
         raise InputError(
             f"{where} is {path!a}, which leads out of the table's folder. Write a path relative to the table, below it."
         )
+    if not PurePosixPath(path).name:
+        raise InputError(f"{where} is {path!r}, the table's folder, no picture. Correct it.")
     folder, separator, _ = table.partition("?")[0].rpartition("/")
     return f"{folder}{separator}{PurePosixPath(path)}"
 
@@ -182,25 +209,37 @@ def _read_jsonl(table: str, file: Path) -> Iterator[tuple[int, str, dict[str, An
             where = f"{shown(table)}, line {number + 1}"
             try:
                 row = json.loads(line)
-            except ValueError as error:
+                is_text = "\\u" not in line or is_utf8(json.dumps(row, ensure_ascii=False))
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{where}: no JSON ({error}). Correct the line, or write the list anew.") from error
             if not isinstance(row, dict):
                 raise InputError(f'{where}: no JSON object. Write {{"target": ..., "mask": ...}}.')
+            if not is_text:
+                raise InputError(f"{where}: {HALF_A_CHARACTER}. Correct the line, or write the list anew.")
             yield number, where, _with_file_names(row)
 
 
 def _read_csv(table: str, file: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
     with file.open(encoding="utf-8-sig", newline="") as lines:
-        for number, row in enumerate(csv.DictReader(lines)):
-            yield number, f"{shown(table)}, row {number + 1}", _with_file_names(row)
+        rows = csv.DictReader(lines, strict=True)  # else a quote that is never closed swallows the rows behind it
+        try:
+            for number, row in enumerate(rows):
+                where = f"{shown(table)}, line {rows.line_num}"
+                if None in row:
+                    raise InputError(
+                        f"{where}: {len(row[None])} cell(s) more than the first line has columns, from "
+                        f'{row[None][0]!r:.60} on. Put a text with commas in quotes: "a red, old car".'
+                    )
+                yield number, where, _with_file_names({name: cell or None for name, cell in row.items()})
+        except csv.Error as error:
+            raise InputError(
+                f"{shown(table)}, line {rows.line_num + 1}: no CSV ({error}). Correct the line."
+            ) from error
 
 
 def _with_file_names(row: dict[str, Any]) -> dict[str, Any]:
     """`datasets` calls the column `image` whose files metadata.jsonl names under file_name or image_file_name."""
-    columns = {}
-    for name, cell in row.items():
-        if name is not None:
-            columns["image" if name == "file_name" else name.removesuffix("_file_name")] = cell
+    columns = {"image" if name == "file_name" else name.removesuffix("_file_name"): row[name] for name in row}
     return row | columns
 
 

@@ -12,7 +12,7 @@ from configs.dataset_schema import DatasetConfig
 from configs.errors import InputError
 from configs.urls import is_url, shown
 from data.picture_files import PictureFile
-from data.source_items import Item, decode_text, is_utf8
+from data.source_items import HALF_A_CHARACTER, Item, decode_text, is_utf8
 from data.tar_headers import Member, read_members
 from data.urls import check_url
 
@@ -32,7 +32,9 @@ def expand_tars(patterns: Sequence[str], dataset: str) -> list[str]:
         try:
             tars += braceexpand(pattern)
         except ValueError as error:
-            raise InputError(f"dataset {dataset}: tars {pattern}: {error}. Correct data.datasets.*.tars.") from error
+            raise InputError(
+                f"dataset {dataset}: tars {shown(pattern)}: {error}. Correct data.datasets.*.tars."
+            ) from error
     places: dict[str, str] = {}
     for tar in tars:
         if is_url(tar):
@@ -109,14 +111,21 @@ def _read_caption(tar: str, copy: Path, member: Member | None) -> str | None:
     """A text, or the entry `caption` of a JSON object."""
     if member is None:
         return None
+    if member.size > _LONGEST_CAPTION:
+        raise InputError(
+            f"{shown(tar)}: {member.name}: {member.size} bytes are no caption, of which the longest has "
+            f"{_LONGEST_CAPTION >> 20} MiB. Shorten or remove it."
+        )
     data = PictureFile(str(copy), member.offset, member.size, member.name).read(_LONGEST_CAPTION).data
     text = decode_text(data, f"{shown(tar)}: {member.name}")
     if not member.name.lower().endswith(".json"):
         return text
     try:
         caption = json.loads(text).get("caption")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"{shown(tar)}: {member.name}: no JSON object ({error}). Mend or remove it.") from error
     if not isinstance(caption, str | None):
         raise InputError(f"{shown(tar)}: {member.name}: its caption is no text. Mend or remove it.")
+    if caption is not None and not is_utf8(caption):
+        raise InputError(f"{shown(tar)}: {member.name}: its caption {HALF_A_CHARACTER}. Mend or remove it.")
     return caption

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from configs.errors import InputError
+from configs.errors import StorageFailed
 
 _ATTEMPTS = 6
 _FIRST_WAIT_SECONDS = 0.05
@@ -17,7 +17,7 @@ _T = TypeVar("_T")
 def read_anew_if_stale(path: Path, read: Callable[[], _T]) -> _T:
     """The outcome of `read`, which opens `path` by its name, tried again where the file was replaced under it.
 
-    Raises InputError, naming the file, if that does not end.
+    Raises StorageFailed, naming the file, if that does not end.
     """
     for attempt in range(_ATTEMPTS):
         try:
@@ -27,7 +27,7 @@ def read_anew_if_stale(path: Path, read: Callable[[], _T]) -> _T:
                 raise
             stale = error
         time.sleep(_FIRST_WAIT_SECONDS * 2**attempt)
-    raise InputError(
+    raise StorageFailed(
         f"{path}: the file server says again and again that it was replaced while it was read ({stale.strerror}). Look "
         "at the mount and start the same command again: it does what is left."
     ) from stale

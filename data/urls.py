@@ -1,11 +1,13 @@
 """Files on other machines, opened as streams of bytes: https by the standard library, s3 and gs by fsspec."""
 
+import string
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.client import HTTPMessage, HTTPResponse
+from http.client import HTTPMessage, HTTPResponse, InvalidURL
 from typing import IO, BinaryIO
 from urllib.error import HTTPError
+from urllib.parse import quote, urlsplit, urlunsplit
 
 import fsspec
 
@@ -44,15 +46,23 @@ def open_url(url: str) -> Iterator[BinaryIO | IO[bytes]]:
 
 
 def _open_https(url: str, **headers: str) -> HTTPResponse:
-    request = urllib.request.Request(url, headers=headers)
     try:
-        return _opener.open(request, timeout=_TIMEOUT_SECONDS)
+        return _opener.open(urllib.request.Request(_encoded(url), headers=headers), timeout=_TIMEOUT_SECONDS)
+    except (ValueError, InvalidURL) as error:
+        raise InputError(f"{shown(url)}: no URL ({error}). Correct it.") from error
     except HTTPError as error:
         if 400 <= error.code < 500 and error.code not in _PASSING:
             raise InputError(
                 f"{shown(url)}: the server answers {error.code} {error.reason}. Correct the URL."
             ) from error
         raise
+
+
+def _encoded(url: str) -> str:
+    """A URL as it may be sent: spaces and what is not ASCII as %XX; what is encoded already stays."""
+    parts = urlsplit(url)
+    path, query = (quote(part, safe=string.punctuation) for part in (parts.path, parts.query))
+    return urlunsplit(parts._replace(path=path, query=query, fragment=""))
 
 
 @contextmanager
@@ -120,7 +130,7 @@ class _StayWithinSchemes(urllib.request.HTTPRedirectHandler):
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> urllib.request.Request | None:
-        check_url(newurl, f"{req.full_url} redirects; its target")
+        check_url(newurl, f"{shown(req.full_url)} redirects; its target")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 

@@ -1,7 +1,7 @@
 """`fluxfill shards`: the cache looked at. What reads it is imported by the command that runs: it needs torch."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -69,22 +69,24 @@ def verify(
     num_threads = threads or min(len(os.sched_getaffinity(0)), _MOST_THREADS)
     from data.verify import verify_cache
 
-    if config is not None:
-        from data.repair import refuse_other_config, repair_cache
+    def check(only: Collection[str] | None = None) -> "CheckedCache":
+        with _reading(console) as (start, advance):
+            checked = verify_cache(cache, threads=num_threads, start=start, advance=advance, only=only)
+        _print_verdict(console, cache, checked)
+        return checked
 
-        refuse_other_config(config, cache)
-    with _reading(console) as (start, advance):
-        checked = verify_cache(cache, threads=num_threads, start=start, advance=advance)
-    code = _print_verdict(console, cache, checked)
-    if config is not None and code != 0:
-        for path in repair_cache(config, checked, console):
+    if config is None:
+        raise typer.Exit(BAD_FOUND if check().problems else 0)
+    from data.repair import refuse_other_config, repair_cache
+
+    refuse_other_config(config, cache)
+    checked, changed = repair_cache(config, check, console)
+    if checked.problems:
+        for path in changed:
             console.print(f"{path}: encoded anew with other bytes than before; the cache lists these now.", **_PLAIN)
         console.print(f"What was bad lies in {cache / 'quarantine'}; {cache / 'quarantine.jsonl'} says why.", **_PLAIN)
-        mended = {whole.path for whole in checked.rebuildable} | set(checked.bad)
-        with _reading(console) as (start, advance):
-            checked = verify_cache(cache, threads=num_threads, start=start, advance=advance, only=mended)
-        code = _print_verdict(console, cache, checked)
-    raise typer.Exit(code)
+        checked = check(only={whole.path for whole in checked.rebuildable} | set(checked.bad))
+    raise typer.Exit(BAD_FOUND if checked.problems else 0)
 
 
 @app.command()
@@ -140,12 +142,12 @@ def show(
     console.print(f"{out}: {len(decoded)} samples", **_PLAIN)
 
 
-def _print_verdict(console: Console, cache: Path, checked: "CheckedCache") -> int:
-    """Say what was found; returns the exit code."""
+def _print_verdict(console: Console, cache: Path, checked: "CheckedCache") -> None:
+    """Say what was found."""
     problems = [(problem.path, problem.member, problem.what) for problem in checked.problems]
     if not problems:
         console.print(f"{cache}: all is as it was written.", **_PLAIN)
-        return 0
+        return
     table = Table(title=f"{cache}: not as it was written", title_justify="left")
     for column in ("file", "member", "what is wrong"):
         table.add_column(column, overflow="fold")  # names are what it is read for
@@ -155,7 +157,6 @@ def _print_verdict(console: Console, cache: Path, checked: "CheckedCache") -> in
     files = len({path for path, _, _ in problems})
     more = f"; {len(problems) - _SHOWN_PROBLEMS} more are not shown" if len(problems) > _SHOWN_PROBLEMS else ""
     console.print(f"{len(problems)} problems in {files} files{more}.", highlight=False)
-    return BAD_FOUND
 
 
 def _console() -> Console:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -48,45 +47,55 @@ def open_samples(config: Config, model: Path, engine: Engine, console: Console) 
     return OnlineSamples(config, model, planned, device=device, decode_threads=threads)
 
 
-def choose_order(config: Config, samples: Samples) -> OrderSettings:
+def choose_order(config: Config, samples: Samples, *, num_nodes: int = 1) -> OrderSettings:
     """What the order of a run that starts now depends on; one that is resumed keeps its own.
 
-    Raises InputError if data.streams cannot share a global batch.
+    num_nodes: that the run's processes are on; only how many shards are shuffled together hangs on it, where copies
+    have little room.  Raises InputError if data.streams cannot share a global batch, or if copies have too little.
     """
+    streams = config.data.streams
     return OrderSettings.current(
         seed=config.run.seed,
         global_batch_size=config.train.global_batch_size,
         weights={dataset.name: dataset.weight for dataset in config.data.datasets},
-        shards=hash_shards(samples.table.path, _training_samples(samples)),
-        streams=config.data.streams,
-        block_shards=_block_shards(samples),
+        shards=hash_shards(samples.table.path, _training_samples(samples), samples.table.plan),
+        streams=streams,
+        block_shards=BLOCK_SHARDS if samples.copies is None else _fitting_block_shards(samples, streams, num_nodes),
     )
 
 
-def _block_shards(samples: Samples) -> int:
-    """Shards that are shuffled together: fewer where their copies would not fit this node.
-
-    Of each pool (dataset and bucket) the block in use and the one that is fetched for it are held at once.
-    Raises InputError if not even blocks of one shard fit.
-    """
+def _fitting_block_shards(samples: Samples, streams: int, num_nodes: int) -> int:
+    """Shards that are shuffled together: fewer where their copies would not fit this node. Raises InputError if not
+    even blocks of one shard fit."""
     copies = samples.copies
-    if copies is None:
-        return BLOCK_SHARDS
-    table, trains = samples.table, _training_samples(samples) > 0
-    pools = Counter(zip(table.dataset[trains].tolist(), table.bucket[trains].tolist(), strict=True))
-    largest = int(table.bytes[trains].max(initial=0))
-
-    def needed(block_shards: int) -> int:
-        return sum(min(2 * block_shards, shards) for shards in pools.values()) * largest
-
+    assert copies is not None
     for block_shards in range(BLOCK_SHARDS, 0, -1):
-        if needed(block_shards) <= copies.prefetch_bytes:
+        if _held_bytes(samples, block_shards, streams, num_nodes) <= copies.prefetch_bytes:
             return block_shards
+    needed = _held_bytes(samples, 1, streams, num_nodes) / copies.prefetch_share
     raise InputError(
-        f"data.local_cache_gib is {copies.limit_bytes / 2**30:g}, but shards of {largest / 2**30:.2g} GiB in "
-        f"{len(pools)} buckets need at least {needed(1) / copies.prefetch_share / 2**30:.2g}. Raise it, or make "
-        "smaller shards (data.shard_size_mib)."
+        f"data.local_cache_gib is {copies.limit_bytes / 2**30:g}, but shards of "
+        f"{int(samples.table.bytes.max()) / 2**30:.2g} GiB in {len(_shards_of_pools(samples))} buckets need at least "
+        f"{needed / 2**30:.2g}. Raise it, make smaller shards (data.shard_size_mib), or set data.streams to the number "
+        "of nodes at most."
     )
+
+
+def _held_bytes(samples: Samples, block_shards: int, streams: int, num_nodes: int) -> int:
+    """Of copies on one node: of each pool (dataset and bucket) and each stream that the node reads, the block in use
+    and the one that is fetched for it."""
+    blocks = 2 * -(-streams // num_nodes)
+    shards = np.minimum(blocks * block_shards, _shards_of_pools(samples))
+    return int(shards.sum()) * int(samples.table.bytes.max())
+
+
+def _shards_of_pools(samples: Samples) -> np.ndarray:
+    """How many shards each pool trains on."""
+    table, trains = samples.table, _training_samples(samples) > 0
+    datasets, dataset_of = np.unique(table.dataset[trains], return_inverse=True)
+    buckets, bucket_of = np.unique(table.bucket[trains], return_inverse=True)
+    counts = np.bincount(dataset_of * len(buckets) + bucket_of, minlength=len(datasets) * len(buckets))
+    return counts[counts > 0]
 
 
 def _training_samples(samples: Samples) -> np.ndarray:
@@ -98,6 +107,15 @@ def open_stream(config: Config, engine: Engine, samples: Samples, state: RunStat
     """This rank's micro-batches from the run's place in the order. Raises InputError if there is nothing to train."""
     table = samples.table
     order = Order(table.dataset, table.bucket, _training_samples(samples), state.order)
+    if (copies := samples.copies) is not None:
+        held = _held_bytes(samples, state.order.block_shards, state.order.streams, engine.num_nodes)
+        if held > copies.prefetch_bytes:  # of a run that began with more room, or on more nodes
+            log.warning(
+                "data.local_cache_gib is %.3g, but this run's order holds up to %.3g GiB of a node: where it does not "
+                "fit, shards are fetched more than once",
+                copies.limit_bytes / 2**30,
+                held / copies.prefetch_share / 2**30,
+            )
     micro = config.train.micro_batch_size
     if micro == "auto":
         micro = 1

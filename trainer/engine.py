@@ -155,6 +155,10 @@ class Engine:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def num_nodes(self) -> int:
+        return self.world_size // int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+
     # --- the model ---------------------------------------------------------------------------------------------------
 
     @property

@@ -37,40 +37,39 @@ def train(arguments: list[str] | None = None) -> int:
     console = configure_logging(engine)
     model = find_model(config.model.base)
     samples = open_samples(config, model, engine, console)  # the VAE's and the text encoders' work is that of data/
-    order = choose_order(config, samples)  # in which they come: fixed for the run
+    order = choose_order(config, samples, num_nodes=engine.num_nodes)  # in which they come: fixed for the run
     transformer = build_transformer(config, model, engine)  # 384 inputs; all of it trains, or an adapter
     transformer = engine.prepare(transformer, partial(build_optimizer, train=config.train, seed=config.run.seed))
     ema = Ema(engine.local_slices(), config.train.ema_decay)
     state = resume(config, resume_from, engine, ema, order)
-    stream = open_stream(config, engine, samples, state)
-    log = RunLog(config, engine, state, console)
-    saver = Saver(config, engine, ema, stream)
-    validator = Validator(config, engine, model, samples)
-    if validation_is_due(config, 0) and state.step == 0:
-        log.validation(validator.run(engine.plain_transformer, 0))
+    with open_stream(config, engine, samples, state) as stream:
+        log = RunLog(config, engine, state, console)
+        saver = Saver(config, engine, ema, stream)
+        validator = Validator(config, engine, model, samples)
+        if validation_is_due(config, 0) and state.step == 0:
+            log.validation(validator.run(engine.plain_transformer, 0))
 
-    while state.step < config.train.steps:  # step = one optimizer update
-        for rows in engine.micro_steps(next(stream)):  # this rank's rows of the global batch
-            sigma = sample_sigma(rows.uniform, rows.bucket.tokens, config.flow)
-            noisy = mix_noise(rows.latents, rows.noise, sigma)  # sigma 0: clean, 1: noise
-            with engine.autocast():
-                velocity = predict_velocity(transformer, noisy, rows, sigma, config.flow)
-            region = region_weight(unpack_mask(rows.mask), config.flow)  # of the hole and the kept part
-            losses = flow_loss(velocity, rows.latents, rows.noise, region)  # against noise - latents
-            engine.backward(losses, rows.weight)  # sum over the real rows / global batch size
-        lr = learning_rate(config.train, state.step)
-        update = engine.step(lr)  # clip and apply, if finite on all ranks
-        if update.applied:
-            ema.update(state.step)
-        state = state.after(update)
-        log.step(state, update, lr, stream)
-        if validation_is_due(config, state.step):
-            log.validation(validator.run(engine.plain_transformer, state.step))
-        saver.save_if_due(state, stopping=update.stop)
-        if update.stop and state.step < config.train.steps:
-            raise Stopped(state.step, stop_signal())
+        while state.step < config.train.steps:  # step = one optimizer update
+            for rows in engine.micro_steps(next(stream)):  # this rank's rows of the global batch
+                sigma = sample_sigma(rows.uniform, rows.bucket.tokens, config.flow)
+                noisy = mix_noise(rows.latents, rows.noise, sigma)  # sigma 0: clean, 1: noise
+                with engine.autocast():
+                    velocity = predict_velocity(transformer, noisy, rows, sigma, config.flow)
+                region = region_weight(unpack_mask(rows.mask), config.flow)  # of the hole and the kept part
+                losses = flow_loss(velocity, rows.latents, rows.noise, region)  # against noise - latents
+                engine.backward(losses, rows.weight)  # sum over the real rows / global batch size
+            lr = learning_rate(config.train, state.step)
+            update = engine.step(lr)  # clip and apply, if finite on all ranks
+            if update.applied:
+                ema.update(state.step)
+            state = state.after(update)
+            log.step(state, update, lr, stream)
+            if validation_is_due(config, state.step):
+                log.validation(validator.run(engine.plain_transformer, state.step))
+            saver.save_if_due(state, stopping=update.stop)
+            if update.stop and state.step < config.train.steps:
+                raise Stopped(state.step, stop_signal())
 
-    stream.close()
     export_and_verify(config, engine, model, ema)
     log.close()
     engine.close()

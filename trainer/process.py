@@ -7,18 +7,24 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from configs.errors import InputError
+from configs.errors import InputError, StorageFailed
 from configs.loading import load_config
 from configs.schema import Config
 from data.atomic_write import write_text_atomically
 from data.library_noise import quiet_libraries
+from trainer.failed_ranks import leave_when_another_rank_fails
 
+FAILED = 1
 BAD_INPUT = 2
 STOPPED = 75  # on purpose; the same command line goes on
+
+_MAIN_SPEAKS_FIRST_SECONDS = 1.0
 
 _USAGE = """\
 Three commands to begin with:
@@ -66,50 +72,82 @@ def check_command_line() -> None:
 
 
 def run_and_report(work: Callable[[], int | None]) -> int:
-    """Do `work` and write outcome.json {code, reason, step} on rank 0: how it failed, or the step that it reached.
+    """Do `work` and write outcome.json {code, reason, step}: the step that it reached, or how the first rank failed
+    that did. What others say after it (a connection that was closed) follows from it.
 
     `accelerate launch` turns every exit code into 1; whoever needs the real one reads it there. Work that returns None
-    (a check) has no outcome unless it fails. Returns the code: 0 done, 2 bad input, 75 stopped on purpose; anything
-    else is raised on, with its traceback, after it was written.
+    (a check) has no outcome unless it fails. Returns the code: 0 done, 1 storage failed, 2 bad input, 75 stopped on
+    purpose; anything else is raised on, with its traceback, after it was written.
     """
-    if _is_main() and (old := _outcome_file()) is not None:
-        old.unlink(missing_ok=True)  # of an earlier start; should this process be killed, there is none
+    path = _outcome_file()
+    if _rank() == 0 and path is not None:
+        path.unlink(missing_ok=True)  # of an earlier start; should this process be killed, there is none
+    if path is not None and os.environ.get("WORLD_SIZE", "1") != "1":
+        leave_when_another_rank_fails(partial(_tells_of_failure, path))
     try:
         step = work()
     except InputError as error:
-        _write_outcome(BAD_INPUT, str(error), None)
-        if _is_main():
+        code = FAILED if isinstance(error, StorageFailed) else BAD_INPUT
+        if _rank() != 0:
+            time.sleep(_MAIN_SPEAKS_FIRST_SECONDS)  # what all ranks find wrong is said once, by rank 0
+        if _write_failure(path, code, str(error)) or _rank() == 0:
             colour, end = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
-            print(f"{colour}{error}{end}", file=sys.stderr)
-        return BAD_INPUT
+            print(f"{colour}{_who()}{error}{end}", file=sys.stderr)
+        return code
     except Stopped as stopped:
-        _write_outcome(STOPPED, str(stopped), stopped.step)
-        if _is_main():
+        if _rank() == 0:
+            _write_outcome(path, STOPPED, str(stopped), stopped.step)
             print(stopped)
         return STOPPED
     except SystemExit:  # --help
         raise
     except BaseException as error:
-        _write_outcome(1, f"{type(error).__name__}: {error}", None)
+        _write_failure(path, FAILED, f"{type(error).__name__}: {error}")
         raise
-    if step is not None:
-        _write_outcome(0, "done", step)
+    if step is not None and _rank() == 0:
+        _write_outcome(path, 0, "done", step)
     return 0
 
 
-def _is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
-def _write_outcome(code: int, reason: str, step: int | None) -> None:
-    """To $FLUXFILL_OUTCOME, else the run's folder."""
-    if _is_main() and (path := _outcome_file()) is not None:
+def _who() -> str:
+    """Begins what a rank says that is not expected to speak."""
+    return f"rank {_rank()}: " if _rank() else ""
+
+
+def _write_outcome(path: Path | None, code: int, reason: str, step: int | None) -> None:
+    if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(path, json.dumps({"code": code, "reason": reason, "step": step}) + "\n")
 
 
+def _write_failure(path: Path | None, code: int, reason: str) -> bool:
+    """Write how this rank failed, unless another did before; returns whether it was written."""
+    if path is None:
+        return False
+    own = path.with_name(f"{path.name}.{_rank()}")
+    _write_outcome(own, code, f"{_who()}{reason}", None)
+    try:
+        os.link(own, path)  # the one way to name a whole file that fails if the name is taken, also on NFS
+    except FileExistsError:
+        return False
+    finally:
+        own.unlink()
+    return True
+
+
+def _tells_of_failure(path: Path) -> bool:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["code"] not in (0, STOPPED)
+    except (OSError, ValueError):
+        return False
+
+
 def _outcome_file() -> Path | None:
-    """None if nobody asked for it and the command line names no run either."""
+    """$FLUXFILL_OUTCOME, else in the run's folder; None if neither is known."""
     if asked := os.environ.get("FLUXFILL_OUTCOME"):
         return Path(asked)
     try:

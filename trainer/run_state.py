@@ -74,6 +74,7 @@ def resume(config: Config, resume_from: str, engine: Engine, ema: Ema, order: Or
     folder.  order: of a run that would start now.  Raises InputError if it cannot be: another order of the samples,
     another method, a damaged folder.
     """
+    _refuse_ranks_that_differ(engine.gather(order))
     # Rank 0 looks, for all: checking reads every byte, and ranks that chose differently would drift apart in silence.
     chosen = _choose_checkpoint(config, resume_from) if engine.is_main else (None, None)
     folder, problem = engine.gather(chosen)[0]
@@ -89,6 +90,15 @@ def resume(config: Config, resume_from: str, engine: Engine, ema: Ema, order: Or
     load_tensors(folder, engine, ema, saved["engine"], requantize=config.checkpoint.requantize)
     log.info("resumed from %s, step %d (saved by %s)", folder, state.step, saved["engine"]["name"])
     return replace(state, restarts=state.restarts + 1)
+
+
+def _refuse_ranks_that_differ(orders: list[OrderSettings]) -> None:
+    """Raise InputError if ranks would train in different orders: some rows twice, others never, in silence."""
+    if others := [rank for rank, order in enumerate(orders) if order != orders[0]]:
+        raise InputError(
+            f"rank {others[0]} sees another data.cache than rank 0 ({orders[others[0]]}, not {orders[0]}). Look "
+            "whether all machines read the same one, and whether it was written to just now; then start again."
+        )
 
 
 def _refuse_another_order(folder: Path, saved: OrderSettings, current: OrderSettings) -> None:

@@ -125,3 +125,21 @@ def test_one_mistake_is_one_line() -> None:
         with pytest.raises(InputError) as caught:
             load(**dataset)
         assert len(str(caught.value).splitlines()) == 1, str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        {"tars": "https://user:secret@host/a.tar"},
+        {"tars": ["https://host/a.tar", "s3://key:sec/secret@bucket/a.tar"]},
+        {"tars": "ftp://host/a.tar?token=secret"},
+        {"table": "https://user:secret@host/a.jsonl"},
+        {"tars": "https://host/a.tar?token=secret", "table": "https://host/a.jsonl?token=secret"},
+        {"tars": {"a": ["https://host/a.tar?token=secret"]}},
+        {"target": "t", "mask": "m", "tras": "https://host/a.tar?token=secret"},
+    ],
+)
+def test_no_message_holds_a_secret(dataset: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"host|bucket") as caught:
+        load(**dataset)
+    assert "secret" not in str(caught.value)

@@ -33,7 +33,11 @@ def open_stream(
     samples = np.where(table.split == TRAIN, table.samples, 0)
     weights = dict.fromkeys(table.dataset.tolist(), 1.0)
     settings = OrderSettings.current(
-        seed=SEED, global_batch_size=size, weights=weights, shards=hash_shards(table.path, samples), streams=streams
+        seed=SEED,
+        global_batch_size=size,
+        weights=weights,
+        shards=hash_shards(table.path, samples, table.plan),
+        streams=streams,
     )
     order = Order(table.dataset, table.bucket, samples, settings)
     return BatchStream(

@@ -53,7 +53,7 @@ def test_the_reader_gives_every_tensor_as_it_was(old):
     samples = np.where(table.split == "train", table.samples, 0)
     weights = dict.fromkeys(table.dataset.tolist(), 1.0)
     settings = OrderSettings.current(
-        seed=1, global_batch_size=1, weights=weights, shards=hash_shards(table.path, samples)
+        seed=1, global_batch_size=1, weights=weights, shards=hash_shards(table.path, samples, table.plan)
     )
     order = Order(table.dataset, table.bucket, samples, settings)
     policy = RowPolicy(caption_dropout=0.2)

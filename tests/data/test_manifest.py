@@ -117,6 +117,35 @@ def test_a_damaged_shard_table_is_named(made_up, damage):
         read_shard_table(made_up.folder)
 
 
+@pytest.mark.parametrize(
+    "column, value",
+    [
+        ("path", "../shards/a.tar"),
+        ("path", "/shards/a.tar"),
+        ("path", "shards/../../a.tar"),
+        ("path", "manifest.json"),
+        ("sha256", "../../mine"),
+        ("sha256", ""),
+        ("sha256", "a" * 63 + "/"),
+        ("sha256", "a" * 65),
+    ],
+)
+def test_a_shard_table_names_nothing_outside_of_the_cache(made_up, column, value):
+    columns = dict(vars(made_up.table))
+    columns[column] = np.array([value, columns[column][1]])
+    np.savez(made_up.folder / "shards.npz", **columns)
+    with pytest.raises(InputError, match=r"shards.npz: damaged \((names a file outside of the cache: |has a sha256)"):
+        read_shard_table(made_up.folder)
+
+
+@pytest.mark.parametrize("name", ["../../../outside.txt", "/outside.txt", "validation/../../outside.txt"])
+def test_a_manifest_names_nothing_outside_of_the_cache(made_up, monkeypatch, name):
+    monkeypatch.setattr("data.manifest.hash_files", lambda *_: {name: "0" * 32})
+    write_manifest(made_up.folder, made_up.manifest, made_up.table)
+    with pytest.raises(InputError, match=r"manifest.json: damaged \(names a file outside of the cache: .*outside.txt"):
+        read_manifest(made_up.folder)
+
+
 def test_a_buckets_name_is_read_back():
     for bucket in (Bucket(48, 80), Bucket(1024, 1024)):
         assert parse_bucket(str(bucket)) == bucket

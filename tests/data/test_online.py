@@ -60,7 +60,7 @@ def settings_of(samples, size) -> OrderSettings:
     table = samples.table
     counts = np.where(table.split == TRAIN, table.samples, 0)
     return OrderSettings.current(
-        seed=5, global_batch_size=size, weights={"photographs": 1.0}, shards=hash_shards(table.path, counts)
+        seed=5, global_batch_size=size, weights={"photographs": 1.0}, shards=hash_shards(table.path, counts, table.plan)
     )
 
 

@@ -175,11 +175,14 @@ def test_streams_that_cannot_share_a_batch_are_refused():
 
 def test_the_hash_of_the_shards_is_that_of_names_and_counts_that_train():
     paths, samples = np.array(["a", "b", "c"]), np.array([3, 0, 4])
-    digest = hash_shards(paths, samples)
-    assert hash_shards(np.array(["a", "held out", "c"]), samples) == digest
-    assert hash_shards(np.array(["a", "b", "d"]), samples) != digest
-    assert hash_shards(paths, np.array([4, 0, 3])) != digest
-    assert hash_shards(np.array(["c", "b", "a"]), samples) != digest
+    plans = np.array(["p", "q", "r"])
+    digest = hash_shards(paths, samples, plans)
+    assert hash_shards(np.array(["a", "held out", "c"]), samples, plans) == digest
+    assert hash_shards(paths, samples, np.array(["p", "held out", "r"])) == digest
+    assert hash_shards(np.array(["a", "b", "d"]), samples, plans) != digest
+    assert hash_shards(paths, np.array([4, 0, 3]), plans) != digest
+    assert hash_shards(np.array(["c", "b", "a"]), samples, plans) != digest
+    assert hash_shards(paths, samples, np.array(["p", "q", "other"])) != digest
 
 
 def test_another_order_in_each_epoch_and_for_each_seed():

@@ -3,7 +3,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from configs.errors import InputError
 from data.pictures import load_mask, load_picture, picture_size
@@ -109,6 +109,20 @@ def test_a_picture_above_the_limit_is_refused_undecoded(tmp_path, load):
         load(path, max_megapixels=LIMIT)
 
 
+@pytest.mark.parametrize("load", [load_picture, load_mask, picture_size])
+@pytest.mark.parametrize("size", [(1000, 1), (1, 1000), (33 * 7, 7)])
+def test_a_strip_is_refused_undecoded(tmp_path, load, size):
+    """Resized to fill a bucket with its short side, it would take gigabytes."""
+    (tmp_path / "spacer.png").write_bytes(png_that_claims(*size))
+    with pytest.raises(InputError, match=rf"spacer.png: {size[0]}x{size[1]} is more than 32 times as long as wide"):
+        load(tmp_path / "spacer.png", max_megapixels=LIMIT)
+
+
+def test_a_panorama_is_read(tmp_path):
+    Image.new("RGB", (32 * 7, 7)).save(tmp_path / "wide.png")
+    assert load_picture(tmp_path / "wide.png", max_megapixels=LIMIT).size == (32 * 7, 7)
+
+
 def test_a_size_is_read_without_decoding(tmp_path, monkeypatch):
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda picture: pytest.fail(f"{picture} was decoded"))
     monkeypatch.setattr("PIL.WebPImagePlugin.WebPImageFile.load", lambda picture: pytest.fail("decoded"))
@@ -209,3 +223,101 @@ def test_32_bit_pixels_are_refused(tmp_path):
     Image.fromarray(np.ones((4, 4), np.float32)).save(path)
     with pytest.raises(InputError, match=r"depth.tif: has 32-bit pixels.* Save it with 8 bits"):
         load_mask(path, max_megapixels=LIMIT)
+
+
+def mask_with_alpha(path, colours, alpha):
+    """colours, alpha: four levels each, of a mask of four stripes."""
+    levels, alphas = (np.repeat(np.array(values, np.uint8), 8).reshape(4, 8) for values in (colours, alpha))
+    Image.fromarray(np.stack([levels, levels, levels, alphas], -1)).save(path)
+    return levels
+
+
+@pytest.mark.parametrize(
+    "colours, alpha",
+    [
+        ([0, 255, 0, 0], [255, 255, 255, 255]),
+        ([0, 255, 0, 0], [90, 90, 90, 90]),
+        ([0, 255, 255, 0], [0, 255, 255, 0]),  # the hole painted on a transparent layer
+        ([0, 255, 255, 0], [255, 0, 0, 255]),  # the hole cut out
+        ([0, 255, 255, 0], [0, 255, 130, 0]),  # with a soft edge
+        ([0, 255, 255, 0], [0, 120, 120, 0]),  # on a layer of half the strength
+    ],
+)
+def test_a_masks_colours_count_where_its_transparency_says_no_other(tmp_path, colours, alpha):
+    levels = mask_with_alpha(tmp_path / "mask.png", colours, alpha)
+    np.testing.assert_array_equal(np.asarray(load_mask(tmp_path / "mask.png", max_megapixels=LIMIT)), levels)
+
+
+@pytest.mark.parametrize(
+    "colours, alpha",
+    [
+        ([255, 255, 255, 255], [0, 255, 255, 0]),
+        ([0, 0, 0, 0], [0, 255, 255, 0]),
+        ([20, 200, 90, 130], [255, 0, 0, 255]),  # the picture itself, the hole cut out
+        ([0, 255, 0, 0], [0, 255, 255, 255]),
+    ],
+)
+def test_a_mask_whose_transparency_says_other_than_its_colours_is_refused(tmp_path, colours, alpha):
+    mask_with_alpha(tmp_path / "mask.png", colours, alpha)
+    with pytest.raises(InputError, match=r"mask\.png: the mask is partly transparent, .* Save it without transparency"):
+        load_mask(tmp_path / "mask.png", max_megapixels=LIMIT)
+
+
+@pytest.mark.parametrize("load", [load_picture, load_mask])
+def test_lab_colours_are_read(tmp_path, load):
+    lab = np.zeros((4, 4, 3), np.uint8)
+    lab[:2, :, 0], lab[2:, :, 0] = 255, 0
+    Image.fromarray(lab, "LAB").save(tmp_path / "lab.tif")
+    pixels = np.asarray(load(tmp_path / "lab.tif", max_megapixels=LIMIT))
+    assert pixels[0].min() >= 250 and pixels[3].max() <= 5
+
+
+# --- colour profiles --------------------------------------------------------------------------------------------------
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+# A space whose red is sRGB's green, and the other way round.
+SWAPPED = SRGB.replace("sRGB".encode("utf-16-be"), "mine".encode("utf-16-be"))
+SWAPPED = SWAPPED.replace(b"rXYZ", b"xxxx").replace(b"gXYZ", b"rXYZ").replace(b"xxxx", b"gXYZ")
+
+
+def colours(seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".webp"])
+def test_colours_are_those_of_the_profile(tmp_path, suffix):
+    options = {"lossless": True} if suffix == ".webp" else {}
+    Image.fromarray(colours()).save(tmp_path / f"a{suffix}", icc_profile=SWAPPED, **options)
+    pixels = np.asarray(load_picture(tmp_path / f"a{suffix}", max_megapixels=LIMIT)).astype(int)
+    assert abs(pixels - colours()[..., [1, 0, 2]]).max() <= 2
+
+
+@pytest.mark.parametrize("profile", [None, SRGB, b"no profile", SWAPPED[:300], SWAPPED.replace(b"RGB XYZ", b"CMYKXYZ")])
+def test_a_picture_stays_as_it_is_with_a_profile_of_srgb_or_a_broken_one(tmp_path, profile):
+    Image.fromarray(colours()).save(tmp_path / "a.png", icc_profile=profile)
+    np.testing.assert_array_equal(np.asarray(load_picture(tmp_path / "a.png", max_megapixels=LIMIT)), colours())
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK"])
+def test_a_profile_goes_with_every_mode(tmp_path, mode):
+    """White is white, grey is grey, and what is transparent stands on white."""
+    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    picture = Image.new("RGBA" if mode in ("LA", "RGBA") else "RGB", (8, 8), "white")
+    if "A" in mode:
+        picture.paste((90, 90, 90, 0), (0, 0, 4, 8))
+    picture.convert(mode).save(path, icc_profile=SWAPPED)
+    loaded = load_picture(path, max_megapixels=LIMIT)
+    assert loaded.mode == "RGB" and np.asarray(loaded).min() >= 253
+
+
+def test_a_profile_stands_upright_with_its_picture(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(colours()).save(tmp_path / "a.png", icc_profile=SWAPPED, exif=exif)
+    pixels = np.asarray(load_picture(tmp_path / "a.png", max_megapixels=LIMIT)).astype(int)
+    assert abs(pixels - np.rot90(colours()[..., [1, 0, 2]], -1)).max() <= 2
+
+
+def test_a_masks_profile_changes_no_level(tmp_path):
+    Image.fromarray(colours()[..., 0]).save(tmp_path / "a.png", icc_profile=SWAPPED)
+    np.testing.assert_array_equal(np.asarray(load_mask(tmp_path / "a.png", max_megapixels=LIMIT)), colours()[..., 0])

@@ -1,4 +1,5 @@
 import fcntl
+import threading
 import time
 
 import pytest
@@ -36,3 +37,24 @@ def test_shards_are_fetched_before_they_are_read_and_held_until_then(make_cache,
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     prefetcher.close()
     assert sum(count for path, count in server.requests.items() if path.endswith(".tar")) == 12
+
+
+def test_what_found_no_room_is_fetched_when_there_is_some(make_cache, serve, tmp_path, monkeypatch):
+    monkeypatch.setattr("data.prefetch._LOOK_AGAIN_SECONDS", 0.05)
+    cache = make_cache([("a", "32x32", 8)] * 4)
+    copies = ShardCopies(
+        serve(Remote(cache.folder).get), tmp_path / "node", int(cache.table.bytes[:2].sum()) + 9, cache.table
+    )
+    settings = OrderSettings.current(seed=3, global_batch_size=4, weights={"a": 1.0}, shards="", block_shards=1)
+    order = Order(cache.table.dataset, cache.table.bucket, cache.table.samples, settings)
+    first, *others = dict.fromkeys(int(order.batch(number).shards[0]) for number in range(8))
+    held = [copies.open(other, stop=threading.Event()) for other in others[:2]]  # by other processes of the node
+    prefetcher = Prefetcher(copies, order, cache.table.bytes, part=range(4), start=0)
+    time.sleep(0.3)
+    assert not copies.path(first).exists()
+    held.clear()
+    deadline = time.monotonic() + 20
+    while not copies.path(first).exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert copies.path(first).exists()
+    prefetcher.close()

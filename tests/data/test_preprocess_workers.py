@@ -28,6 +28,7 @@ from data.crew import STALE_SECONDS, join_crew
 from data.manifest import read_manifest, read_shard_table
 from data.model_folder import encoder_fingerprints
 from data.preprocess import CREW_FOLDER, Job, preprocess
+from data.share_plan import agree_on_plan
 from data.which_worker import Worker
 from tests.workers import start_worker
 
@@ -251,6 +252,19 @@ def test_bad_input_is_found_by_one_and_told_by_all(config_of, pictures, tmp_path
     assert all(message and "picture-03.png: no mask of the same name" in message for message in messages), messages
     assert len(planned) < 3
     assert not config.data.cache.exists()
+
+
+@pytest.mark.parametrize("fault", [FileNotFoundError("copies/a.part"), InputError("a.png: no such picture")])
+def test_who_helps_to_plan_goes_on_when_the_job_is_done_first(tmp_path, fault):
+    """Then what the helper still writes may go while it writes."""
+    with join_crew(tmp_path / "crew", {}) as planner, join_crew(tmp_path / "crew", {}) as helper:
+        assert planner.claim("plan")
+
+        def help_planning():
+            planner.release("plan")
+            raise fault
+
+        assert agree_on_plan(helper, lambda: [], help_planning=help_planning, waiting=print) == ()
 
 
 def test_a_job_of_another_config_is_refused_and_the_first_goes_on(config_of, pictures, undisturbed, tmp_path):

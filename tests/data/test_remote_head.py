@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from configs.errors import InputError
-from data.manifest import MANIFEST, SHARD_TABLE, read_manifest, read_shard_table, write_manifest
+from data.manifest import MANIFEST, SHARD_TABLE, hash_files, read_manifest, read_shard_table, write_manifest
 from data.remote_head import fetch_head
 
 
@@ -44,4 +44,26 @@ def test_a_page_in_the_place_of_the_manifest_is_named(remote, tmp_path):
     url, server, _ = remote
     server.faults[MANIFEST] = ["page"]
     with pytest.raises(InputError, match=rf"{url}/{MANIFEST}: damaged"):
+        fetch_head(url, tmp_path / "node")
+
+
+def test_a_manifest_that_names_files_elsewhere_writes_none(remote, tmp_path, monkeypatch):
+    url, _, cache = remote
+    (cache.folder.parent / "outside.txt").write_text("a stranger's")
+    with monkeypatch.context() as patched:
+        patched.setattr("data.manifest.hash_files", lambda *_: hash_files(cache.folder, ["../outside.txt"]))
+        write_manifest(cache.folder, cache.manifest, cache.table)
+    with pytest.raises(
+        InputError, match=rf"{url}/{MANIFEST}: damaged \(names a file outside of the cache: \.\./outside"
+    ):
+        fetch_head(url, tmp_path / "node")
+    assert not (tmp_path / "node").exists()
+
+
+def test_a_local_cache_that_cannot_be_written_to_is_named(remote, tmp_path):
+    url, _, _ = remote
+    (tmp_path / "node").write_text("a file, which stands for what its user may not write to")
+    with pytest.raises(
+        InputError, match=r"data.local_cache .*node: cannot be written to \(.*\)\. Point data.local_cache"
+    ):
         fetch_head(url, tmp_path / "node")

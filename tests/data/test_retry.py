@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from configs.errors import InputError
+from configs.errors import InputError, StorageFailed
 from data.retry import ATTEMPTS, with_retries
 
 
@@ -35,7 +35,7 @@ def test_what_fails_for_a_while_is_tried_again_ever_later(waits):
 
 
 def test_what_keeps_failing_is_named_with_its_last_error(waits):
-    with pytest.raises(InputError, match=r"^s3://b/a\.tar: failed 8 time\(s\), .*ConnectionError: reset\. Look"):
+    with pytest.raises(StorageFailed, match=r"^s3://b/a\.tar: failed 8 time\(s\), .*ConnectionError: reset\. Look"):
         with_retries(failing(99, ConnectionError("reset")), "s3://b/a.tar")
     assert len(waits) == ATTEMPTS - 1
 
@@ -53,3 +53,24 @@ def test_a_stop_ends_the_waiting():
     stop.set()
     with pytest.raises(InputError, match=r"failed 1 time\(s\)"):
         with_retries(failing(99, OSError("busy")), "a.tar", stop=stop)
+
+
+def test_a_stop_during_a_wait_ends_it_without_another_attempt():
+    stop, calls = threading.Event(), []
+
+    def attempt():
+        calls.append(None)
+        raise OSError("busy")
+
+    threading.Timer(0.1, stop.set).start()
+    with pytest.raises(StorageFailed, match=r"a\.tar: failed 1 time\(s\), .*busy"):
+        with_retries(attempt, "a.tar", stop=stop)
+    assert len(calls) == 1
+
+
+def test_no_attempt_begins_after_four_minutes(waits, monkeypatch):
+    """A silent server takes a minute for each; the other processes of a run wait ten minutes at most."""
+    clock = iter(range(0, 10_000, 65))
+    monkeypatch.setattr("data.retry.time.monotonic", lambda: next(clock))
+    with pytest.raises(StorageFailed, match=r"failed 4 time\(s\)"):
+        with_retries(failing(99, TimeoutError("timed out")), "a.tar")

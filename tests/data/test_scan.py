@@ -3,6 +3,10 @@ import json
 import os
 import sys
 import tarfile
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
 
@@ -181,14 +185,25 @@ def test_a_change_reads_a_part_of_a_large_set_anew(scan, reads, tmp_path):
     assert 0 < len(reads) < 2 * 100
 
 
-def test_what_another_process_found_is_taken_over(scan, folders, reads, tmp_path):
-    """Two scans of one state name their results alike."""
-    scan(**folders)
-    (found,) = results(tmp_path)
-    kept = found.read_bytes()
-    found.unlink()
-    scan(**folders)
-    assert [file.name for file in results(tmp_path)] == [found.name] and found.read_bytes() == kept
+def test_what_another_worker_found_is_taken_over(folders, reads, tmp_path):
+    """One stops halfway while another scans to the end, and goes on then: together they read each picture once."""
+    write_folders(tmp_path, [f"{number:04d}" for number in range(600)])
+    data = DataConfig.model_validate({"cache": tmp_path / "cache", "datasets": [{"name": "photos", **folders}]})
+    halfway, other_is_done, counts = threading.Event(), threading.Event(), []
+
+    def stop_halfway(count):
+        counts.append(count)
+        if sum(counts) > 310:
+            halfway.set()
+            assert other_is_done.wait(30)
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(scan_dataset, data.datasets[0], data, stop_halfway)
+        assert halfway.wait(30)
+        second = scan_dataset(data.datasets[0], data, lambda count: None)
+        other_is_done.set()
+        assert first.result() == second and len(second) == 620
+    assert len(reads) == 2 * 620
 
 
 def test_every_picture_at_fault_is_named_and_the_good_ones_are_kept(scan, reads, tmp_path):
@@ -272,6 +287,73 @@ def test_names_that_meet_are_refused(scan, tmp_path, folders):
         scan(table=str(tmp_path / "one.jsonl"))
 
 
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        {"tars": "cache/shards/{000..001}.tar"},
+        {"tars": ["elsewhere/a.tar", "cache/shards/mine/b.tar"]},
+        {"tars": "link/a.tar"},
+        {"table": "cache/copies/list.jsonl"},
+        {"table": "cache/shards"},
+        {"target": "cache/validation", "mask": "masks"},
+        {"target": "targets", "mask": "cache/scan/masks"},
+    ],
+)
+def test_pictures_in_folders_that_the_cache_clears_are_refused(scan, tmp_path, monkeypatch, dataset):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "cache" / "shards")
+    with pytest.raises(InputError, match=r"lies in a folder of data.cache .* Move the pictures elsewhere"):
+        scan(**dataset)
+
+
+# --- pictures inside tables -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    """A dataset of five pictures that lie, with their masks, inside a table."""
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    columns = {role: [picture_bytes(n, mask=role == "mask") for n in range(5)] for role in ("target", "mask")}
+    parquet.write_table(pa.table(columns), tmp_path / "list.parquet")
+    return {"table": str(tmp_path / "list.parquet")}
+
+
+def test_pictures_inside_a_table_are_read_once(scan, parquet, reads, tmp_path):
+    """Also when their pack went, as it does once all is encoded."""
+    first = scan(**parquet)
+    read_all(first)
+    assert len(reads) == 10
+    reads.clear()
+    assert scan(**parquet) == first
+    delete_copies(tmp_path / "cache")
+    again = scan(**parquet)
+    assert again == first and reads == []
+    read_all(again)
+
+
+def test_pictures_inside_a_table_that_changed_are_read_anew(scan, parquet, reads, tmp_path):
+    import pyarrow as pa
+    from pyarrow.parquet import write_table
+
+    scan(**parquet)
+    columns = {"target": [picture_bytes(9)], "mask": [picture_bytes(9, mask=True)]}
+    write_table(pa.table(columns), tmp_path / "list.parquet")
+    reads.clear()
+    read_all(scan(**parquet))
+    assert len(reads) == 2
+
+
+def test_a_cache_may_be_called_otherwise(scan, parquet, reads, tmp_path):
+    scan(**parquet)
+    (tmp_path / "cache").rename(tmp_path / "moved")
+    data = DataConfig.model_validate({"cache": tmp_path / "moved", "datasets": [{"name": "photos", **parquet}]})
+    reads.clear()
+    read_all(scan_dataset(data.datasets[0], data, lambda count: None))
+    assert reads == []
+
+
 # --- remote -----------------------------------------------------------------------------------------------------------
 
 
@@ -302,6 +384,36 @@ def test_a_remote_tar_is_fetched_once(scan, folders, tars, serve_folder, tmp_pat
     assert not (tmp_path / "cache" / "copies").exists()
     read_all(again[:2])
     assert [path for path, wanted in requests_of_files(requests) if wanted] == ["/a.tar"] * 4, "single pictures"
+
+
+def test_what_another_is_writing_is_left_to_it(tmp_path):
+    """A late helper or a dry run, while this job ends."""
+    copies = tmp_path / "cache" / "copies"
+    copies.mkdir(parents=True)
+    for name in ("a.copy", "b.pictures", "c.copy.0123abcd.part", "d.copy.4567cdef.part"):
+        (copies / name).write_text("x")
+    os.utime(copies / "d.copy.4567cdef.part", (0, 0))
+    delete_copies(tmp_path / "cache")
+    assert [file.name for file in copies.iterdir()] == ["c.copy.0123abcd.part"]
+    os.utime(copies / "c.copy.0123abcd.part", (0, 0))
+    for _ in range(2):
+        delete_copies(tmp_path / "cache")
+        assert not copies.exists()
+
+
+def test_copies_go_although_a_new_one_comes_meanwhile(tmp_path, monkeypatch):
+    copies = tmp_path / "cache" / "copies"
+    copies.mkdir(parents=True)
+    (copies / "a.copy").write_text("x")
+    unlink = Path.unlink
+
+    def unlink_slowly(path, **options):
+        unlink(path, **options)
+        (copies / "new.copy.0123abcd.part").write_text("x")
+
+    monkeypatch.setattr(Path, "unlink", unlink_slowly)
+    delete_copies(tmp_path / "cache")
+    assert [file.name for file in copies.iterdir()] == ["new.copy.0123abcd.part"]
 
 
 def test_without_room_for_copies_pictures_are_fetched_one_by_one(scan, tars, serve_folder, tmp_path):
@@ -364,6 +476,33 @@ def test_a_list_of_urls_is_fetched_once_if_there_is_room(scan, folders, serve_fo
     assert reads == []
 
 
+def test_workers_that_copy_the_same_pictures_at_once_each_find_their_own(scan, folders, serve, tmp_path):
+    """Two workers on one list of URLs; the server answers each in an order of its own."""
+    asked, both_scan = Counter(), threading.Barrier(2)
+
+    def get(handler):
+        asked[handler.path] += 1
+        if handler.path == "/target/a/00.png":
+            both_scan.wait(10)
+        number = int(handler.path[-6:-4])
+        time.sleep(0.002 * (number if asked[handler.path] == 1 else 10 - number))
+        data = (tmp_path / handler.path.lstrip("/")).read_bytes()
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(data)))
+        handler.end_headers()
+        handler.wfile.write(data)
+
+    url = serve(get)
+    rows = [{"target": f"{url}/target/{name}.png", "mask": f"{url}/mask/{name}.png"} for name in NAMES]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with ThreadPoolExecutor(2) as pool:
+        for scanned in pool.map(lambda _: scan(table=str(tmp_path / "list.jsonl")), range(2)):
+            read_all(scanned)
+    assert set(asked.values()) == {2}
+    read_all(scan(table=str(tmp_path / "list.jsonl")))
+    assert set(asked.values()) == {2}, "copied once more by each worker, and read from the copies since"
+
+
 def test_a_list_on_a_server_and_its_pictures(scan, folders, serve_folder, tmp_path):
     expected = [entry[1:] for entry in facts_by_name(scan(**folders)).values()]
     rows = [{"target": f"target/{name}.png", "mask": f"mask/{name}.png"} for name in NAMES]
@@ -382,6 +521,15 @@ def test_a_picture_that_the_server_lacks_is_named_at_once_and_no_token(scan, ser
     with pytest.raises(InputError, match=rf"^{url}/nothing\.png: the server answers 404 Not Found\. Correct the URL"):
         scan(table=str(tmp_path / "list.jsonl"))
     assert len(requests) == 1
+
+
+def test_no_message_holds_the_token_of_a_signed_url(scan, serve, no_waits, caplog):
+    """Neither the log's of attempts, nor the error's in the end."""
+    url = serve(lambda handler: handler.send_error(503))
+    with pytest.raises(InputError, match=rf"^{url}/a\.tar: failed 8 time\(s\)") as caught:
+        scan(tars=f"{url}/a.tar?X-Amz-Signature=secret")
+    assert "attempt 8 of 8" in caplog.text
+    assert "secret" not in str(caught.value) + caplog.text
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ def test_paths_of_a_list_on_a_server_are_relative_to_it(tmp_path):
 
 @pytest.mark.parametrize(
     "path",
-    ["../x.png", "a/../../x.png", "/etc/passwd", "a/..", "a\0.png", "\udce9.png"],
+    ["../x.png", "a/../../x.png", "/etc/passwd", "a/..", "a\0.png"],
 )
 @pytest.mark.parametrize("role", ["target", "mask"])
 def test_a_path_that_leads_out_of_the_lists_folder_is_refused(tmp_path, path, role):
@@ -97,11 +97,29 @@ def test_a_scheme_that_is_not_allowed_is_refused(tmp_path, url):
         ({"target": "", "mask": "m"}, r"list\.jsonl, line 2, target is '': no path, URL or picture"),
         ({"target": 3, "mask": "m"}, r"list\.jsonl, line 2, target is 3: no path, URL or picture"),
         ({"target": "x", "mask": "m", "caption": 3}, r"list\.jsonl, line 2: caption is 3, no text"),
+        ('{"target": "x", "mask": "m", "caption": "a \\ud83d"}', r"list\.jsonl, line 2: holds half a character"),
+        ('{"target": "x\\udce9.png", "mask": "m"}', r"list\.jsonl, line 2: holds half a character"),
+        ('{"target": "x", "mask": "m", "other": {"\\ud83d": 1}}', r"list\.jsonl, line 2: holds half a character"),
+        ("[" * 100_000, r"list\.jsonl, line 2: no JSON \(.*recursion"),
+        ({"target": ".", "mask": "m"}, r"list\.jsonl, line 2, target is '\.', the table's folder, no picture"),
+        ({"target": "x", "mask": "./"}, r"list\.jsonl, line 2, mask is '\./', the table's folder, no picture"),
     ],
 )
 def test_a_row_at_fault_is_named(tmp_path, row, message):
     with pytest.raises(InputError, match=message):
         items_of(write_jsonl(tmp_path / "list.jsonl", {"target": "a.png", "mask": "m.png"}, row))
+
+
+def test_a_whole_character_in_two_halves_is_one(tmp_path):
+    (item,) = items_of(write_jsonl(tmp_path / "list.jsonl", '{"target":"a","mask":"m","caption":"\\ud83d\\ude00"}'))
+    assert item.caption == "\U0001f600"
+
+
+def test_a_url_that_names_no_picture_is_refused(tmp_path):
+    url = "https://host/data/list.jsonl"
+    file = write_jsonl(tmp_path / "copy", {"target": "https://host/data/", "mask": "m.png"})
+    with pytest.raises(InputError, match=r"list\.jsonl, line 1: https://host/data/ names a folder, no picture"):
+        list_table(url, file, names_are_below(url, url), dataset(url), masks=True, pack=file, packed=io.BytesIO())
 
 
 def test_all_rows_at_fault_are_named_at_once(tmp_path):
@@ -156,6 +174,50 @@ def test_an_imagefolder_names_its_pictures_in_metadata(tmp_path):
         tmp_path / "hub" / "more" / "metadata.csv", below=tmp_path / "hub", target="image", caption="text"
     )
     assert item.caption == "B, b"
+
+
+@pytest.mark.parametrize("place", ["{}/hub", "{}/hub/", "{}//hub", "hub", "./hub", "hub/.", "../{0.name}/hub"])
+def test_names_do_not_hang_on_how_a_folder_is_written(tmp_path, monkeypatch, place):
+    """They make the samples' keys, by which shards are dealt and masks are drawn."""
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "hub" / "train" / "metadata.jsonl", {"file_name": "a.png", "mask_file_name": "m.png"})
+    place = place.format(tmp_path)
+    (table,) = find_tables(place, "listed")
+    (item,) = items_of(Path(table), below=place, target="image")
+    assert item.name == "train/a"
+
+
+def write_csv(tmp_path, *lines):
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "metadata.csv").write_text("".join(f"{line}\n" for line in lines))
+    return tmp_path / "hub" / "metadata.csv"
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (
+            "a.png,m.png,a red, old car",
+            r"line 3: 1 cell\(s\) more than the first line has columns, from ' old car' on\. Put",
+        ),
+        ("a.png,m.png,a, b, c", r"line 3: 2 cell\(s\) more"),
+        ('a.png,m.png,"a red car', r"line 3: no CSV \(unexpected end of data\)"),
+        (f"a.png,m.png,{'x' * 200_000}", r"line 3: no CSV \(field larger than"),
+        (",m.png,text", r"line 3: no image, but "),
+    ],
+)
+def test_a_line_of_a_csv_at_fault_is_named(tmp_path, line, message):
+    table = write_csv(
+        tmp_path, "file_name,mask_file_name,caption", 'b.png,m.png,"a red, old car"', line, "c.png,m.png,x"
+    )
+    with pytest.raises(InputError, match=rf"^{table}, {message}"):
+        items_of(table, target="image")
+
+
+def test_an_empty_cell_of_a_csv_is_none(tmp_path):
+    """So it has the default caption, as the row of another list that has none."""
+    table = write_csv(tmp_path, "file_name,mask_file_name,caption", "a.png,m.png,", "b.png,m.png", "c.png,m.png,x")
+    assert [item.caption for item in items_of(table, target="image")] == [None, None, "x"]
 
 
 @pytest.mark.parametrize(
@@ -226,6 +288,21 @@ def test_splits_of_a_hugging_face_folder_do_not_meet(tmp_path):
     tables = find_tables(str(tmp_path / "hub"), "listed")
     names = [item.name for table in tables for item in items_of(Path(table), below=tmp_path / "hub")]
     assert names == [f"{split}/data-00000-of-00001/00000000" for split in ("test", "train")]
+
+
+def test_what_datasets_left_beside_its_data_is_no_data(tmp_path):
+    """Intermediate results of its map and filter, in a folder of save_to_disk and in one of its own cache."""
+    ours = ["saved/data-00000-of-00002.arrow", "saved/data-00001-of-00002.arrow", "cache/photos-train.arrow"]
+    ours += ["mine/cache-photos.arrow", "mine/state.json"]
+    theirs = ["saved/cache-0123456789abcdef.arrow", "saved/cache-mine.arrow", "saved/tmpab12.arrow"]
+    theirs += ["cache/cache-0123456789abcdef.arrow", "cache/cache-0123456789abcdef_00001_of_00004.arrow"]
+    for name in ours + theirs:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    state = {"_data_files": [{"filename": f"data-0000{number}-of-00002.arrow"} for number in range(2)]}
+    (tmp_path / "saved" / "state.json").write_text(json.dumps(state))
+    found = find_tables(str(tmp_path), "listed")
+    assert found == sorted(f"{tmp_path}/{name}" for name in ours if not name.endswith("json"))
 
 
 @needs_pyarrow

@@ -99,6 +99,12 @@ def test_what_is_no_samples_is_passed_over(items_of):
         ({"1.jpg": b"", "1.mask.png": b"", "1.txt": b"gr\xfcn"}, {}, [r"photos-0\.tar: 1\.txt: not UTF-8 text"]),
         ({"1.jpg": b"", "1.mask.png": b"", "1.json": b"[1]"}, {}, [r"photos-0\.tar: 1\.json: no JSON object"]),
         ({"1.jpg": b"", "1.mask.png": b"", "1.json": b'{"caption": 3}'}, {}, [r"1\.json: its caption is no text"]),
+        (
+            {"1.jpg": b"", "1.mask.png": b"", "1.json": b'{"caption": "a \\ud83d"}'},
+            {},
+            [r"photos-0\.tar: 1\.json: its caption holds half a character"],
+        ),
+        ({"1.jpg": b"", "1.mask.png": b"", "1.json": b"[" * 100_000}, {}, [r"1\.json: no JSON object \(.*recursion"]),
         ({"README": b"x"}, {}, [r"photos-0\.tar: holds no sample\. Remove it from data\.datasets\.\*\.tars"]),
     ],
 )
@@ -112,7 +118,7 @@ def test_samples_that_lack_something_are_named(items_of, members, config, messag
 
 
 def test_a_caption_of_a_gigabyte_is_not_read(items_of):
-    with pytest.raises(InputError, match=r"1\.txt: more than the 1 MiB"):
+    with pytest.raises(InputError, match=r"photos-0\.tar: 1\.txt: 2097152 bytes are no caption, .* 1 MiB\. Shorten or"):
         items_of({"1.jpg": b"", "1.mask.png": b"", "1.txt": bytes(2 << 20)})
 
 
@@ -125,6 +131,7 @@ def test_braces_and_lists_name_many_tars():
     "patterns, message",
     [
         (["a-{0..1.tar"], r"dataset web: tars a-\{0\.\.1\.tar: Unbalanced braces"),
+        (["s3://b/a-{0..1.tar?token=secret"], r"dataset web: tars s3://b/a-\{0\.\.1\.tar: Unbalanced braces"),
         (["a/0.tar", "b/0.tar"], r"dataset web: a/0\.tar and b/0\.tar have the same name"),
         (["0.tar", "0.tar"], r"dataset web: 0\.tar and 0\.tar have the same name"),
         (["{pipe:cat ,https://a/}0.tar"], r"dataset web: tar is pipe:cat 0\.tar, but only https://, s3://, gs:// are"),

@@ -136,6 +136,14 @@ def test_a_folder_that_cannot_be_read_is_not_passed_over():
         (folder / "target" / "locked").chmod(0o755)
 
 
+def test_a_captions_suffix_may_be_in_capitals(tmp_path):
+    for role in ("target", "mask"):
+        make_files(tmp_path / role, "CAT.PNG")
+    (tmp_path / "target" / "CAT.TXT").write_text("a cat")
+    (triple,) = triples_of(tmp_path)
+    assert triple.caption == "a cat"
+
+
 @pytest.mark.parametrize("where", ["target", "source"])
 def test_a_caption_stands_beside_the_target_or_the_source(tmp_path, where):
     for role in ("target", "mask", "source"):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.errors import InputError
+from configs.errors import StorageFailed
 from data.backlog import read_finished
 from data.constants import constants_are_there
 from data.crew import join_crew
@@ -73,6 +73,6 @@ def test_what_stays_stale_is_named(tmp_path, cache, write_shard, stale, part):
         }
         stale(part, 6)
         with pytest.raises(
-            InputError, match=rf"{part}.*: the file server says .*Stale file handle.* Look at the mount"
+            StorageFailed, match=rf"{part}.*: the file server says .*Stale file handle.* Look at the mount"
         ):
             calls[part]()

@@ -17,6 +17,37 @@ def test_a_file_is_read_from_a_server(serve):
         assert len(file.read()) == 8 * 1000 - 12
 
 
+@pytest.mark.parametrize(
+    "path, sent",
+    [
+        ("/my photo.png", "/my%20photo.png"),
+        ("/фото/猫.png?x=ü y", "/%D1%84%D0%BE%D1%82%D0%BE/%E7%8C%AB.png?x=%C3%BC%20y"),
+        ("/my%20photo.png?X-Amz-Credential=A%2Fb&sig=a+b/c==", "/my%20photo.png?X-Amz-Credential=A%2Fb&sig=a+b/c=="),
+        ("/a&b;c(1)[2]!,100%.png", "/a&b;c(1)[2]!,100%.png"),
+    ],
+)
+def test_a_url_is_sent_as_servers_take_it(serve, path, sent):
+    """As browsers do, spaces and other letters encoded; what is encoded, or signed, stays as it is."""
+
+    def get(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(handler.path.encode())
+
+    assert read_range(f"{serve(get)}{path}", 0, 1000).decode() == sent
+
+
+@pytest.mark.parametrize("url", ["https://a..b/x.png", f"https://{'a' * 70}.com/x.png"])
+def test_what_is_no_url_is_final(url):
+    with pytest.raises(InputError, match=r"https://.*/x\.png: no URL \(.*\)\. Correct it"):
+        read_range(url, 0, 1)
+
+
+def test_a_url_with_a_line_break_is_refused():
+    with pytest.raises(InputError, match="it holds a line break, tab or other control character: correct it"):
+        check_url("https://host/a\nb.png", "list.jsonl, line 1")
+
+
 def test_a_redirect_stays_within_the_schemes(serve):
     def get(handler):
         handler.send_response(302)
@@ -24,8 +55,17 @@ def test_a_redirect_stays_within_the_schemes(serve):
         handler.end_headers()
 
     url = serve(get)
-    with pytest.raises(InputError, match=rf"{url}/a redirects; its target is ftp://127.0.0.1/etc/passwd, but only"):
-        open_url(f"{url}/a").__enter__()
+    with pytest.raises(
+        InputError, match=rf"{url}/a redirects; its target is ftp://127.0.0.1/etc/passwd, but only"
+    ) as e:
+        open_url(f"{url}/a?token=secret").__enter__()
+    assert "secret" not in str(e.value)
+
+
+def test_a_url_that_is_refused_keeps_its_password():
+    with pytest.raises(InputError, match=r"list, line 1 is https://host/a, but it holds a user or password") as caught:
+        check_url("https://user:secret@host/a?token=secret", "list, line 1")
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("url", ["pipe:cat /etc/passwd", "file:///etc/passwd", "simplecache::s3://a/b", "http://a/b"])

@@ -351,7 +351,7 @@ def test_a_table_that_names_files_elsewhere_is_not_followed(folder):
         kept = {name: columns[name] for name in columns.files}
     kept["path"][0] = "shards/../../etc/x.tar"
     np.savez_compressed(folder / SHARD_TABLE, **kept)
-    assert (SHARD_TABLE, "", "names a file outside of the cache: shards/../../etc/x.tar") in found(folder)
+    assert (SHARD_TABLE, "", "damaged (names a file outside of the cache: shards/../../etc/x.tar)") in found(folder)
 
 
 @pytest.mark.parametrize("content", ["", "{}", "<!DOCTYPE html>"])

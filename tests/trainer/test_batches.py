@@ -29,6 +29,31 @@ def test_blocks_are_as_large_as_the_nodes_copies_may_be(config, cache, tmp_path,
     assert choose_order(config, CachedSamples(replace(remote, copies=None))).block_shards == 8
 
 
+@pytest.mark.parametrize("streams, num_nodes, block_shards", [(1, 4, 8), (4, 4, 8), (4, 2, 4), (4, 1, 2), (5, 4, 4)])
+def test_a_node_has_room_for_the_streams_that_it_reads(config, cache, tmp_path, streams, num_nodes, block_shards):
+    train = cache.table.split == "train"
+    table = replace(cache.table, **{name: column[train][:1].repeat(80) for name, column in vars(cache.table).items()})
+    copies = ShardCopies("https://host/cache", tmp_path, int(16.5 / 0.6 * table.bytes[0]), table)
+    samples = CachedSamples(replace(cache, table=table, copies=copies))
+    config = config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"streams": streams}),
+            "train": config.train.model_copy(update={"global_batch_size": 20}),
+        }
+    )
+    assert choose_order(config, samples, num_nodes=num_nodes).block_shards == block_shards
+
+
+def test_a_run_that_goes_on_with_less_room_is_told(config, cache, engine, tmp_path, caplog):
+    roomy = ShardCopies("https://host/cache", tmp_path, 1 << 40, cache.table)
+    order = choose_order(config, CachedSamples(replace(cache, copies=roomy)))
+    state = RunState(step=0, batch=0, skips=0, restarts=1, order=order)
+    tight = ShardCopies("https://host/cache", tmp_path, 1000, cache.table)
+    for copies in (roomy, tight):
+        open_stream(config, engine, CachedSamples(replace(cache, copies=copies)), state).close()
+        assert ("fetched more than once" in caplog.text) == (copies is tight)
+
+
 def test_copies_without_room_for_the_least_are_refused(config, cache, tmp_path):
     copies = ShardCopies("https://host/cache", tmp_path, 1000, cache.table)
     with pytest.raises(

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from configs.errors import InputError
-from trainer.process import BAD_INPUT, check_command_line, read_command_line, run_and_report
+from configs.errors import InputError, StorageFailed
+from trainer.process import BAD_INPUT, FAILED, check_command_line, read_command_line, run_and_report
 
 ROOT = Path(__file__).parents[2]
 
@@ -100,16 +100,64 @@ def test_the_outcome_goes_where_it_was_asked_for(arguments, tmp_path, monkeypatc
     assert not (tmp_path / "test").exists()
 
 
-def test_only_rank_0_speaks_and_writes(arguments, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
+def test_storage_that_fails_is_code_1_and_told_without_a_traceback(arguments, tmp_path, capsys):
+    """A supervisor may start again what it must not after bad input."""
 
     def work():
-        raise InputError("wrong")
+        raise StorageFailed("s3://b/a.tar: failed 8 time(s).")
 
-    assert run_and_report(work) == BAD_INPUT
+    assert run_and_report(work) == FAILED == 1
+    assert outcome_in(tmp_path / "test")["code"] == 1
+    assert capsys.readouterr().err == "s3://b/a.tar: failed 8 time(s).\n"
+
+
+def test_of_what_goes_well_only_rank_0_tells(arguments, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
     assert run_and_report(lambda: 3) == 0
     assert list(tmp_path.iterdir()) == []
-    assert capsys.readouterr().err == ""
+
+
+def test_a_rank_that_fails_alone_speaks_and_what_follows_from_it_is_not_the_outcome(
+    arguments, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("trainer.process._MAIN_SPEAKS_FIRST_SECONDS", 0.0)
+    outcomes = []
+
+    def work_of_rank_5():
+        raise InputError("a.tar: damaged.")
+
+    def work_of_rank_0():
+        monkeypatch.setenv("RANK", "5")
+        assert run_and_report(work_of_rank_5) == BAD_INPUT
+        monkeypatch.setenv("RANK", "0")
+        outcomes.append(outcome_in(tmp_path / "test"))
+        raise RuntimeError("Connection closed by peer")
+
+    with pytest.raises(RuntimeError, match="Connection closed"):
+        run_and_report(work_of_rank_0)
+    outcomes.append(outcome_in(tmp_path / "test"))
+    assert outcomes == [{"code": 2, "reason": "rank 5: a.tar: damaged.", "step": None}] * 2
+    assert capsys.readouterr().err == "rank 5: a.tar: damaged.\n"
+    assert [path.name for path in (tmp_path / "test").iterdir()] == ["outcome.json"]
+
+
+def test_what_all_ranks_find_wrong_is_said_once(tmp_path):
+    """By real processes, at the same time."""
+    outcome = tmp_path / "outcome.json"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "trainer/main.py", "--config", "configs/demo.yaml", "train.lrr=1"],
+            cwd=ROOT,
+            env={**os.environ, "FLUXFILL_OUTCOME": str(outcome), "RANK": str(rank), "WORLD_SIZE": "3"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    told = [process.communicate(timeout=60)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [2, 2, 2]
+    assert "train.lr" in told[0] and told[1:] == ["", ""]
+    assert json.loads(outcome.read_text())["code"] == 2
 
 
 def test_a_check_that_passes_is_no_outcome(arguments, tmp_path):

@@ -1,5 +1,5 @@
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 
 import pytest
@@ -49,6 +49,13 @@ def test_another_order_of_the_samples_is_refused(config, samples, engine, saved,
         resume(run, "auto", engine, Ema([], None), choose_order(config, samples))
 
 
+def test_ranks_that_see_different_caches_are_refused(config, samples):
+    order = choose_order(config, samples)
+    orders = [order, order, replace(order, shards="0" * 32), order]
+    with pytest.raises(InputError, match=r"rank 2 sees another data\.cache than rank 0 .*0{32}"):
+        resume(config, "never", Ranks(gathered=orders), Ema([], None), order)
+
+
 def test_a_run_keeps_its_streams_and_blocks(config, samples, engine, saved, monkeypatch):
     """Chosen for the machines it began on; the samples' order outlives them."""
     monkeypatch.setattr("trainer.run_state.load_tensors", lambda *_, **__: None)
@@ -66,8 +73,8 @@ def test_a_run_keeps_its_streams_and_blocks(config, samples, engine, saved, monk
 class Ranks:
     """An engine and a stream in one: this rank's replaced rows, and what all ranks tell."""
 
-    def __init__(self, *of_each: Iterable[ReplacedRow]) -> None:
-        self.of_each = [list(rows) for rows in of_each]
+    def __init__(self, *of_each: Iterable[ReplacedRow], gathered: Sequence = ()) -> None:
+        self.of_each = gathered or [list(rows) for rows in of_each]
 
     def replaced(self):
         return self.of_each[0]

@@ -2,14 +2,19 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from data.cache import Cache
+from tests.data.streams import damage
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -44,9 +49,9 @@ def settings(config, tmp_path_factory):
 def start(settings):
     """Starts `fluxfill train` as a user does: `start(name, processes)`; returns (process, run's folder)."""
 
-    def run(name: str, num_processes: int) -> tuple[subprocess.Popen, Path]:
+    def run(name: str, num_processes: int, *overrides: str) -> tuple[subprocess.Popen, Path]:
         path, given, folder = settings(name)
-        line = [sys.executable, "-c", "from launch.cli import main; main()", "train", str(path), *given]
+        line = [sys.executable, "-c", "from launch.cli import main; main()", "train", str(path), *given, *overrides]
         engine = ["--num-processes", str(num_processes)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
@@ -147,3 +152,23 @@ def test_a_signal_during_the_imports_only_sets_a_flag(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.strip() == "SIGUSR2"
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_alone_is_heard(start, config, samples, tmp_path):
+    """Its message and its code reach whoever started the run, not what the others say when it is gone."""
+    from data.order import Order
+    from trainer.batches import choose_order
+
+    cache = tmp_path / "cache"
+    shutil.copytree(config.data.cache, cache)
+    settings = replace(choose_order(config, samples), global_batch_size=4)
+    table = samples.table
+    order = Order(table.dataset, table.bucket, np.where(table.split == "train", table.samples, 0), settings)
+    shard, row = int(order.batch(0).shards[3]), int(order.batch(0).rows[3])  # the last of the batch: rank 1's
+    damage(Cache(cache, samples.manifest, table), row, shard=shard)
+    process, run = start("heard", 2, f"data.cache={cache}", "guard.max_bad_samples=0")
+    told, _ = process.communicate(timeout=200)
+    outcome = json.loads((run / "outcome.json").read_text(encoding="utf-8"))
+    assert (process.returncode, outcome["code"]) == (2, 2), told
+    assert outcome["reason"].startswith("rank 1: ") and "does not match its checksum" in outcome["reason"]

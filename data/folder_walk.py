@@ -1,0 +1,38 @@
+"""All files below a folder, those behind links to folders too, and none left out in silence."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from configs.errors import InputError
+
+
+def walk_folder(folder: Path, where: str) -> Iterator[tuple[str, list[str]]]:
+    """(path of a folder, its files sorted) of a folder and all below it, but for what is hidden by a dot in front.
+
+    Raises InputError, which begins with `where`, if one cannot be read, or a link leads back to a folder above it.
+    """
+
+    def refuse(error: OSError) -> NoReturn:  # os.walk would pass over the folder in silence
+        raise InputError(
+            f"{where}: {error.filename} cannot be read ({error.strerror}). Change its permissions."
+        ) from error
+
+    def identity(path: str) -> tuple[int, int]:
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            refuse(error)
+        return status.st_dev, status.st_ino
+
+    above = {str(folder): {identity(str(folder))}}  # of a folder that is still to be walked: it and those above it
+    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        on_the_way = above.pop(parent)
+        for name in folders:
+            path = os.path.join(parent, name)
+            if (folders_own := identity(path)) in on_the_way:
+                raise InputError(f"{where}: {path} leads back to a folder above it, by a link. Remove the link.")
+            above[path] = on_the_way | {folders_own}
+        yield parent, sorted(name for name in files if not name.startswith("."))
