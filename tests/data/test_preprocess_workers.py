@@ -264,7 +264,7 @@ def test_who_helps_to_plan_goes_on_when_the_job_is_done_first(tmp_path, fault):
             planner.release("plan")
             raise fault
 
-        assert agree_on_plan(helper, lambda: [], help_planning=help_planning, waiting=print) == ()
+        assert agree_on_plan(helper, lambda: [], help_planning=help_planning, waiting=print).heads == ()
 
 
 def test_a_job_of_another_config_is_refused_and_the_first_goes_on(config_of, pictures, undisturbed, tmp_path):
