@@ -158,6 +158,8 @@ def _take_part(job: Job, crew: Crew, worker: Worker, progress: Progress) -> int:
     try:
         _encode_what_is_left(job, plan, backlog, crew, worker, progress)
     except DiskFull as error:
+        if not backlog.remaining:  # a constant did not fit
+            raise
         raise error.with_needed(sum(head.num_bytes for head in backlog.remaining.values())) from error
     _complete(job, plan, crew, worker, progress, before=before)
     return backlog.num_encoded

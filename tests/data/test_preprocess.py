@@ -19,6 +19,7 @@ from data.backlog import Backlog
 from data.cache import open_cache
 from data.crew import Crew
 from data.encode import encode_pixels
+from data.full_disk import DiskFull
 from data.manifest import EMPTY_TEXT, read_manifest
 from data.pictures import load_mask
 from data.preprocess import main, preprocess
@@ -462,6 +463,19 @@ def test_a_full_disk_is_told_and_when_there_is_room_the_rest_is_done(
     assert main(command) == 0
     assert shard_bytes(cache) == shard_bytes(whole.data.cache)
     assert {name for name in files_below(cache)} == pages.keys()
+
+
+def test_a_constant_that_does_not_fit_says_what_it_needs(make_pictures, config_of, small_disk):
+    config = config_of(make_pictures(3), cache=small_disk.folder / "cache")
+    preprocess(config, QUIET)
+    (config.data.cache / EMPTY_TEXT).unlink()
+    with (
+        small_disk.with_room_for(16_384),
+        pytest.raises(DiskFull, match=rf"{EMPTY_TEXT}: cannot be written .*, about 64\.\d KiB are needed"),
+    ):
+        preprocess(config, QUIET)
+    preprocess(config, QUIET)
+    open_cache(config, Path(config.model.base))
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
