@@ -6,8 +6,9 @@ Pictures    sources.py lists triples (source_folders, source_tars, source_tables
 Samples     plan_samples.py: bucket and crop (geometry), holes (masks, mask_recipe), split; shard_plan.py: which shard.
 Encoding    encode.py is the Fill arithmetic (load_encoders, model_folder, caption_texts, constants); encode_shards.py
             makes shards of it, decoding ahead and writing behind (decode_samples, run_ahead).
-The job     preprocess.py: any number of workers (which_worker) share a plan (share_plan) and claim shards (crew,
-            backlog); dry_run and preprocess_report tell people.
+The job     preprocess.py: any number of workers (which_worker) share a plan (share_plan, plan_file) and claim shards
+            (crew, backlog); dry_run and preprocess_report tell people. What runs out is told: full_disk, device_memory;
+            what NFS takes away is read again: stale_files.
 The cache   shards.py is one tar and its index (stored_tensors, stored_text, blanks); manifest.py and cache_head.py the
             head, cache.py opens it, shard_copies.py and remote_head.py from a URL; verify.py and repair.py watch over
             it; cache_statistics, sample_sheet and validation_items show it.

@@ -5,6 +5,8 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 
+from data.full_disk import told_when_full
+
 
 def fsync_folder(folder: Path) -> None:
     """Make renames inside a folder survive a power cut."""
@@ -15,11 +17,17 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object], *, num_bytes: int | None = None) -> None:
     """Let `write` fill a temporary neighbour of `path`, flush it to disk, then rename it into place.
 
     If `write` raises, nothing is left. Several processes may write one path at the same time: the last one's stays.
+    num_bytes: of what is written, if known.  Raises DiskFull if there is no room for it.
     """
+    with told_when_full(path, needed=num_bytes):
+        _write_and_rename(path, write)
+
+
+def _write_and_rename(path: Path, write: Callable[[Path], object]) -> None:
     # Of its own name in every process and on every machine: ranks that repair one file must not cut each other's.
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
@@ -36,6 +44,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     fsync_folder(path.parent)
 
 
+def write_bytes_atomically(path: Path, data: bytes) -> None:
+    """`write_atomically` for bytes."""
+    write_atomically(path, lambda temporary: temporary.write_bytes(data), num_bytes=len(data))
+
+
 def write_text_atomically(path: Path, text: str) -> None:
     """`write_atomically` for a text."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_bytes_atomically(path, text.encode("utf-8"))

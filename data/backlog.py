@@ -9,8 +9,10 @@ from pathlib import Path
 
 from configs.errors import InputError
 from data.crew import Crew
-from data.shard_plan import ShardPlan
-from data.shards import ShardIndex, index_path, read_index
+from data.plan_file import PlanFile
+from data.shard_plan import ShardHead, ShardPlan
+from data.shards import FinishedShard, ShardIndex, index_path, read_index
+from data.stale_files import read_anew_if_stale
 from data.which_worker import Worker
 
 _LOOK_SECONDS = 20.0
@@ -19,21 +21,31 @@ _READ_THREADS = 16
 SHARD_CLAIMS = "shards."  # what the names of their claims begin with
 
 
-def read_finished(cache: Path, plan: ShardPlan) -> ShardIndex | None:
+def read_finished(cache: Path, plan: ShardHead) -> ShardIndex | None:
     """The index of a shard that is there, whole, and made from this very plan; else None."""
     tar = cache / plan.path
+    return read_anew_if_stale(index_path(tar), partial(_read_finished, tar, plan))
+
+
+def _read_finished(tar: Path, plan: ShardHead) -> ShardIndex | None:
     try:
         index = read_index(index_path(tar))
         whole = tar.stat().st_size == index.tar_bytes and index.plan == plan.plan
     except (FileNotFoundError, InputError):
         return None
-    return index if whole else None
+    return index if whole and index.num_samples == plan.num_samples else None
 
 
-def read_finished_of(cache: Path, plans: Sequence[ShardPlan]) -> list[ShardIndex | None]:
-    """`read_finished` of each, by threads: on a network's filesystem it is all waiting."""
+def read_finished_of(cache: Path, plans: Sequence[ShardHead]) -> list[FinishedShard | None]:
+    """What a cache's head tells of each that is finished, read by threads: on a network's filesystem it is all
+    waiting."""
+
+    def read(plan: ShardHead) -> FinishedShard | None:
+        index = read_finished(cache, plan)
+        return FinishedShard.of(index) if index is not None else None
+
     with ThreadPoolExecutor(_READ_THREADS) as pool:
-        return list(pool.map(partial(read_finished, cache), plans))
+        return list(pool.map(read, plans))
 
 
 class Backlog:
@@ -43,18 +55,18 @@ class Backlog:
     advance: told of every sample that is dealt with, here or elsewhere.
     """
 
-    def __init__(self, cache: Path, plans: Sequence[ShardPlan], crew: Crew, worker: Worker) -> None:
-        indexes = read_finished_of(cache, plans)
-        unfinished = [plan for plan, index in zip(plans, indexes, strict=True) if index is None]
+    def __init__(self, cache: Path, plan: PlanFile, crew: Crew, worker: Worker) -> None:
+        finished = read_finished_of(cache, plan.heads)
+        unfinished = [head for head, row in zip(plan.heads, finished, strict=True) if row is None]
         first = len(unfinished) * worker.index // worker.count
-        self.remaining = {plan.path: plan for plan in [*unfinished[first:], *unfinished[:first]]}
-        self.num_samples = sum(len(plan.samples) for plan in unfinished)
+        self.remaining = {head.path: head for head in [*unfinished[first:], *unfinished[:first]]}
+        self.num_samples = sum(head.num_samples for head in unfinished)
         self.num_encoded = 0
         self.advance: Callable[[int], object] = lambda count: None
-        self._cache, self._crew = cache, crew
+        self._cache, self._plan, self._crew = cache, plan, crew
         self._in_work: set[str] = set()
         self._problems: dict[str, str] = {}
-        self._folders = sorted({(cache / plan.path).parent for plan in unfinished})
+        self._folders = sorted({(cache / head.path).parent for head in unfinished})
         self._inodes, self._looked = self._list_indexes(), time.monotonic()
 
     # --- taking
@@ -66,9 +78,9 @@ class Backlog:
             self._look_around()
             free = plan.path in self.remaining and plan.path not in self._in_work and _claim_name(plan) not in held
             if free and self._claim(plan):
-                yield plan
+                yield self._plan.load(plan)
 
-    def _claim(self, plan: ShardPlan) -> bool:
+    def _claim(self, plan: ShardHead) -> bool:
         name = _claim_name(plan)
         if problem := self._crew.failure(name):
             self._drop(plan)
@@ -91,9 +103,9 @@ class Backlog:
         (self._cache / "manifest.json").unlink(missing_ok=True)
         return True
 
-    def _drop(self, plan: ShardPlan) -> None:
+    def _drop(self, plan: ShardHead) -> None:
         if self.remaining.pop(plan.path, None):
-            self.advance(len(plan.samples))
+            self.advance(plan.num_samples)
 
     def _look_around(self) -> None:
         """Now and then, see what others have finished, by one listing: for the bar, and not to try each."""
@@ -118,25 +130,26 @@ class Backlog:
 
     # --- giving back
 
-    def may_publish(self, plan: ShardPlan) -> bool:
-        """Whether a shard's claim still holds. Not if this process was stopped so long that it was taken for dead."""
+    def may_publish(self, plan: ShardHead) -> bool:
+        """Whether a shard's claim still holds. Not if this process was stopped so long that it was taken for dead;
+        raises TakenForDead if others go by another plan since."""
         return self._crew.holds(_claim_name(plan))
 
-    def finish(self, plan: ShardPlan) -> None:
+    def finish(self, plan: ShardHead) -> None:
         """A shard was published, or was lost to another worker, which shows in the next pass."""
         if read_finished(self._cache, plan):
             self.remaining.pop(plan.path, None)
-            self.num_encoded += len(plan.samples)
+            self.num_encoded += plan.num_samples
         self._give_back(plan)
 
-    def fail(self, plan: ShardPlan, problem: str) -> None:
+    def fail(self, plan: ShardHead, problem: str) -> None:
         """A shard cannot be made of the pictures there are: the others need not try."""
         self._crew.report_failure(_claim_name(plan), problem)
         self.remaining.pop(plan.path, None)
         self._problems[plan.path] = problem
         self._give_back(plan)
 
-    def _give_back(self, plan: ShardPlan) -> None:
+    def _give_back(self, plan: ShardHead) -> None:
         self._in_work.discard(plan.path)
         self._crew.release(_claim_name(plan))
 
@@ -153,5 +166,5 @@ class Backlog:
         return "another worker"
 
 
-def _claim_name(plan: ShardPlan) -> str:
+def _claim_name(plan: ShardHead) -> str:
     return plan.path.removesuffix(".tar").replace("/", ".")

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.errors import InputError
 from configs.schema import CaptionsConfig
 from data.caption_texts import CaptionTensors, CaptionTexts
+from data.device_memory import no_memory
 from data.encode import HostCopy, collate_pixels, encode_pixels
 from data.geometry import Pixels
 from data.load_encoders import Encoders
@@ -99,7 +99,4 @@ class BatchEncoder:
                     ],
                 )
         except torch.OutOfMemoryError as error:
-            raise InputError(
-                f"{self._vae.device} has no memory left to encode {len(samples)} pictures at once ({error}). Lower "
-                "data.encode_batch_size, or give the encoders a device of their own by data.encoder_devices."
-            ) from error
+            raise no_memory(self._vae.device, f"encode {len(samples)} pictures at once", error) from error

@@ -27,16 +27,16 @@ from data.manifest import (
 from data.mask_recipe import recipe_of
 from data.model_folder import read_part_number
 from data.order import ORDER_VERSION
-from data.shard_plan import ShardPlan
-from data.shards import ShardIndex, count_hole_fractions, index_path
+from data.shard_plan import ShardHead
+from data.shards import FinishedShard, index_path
 from data.validation_items import validation_items_are_there
 
 # What preprocessing itself writes in shards/<dataset>/ and beside the manifest. Anything else is not ours to delete.
-_SHARD = re.compile(r"(holdout-)?\d+x\d+-\d{6,}\.(tar|index)(\.[0-9a-f]{8}\.part)?")
+_SHARD = re.compile(r"(holdout-)?\d+x\d+(-[0-9a-f]{16})?-\d{6,}\.(tar|index)(\.[0-9a-f]{8}\.part)?")
 _BESIDE = re.compile(r"blank_\d+x\d+\.safetensors|.+\.[0-9a-f]{8}\.part")
 
 
-def delete_unplanned(cache: Path, plans: Sequence[ShardPlan]) -> None:
+def delete_unplanned(cache: Path, plans: Sequence[ShardHead]) -> None:
     """Remove shards that no plan names (their pictures went elsewhere) and what an interrupted job left."""
     planned = {cache / plan.path for plan in plans}
     planned |= {index_path(tar) for tar in planned}
@@ -52,19 +52,19 @@ def describe_cache(
     config: Config,
     model: Path,
     encoders: dict[str, str],
-    plans: Sequence[ShardPlan],
-    indexes: Sequence[ShardIndex],
+    plans: Sequence[ShardHead],
+    shards: Sequence[FinishedShard],
 ) -> tuple[Manifest, ShardTable]:
     """The head of the finished cache."""
-    holes = {dataset.name: _count_holes(plans, indexes, dataset.name) for dataset in config.data.datasets}
-    return describe_samples(config, model, encoders, plans, holes), shard_table(plans, indexes)
+    holes = {dataset.name: _count_holes(plans, shards, dataset.name) for dataset in config.data.datasets}
+    return describe_samples(config, model, encoders, plans, holes), shard_table(plans, shards)
 
 
 def describe_samples(
     config: Config,
     model: Path,
     encoders: dict[str, str],
-    plans: Sequence[ShardPlan],
+    plans: Sequence[ShardHead],
     hole_fractions: dict[str, list[int]],
 ) -> Manifest:
     """What is true of all samples of a plan, encoded or not."""
@@ -101,27 +101,28 @@ def is_current(cache: Path, manifest: Manifest, table: ShardTable) -> bool:
     )
 
 
-def shard_table(plans: Sequence[ShardPlan], indexes: Sequence[ShardIndex]) -> ShardTable:
+def shard_table(plans: Sequence[ShardHead], shards: Sequence[FinishedShard]) -> ShardTable:
     return ShardTable(
         path=np.array([plan.path for plan in plans]),
         dataset=np.array([plan.dataset for plan in plans]),
         bucket=np.array([str(plan.bucket) for plan in plans]),
         split=np.array([plan.split for plan in plans]),
-        samples=np.array([index.num_samples for index in indexes], dtype=np.int64),
-        bytes=np.array([index.tar_bytes for index in indexes], dtype=np.int64),
-        sha256=np.array([index.tar_sha256 for index in indexes]),
+        samples=np.array([shard.num_samples for shard in shards], dtype=np.int64),
+        bytes=np.array([shard.tar_bytes for shard in shards], dtype=np.int64),
+        sha256=np.array([shard.tar_sha256 for shard in shards]),
         plan=np.array([plan.plan for plan in plans]),
     )
 
 
-def _count_holes(plans: Sequence[ShardPlan], indexes: Sequence[ShardIndex], dataset: str) -> list[int]:
+def _count_holes(plans: Sequence[ShardHead], shards: Sequence[FinishedShard], dataset: str) -> list[int]:
     """Masks of a dataset, all variants, per tenth of the area that is painted."""
-    return count_hole_fractions(i for plan, i in zip(plans, indexes, strict=True) if plan.dataset == dataset)
+    counts = [shard.hole_counts for plan, shard in zip(plans, shards, strict=True) if plan.dataset == dataset]
+    return np.sum(counts, axis=0).tolist() if counts else [0] * 10
 
 
-def _count_splits(plans: Sequence[ShardPlan], dataset: str) -> dict[str, int]:
+def _count_splits(plans: Sequence[ShardHead], dataset: str) -> dict[str, int]:
     counts = Counter({TRAIN: 0, HOLDOUT: 0})
     for plan in plans:
         if plan.dataset == dataset:
-            counts[plan.split] += len(plan.samples)
+            counts[plan.split] += plan.num_samples
     return dict(counts)

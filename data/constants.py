@@ -2,23 +2,24 @@
 that is all hole."""
 
 import json
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 import xxhash
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from configs.schema import CaptionsConfig
-from data.atomic_write import write_atomically
+from data.atomic_write import write_bytes_atomically
+from data.device_memory import told_when_out_of_memory
 from data.encode import encode_captions, encode_images
 from data.geometry import Bucket
 from data.load_encoders import Encoders
 from data.manifest import EMPTY_TEXT, blank_name
 from data.shards import NotFinite
+from data.stale_files import read_anew_if_stale
 from data.stored_text import store_text
 
 
@@ -43,14 +44,20 @@ def constants_are_there(cache: Path, buckets: Iterable[Bucket], encoding: Mappin
     """Whether all of them are, made by this encoding and undamaged."""
     for path in _paths(cache, buckets):
         try:
-            with safe_open(path, framework="pt") as file:
-                names = file.keys()
-                tensors = {name: file.get_tensor(name) for name in names}
-                if file.metadata() != _made_by(encoding, tensors):
-                    return False
+            data = read_anew_if_stale(path, path.read_bytes)  # not mapped: they are replaced while others look
+            if _metadata(data) != _made_by(encoding, load(data)):
+                return False
         except (FileNotFoundError, SafetensorError):
             return False
     return True
+
+
+def _metadata(data: bytes) -> object:
+    """What a safetensors file says of itself, which `load` leaves out."""
+    try:
+        return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__")
+    except (ValueError, AttributeError):
+        return None
 
 
 def write_constants(
@@ -59,23 +66,30 @@ def write_constants(
     buckets: Iterable[Bucket],
     encoding: Mapping[str, object],
     captions: CaptionsConfig,
+    check: Callable[[], object],
 ) -> None:
-    """Write all of them, each whole or not at all."""
-    _write(cache / EMPTY_TEXT, encode_empty_text(encoders, captions), encoding)
+    """Write all of them, each whole or not at all.  check: called before each is; raises if it must not be."""
+    empty = encode_empty_text(encoders, captions)
+    check()
+    _write(cache / EMPTY_TEXT, empty, encoding)
     for bucket in buckets:
-        _write(blank_path(cache, str(bucket)), encode_blank(encoders, bucket), encoding)
+        blank = encode_blank(encoders, bucket)
+        check()
+        _write(blank_path(cache, str(bucket)), blank, encoding)
 
 
 def encode_empty_text(encoders: Encoders, captions: CaptionsConfig) -> dict[str, Tensor]:
     """The empty caption's tensors as shards store them."""
-    text = encode_captions(encoders.text, [""], text_length=captions.text_length)
-    return store_text(text.t5[0], text.pooled[0], captions.text_dtype)
+    with told_when_out_of_memory(encoders.text.t5.device, "encode the empty caption"):
+        text = encode_captions(encoders.text, [""], text_length=captions.text_length)
+        return store_text(text.t5[0], text.pooled[0], captions.text_dtype)
 
 
 def encode_blank(encoders: Encoders, bucket: Bucket) -> dict[str, Tensor]:
     """`masked_latents` of a bucket's picture that is all hole, as stored."""
     grey = torch.zeros(1, 3, bucket.height, bucket.width)
-    return {"masked_latents": encode_images(encoders.vae, grey)[0].bfloat16()}
+    with told_when_out_of_memory(encoders.vae.device, f"encode a single picture of {bucket}"):
+        return {"masked_latents": encode_images(encoders.vae, grey)[0].bfloat16()}
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], encoding: Mapping[str, object]) -> None:
@@ -83,4 +97,4 @@ def _write(path: Path, tensors: Mapping[str, Tensor], encoding: Mapping[str, obj
     for name, tensor in stored.items():
         if not torch.isfinite(tensor).all():
             raise NotFinite(f"{path}: {name} holds NaN or infinity. Look at the model's files and at the GPU.")
-    write_atomically(path, partial(save_file, stored, metadata=_made_by(encoding, stored)))
+    write_bytes_atomically(path, save(stored, metadata=_made_by(encoding, stored)))

@@ -7,6 +7,10 @@ while its process runs, so after kill -9 the same command goes on at once. A cla
     claim: list; if a living member has it, leave it. Else write one's own and list again: if a living other has one
     too, take one's own back (both do, and try again later). Claims of the dead are deleted on sight.
 
+A member that was stopped for minutes (a suspended machine) may be taken for dead, and be alive again. Who plans, and
+who clears up, removes the files of the dead: one that finds its own gone goes by a plan that others no longer go by, so
+it stops. Otherwise it goes on; its claims, if somebody has deleted them, are no longer its own.
+
 A name holds its owner, so nobody ever deletes what a living member has, nor needs to take anything over. Ages are told
 by the file server's clock alone. Linux's NFS client forgets its copy of a folder when it makes a file in it, so the
 second listing is the server's; were it not, a piece of work would be done twice, which is why work on a claim must be
@@ -25,9 +29,16 @@ from pathlib import Path
 
 from configs.errors import InputError
 from data.atomic_write import write_text_atomically
+from data.full_disk import DiskFull, told_when_full
+from data.stale_files import read_anew_if_stale
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 180.0  # above heartbeat, an NFS client's 60 s of cached times, and some patience with a busy server
+
+
+class TakenForDead(InputError):
+    """This process was, while it was stopped for minutes: others have gone on without it."""
+
 
 _FOLDERS = ("workers", "claims", "failed")
 
@@ -94,7 +105,8 @@ class Crew:
     def _living(self, token: str, now: int) -> Member | None:
         file = self._file_of(token)
         try:
-            member = Member(**json.loads(file.read_text(encoding="utf-8")))
+            text = read_anew_if_stale(file, lambda: file.read_text(encoding="utf-8"))  # it is replaced by `adopt`
+            member = Member(**json.loads(text))
             age = now - file.stat().st_mtime_ns
         except (FileNotFoundError, ValueError, TypeError):
             return None
@@ -102,6 +114,16 @@ class Crew:
         if here and _process_start(member.pid) != member.process_start:
             return None
         return member if age < STALE_SECONDS * 1e9 else None
+
+    def has_heard(self, other: Member) -> bool:
+        """Whether a member is known to be alive, not only not known to be dead: it runs here, or its file was touched
+        since this process joined."""
+        if other.place == self._me.place and other.place != "":
+            return True  # else it were not among the others
+        try:
+            return self._file_of(other.token).stat().st_mtime_ns > self.joined
+        except FileNotFoundError:
+            return False
 
     def refuse_other_settings(self, other: Member) -> None:
         """Raises InputError, naming the keys, if another member works by other settings."""
@@ -117,30 +139,49 @@ class Crew:
             )
 
     def touch(self) -> int:
-        """Say that this process is alive; returns the file server's time in ns."""
+        """Say that this process is alive; returns the file server's time in ns. Raises TakenForDead."""
         try:
             os.utime(self._file)
-        except FileNotFoundError:  # taken for dead, while it was stopped for minutes
-            self._write()
-        return self._file.stat().st_mtime_ns
+            return self._file.stat().st_mtime_ns
+        except FileNotFoundError:
+            raise self._taken_for_dead() from None
+
+    def _taken_for_dead(self) -> TakenForDead:
+        return TakenForDead(
+            f"data.cache {self.folder.parent}: this worker ({self._me}) was silent for minutes and was taken for dead; "
+            "others have gone on without it. Start the same command again: it does what is left."
+        )
 
     def adopt(self, plan: str) -> None:
-        """Tell the others which plan this one works by."""
+        """Tell the others which plan this one works by. Raises TakenForDead."""
+        self.touch()
         self._me = replace(self._me, plan=plan)
         self._write()
+
+    def bury_the_dead(self) -> None:
+        """Have members that are taken for dead stop, should they be alive again."""
+        now = self.touch()
+        for name in _names_in(self.folder / "workers"):
+            if name.endswith(".json") and not self._living(name.removesuffix(".json"), now):
+                (self.folder / "workers" / name).unlink(missing_ok=True)
 
     # --- claims
 
     def claim(self, what: str) -> bool:
-        """Whether `what` ([A-Za-z0-9_.-]+) is this process's own from now on. False: a living other has it."""
+        """Whether `what` ([A-Za-z0-9_.-]+) is this process's own from now on. False: a living other has it.
+
+        Raises TakenForDead.
+        """
+        self.touch()
         if self.holder(what):
             return False
         mine = self._claim_file(what)
-        try:
-            mine.touch()
-        except FileNotFoundError:  # the folder went with a member that took itself for the last one
-            self._write()
-            mine.touch()
+        with told_when_full(mine):
+            try:
+                mine.touch()
+            except FileNotFoundError:  # the folder went with a member that took itself for the last one
+                mine.parent.mkdir(exist_ok=True)
+                mine.touch()
         if self.holder(what):
             mine.unlink(missing_ok=True)
             return False
@@ -168,8 +209,14 @@ class Crew:
                 (self.folder / "claims" / name).unlink(missing_ok=True)
 
     def holds(self, what: str) -> bool:
-        """Whether a claim is still this process's own: not after it was taken for dead."""
+        """Whether a claim is still this process's own: not after it was taken for dead. Raises TakenForDead."""
+        self.touch()
         return self._claim_file(what).exists()
+
+    def make_sure_of(self, what: str) -> None:
+        """Raises TakenForDead if a claim is no longer this process's own."""
+        if not self.holds(what):
+            raise self._taken_for_dead()
 
     def release(self, what: str) -> None:
         self._claim_file(what).unlink(missing_ok=True)
@@ -181,13 +228,17 @@ class Crew:
 
     def report_failure(self, what: str, problem: str) -> None:
         """Tell the others that something cannot be done, so that not each of them finds out by itself."""
-        write_text_atomically(self.folder / "failed" / f"{what}.txt", problem)
+        file = self.folder / "failed" / f"{what}.txt"
+        with suppress(DiskFull):  # then each does
+            file.parent.mkdir(exist_ok=True)  # it went with a member that took itself for the last one
+            write_text_atomically(file, problem)
 
     def failure(self, what: str) -> str | None:
         """A problem reported since this process joined. What was wrong before may have been mended."""
         file = self.folder / "failed" / f"{what}.txt"
         try:
-            return file.read_text(encoding="utf-8") if file.stat().st_mtime_ns > self.joined else None
+            text = read_anew_if_stale(file, lambda: file.read_text(encoding="utf-8"))
+            return text if file.stat().st_mtime_ns > self.joined else None
         except FileNotFoundError:
             return None
 
@@ -195,7 +246,10 @@ class Crew:
 
     def leave(self) -> None:
         """Give everything back; the last one alive clears up behind all of them."""
-        now = self.touch()
+        try:
+            now = self.touch()
+        except TakenForDead:
+            return  # by one that has cleared up, or will
         self._file.unlink(missing_ok=True)
         for name in _names_in(self.folder / "claims"):
             token = name.rpartition("@")[2]
@@ -223,6 +277,11 @@ def join_crew(folder: Path, settings: Mapping[str, object]) -> Iterator[Crew]:
     """
     try:
         crew = Crew(folder, json.loads(json.dumps(settings)))
+    except DiskFull:
+        for empty in [*(folder / name for name in _FOLDERS), folder]:
+            with suppress(OSError):  # others are there
+                empty.rmdir()
+        raise
     except OSError as error:
         raise InputError(
             f"data.cache {folder.parent}: cannot be written to ({error.strerror}). "
@@ -232,8 +291,8 @@ def join_crew(folder: Path, settings: Mapping[str, object]) -> Iterator[Crew]:
 
     def beat() -> None:
         while not left.wait(HEARTBEAT_SECONDS):
-            with suppress(OSError):  # a server that is away for a moment; the next beat tells
-                crew.touch()
+            with suppress(OSError, TakenForDead):  # a server that is away for a moment, the next beat tells; the work
+                crew.touch()  # itself finds out that it was taken for dead
 
     heart = threading.Thread(target=beat, name="heartbeat", daemon=True)
     heart.start()
@@ -249,7 +308,7 @@ def join_crew(folder: Path, settings: Mapping[str, object]) -> Iterator[Crew]:
 
 def _names_in(folder: Path) -> list[str]:
     try:
-        return os.listdir(folder)
+        return read_anew_if_stale(folder, lambda: os.listdir(folder))
     except FileNotFoundError:
         return []
 

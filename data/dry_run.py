@@ -14,6 +14,7 @@ from rich.table import Table
 
 from configs.schema import DataConfig
 from data.decode_samples import load_pixels
+from data.device_memory import told_when_out_of_memory
 from data.encode import collate_pixels, encode_captions, encode_pixels
 from data.geometry import Bucket
 from data.load_encoders import Encoders
@@ -60,8 +61,8 @@ def print_bytes(console: Console, parts: dict[str, int]) -> None:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the shards to do take one worker, in seconds: of its device, and of its decoding threads, which run beside
-    each other."""
+    """What the shards to do take one worker, in seconds: of its device (of the busier one, where text has its own), and
+    of its decoding threads, which run beside each other."""
 
     device: float
     decode: float
@@ -74,7 +75,7 @@ def measure(
 
     The size is that of the fullest bucket near each resolution: buckets of one have about the same area.
     """
-    device = decode = 0.0
+    vae = text = decode = 0.0
     for plans in _by_size(todo, data):
         count = sum(len(plan.samples) for plan in plans)
         captions = sum(len({sample.text for sample in plan.samples}) for plan in plans)
@@ -83,7 +84,8 @@ def measure(
         decode_each = _time_decoding(samples, data, worker.decode_threads)
         vae_each = _time_pixels(samples, encoders, data)
         text_each = _time_captions(samples, encoders, data)
-        device += count * vae_each + captions * text_each
+        vae += count * vae_each
+        text += captions * text_each
         decode += count * decode_each
         console.print(
             f"{fullest.bucket}, {len(samples)} at once, measured: VAE {1 / vae_each:.1f} pictures/s, "
@@ -91,7 +93,7 @@ def measure(
             f"{worker.decode_threads} threads",
             highlight=False,
         )
-    return Estimate(device, decode)
+    return Estimate(max(vae, text) if encoders.text_has_its_own_device else vae + text, decode)
 
 
 def print_hours(console: Console, estimate: Estimate, worker: Worker) -> None:
@@ -129,8 +131,9 @@ def _time_pixels(samples: Sequence[PlannedSample], encoders: Encoders, data: Dat
     batch = collate_pixels([load_pixels(sample, data) for sample in samples])
     for _ in range(2):
         start = time.perf_counter()
-        encode_pixels(encoders.vae, batch)
-        _wait_for(encoders.vae.device)
+        with told_when_out_of_memory(encoders.vae.device, f"encode {len(samples)} pictures at once"):
+            encode_pixels(encoders.vae, batch)
+            _wait_for(encoders.vae.device)
     return (time.perf_counter() - start) / len(samples)
 
 
@@ -139,8 +142,9 @@ def _time_captions(samples: Sequence[PlannedSample], encoders: Encoders, data: D
     captions = [sample.triple.caption for sample in samples]
     for _ in range(2):
         start = time.perf_counter()
-        encode_captions(encoders.text, captions, text_length=data.captions.text_length)
-        _wait_for(encoders.text.t5.device)
+        with told_when_out_of_memory(encoders.text.t5.device, f"encode {len(captions)} captions at once"):
+            encode_captions(encoders.text, captions, text_length=data.captions.text_length)
+            _wait_for(encoders.text.t5.device)
     return (time.perf_counter() - start) / len(captions)
 
 

@@ -10,7 +10,7 @@ A shard's batches are a matter of its plan and the batch size alone, so its byte
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from configs.schema import DataConfig
 from data.backlog import Backlog
 from data.decode_samples import DecodedBatch, decode_batches, in_batches
+from data.device_memory import told_when_out_of_memory
 from data.encode import HostCopy, PixelBatch, collate_pixels, encode_captions, encode_pixels
 from data.load_encoders import Encoders
 from data.run_ahead import run_ahead
@@ -67,7 +68,7 @@ def encode_shards(
     """Make every shard of `shards`, which are claimed from `backlog` as they are asked for.
 
     threads: that decode.  A picture that cannot be decoded is told to the backlog and stops its shard alone; anything
-    else that is raised leaves no part of a shard behind.
+    else that is raised (DiskFull, InputError where a device has no memory) leaves no part of a shard behind.
     """
     with (
         ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool,
@@ -81,8 +82,9 @@ def encode_shards(
                     writing.add_texts(plan, texts)
             writing.add_problems(plan, batch.problems)
             if batch.pixels is not None and not writing.has_problems(plan):  # else only to find all that is wrong
-                encoded = encode_pixels(encoders.vae, batch.pixels)
-                latents, masked = (HostCopy(t.bfloat16()) for t in (encoded.latents, encoded.masked_latents))
+                with told_when_out_of_memory(encoders.vae.device, f"encode {len(batch.samples)} pictures at once"):
+                    encoded = encode_pixels(encoders.vae, batch.pixels)
+                    latents, masked = (HostCopy(t.bfloat16()) for t in (encoded.latents, encoded.masked_latents))
                 writing.add_samples(plan, batch.samples, batch.pixels.masks, latents, masked)
             backlog.advance(len(batch.samples) + len(batch.problems))
             if batch.place.is_last:
@@ -120,9 +122,12 @@ def _encode_texts(plan: ShardPlan, encoders: Encoders, data: DataConfig) -> Iter
     """Each caption of a shard once."""
     captions = {sample.text: sample.triple.caption for sample in plan.samples}
     for names in in_batches(captions, data.encode_batch_size):
-        text = encode_captions(encoders.text, [captions[name] for name in names], text_length=data.captions.text_length)
-        stored = store_text(text.t5, text.pooled, data.captions.text_dtype)
-        yield _Texts(names, {name: HostCopy(tensor) for name, tensor in stored.items()}, text.tokens)
+        batch, length = [captions[name] for name in names], data.captions.text_length
+        with told_when_out_of_memory(encoders.text.t5.device, f"encode {len(batch)} captions at once"):
+            text = encode_captions(encoders.text, batch, text_length=length)
+            stored = store_text(text.t5, text.pooled, data.captions.text_dtype)
+            copies = {name: HostCopy(tensor) for name, tensor in stored.items()}
+        yield _Texts(names, copies, text.tokens)
 
 
 def _make_ready(batch: DecodedBatch[_Place], device: torch.device) -> _ReadyBatch:
@@ -131,6 +136,10 @@ def _make_ready(batch: DecodedBatch[_Place], device: torch.device) -> _ReadyBatc
 
 
 # --- behind the device ------------------------------------------------------------------------------------------------
+
+
+class _LostClaim(Exception):
+    """Another worker has the shard: this one was stopped for so long that it was taken for dead."""
 
 
 class _OpenShard:
@@ -152,26 +161,39 @@ class _Writing:
         self._pending: deque[tuple[Future[None], int]] = deque()
         self._bytes = 0  # of what is pending
         self._open: dict[str, _OpenShard] = {}
+        self._stopped = False
 
     def __enter__(self) -> "_Writing":
         return self
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
         """Wait until all is written; or, if something failed, leave no part of a shard behind."""
+        if kind is not None:
+            self._stopped = True
         try:
-            if kind is None:
-                while self._pending:
-                    self._wait_for_one()
+            while self._pending and kind is None:
+                self._wait_for_one()
         finally:
             self._thread.shutdown(cancel_futures=True)
-            for shard in self._open.values():
-                shard.writer.__exit__(None, None, None)
+            with ExitStack() as parts:  # the others go even if one cannot be removed
+                for shard in self._open.values():
+                    parts.push(shard.writer)
 
     def _submit(self, num_bytes: int, function: Callable[..., None], *arguments: object) -> None:
-        self._pending.append((self._thread.submit(function, *arguments), num_bytes))
+        self._pending.append((self._thread.submit(self._run, function, *arguments), num_bytes))
         self._bytes += num_bytes
         while self._pending and (self._pending[0][0].done() or self._bytes > _BYTES_BEHIND):
             self._wait_for_one()
+
+    def _run(self, function: Callable[..., None], *arguments: object) -> None:
+        """Nothing, once something failed: what is queued behind it would finish a shard that lacks what it wrote."""
+        if self._stopped:
+            return
+        try:
+            function(*arguments)
+        except BaseException:
+            self._stopped = True
+            raise
 
     def _wait_for_one(self) -> None:
         written, num_bytes = self._pending.popleft()
@@ -216,9 +238,17 @@ class _Writing:
         del self._open[plan.path]
 
     def _publish(self, plan: ShardPlan, writer: ShardWriter) -> None:
+        if writer.num_samples != len(plan.samples):
+            raise RuntimeError(f"{plan.path}: {writer.num_samples} of its {len(plan.samples)} samples were written")
+
+        def check() -> None:
+            if not self._backlog.may_publish(plan):
+                raise _LostClaim
+
         try:
-            if self._backlog.may_publish(plan):
-                writer.finish(plan=plan.plan)
+            writer.finish(plan=plan.plan, check=check)
+        except _LostClaim:
+            pass
         except FileNotFoundError:
             if self._backlog.may_publish(plan):
                 raise

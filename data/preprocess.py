@@ -23,6 +23,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from data.library_noise import quiet_libraries
+
+if __name__ == "__main__":
+    quiet_libraries()
+
 from rich.console import Console
 from rich.progress import Progress
 
@@ -36,11 +41,12 @@ from data.crew import Crew, join_crew
 from data.decode_samples import DecodedBatch, decode_batches
 from data.dry_run import bytes_by_part, measure, print_bytes, print_counts, print_hours
 from data.encode_shards import encode_shards
+from data.full_disk import DiskFull, told_when_full
 from data.geometry import Pixels
-from data.library_noise import quiet_libraries
 from data.load_encoders import Encoders, load_encoders
 from data.manifest import FORMAT_VERSION, read_shard_table, write_manifest
 from data.model_folder import encoder_fingerprints, find_model, read_part_number
+from data.plan_file import PlanFile
 from data.plan_samples import plan_samples
 from data.preprocess_report import Waiting, advancing, open_progress, print_report
 from data.scan import delete_copies, scan_dataset
@@ -115,27 +121,48 @@ def preprocess(config: Config, console: Console, worker: Worker = _ALONE) -> Non
     """Bring data.cache up to date with the datasets, model and settings of a config, together with whoever else does;
     touch nothing if it is. Returns when the cache is complete.
 
-    Raises InputError for whatever the user can mend: shards finished by then stay, parts of one do not.
+    Raises InputError for whatever the user can mend, and TakenForDead: shards finished by then stay, parts of one do
+    not.
     """
     cache = config.data.cache_folder
     model = find_model(config.model.base)
     job = Job(config, model, encoder_fingerprints(model))
     try:
-        with join_crew(cache / CREW_FOLDER, job.settings) as crew, open_progress(console, worker) as progress:
-            before = _manifest_stamp(cache)
-            plans = agree_on_plan(
-                crew,
-                partial(make_plan, job, progress),
-                help_planning=partial(_scan, job, progress),
-                waiting=Waiting(progress),
-            )
-            backlog = Backlog(cache, plans, crew, worker)
-            _encode_what_is_left(job, plans, backlog, crew, worker, progress)
-            _complete(job, plans, crew, worker, progress, before=before)
+        with (
+            told_when_full(cache),
+            join_crew(cache / CREW_FOLDER, job.settings) as crew,
+            open_progress(console, worker) as progress,
+        ):
+            try:
+                num_encoded = _take_part(job, crew, worker, progress)
+            except FileNotFoundError:
+                crew.touch()  # which tells if others took what it had half written for a dead worker's
+                raise
     finally:
         with suppress(OSError):
             cache.rmdir()  # if nothing came of it
-    print_report(console, cache, read_shard_table(cache), worker, num_encoded=backlog.num_encoded)
+    print_report(console, cache, read_shard_table(cache), worker, num_encoded=num_encoded)
+
+
+def _take_part(job: Job, crew: Crew, worker: Worker, progress: Progress) -> int:
+    """Plan, encode and complete, with whoever else does; how many samples were encoded here."""
+    cache = job.config.data.cache_folder
+    before = _manifest_stamp(cache)
+    plan = agree_on_plan(
+        crew,
+        partial(make_plan, job, progress),
+        help_planning=partial(_scan, job, progress),
+        waiting=Waiting(progress),
+    )
+    backlog = Backlog(cache, plan, crew, worker)
+    try:
+        _encode_what_is_left(job, plan, backlog, crew, worker, progress)
+    except DiskFull as error:
+        if not backlog.remaining:  # a constant did not fit
+            raise
+        raise error.with_needed(sum(head.num_bytes for head in backlog.remaining.values())) from error
+    _complete(job, plan, crew, worker, progress, before=before)
+    return backlog.num_encoded
 
 
 def dry_run(config: Config, console: Console, worker: Worker = _ALONE) -> None:
@@ -147,7 +174,7 @@ def dry_run(config: Config, console: Console, worker: Worker = _ALONE) -> None:
     data = config.data
     model = find_model(config.model.base)
     job = Job(config, model, encoder_fingerprints(model))
-    with open_progress(console, worker) as progress:
+    with told_when_full(data.cache_folder), open_progress(console, worker) as progress:
         plans = make_plan(job, progress)
     finished = read_finished_of(data.cache_folder, plans)
     todo = [plan for plan, index in zip(plans, finished, strict=True) if index is None]
@@ -177,14 +204,14 @@ def make_plan(job: Job, progress: Progress) -> list[ShardPlan]:
 
 
 def _encode_what_is_left(
-    job: Job, plans: Sequence[ShardPlan], backlog: Backlog, crew: Crew, worker: Worker, progress: Progress
+    job: Job, plan: PlanFile, backlog: Backlog, crew: Crew, worker: Worker, progress: Progress
 ) -> None:
     """Take part until every shard is there, and the constants. Waits for what others have in work: they may die.
 
     Raises one InputError that lists all pictures at fault, once every shard without one is written.
     """
     data = job.config.data
-    buckets = sorted({plan.bucket for plan in plans})
+    buckets = sorted({head.bucket for head in plan.heads})
     bar = progress.add_task("encoding", total=backlog.num_samples)
     backlog.advance = advancing(progress, bar)
     encoders: Encoders | None = None  # loaded once there is something to encode: T5 takes a minute
@@ -193,8 +220,10 @@ def _encode_what_is_left(
         constants = constants_are_there(data.cache_folder, buckets, job.encoding)
         if not constants and crew.claim(_CONSTANTS):
             encoders = encoders or load_encoders(job.model, data.encoders, device_index=worker.device_index)
+            crew.make_sure_of(_CONSTANTS)
             (data.cache_folder / "manifest.json").unlink(missing_ok=True)
-            write_constants(data.cache_folder, encoders, buckets, job.encoding, data.captions)
+            still_mine = partial(crew.make_sure_of, _CONSTANTS)
+            write_constants(data.cache_folder, encoders, buckets, job.encoding, data.captions, still_mine)
             crew.release(_CONSTANTS)
             constants = True
         shards = backlog.claim_shards()
@@ -211,7 +240,7 @@ def _encode_what_is_left(
 
 def _complete(
     job: Job,
-    plans: Sequence[ShardPlan],
+    plan: PlanFile,
     crew: Crew,
     worker: Worker,
     progress: Progress,
@@ -228,7 +257,7 @@ def _complete(
         # Who is still at a shard took it for unfinished: it will see that it is not, or write the same bytes again.
         if crew.claim(_HEAD):
             if not crew.held(SHARD_CLAIMS):
-                return _write_head(job, plans, worker, progress)
+                return _write_head(job, plan, crew, worker, progress)
             crew.release(_HEAD)
         waiting(f"{crew.holder(_HEAD) or 'another worker'}, which completes the cache")
 
@@ -242,22 +271,30 @@ def _manifest_stamp(cache: Path) -> tuple[int, int] | None:
     return status.st_ino, status.st_mtime_ns
 
 
-def _write_head(job: Job, plans: Sequence[ShardPlan], worker: Worker, progress: Progress) -> None:
+def _write_head(job: Job, plan: PlanFile, crew: Crew, worker: Worker, progress: Progress) -> None:
     cache, config = job.config.data.cache_folder, job.config
-    indexes = [index for index in read_finished_of(cache, plans) if index]
-    if len(indexes) < len(plans):
-        raise RuntimeError(f"{cache}: shards that were just written are gone")
-    head = describe_cache(config, job.model, job.encoders, plans, indexes)
+    found = read_finished_of(cache, plan.heads)
+    shards = [shard for shard in found if shard is not None]
+    if len(shards) < len(found):
+        gone = [head.path for head, shard in zip(plan.heads, found, strict=True) if shard is None]
+        others = f", and so are {len(gone) - 1} other shards" if len(gone) > 1 else ""
+        raise InputError(
+            f"{cache / gone[0]}: was written and is gone, or is another now{others}. See that nothing else changes the "
+            "cache, then run the same command again: it makes what is missing."
+        )
+    head = describe_cache(config, job.model, job.encoders, plan.heads, shards)
     if is_current(cache, *head):
         return delete_copies(cache)
+    crew.make_sure_of(_HEAD)
     (cache / "manifest.json").unlink(missing_ok=True)
-    delete_unplanned(cache, plans)
-    chosen = choose_validation_items(plans, count=num_watched(config.data.holdout))
+    delete_unplanned(cache, plan.heads)
+    chosen = choose_validation_items(plan.shards(), count=num_watched(config.data.holdout))
     bar = progress.add_task("validation pictures", total=len(chosen))
     with ThreadPoolExecutor(worker.decode_threads) as pool:
         singly = ((item, [sample]) for item, sample in chosen)
         decoded = decode_batches(singly, config.data, pool, ahead=2 * worker.decode_threads)
-        write_validation_items(cache, map(_only_pixels, decoded), advance=lambda: progress.advance(bar))
+        pixels = map(_only_pixels, decoded)
+        write_validation_items(cache, pixels, lambda: progress.advance(bar), partial(crew.make_sure_of, _HEAD))
     write_manifest(cache, *head)
     delete_copies(cache)
 
@@ -278,7 +315,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="say what it would do, how large and how long")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example data.resolution=[512]")
     options = parser.parse_args(arguments)
-    quiet_libraries()
     try:
         worker = which_worker(os.environ, worker=options.worker, workers=options.workers)
         run = dry_run if options.dry_run else preprocess

@@ -30,6 +30,7 @@ from configs.errors import InputError
 from configs.schema import DataConfig
 from configs.urls import is_url, shown
 from data.atomic_write import write_atomically
+from data.full_disk import told_when_full
 from data.mask_recipe import recipe_of
 from data.picture_files import PictureFile
 from data.pictures import load_mask, picture_size, read_picture
@@ -290,7 +291,7 @@ def _new_file(path: Path) -> Iterator[BinaryIO]:
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with temporary.open("wb") as file:
+        with told_when_full(path), temporary.open("wb") as file:
             yield file
             size = file.tell()
         if size:

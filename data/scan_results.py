@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,12 +75,14 @@ class ScanResults:
     def write(self, key: str, rows: Sequence[Row]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(rows, ensure_ascii=False)
-        write_text_atomically(self.folder / f"{key}.json", f"{xxhash.xxh3_128_hexdigest(text.encode())}\n{text}")
+        with suppress(FileNotFoundError):  # one that was done took it for a dead worker's: then it is found out again
+            write_text_atomically(self.folder / f"{key}.json", f"{xxhash.xxh3_128_hexdigest(text.encode())}\n{text}")
 
     def delete_unused(self) -> None:
-        """Forget what was found about files that changed or are gone: all whose key was not made."""
-        for file in self.folder.glob("*.json"):
-            if file.stem not in self._used:
+        """Forget what was found about files that changed or are gone: all whose key was not made. And what a worker
+        that was killed had half written."""
+        for file in [*self.folder.glob("*.json"), *self.folder.glob("*.part")]:
+            if file.suffix == ".part" or file.stem not in self._used:
                 file.unlink(missing_ok=True)
 
 

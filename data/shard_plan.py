@@ -1,13 +1,14 @@
 """Which sample goes into which shard: a pure function of the pictures, whatever machines encode them.
 
 Samples of one dataset, bucket and split are split by the bits of a hash until each part fits a shard, as in extendible
-hashing. So a new, changed or removed picture touches the one shard it hashes to (now and then two), and equal captions
-end up together, where their text is stored once.
+hashing: by their captions' first, so that equal captions end up together, where their text is stored once; then, where
+one caption alone is more than a shard, by their own. So a new picture is written with the samples of the one shard that
+it hashes to, which becomes several if it is too much for one, and a removed one likewise: no other shard is touched.
 """
 
 import json
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import xxhash
@@ -44,16 +45,27 @@ class PlannedSample:
         return text_name(self.triple.caption)
 
 
-@dataclass(frozen=True)
-class ShardPlan:
-    """One shard to be.  path: below the cache folder.  plan: 32 hex digits over all that shapes its bytes."""
+@dataclass(frozen=True, slots=True)
+class ShardHead:
+    """What can be told of a shard to be without its samples.
+
+    path: below the cache folder.  plan: 32 hex digits over all that shapes its bytes.  num_bytes: about, of its tar.
+    """
 
     path: str
     dataset: str
     bucket: Bucket
     split: str
-    samples: tuple[PlannedSample, ...]
     plan: str
+    num_samples: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan(ShardHead):
+    """One shard to be."""
+
+    samples: tuple[PlannedSample, ...]
 
 
 def text_name(caption: str) -> str:
@@ -81,40 +93,79 @@ def plan_shards(
     plans = []
     for (dataset, bucket, split), members in sorted(groups.items()):
         each = sample_bytes(bucket, num_variants=members[0].recipe.variants)  # one recipe a dataset
-        for leaf, part in _split(_with_hashes(members, size_limit // 2 // each), 1, each, text_bytes, size_limit):
+        prefix = f"shards/{dataset}/{bucket}" if split == "train" else f"shards/{dataset}/{split}-{bucket}"
+
+        def num_bytes(num_samples: int, num_texts: int, each: int = each) -> int:
+            return num_samples * each + num_texts * text_bytes
+
+        for name, part in _deal(members, num_bytes, size_limit):
             part.sort(key=lambda sample: (sample.text, sample.key))
-            name = f"{bucket}-{leaf:06d}" if split == "train" else f"{split}-{bucket}-{leaf:06d}"
-            plan = _plan_hash(part, encoding)
-            plans.append(ShardPlan(f"shards/{dataset}/{name}.tar", dataset, bucket, split, tuple(part), plan))
+            plans.append(
+                ShardPlan(
+                    f"{prefix}-{name}.tar",
+                    dataset,
+                    bucket,
+                    split,
+                    _plan_hash(part, encoding),
+                    num_samples=len(part),
+                    num_bytes=num_bytes(len(part), len({sample.text for sample in part})),
+                    samples=tuple(part),
+                )
+            )
     return plans
 
 
-def _with_hashes(samples: Sequence[PlannedSample], crowd: int) -> list[tuple[int, PlannedSample]]:
-    """Each sample with 64 bits that place it: its caption's, so that equal captions meet; its own where a caption has
-    more than `crowd` samples, which no bit of the caption's could part."""
-    sharing = Counter(sample.text for sample in samples)
-    return [
-        (
-            xxhash.xxh3_64_intdigest((s.key if sharing[s.text] > crowd else s.text).encode()),
-            s,
-        )
-        for s in samples
-    ]
+def _deal(
+    samples: Iterable[PlannedSample], num_bytes: Callable[[int, int], int], size_limit: int
+) -> Iterator[tuple[str, list[PlannedSample]]]:
+    """(name, samples) of every part: split by the captions' bits down to a part that fits or has one caption, and that
+    by the bits of the samples' own keys.
+
+    num_bytes: of so many samples with so many captions.  What a caption is split into has its hash for a name: the
+    part of the tree in which it is alone changes with the captions around it.
+    """
+
+    def fits(num_samples: int, num_texts: int) -> bool:
+        return num_bytes(num_samples, num_texts) <= size_limit
+
+    for leaf, part in _split(
+        [(_bits_of(sample.text), sample) for sample in samples],
+        1,
+        lambda part: _num_texts(part) == 1 or fits(len(part), _num_texts(part)),
+    ):
+        if fits(len(part), _num_texts(part)):
+            yield f"{leaf:06d}", [sample for _, sample in part]
+            continue
+        caption = part[0][1].text.removeprefix("text-")
+        by_key = [(_bits_of(sample.key), sample) for _, sample in part]
+        for key_leaf, key_part in _split(by_key, 1, lambda part: fits(len(part), 1)):
+            yield f"{caption}-{key_leaf:06d}", [sample for _, sample in key_part]
+
+
+_Placed = tuple[int, PlannedSample]  # by 64 bits
+
+
+def _bits_of(text: str) -> int:
+    return xxhash.xxh3_64_intdigest(text.encode())
+
+
+def _num_texts(samples: Sequence[_Placed]) -> int:
+    """Of samples placed by their captions."""
+    return len({bits for bits, _ in samples})
 
 
 def _split(
-    samples: list[tuple[int, PlannedSample]], leaf: int, each: int, text_bytes: int, size_limit: int
-) -> Iterator[tuple[int, list[PlannedSample]]]:
-    """(leaf number, samples) of every part that fits. The root is leaf 1, the halves of leaf n are 2n and 2n + 1."""
-    num_texts = len({sample.text for _, sample in samples})
+    samples: list[_Placed], leaf: int, is_done: Callable[[list[_Placed]], bool]
+) -> Iterator[tuple[int, list[_Placed]]]:
+    """(leaf number, samples) of every part that is done. The root is leaf 1, the halves of leaf n are 2n and 2n + 1."""
     depth = leaf.bit_length() - 1
-    if len(samples) <= 1 or depth >= 64 or len(samples) * each + num_texts * text_bytes <= size_limit:
-        yield leaf, [sample for _, sample in samples]
+    if len(samples) <= 1 or depth >= 64 or is_done(samples):
+        yield leaf, samples
         return
     for bit in (0, 1):
         half = [(bits, sample) for bits, sample in samples if bits >> (63 - depth) & 1 == bit]
         if half:
-            yield from _split(half, 2 * leaf + bit, each, text_bytes, size_limit)
+            yield from _split(half, 2 * leaf + bit, is_done)
 
 
 def _plan_hash(samples: Sequence[PlannedSample], encoding: Mapping[str, object]) -> str:

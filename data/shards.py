@@ -14,7 +14,7 @@ import json
 import os
 import secrets
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +24,15 @@ import numpy as np
 import torch
 import xxhash
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load
+from safetensors.numpy import save as save_columns
 from safetensors.torch import save
 from torch import Tensor
 from webdataset import TarWriter
 
 from configs.errors import InputError
-from data.atomic_write import fsync_folder, write_atomically
+from data.atomic_write import fsync_folder, write_bytes_atomically
+from data.full_disk import DiskFull, told_when_full
 
 _BLOCK = 512  # tar's unit: one header block per member, data padded to whole blocks
 
@@ -86,6 +88,20 @@ class ShardIndex:
     @property
     def num_samples(self) -> int:
         return len(self.keys)
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedShard:
+    """What a cache's head tells of a shard.  hole_counts: its masks per tenth of the area that is painted."""
+
+    num_samples: int
+    tar_bytes: int
+    tar_sha256: str
+    hole_counts: tuple[int, ...]
+
+    @staticmethod
+    def of(index: ShardIndex) -> "FinishedShard":
+        return FinishedShard(index.num_samples, index.tar_bytes, index.tar_sha256, tuple(count_hole_fractions([index])))
 
 
 _Place = tuple[int, int, int]  # offset, size and xxh3 of a member's data
@@ -152,8 +168,10 @@ class _HashingFile(io.RawIOBase):
         self.close()
 
     def close(self) -> None:
-        self.file.close()
-        super().close()
+        try:
+            self.file.close()
+        finally:
+            super().close()
 
 
 class ShardWriter:
@@ -161,14 +179,16 @@ class ShardWriter:
 
     The tar grows as <path>.<random>.part and gets its name in `finish`; its index comes last, so a shard with an index
     is done. Its bytes depend on what is stored alone (no times, no user, no paths, no order of arrival).
+    All of it raises DiskFull where there is no room.
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         # Of its own name: a worker that was taken for dead may still write when another makes the shard anew.
         self._part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-        self._sink = _HashingFile(self._part)
+        with told_when_full(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._sink = _HashingFile(self._part)
         self._tar = TarWriter(self._sink, encoder=False, mtime=0, user="fluxfill", group="fluxfill")
         self._offset = 0
         self._texts: list[_Place] = []
@@ -182,14 +202,21 @@ class ShardWriter:
         """Leave nothing behind of a shard that was not finished."""
         with suppress(OSError, ValueError):  # a full disk, or closed already; the file goes anyway
             self._tar.close()  # else it writes its end later, when it is collected, to a file that is closed
-        self._sink.close()
+        with suppress(OSError):  # it flushes what is left
+            self._sink.close()
         self._part.unlink(missing_ok=True)
+
+    @property
+    def num_samples(self) -> int:
+        """Those that were added."""
+        return len(self._rows)
 
     def _add_member(self, key: str, suffix: str, data: bytes) -> _Place:
         """Append one member; returns (offset, size, xxh3) of its data."""
         if len(key) + len(suffix) + 1 > 100:
             raise ValueError(f"{self.path}: the name {key}.{suffix} is longer than the 100 bytes a tar header holds")
-        self._tar.write({"__key__": key, suffix: data})
+        with told_when_full(self.path):
+            self._tar.write({"__key__": key, suffix: data})
         offset = self._offset + _BLOCK
         self._offset = offset + -(-len(data) // _BLOCK) * _BLOCK
         return offset, len(data), xxhash.xxh3_64_intdigest(data)
@@ -232,18 +259,29 @@ class ShardWriter:
                     "picture and its caption; if others fail too, at the model's files and at the GPU."
                 )
 
-    def finish(self, *, plan: str) -> ShardIndex:
-        """Close the tar, give it its name, write its index. `plan`: 32 hex digits of what it was made from."""
-        self._tar.close()
-        self._sink.commit()
+    def finish(self, *, plan: str, check: Callable[[], object] = lambda: None) -> ShardIndex:
+        """Close the tar, give it its name, write its index.
+
+        plan: 32 hex digits of what it was made from.  check: called before either gets its name, when what takes long
+        is done; raises if they must not.
+        """
+        with told_when_full(self.path):
+            self._tar.close()
+            self._sink.commit()
         tar_bytes, tar_sha256 = self._part.stat().st_size, self._sink.sha256.hexdigest()
         index = _build_index(self._rows, self._texts, plan=plan, tar_bytes=tar_bytes, tar_sha256=tar_sha256)
+        check()
         # At no moment does an index stand beside a tar that it does not describe: a new one beside an old tar, perhaps
         # of the same size, would pass for a finished shard.
         index_path(self.path).unlink(missing_ok=True)
         self._part.replace(self.path)
         fsync_folder(self.path.parent)
-        write_index(index_path(self.path), index)
+        check()
+        try:
+            write_index(index_path(self.path), index)
+        except DiskFull:
+            self.path.unlink(missing_ok=True)  # of no use without it, and nothing is as large
+            raise
         return index
 
 
@@ -273,7 +311,7 @@ def write_index(path: Path, index: ShardIndex) -> None:
     }
     contiguous = {name: np.ascontiguousarray(column) for name, column in columns.items()}
     contiguous["checksum"] = np.frombuffer(_checksum(contiguous), dtype=np.uint8)
-    write_atomically(path, lambda temporary: save_file(contiguous, temporary))
+    write_bytes_atomically(path, save_columns(contiguous))
 
 
 def _checksum(columns: Mapping[str, np.ndarray]) -> bytes:
@@ -288,7 +326,8 @@ def _checksum(columns: Mapping[str, np.ndarray]) -> bytes:
 def read_index(path: Path) -> ShardIndex:
     """Read an index. Raises FileNotFoundError if there is none, InputError if it is damaged."""
     try:
-        columns = load_file(path)
+        # Not mapped: over NFS, one that is replaced meanwhile would end the process by SIGBUS.
+        columns = load(path.read_bytes())
         stored = columns.pop("checksum").tobytes()
         if stored != _checksum(columns):
             raise ValueError("its checksum differs")

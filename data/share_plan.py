@@ -1,23 +1,18 @@
 """One worker plans, the others read its plan. Reading the pictures, which is nearly all of planning, they share.
 
 A plan is good as long as a living worker goes by it. A job that starts when none is there makes a new one, as pictures
-may have changed since.
+may have changed since. One that died on another machine passes for living for minutes: a worker takes a plan only from
+one that it has heard of since it came itself, and waits until it has, or until the other is dead.
 """
 
-import gzip
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
-from pathlib import Path
-
-from pydantic import TypeAdapter
 
 from configs.errors import InputError
-from data.atomic_write import write_atomically
-from data.crew import Crew
+from data.crew import Crew, Member
+from data.plan_file import PlanFile, read_plan, write_plan
 from data.shard_plan import ShardPlan
 
-_PLANS = TypeAdapter(tuple[ShardPlan, ...])
 _CLAIM = "plan"
 
 
@@ -27,7 +22,7 @@ def agree_on_plan(
     *,
     help_planning: Callable[[], object],
     waiting: Callable[[str], object],
-) -> tuple[ShardPlan, ...]:
+) -> PlanFile:
     """The plan of a living member, or else this one's own from `make_plan`, for the others to read.
 
     help_planning: done while another plans.  waiting: waits a moment, told for whom.
@@ -35,15 +30,20 @@ def agree_on_plan(
     """
     has_helped = False
     while True:
-        if (plans := _read_plan_of(crew)) is not None:
-            return plans
+        if (plan := _read_plan_of(crew)) is not None:
+            return plan
         if problem := crew.failure(_CLAIM):
             raise InputError(problem)
+        if silent := _unheard_with_plan(crew):
+            waiting(f"a sign of life of {silent}, whose plan is there")
+            continue
         if crew.claim(_CLAIM):
             try:
-                if (plans := _read_plan_of(crew)) is not None:  # made between our look and our claim
-                    return plans
-                return _make_and_share(crew, make_plan)
+                if (plan := _read_plan_of(crew)) is not None:  # made between our look and our claim
+                    return plan
+                if not _unheard_with_plan(crew):
+                    crew.bury_the_dead()
+                    return _make_and_share(crew, make_plan)
             finally:
                 crew.release(_CLAIM)
         if crew.holder(_CLAIM) and not has_helped:
@@ -54,28 +54,29 @@ def agree_on_plan(
         waiting(f"{crew.holder(_CLAIM) or 'another worker'}, which plans")
 
 
-def _read_plan_of(crew: Crew) -> tuple[ShardPlan, ...] | None:
-    for name in sorted({member.plan for member in crew.others() if member.plan}):
+def _read_plan_of(crew: Crew) -> PlanFile | None:
+    for name in sorted({member.plan for member in crew.others() if member.plan and crew.has_heard(member)}):
         try:
-            plans = _PLANS.validate_json(gzip.decompress((crew.folder / name).read_bytes()))
+            plan = read_plan(crew.folder / name)
         except FileNotFoundError:  # its last user left and cleared up
             continue
         crew.adopt(name)
-        return plans
+        return plan
     return None
 
 
-def _make_and_share(crew: Crew, make_plan: Callable[[], Sequence[ShardPlan]]) -> tuple[ShardPlan, ...]:
+def _unheard_with_plan(crew: Crew) -> Member | None:
+    """A member of whom it cannot be told yet whether its plan is that of a living one."""
+    return next((member for member in crew.others() if member.plan and not crew.has_heard(member)), None)
+
+
+def _make_and_share(crew: Crew, make_plan: Callable[[], Sequence[ShardPlan]]) -> PlanFile:
     try:
-        plans = tuple(make_plan())
+        plans = make_plan()
     except InputError as error:
         crew.report_failure(_CLAIM, str(error))
         raise
-    name = f"plan-{crew.token}.json.gz"
-    write_atomically(crew.folder / name, partial(_write_plan, plans))
+    name = f"plan-{crew.token}"
+    write_plan(crew.folder / name, plans)
     crew.adopt(name)
-    return plans
-
-
-def _write_plan(plans: tuple[ShardPlan, ...], path: Path) -> None:
-    path.write_bytes(gzip.compress(_PLANS.dump_json(plans), compresslevel=1))
+    return read_plan(crew.folder / name)  # the samples are let go of

@@ -7,9 +7,11 @@ text encoders on the machine it runs on.
 import json
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from heapq import nsmallest
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from PIL import Image
 
 from configs.errors import InputError
 from data.atomic_write import write_text_atomically
+from data.full_disk import told_when_full
 from data.geometry import Pixels
 from data.manifest import HOLDOUT, TRAIN
 from data.shard_plan import PlannedSample, ShardPlan
@@ -41,24 +44,24 @@ class ValidationItem:
     caption: str
 
 
-def choose_validation_items(plans: Sequence[ShardPlan], *, count: int) -> list[tuple[ValidationItem, PlannedSample]]:
+def choose_validation_items(plans: Iterable[ShardPlan], *, count: int) -> list[tuple[ValidationItem, PlannedSample]]:
     """All held-out samples, and `count` training samples, each split in the order of its targets' hashes.
 
     Mirror images are left out: they would show the same pictures once more.
     """
+    found: dict[str, list[tuple[tuple[str, str, int], PlannedSample]]] = {HOLDOUT: [], TRAIN: []}
+    for plan in plans:
+        found[plan.split] += [
+            ((sample.triple.target_content, plan.path, row), sample)
+            for row, sample in enumerate(plan.samples)  # a shard's rows are its plan's
+            if not sample.flip
+        ]
+        # No more than are wanted are kept: of millions, all would fill the memory.
+        found[TRAIN] = nsmallest(count, found[TRAIN], key=itemgetter(0))
+    found[HOLDOUT].sort(key=itemgetter(0))
     chosen = []
     for split in (HOLDOUT, TRAIN):
-        found = sorted(
-            (
-                (sample.triple.target_content, plan.path, row, sample)
-                for plan in plans
-                if plan.split == split
-                for row, sample in enumerate(plan.samples)  # a shard's rows are its plan's
-                if not sample.flip
-            ),
-            key=lambda entry: entry[:3],
-        )
-        for _, path, row, sample in found if split == HOLDOUT else found[:count]:
+        for (_, path, row), sample in found[split]:
             triple = sample.triple
             item = ValidationItem(sample.key, split, triple.dataset, path, row, triple.caption)
             chosen.append((item, sample))
@@ -71,11 +74,14 @@ def num_watched(holdout: int) -> int:
 
 
 def write_validation_items(
-    cache: Path, items: Iterable[tuple[ValidationItem, Pixels]], advance: Callable[[], None]
+    cache: Path,
+    items: Iterable[tuple[ValidationItem, Pixels]],
+    advance: Callable[[], None],
+    check: Callable[[], object] = lambda: None,
 ) -> None:
     """Write <cache>/validation: items.json and three PNGs per item, in the place of what was there.
 
-    If `items` raises, nothing changes.
+    check: called when all are written, before anything changes.  If it raises, or `items`, nothing does.
     """
     folder, temporary = cache / FOLDER, cache / f"{FOLDER}.part"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -94,6 +100,7 @@ def write_validation_items(
                 future.result()
                 advance()
         write_text_atomically(temporary / "items.json", json.dumps(entries, indent=1, ensure_ascii=False))
+        check()
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     except BaseException:
@@ -103,7 +110,9 @@ def write_validation_items(
 
 def _save_pixels(folder: Path, number: int, pixels: Pixels) -> None:
     for role, picture in zip(_ROLES, (pixels.target, pixels.image, pixels.mask), strict=True):
-        Image.fromarray(picture).save(folder / _file_name(number, role))
+        file = folder / _file_name(number, role)
+        with told_when_full(file):
+            Image.fromarray(picture).save(file)
 
 
 def validation_items_are_there(cache: Path) -> bool:

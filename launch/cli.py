@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from configs.errors import InputError
 from configs.loading import json_schema, load_config
+from data.library_noise import quiet_libraries
 from data.which_worker import which_worker
 from launch import shards
 from launch.command import choose_engine, render_command, render_environment, render_export, render_shell_line
@@ -98,6 +99,7 @@ def preprocess(
     """
     run = load_config(config, overrides or [])
     which = which_worker(os.environ, worker=worker, workers=workers)
+    quiet_libraries()
     from data import preprocess as job  # imports torch, which the other commands do without
 
     (job.dry_run if dry_run else job.preprocess)(run, Console(), which)

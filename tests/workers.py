@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 import traceback
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -38,18 +39,42 @@ class WorkerProcess:
     def kill(self) -> None:
         self.process.kill()
 
+    def wait_until_stopped(self, timeout_seconds: float = 120) -> None:
+        """By SIGSTOP."""
+        deadline = time.monotonic() + timeout_seconds
+        while Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+            assert time.monotonic() < deadline, "it runs on"
+            time.sleep(0.01)
 
-def start_worker(config: Config, worker: int = 0, workers: int = 1, *, kill_at: int | None = None) -> WorkerProcess:
-    """`preprocess` in a process. kill_at: number of the change to the cache before which it gets SIGKILL."""
+    def go_on(self) -> None:
+        """After SIGSTOP."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, signal.SIGCONT)
+
+
+def start_worker(
+    config: Config,
+    worker: int = 0,
+    workers: int = 1,
+    *,
+    kill_at: int | str | None = None,
+    fate: signal.Signals = signal.SIGKILL,
+) -> WorkerProcess:
+    """`preprocess` in a process.
+
+    kill_at: number of the change to the cache before which it gets the signal `fate`, or part of the path of the first.
+    """
     context = warm_context()
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(config, worker, workers, kill_at, sender), daemon=True)
+    process = context.Process(target=_work, args=(config, worker, workers, kill_at, fate, sender), daemon=True)
     process.start()
     sender.close()
     return WorkerProcess(process, receiver)
 
 
-def _work(config: Config, worker: int, workers: int, kill_at: int | None, outcome: Connection) -> None:
+def _work(
+    config: Config, worker: int, workers: int, kill_at: int | str | None, fate: signal.Signals, outcome: Connection
+) -> None:
     import torch
     from rich.console import Console
 
@@ -58,7 +83,7 @@ def _work(config: Config, worker: int, workers: int, kill_at: int | None, outcom
     from data.which_worker import which_worker
 
     torch.set_num_threads(1)
-    changes = _count_changes(config.data.cache, kill_at)
+    changes = _count_changes(config.data.cache, kill_at, fate)
     try:
         preprocess(config, Console(quiet=True), which_worker({}, worker=worker, workers=workers))
         outcome.send(("", changes[0]))
@@ -70,9 +95,9 @@ def _work(config: Config, worker: int, workers: int, kill_at: int | None, outcom
         sys.exit(1)
 
 
-def _count_changes(cache: Path, kill_at: int | None) -> list[int]:
-    """Counts, from now on, every change below a folder; ends the process before the one with number `kill_at`."""
-    changes = [0]
+def _count_changes(cache: Path, kill_at: int | str | None, fate: signal.Signals) -> list[int]:
+    """Counts, from now on, every change below a folder; the process signals itself once, as `start_worker` says."""
+    changes, reached = [0], list[str]()
     place = os.fspath(cache)
 
     def hook(event: str, arguments: tuple) -> None:
@@ -81,8 +106,9 @@ def _count_changes(cache: Path, kill_at: int | None) -> list[int]:
         if event == "open" and not _writes(arguments):
             return
         changes[0] += 1
-        if changes[0] == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if changes[0] == kill_at or (isinstance(kill_at, str) and kill_at in os.fspath(arguments[0]) and not reached):
+            reached.append(event)
+            os.kill(os.getpid(), fate)
 
     sys.addaudithook(hook)
     return changes

@@ -1,6 +1,6 @@
 """Small real shards and caches of made-up samples, for tests that need no model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from data.order import ORDER_VERSION
 from data.shards import SampleTensors, ShardIndex, ShardWriter, count_hole_fractions
 from data.stored_text import store_text
 from tests.data.remote_server import SHARDS, Remote
+from tests.data.small_disk import SmallDisk, open_small_disk
 
 TEXT_LENGTH, TEXT_WIDTH, POOLED_WIDTH = 8, 6, 4
 
@@ -102,6 +103,13 @@ def write_shard() -> Callable[..., ShardIndex]:
 def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tried again is tried at once."""
     monkeypatch.setattr("data.retry.LONGEST_WAIT_SECONDS", 0.0)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    """A folder on a disk that can be filled."""
+    with open_small_disk(tmp_path) as disk:
+        yield disk
 
 
 @pytest.fixture

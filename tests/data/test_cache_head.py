@@ -2,9 +2,10 @@ import pytest
 
 from data.cache_head import delete_unplanned
 from data.geometry import Bucket
-from data.shard_plan import ShardPlan
+from data.shard_plan import ShardHead
+from tests.data.test_shard_plan import many_samples, plan
 
-PLAN = ShardPlan("shards/photos/512x512-000001.tar", "photos", Bucket(512, 512), "train", (), "plan")
+PLAN = ShardHead("shards/photos/512x512-000001.tar", "photos", Bucket(512, 512), "train", "plan", 0, 0)
 
 
 def write(cache, *names):
@@ -33,6 +34,14 @@ def test_what_no_plan_names_is_deleted(tmp_path):
     )
     delete_unplanned(tmp_path, [PLAN])
     assert files_of(tmp_path) == set(planned)
+
+
+def test_whatever_was_planned_is_deleted_when_it_no_longer_is(tmp_path):
+    paths = [shard.path for shard in plan(many_samples(), size_limit=40_000)]
+    assert any(len(path.split("-")) == 3 for path in paths), "none is named for its caption"
+    write(tmp_path, *paths)
+    delete_unplanned(tmp_path, [])
+    assert files_of(tmp_path) == set()
 
 
 @pytest.mark.parametrize(

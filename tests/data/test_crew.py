@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from configs.errors import InputError
-from data.crew import STALE_SECONDS, Crew, join_crew
+from data.crew import STALE_SECONDS, Crew, TakenForDead, join_crew
 
 SETTINGS = {"data.resolution": [512], "format": 1}
 
@@ -99,6 +99,49 @@ def test_a_silent_member_of_another_machine_is_dead_after_a_while(folder):
         assert one.holds("a")
 
 
+@pytest.mark.parametrize("by", ["one that plans", "one that clears up"])
+def test_who_was_buried_alive_stops(folder, by):
+    """Stopped for minutes, it goes by a plan that nobody else goes by any more."""
+    remote = Crew(folder, SETTINGS)
+    assert remote.claim("a")
+    move_elsewhere(remote, silent_seconds=STALE_SECONDS + 1)
+    with join_crew(folder, SETTINGS) as one:
+        if by == "one that plans":
+            one.bury_the_dead()
+        else:
+            with join_crew(folder, SETTINGS) as other:
+                other.bury_the_dead()
+    started_again = Crew(folder, SETTINGS)
+    assert started_again.claim("a")
+    calls = [
+        lambda: remote.claim("b"),
+        lambda: remote.holds("a"),
+        lambda: remote.make_sure_of("a"),
+        lambda: remote.adopt("plan-of-then"),
+        lambda: remote.others(),
+    ]
+    for call in calls:
+        with pytest.raises(
+            TakenForDead, match=r"this worker \(process \d+ on .*taken for dead.*Start the same command"
+        ):
+            call()
+    remote.leave()
+    assert started_again.holds("a")
+    assert not (folder / "workers" / f"{remote.token}.json").exists()
+    started_again.leave()
+    assert not folder.exists()
+
+
+def test_a_heart_that_finds_its_file_gone_beats_no_more(folder, monkeypatch):
+    monkeypatch.setattr("data.crew.HEARTBEAT_SECONDS", 0.01)
+    with join_crew(folder, SETTINGS) as crew:
+        (folder / "workers" / f"{crew.token}.json").unlink()
+        time.sleep(0.1)
+        assert list((folder / "workers").iterdir()) == []
+        with pytest.raises(TakenForDead):
+            crew.touch()
+
+
 def test_a_process_of_this_machine_is_dead_at_once(folder):
     with join_crew(folder, SETTINGS) as one:
         gone = Crew(folder, SETTINGS)
@@ -158,9 +201,9 @@ def test_failures_are_told_to_those_who_were_there(folder):
 def test_a_folder_that_vanishes_is_made_again(folder):
     """By a member that took itself for the last one."""
     with join_crew(folder, SETTINGS) as crew:
-        (folder / "workers" / f"{crew.token}.json").unlink()
-        for name in ("workers", "claims", "failed"):
+        for name in ("claims", "failed"):
             (folder / name).rmdir()
         assert crew.claim("a")
+        crew.report_failure("a", "cannot be done")
         with join_crew(folder, SETTINGS) as other:
             assert not other.claim("a")

@@ -5,7 +5,8 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from data.dry_run import Estimate, bytes_by_part, print_hours
+from data.dry_run import Estimate, bytes_by_part, measure, print_hours
+from data.load_encoders import Encoders, load_encoders
 from data.manifest import read_shard_table
 from data.model_folder import encoder_fingerprints, find_model
 from data.preprocess import Job, dry_run, make_plan, preprocess
@@ -61,6 +62,21 @@ def test_the_bytes_are_those_that_are_written(demo_config, tmp_path):
     job = Job(config, model, encoder_fingerprints(model))
     parts = bytes_by_part(make_plan(job, Progress(disable=True)), text_bytes=job.text_bytes)
     assert sum(parts.values()) == pytest.approx(int(read_shard_table(config.data.cache).bytes.sum()), rel=0.1)
+
+
+@pytest.mark.parametrize("own, device", [(False, 960.0), (True, 480.0)])
+def test_text_on_its_own_device_takes_no_time_of_the_vaes(demo_config, tmp_path, monkeypatch, own, device):
+    """It is encoded beside it: the busier of the two sets the pace."""
+    config = demo_config(tmp_path / "cache", "data.captions.trigger=a")
+    model = find_model(config.model.base)
+    plans = make_plan(Job(config, model, encoder_fingerprints(model)), Progress(disable=True))
+    captions = sum(len({sample.text for sample in plan.samples}) for plan in plans)
+    monkeypatch.setattr(Encoders, "text_has_its_own_device", own)
+    monkeypatch.setattr("data.dry_run._time_pixels", lambda *_: 5.0)
+    monkeypatch.setattr("data.dry_run._time_captions", lambda *_: 480.0 / captions)
+    encoders = load_encoders(model, config.data.encoders, device_index=0)
+    estimate = measure(plans, encoders, config.data, ALONE, Console(quiet=True))
+    assert estimate.device == pytest.approx(device)
 
 
 @pytest.mark.parametrize(

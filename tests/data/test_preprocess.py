@@ -13,9 +13,13 @@ from rich.console import Console
 from safetensors.torch import load, load_file
 
 from configs.errors import InputError
+from configs.loading import dump_config
 from data import encode
+from data.backlog import Backlog
 from data.cache import open_cache
+from data.crew import Crew
 from data.encode import encode_pixels
+from data.full_disk import DiskFull
 from data.manifest import EMPTY_TEXT, read_manifest
 from data.pictures import load_mask
 from data.preprocess import main, preprocess
@@ -339,6 +343,52 @@ def test_numbers_that_are_not_finite_stop_their_shard_and_name_the_sample(make_p
     assert read_manifest(config.data.cache).samples == {"noise": {"train": 30, "holdout": 0}}
 
 
+MEMORY = {
+    "pictures": ("data.encode_shards.encode_pixels", "encode [12] pictures at once", False),
+    "captions": ("data.encode_shards.encode_captions", "encode [12] captions at once", False),
+    "empty caption": ("data.constants.encode_captions", "encode the empty caption", False),
+    "blank": ("data.constants.encode_images", "encode a single picture of 32x32", False),
+    "measured pictures": ("data.dry_run.encode_pixels", "encode 2 pictures at once", True),
+    "measured captions": ("data.dry_run.encode_captions", "encode 2 captions at once", True),
+}
+
+
+def test_shards_that_vanish_at_the_end_are_named(make_pictures, config_of, monkeypatch):
+    config = config_of(make_pictures(3))
+    held = Crew.held
+
+    def held_and_lost(crew, prefix):
+        for tar in config.data.cache.rglob("*.tar"):
+            tar.unlink()
+        return held(crew, prefix)
+
+    monkeypatch.setattr(Backlog, "raise_problems", lambda _: monkeypatch.setattr(Crew, "held", held_and_lost))
+    with pytest.raises(InputError, match=r"32x32-000001\.tar: was written and is gone,.*run the same command again"):
+        preprocess(config, QUIET)
+    monkeypatch.undo()
+    preprocess(config, QUIET)
+    assert read_manifest(config.data.cache).samples == {"noise": {"train": 3, "holdout": 0}}
+
+
+@pytest.mark.parametrize("where", MEMORY)
+def test_a_device_without_memory_is_told_with_what_to_set(
+    make_pictures, config_of, tmp_path, capsys, monkeypatch, where
+):
+    function, doing, dry = MEMORY[where]
+    config = config_of(make_pictures(3), "data.encode_batch_size=2")
+
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(function, full)
+    command = ["--config", write_config(tmp_path / "config.yaml", config), *(["--dry-run"] if dry else [])]
+    assert main(command) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(rf"cpu has no memory left to {doing} \(CUDA out of memory\..*\)\. ", message)
+    assert "Lower data.encode_batch_size, or place the encoders elsewhere: data.encoders sets" in message
+    assert leftovers(config.data.cache) == []
+
+
 def test_an_exception_leaves_no_part_and_no_manifest(make_pictures, config_of, monkeypatch):
     folder = make_pictures(6)
     config = config_of(folder, "data.encode_batch_size=2")
@@ -351,11 +401,11 @@ def test_an_exception_leaves_no_part_and_no_manifest(make_pictures, config_of, m
     def fail_at_the_second(*arguments):
         calls.append(1)
         if len(calls) == 2:
-            raise torch.OutOfMemoryError("as on a full GPU")
+            raise RuntimeError("as of a broken GPU")
         return encode_pixels(*arguments)
 
     monkeypatch.setattr("data.encode_shards.encode_pixels", fail_at_the_second)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(RuntimeError, match="as of a broken GPU"):
         preprocess(config, QUIET)
     assert leftovers(cache) == []
     assert shard_bytes(cache) == before
@@ -365,12 +415,73 @@ def test_an_exception_leaves_no_part_and_no_manifest(make_pictures, config_of, m
     assert shard_bytes(cache) != before
 
 
+def test_what_a_killed_worker_had_half_written_is_removed(make_pictures, config_of):
+    folder = make_pictures(4)
+    config = config_of(folder, "data.holdout=1")
+    cache = config.data.cache
+    preprocess(config, QUIET)
+    whole = files_below(cache).keys()
+    write_triple(folder, "picture-01", seed=1, hole=(0, 0, 5, 5))
+    for name in whole:
+        if not name.startswith(f"{FOLDER}/"):
+            (cache / f"{name}.0123abcd.part").write_bytes(b"half")
+    (cache / f"{FOLDER}.part").mkdir()
+    preprocess(config, QUIET)
+    assert leftovers(cache) == []
+    assert not (cache / f"{FOLDER}.part").exists()
+
+
+@pytest.mark.parametrize("room", [0, 6, 100, 800, 1500, 2300, "all but one file"])
+def test_a_full_disk_is_told_and_when_there_is_room_the_rest_is_done(
+    make_pictures, config_of, small_disk, tmp_path, capsys, room
+):
+    """room: KiB of the 2.7 MiB that the cache takes."""
+    folder = make_pictures(40)
+    whole = config_of(folder)
+    preprocess(whole, QUIET)
+    pages = {name: -(-path.stat().st_size // 4096) * 4096 for name, path in files_below(whole.data.cache).items()}
+    room = sum(pages.values()) - pages["manifest.json"] if room == "all but one file" else room << 10
+    if not small_disk.is_real and room > 1 << 20:
+        pytest.skip("no disk can be mounted here, and no single file is larger than this")
+    config = config_of(folder, cache=small_disk.folder / "cache")
+    cache = config.data.cache
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    command = ["--config", str(tmp_path / "config.yaml")]
+    with small_disk.with_room_for(room):
+        assert main(command) == 2
+        assert not list(cache.rglob("*.part"))
+        assert not (cache / "manifest.json").exists()
+        assert not (cache / "crew").exists()
+    said = capsys.readouterr().err
+    message = said.splitlines()[-1]
+    assert re.match(rf"{cache}\S*: cannot be written \((No space left on device|File too large)\)\. ", message)
+    assert " free there" in message and "Make room and run the same command again" in message
+    assert "Traceback" not in said
+    if ".tar" in message:
+        assert re.search(r"about [\d.]+ [MK]iB are needed", message), "for all shards that are left"
+
+    assert main(command) == 0
+    assert shard_bytes(cache) == shard_bytes(whole.data.cache)
+    assert {name for name in files_below(cache)} == pages.keys()
+
+
+def test_a_constant_that_does_not_fit_says_what_it_needs(make_pictures, config_of, small_disk):
+    config = config_of(make_pictures(3), cache=small_disk.folder / "cache")
+    preprocess(config, QUIET)
+    (config.data.cache / EMPTY_TEXT).unlink()
+    with (
+        small_disk.with_room_for(16_384),
+        pytest.raises(DiskFull, match=rf"{EMPTY_TEXT}: cannot be written .*, about 64\.\d KiB are needed"),
+    ):
+        preprocess(config, QUIET)
+    preprocess(config, QUIET)
+    open_cache(config, Path(config.model.base))
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
 def write_config(path, config):
-    from configs.loading import dump_config
-
     path.write_text(dump_config(config), encoding="utf-8")
     return str(path)
 

@@ -1,7 +1,10 @@
 """Several workers on one cache, alive, dead and late. Forked from a warm server, or as threads of this process."""
 
+import json
+import os
 import random
 import shutil
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +24,7 @@ import data.preprocess
 from configs.errors import InputError
 from configs.schema import DataConfig
 from data.cache import open_cache
-from data.crew import join_crew
+from data.crew import STALE_SECONDS, join_crew
 from data.manifest import read_manifest, read_shard_table
 from data.model_folder import encoder_fingerprints
 from data.preprocess import CREW_FOLDER, Job, preprocess
@@ -84,6 +87,11 @@ def contents(cache):
     }
     table = read_shard_table(cache)
     return files | {"shards.npz": [column.tolist() for column in vars(table).values()]}
+
+
+def without_scan(cache):
+    """All but what is remembered of pictures."""
+    return {name: data for name, data in contents(cache).items() if not name.startswith("scan/")}
 
 
 def inodes(cache):
@@ -256,7 +264,7 @@ def test_who_helps_to_plan_goes_on_when_the_job_is_done_first(tmp_path, fault):
             planner.release("plan")
             raise fault
 
-        assert agree_on_plan(helper, lambda: [], help_planning=help_planning, waiting=print) == ()
+        assert agree_on_plan(helper, lambda: [], help_planning=help_planning, waiting=print).heads == ()
 
 
 def test_a_job_of_another_config_is_refused_and_the_first_goes_on(config_of, pictures, undisturbed, tmp_path):
@@ -286,12 +294,53 @@ def test_pictures_that_change_between_two_jobs_are_planned_anew(config_of, pictu
     shutil.copytree(pictures, folder)
     config = config_of(tmp_path / "cache", folder)
     assert start_worker(config, kill_at=60).join()[0] == -9
-    assert list((config.data.cache / CREW_FOLDER).glob("plan-*.json.gz"))
+    assert list((config.data.cache / CREW_FOLDER).glob("plan-*"))
     write_triple(folder, 1, hole=(0, 0, 30, 30))
     preprocess(config, QUIET)
     alone = config_of(tmp_path / "alone", folder)
     preprocess(alone, QUIET)
     assert contents(config.data.cache) == contents(alone.data.cache)
+
+
+def test_a_worker_that_was_killed_elsewhere_is_not_followed_while_it_passes_for_living(
+    config_of, pictures, tmp_path, monkeypatch
+):
+    """Pictures were added meanwhile."""
+    folder = tmp_path / "pictures"
+    shutil.copytree(pictures, folder)
+    config = config_of(tmp_path / "cache", folder)
+    assert start_worker(config, kill_at=60).join()[0] == -9
+    crew = config.data.cache / CREW_FOLDER
+    assert list(crew.glob("plan-*"))
+    for file in (crew / "workers").iterdir():
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"place": "another machine"}))
+    monkeypatch.setattr("data.crew.STALE_SECONDS", 3)
+    write_triple(folder, PICTURES)
+    preprocess(config, QUIET)
+    assert read_manifest(config.data.cache).samples["noise"]["train"] == PICTURES + 1 - 6
+
+
+MOMENTS = ["/scan/", "/crew/plan-", "/claims/constants@", "/claims/shards.", ".tar.", "/validation.part/0003"]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_worker_that_was_suspended_for_minutes_changes_nothing_when_it_wakes(config_of, pictures, tmp_path, moment):
+    """Others have planned anew since, with a picture more. Stopped before it first makes a file of such a path."""
+    folder = tmp_path / "pictures"
+    shutil.copytree(pictures, folder)
+    config = config_of(tmp_path / "cache", folder)
+    worker = start_worker(config, kill_at=moment, fate=signal.SIGSTOP)
+    worker.wait_until_stopped()
+    for file in (config.data.cache / CREW_FOLDER / "workers").glob("*.json"):
+        os.utime(file, (time.time() - STALE_SECONDS - 1,) * 2)
+    write_triple(folder, PICTURES)
+    preprocess(config, QUIET)
+    before = without_scan(config.data.cache)
+    worker.go_on()
+    code, message, _ = worker.join()
+    assert code == 2 and "was taken for dead" in message, f"{code} {message}"
+    assert without_scan(config.data.cache) == before
+    assert read_manifest(config.data.cache).samples["noise"]["train"] == PICTURES + 1 - 6
 
 
 @pytest.mark.parametrize("batch_size", [1, 7])

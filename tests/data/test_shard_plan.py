@@ -1,11 +1,11 @@
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from data.geometry import Bucket, plan_crop
 from data.mask_recipe import OWN_MASKS, MaskRecipe
+from data.picture_files import PictureFile
 from data.shard_plan import PlannedSample, plan_shards, sample_bytes, text_name
 from data.sources import Triple
 
@@ -18,8 +18,8 @@ SQUARE, WIDE = Bucket(64, 64), Bucket(48, 80)
 def planned(
     name, *, caption="a cat", dataset="cats", bucket=SQUARE, split="train", content="0", recipe=OWN_MASKS, flip=False
 ):
-    path = Path(name)
-    triple = Triple(dataset, name, path, path, None, caption, content, content)
+    picture = PictureFile(name)
+    triple = Triple(dataset, name, picture, picture, None, caption, content, content)
     size = (bucket.width, bucket.height)
     return PlannedSample(triple, size, bucket, plan_crop(*size, bucket), split, recipe, flip)
 
@@ -126,6 +126,41 @@ def test_a_changed_picture_touches_few_shards(change):
         assert 1 <= len(touched) <= (4 if change in ("add", "caption") else 3)
 
 
+CROWDS = {
+    "one caption for all": lambda number: "the same",
+    "every second": lambda number: "the same" if number % 2 else f"caption {number}",
+    "three crowds": lambda number: f"crowd {number % 3}",
+    "crowds that come one after the other": lambda number: f"crowd {number // 60}",
+    "some of every size": lambda number: f"caption {int(20 * (number * 0.618034 % 1) ** 3)}",
+    "one each": lambda number: f"caption {number}",
+}
+
+
+@pytest.mark.parametrize("size_limit", [40_000, 100_000, 250_000])
+@pytest.mark.parametrize("kind", CROWDS)
+def test_a_dataset_that_grows_picture_by_picture_rewrites_what_was_in_one_shard(kind, size_limit):
+    """And one that shrinks: at no size of a caption's crowd are its samples dealt anew."""
+    samples = [planned(f"picture-{number}", caption=CROWDS[kind](number)) for number in range(300)]
+    smaller = plan(samples[:1], size_limit=size_limit)
+    written = 0
+    for count in range(2, len(samples) + 1):
+        larger = plan(samples[:count], size_limit=size_limit)
+        for before, after in ((smaller, larger), (larger, smaller)):
+            there = {shard.path: shard.plan for shard in before}
+            anew = [shard for shard in after if there.get(shard.path) != shard.plan]
+            moved = {sample.key for shard in anew for sample in shard.samples} - {samples[count - 1].key}
+            homes = [shard.path for shard in before if moved & {sample.key for sample in shard.samples}]
+            if after is larger:
+                assert len(homes) <= 1, f"picture {count} of {kind} rewrote {homes}"
+                assert len(anew) <= 8
+                written += len(anew)
+            else:
+                assert len(anew) <= 1, f"without picture {count} of {kind} {[shard.path for shard in anew]}"
+        smaller = larger
+    assert len(smaller) >= 9
+    assert written <= 2 * len(samples)
+
+
 def test_another_recipe_makes_every_shard_of_the_dataset_anew():
     def recipe_for_dogs(recipe):
         return [replace(s, recipe=recipe) if s.triple.dataset == "dogs" else s for s in many_samples()]
@@ -165,7 +200,10 @@ def test_another_crop_makes_another_shard():
 def test_paths_say_what_is_inside():
     for shard in plan(many_samples()):
         split = "" if shard.split == "train" else "holdout-"
-        assert re.fullmatch(rf"shards/{shard.dataset}/{split}{shard.bucket}-\d{{6,}}\.tar", shard.path)
+        assert re.fullmatch(
+            rf"shards/{shard.dataset}/{split}{shard.bucket}(-[0-9a-f]{{16}})?-\d{{6,}}\.tar", shard.path
+        )
+        assert len(shard.path) < 80
 
 
 def test_a_texts_name_is_a_name_in_a_tar():

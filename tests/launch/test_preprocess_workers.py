@@ -10,6 +10,7 @@ import pytest
 from configs.loading import dump_config
 
 ROOT = Path(__file__).resolve().parents[2]
+FLUXFILL = "from launch.cli import main; main()"
 
 
 def run(command, **environ):
@@ -35,6 +36,21 @@ def shards(cache):
     return {path.relative_to(cache): path.read_bytes() for path in sorted(cache.rglob("*.tar"))}
 
 
+@pytest.mark.parametrize("start", [["-m", "data.preprocess", "--config"], ["-c", FLUXFILL, "preprocess"]])
+def test_libraries_are_quieted_before_the_first_of_them_is_imported(tmp_path, start):
+    """Most of what they say they say then. Here torch is a file that tells what it found."""
+    (tmp_path / "torch.py").write_text("import os, sys\nsys.exit(40 + (os.environ.get('TQDM_DISABLE') == '1'))")
+    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    done = subprocess.run(
+        [sys.executable, *start, "configs/demo.yaml"],
+        env=environment | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        cwd=ROOT,
+        capture_output=True,
+        timeout=60,
+    )
+    assert done.returncode == 41, done.stderr.decode()[-2000:]
+
+
 @pytest.mark.slow
 def test_ranks_of_accelerate_and_tasks_of_an_array_make_the_same_cache(config_file, tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/engines/ddp.yaml"]
@@ -43,7 +59,7 @@ def test_ranks_of_accelerate_and_tasks_of_an_array_make_the_same_cache(config_fi
     assert "worker 1 of 2 (rank 0)" in printed and "worker 2 of 2 (rank 1)" in printed
     assert printed.count("samples ┃") == 1, "one table for all that share a terminal"
 
-    fluxfill = [sys.executable, "-c", "from launch.cli import main; main()", "preprocess"]
+    fluxfill = [sys.executable, "-c", FLUXFILL, "preprocess"]
     task = {"SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "2", "SLURM_ARRAY_TASK_COUNT": "2"}
     for number in (2, 1):
         printed = run([*fluxfill, str(config_file("array"))], SLURM_ARRAY_TASK_ID=str(number), **task)

@@ -1,0 +1,63 @@
+"""A disk that is full, told so that whoever meets it can make room and go on."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from configs.errors import StorageFailed
+
+# Of the disk, of a user's quota, of a file (ulimit -f, or what the filesystem can hold).
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class DiskFull(StorageFailed, OSError):
+    """There is no room for a file. An OSError too: whoever goes on without what could not be written still does.
+
+    needed: bytes that there must be room for, if known.
+    """
+
+    def __init__(self, path: Path, number: int, *, needed: int | None = None) -> None:
+        wanted = "" if needed is None else f", about {_in_words(needed)} are needed"
+        super().__init__(
+            f"{path}: cannot be written ({os.strerror(number)}). {_free(path)}{wanted}. Make room and run the same "
+            "command again: what is finished is kept."
+        )
+        self.path, self.errno, self._number = path, number, number
+
+    def with_needed(self, num_bytes: int) -> "DiskFull":
+        """The same with what is needed for more than this file."""
+        return DiskFull(self.path, self._number, needed=num_bytes)
+
+
+@contextmanager
+def told_when_full(path: Path, *, needed: int | None = None) -> Iterator[None]:
+    """Raises DiskFull, naming `path`, where its disk turns out to be full. Whatever else is raised stays as it is.
+
+    needed: bytes of what is written, if known.
+    """
+    try:
+        yield
+    except DiskFull:  # of a file that was named already
+        raise
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise DiskFull(path, error.errno, needed=needed) from error
+
+
+def _free(path: Path) -> str:
+    try:
+        there = next(parent for parent in path.absolute().parents if parent.exists())
+        return f"{_in_words(shutil.disk_usage(there).free)} are free there"
+    except OSError:
+        return "How much is free there cannot be told"
+
+
+def _in_words(size: int) -> str:
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} bytes"
