@@ -501,6 +501,10 @@ class ZeroEngine(Engine):
         if self._accelerator.distributed_type is not DistributedType.DEEPSPEED:
             raise RuntimeError(f"engine {self.name}: accelerate started {self._accelerator.distributed_type} instead")
         transformer = self._on_device(transformer)
+        if self.compute_dtype == torch.bfloat16:
+            # DeepSpeed switches off an autocast that is on around it, but asks for CUDA's alone. So one inside too.
+            inside = torch.autocast(self.device.type, dtype=torch.bfloat16)
+            transformer.forward = inside(transformer.forward)
         engine, optimizer = self._accelerator.prepare(transformer, build_optimizer(trained(transformer)))
         if not isinstance(engine, deepspeed.DeepSpeedEngine) or engine.zero_optimization_stage() != self._stage:
             raise RuntimeError(f"engine {self.name}: accelerate made {type(engine).__name__} of the transformer")

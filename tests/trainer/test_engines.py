@@ -158,6 +158,20 @@ def test_resume_by_the_same_launch_is_bit_equal(undisturbed, resumed, engine, nu
     assert [json.loads(line)["step"] for line in undone] == [HALF + 1]
 
 
+def train_as_on_a_gpu(arguments: list[str]) -> int:
+    """Asked without a device, torch tells of the GPU's autocast, and DeepSpeed acts on it; here on the CPU's."""
+    of_device = torch.is_autocast_enabled
+    torch.is_autocast_enabled = lambda device="cpu": of_device(device)
+    return train(arguments)
+
+
+@pytest.mark.parametrize("engine", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_zero_computes_in_bf16_where_deepspeed_sees_an_autocast_around_it(launch, engine):
+    """It switches that off: fp32 inputs would then meet bf16 weights, at the first step."""
+    settings = ["model.precision=bf16", "train.steps=3", "train.warmup_steps=1"]
+    assert launch(engine, 2, f"{engine}-bf16", *settings, function=train_as_on_a_gpu) == [3, 3]
+
+
 def train_and_watch_reads(arguments: list[str]) -> list[int]:
     """The trainer; returns the position of every row that this rank read."""
     from data.row_filler import RowFiller
