@@ -22,7 +22,7 @@ from accelerate.utils import (
     ParallelismConfig,
 )
 from torch import Tensor, nn
-from torch.distributed import all_gather_object, all_reduce, broadcast, broadcast_object_list
+from torch.distributed import all_gather_object, all_reduce, broadcast, broadcast_object_list, gather_object
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -323,6 +323,14 @@ class Engine:
             return [item]
         items: list = [None] * self.world_size
         all_gather_object(items, item)
+        return items
+
+    def gather_to_main(self, item: object) -> list | None:
+        """Every rank's item, in rank order, on rank 0; None elsewhere. For what is large: the others need no room."""
+        if self.world_size == 1:
+            return [item]
+        items: list | None = [None] * self.world_size if self.is_main else None
+        gather_object(item, items)
         return items
 
     def share(self, item: Any) -> Any:

@@ -6,10 +6,10 @@ calls each; every item has noise of its own, so a picture does not depend on who
 
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,8 @@ from trainer.engine import Engine
 from trainer.flow import flow_loss, mix_noise
 from trainer.flux import pack_latents, predict_velocity
 from trainer.metrics import color_shift, hole_psnr, keep_psnr, paste_back, seam_error
+
+_T = TypeVar("_T")
 
 log = logging.getLogger("fluxfill")
 
@@ -61,15 +63,6 @@ class _Item:
         return torch.from_numpy(self.pixels.mask)
 
 
-@dataclass(frozen=True)
-class _Result:
-    """One item's figures, and its fill fp32 [3, H, W] in [0, 1]."""
-
-    number: int
-    figures: dict[str, float]
-    fill: Tensor
-
-
 def _to_unit(pixels: np.ndarray) -> Tensor:
     """uint8 [H, W, 3] -> fp32 [3, H, W] in [0, 1]."""
     return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).float().div(255)
@@ -91,6 +84,8 @@ class Validator:
         if config.validation.every_steps is None:
             return  # never due: the VAE need not be loaded
         self._vae = load_vae(model, device=engine.device, dtype=engine.compute_dtype)
+        # Picture by picture: decoding four of 1024 px at once would take 10 GiB, more than training on them.
+        self._vae.enable_slicing()
         self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(model, subfolder="scheduler")
         watched = [
             sample
@@ -100,7 +95,7 @@ class Validator:
         self._items = [
             _Item(number, sample.item, sample.pixels, _rows_of(sample, number)) for number, sample in enumerate(watched)
         ]
-        self._chunks = _chunk(self._items)
+        self._chunks = _chunk(self._items, engine.world_size)
         self._ceilings = self._vae_figures()
 
     def run(self, transformer: nn.Module, step: int) -> dict:
@@ -122,23 +117,26 @@ class Validator:
         was_training = transformer.training
         transformer.eval()
         world_size, rank = self._engine.world_size, self._engine.rank
-        results: dict[int, _Result] = {}
+        shown = {item.number for item in self._shown(HOLDOUT) + self._shown(TRAIN)}
+        figures: dict[int, dict[str, float]] = {}
+        pictures: dict[int, Tensor] = {}
         with torch.no_grad(), self._engine.autocast():
             for start in range(0, len(self._chunks), world_size):
                 # A rank without a chunk of its own repeats one: a sharded model needs every rank in every call.
                 chunk = self._chunks[min(start + rank, len(self._chunks) - 1)]
                 fills = self._sample(pipeline, chunk)
                 losses = self._losses(transformer, chunk)
-                results |= {
-                    i.number: self._measure(i, fill, loss) for i, fill, loss in zip(chunk, fills, losses, strict=True)
-                }
+                if start + rank >= len(self._chunks):
+                    continue
+                for item, fill, loss in zip(chunk, fills, losses, strict=True):
+                    figures[item.number] = self._measure(item, fill, loss)
+                    if item.number in shown:
+                        pictures[item.number] = fill.mul(255).round().byte()
         transformer.train(was_training)
-        everyone: dict[int, _Result] = {}
-        for part in self._engine.gather(results):
-            everyone |= part
-        if self._engine.is_main:
-            self._save_grids(everyone, step)
-        return {"step": step} | {split: self._summary(everyone, split) for split in (HOLDOUT, TRAIN)}
+        everyones = _merge(self._engine.gather(figures))
+        if (of_all := self._engine.gather_to_main(pictures)) is not None:
+            self._save_grids(everyones, _merge(of_all), step)
+        return {"step": step} | {split: self._summary(everyones, split) for split in (HOLDOUT, TRAIN)}
 
     def _sample(self, pipeline: FluxFillPipeline, chunk: Sequence[_Item]) -> Tensor:
         rows = _stack(chunk).to(self._engine.device)
@@ -176,7 +174,7 @@ class Validator:
             columns.append(flow_loss(velocity, rows.latents, rows.noise, region).cpu())
         return torch.stack(columns, dim=1)
 
-    def _measure(self, item: _Item, fill: Tensor, losses: Tensor) -> _Result:
+    def _measure(self, item: _Item, fill: Tensor, losses: Tensor) -> dict[str, float]:
         pasted = paste_back(fill, item.image, item.mask)
         figures = {
             "hole_psnr": hole_psnr(fill, item.target, item.mask),
@@ -184,8 +182,9 @@ class Validator:
             "seam_error": seam_error(pasted, item.target, item.mask),
             "color_shift": color_shift(pasted, item.target, item.mask),
         }
-        figures |= {f"loss_sigma_{middle}": loss for middle, loss in zip(SIGMA_BINS, losses.tolist(), strict=True)}
-        return _Result(item.number, figures, fill)
+        return figures | {
+            f"loss_sigma_{middle}": loss for middle, loss in zip(SIGMA_BINS, losses.tolist(), strict=True)
+        }
 
     def _vae_figures(self) -> dict[int, dict[str, float]]:
         """What the VAE alone reaches on each item: nothing sampled can be better."""
@@ -200,12 +199,12 @@ class Validator:
                     }
         return ceilings
 
-    def _summary(self, results: dict[int, _Result], split: str) -> dict[str, float]:
-        """Means over the items of a split; empty if it has none."""
+    def _summary(self, figures_of: dict[int, dict[str, float]], split: str) -> dict[str, float]:
+        """Means over the items of a split; empty if it has none.  figures_of: by the items' numbers."""
         columns: dict[str, list[float]] = defaultdict(list)
         for item in self._items:
             if item.item.split == split:
-                for name, figure in (results[item.number].figures | self._ceilings[item.number]).items():
+                for name, figure in (figures_of[item.number] | self._ceilings[item.number]).items():
                     if not (name.startswith("keep_psnr") and item.mask.all()):  # nothing of it is kept
                         columns[name].append(figure)
         if not columns:
@@ -213,20 +212,22 @@ class Validator:
         means = {name: float(np.mean(figures)) for name, figures in columns.items()}
         return {"items": len(next(iter(columns.values())))} | means
 
-    def _save_grids(self, results: dict[int, _Result], step: int) -> None:
+    def _shown(self, split: str) -> list[_Item]:
+        return [item for item in self._items if item.item.split == split][:_GRID_ROWS]
+
+    def _save_grids(self, figures_of: dict[int, dict[str, float]], pictures: dict[int, Tensor], step: int) -> None:
+        """pictures: the shown items' fills, uint8 [3, H, W], by the items' numbers."""
         for split in (HOLDOUT, TRAIN):
-            shown = [item for item in self._items if item.item.split == split][:_GRID_ROWS]
-            if not shown:
+            if not (shown := self._shown(split)):
                 continue
             rows, notes = [], []
             for item in shown:
-                result = results[item.number]
                 hole = torch.where(item.mask, 0.5, item.image)
-                filled = paste_back(result.fill, item.image, item.mask)
+                filled = paste_back(pictures[item.number].float().div(255), item.image, item.mask)
                 rows.append([item.target, hole, filled, item.mask.float().unsqueeze(0)])
                 ceiling = self._ceilings[item.number]["hole_psnr_ceiling"]
                 caption = item.item.caption if len(item.item.caption) <= 60 else f"{item.item.caption[:57]}..."
-                notes.append(f"hole {result.figures['hole_psnr']:.1f} dB (VAE {ceiling:.1f})   {caption}")
+                notes.append(f"hole {figures_of[item.number]['hole_psnr']:.1f} dB (VAE {ceiling:.1f})   {caption}")
             save_grid(self._folder / f"step-{step:08d}-{split}.png", ("target", "hole", "filled", "mask"), rows, notes)
 
 
@@ -261,13 +262,18 @@ def _stack(chunk: Sequence[_Item]) -> MicroBatch:
     return MicroBatch(chunk[0].rows.bucket, is_last=True, **tensors)
 
 
-def _chunk(items: Sequence[_Item]) -> list[list[_Item]]:
-    """Items that are sampled in one call: of one bucket, as many as fit the memory of a few 1024 px pictures."""
+def _merge(of_ranks: Iterable[dict[int, _T]]) -> dict[int, _T]:
+    return {number: value for part in of_ranks for number, value in part.items()}
+
+
+def _chunk(items: Sequence[_Item], world_size: int) -> list[list[_Item]]:
+    """Items that are sampled in one call: of one bucket, as many as fit the memory of a few 1024 px pictures, and no
+    more than leave something to do for every rank."""
     by_bucket: dict[Bucket, list[_Item]] = defaultdict(list)
     for item in items:
         by_bucket[item.rows.bucket].append(item)
     chunks = []
     for bucket, members in sorted(by_bucket.items()):
-        size = max(1, min(16, _SAMPLED_AT_ONCE * 4096 // bucket.tokens))
+        size = max(1, min(16, _SAMPLED_AT_ONCE * 4096 // bucket.tokens, -(-len(items) // world_size)))
         chunks += [members[start : start + size] for start in range(0, len(members), size)]
     return chunks

@@ -1,4 +1,5 @@
 import json
+import pickle
 import tarfile
 from dataclasses import replace
 
@@ -152,6 +153,38 @@ def test_figures_do_not_depend_on_how_items_are_chunked(
     again = Validator(named("one-by-one"), engine, tiny_model, samples).run(transformer, 3)
     for split in SPLITS:
         assert again[split] == pytest.approx(line[split], abs=1e-3)
+
+
+class _OneOfMany:
+    """The engine of a rank among several, alone: what it sends is kept."""
+
+    def __init__(self, engine, rank: int, world_size: int) -> None:
+        self.rank, self.world_size, self.is_main = rank, world_size, False
+        self.device, self.compute_dtype, self.autocast = engine.device, engine.compute_dtype, engine.autocast
+        self.sent: dict = {}
+
+    def gather(self, item):
+        return [item]
+
+    def gather_to_main(self, item):
+        self.sent = item
+
+
+@pytest.mark.parametrize("world_size", [2, 6])
+def test_ranks_send_each_picture_once_as_bytes_and_nothing_behind_it(
+    named, engine, tiny_model, samples, transformer, monkeypatch, world_size
+):
+    """A picture that is a slice of its batch would carry the whole batch along, and floats are four times as large."""
+    monkeypatch.setattr(Validator, "_summary", lambda *_: {})
+    sent, sizes = [], []
+    for rank in range(world_size):
+        of_rank = _OneOfMany(engine, rank, world_size)
+        Validator(named("sent"), of_rank, tiny_model, samples).run(transformer, 3)
+        sent += of_rank.sent
+        pixels = sum(picture.numel() for picture in of_rank.sent.values())
+        sizes.append(len(pickle.dumps(of_rank.sent)) - pixels - 1000 * len(of_rank.sent))
+    assert sorted(sent) == list(range(sum(SPLITS.values())))
+    assert max(sizes) < 1000
 
 
 def test_weights_of_the_regions_do_not_change_the_reported_loss(
