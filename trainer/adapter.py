@@ -20,15 +20,7 @@ from configs.errors import InputError
 from configs.schema import DoraConfig, LokrConfig, LoraConfig
 from trainer.dora import start_at_base, use_row_lengths
 from trainer.file_mode import give_usual_mode
-from trainer.lokr import (
-    file_settings,
-    lokr_misfits,
-    lokr_settings,
-    read_lokr,
-    use_factors,
-    with_scale,
-    without_scale,
-)
+from trainer.lokr import file_settings, lokr_misfits, lokr_settings, read_lokr, use_factors
 
 AdapterConfig = LoraConfig | DoraConfig | LokrConfig
 
@@ -46,6 +38,9 @@ _EXPANDED_INPUT = "x_embedder"
 _EXPANDED_RANK = 320
 
 _LENGTHS = ".lora_magnitude_vector"  # the part of a DoRA that a LoRA has not
+# Into these a file has alpha / rank multiplied: readers differ in what they do with an alpha (ComfyUI does not look for
+# diffusers' metadata), and do the same without one.
+_SCALED = (".lora_B.weight", ".lokr_w1")
 _TRANSFORMER = "transformer."  # before every name in a file of diffusers
 
 
@@ -130,7 +125,8 @@ def load_adapter(transformer: FluxTransformer2DModel, method: AdapterConfig) -> 
     """Copy the adapter at `method.init_from` into the one that is there: a .safetensors file, or a folder that holds
     one; LoRA and DoRA in any format that diffusers reads, LoKr in peft's.
 
-    Raises InputError if it is missing, or its kind, layers, ranks or alpha / rank are not those of the config.
+    Its alpha need not be the config's: the product is what it was.  Raises InputError if it is missing, or its kind,
+    layers or ranks are not those of the config.
     """
     assert method.init_from is not None
     file = _find_adapter_file(method.init_from)
@@ -141,11 +137,14 @@ def load_adapter(transformer: FluxTransformer2DModel, method: AdapterConfig) -> 
         saved, problems = _read_lora(transformer, file)
     if problems:
         raise InputError(f"method.init_from {file} does not fit:\n  " + "\n  ".join(problems))
-    set_peft_model_state_dict(transformer, without_scale(transformer, saved, ADAPTER), adapter_name=ADAPTER)
+    own = {
+        name: tensor / _scale(transformer, name) if name.endswith(_SCALED) else tensor for name, tensor in saved.items()
+    }
+    set_peft_model_state_dict(transformer, own, adapter_name=ADAPTER)
 
 
 def _read_lora(transformer: FluxTransformer2DModel, file: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """(tensors by name, what does not fit the adapter that is there) of a LoRA or DoRA.
+    """(tensors by name, alpha / rank multiplied in; what does not fit the adapter that is there) of a LoRA or DoRA.
 
     Raises InputError if it is neither.
     """
@@ -165,7 +164,10 @@ def _read_lora(transformer: FluxTransformer2DModel, file: Path) -> tuple[dict[st
     except (OSError, ValueError, RuntimeError, KeyError, AssertionError, SafetensorError) as error:
         raise InputError(f"method.init_from {file}: not a FLUX.1 LoRA that diffusers reads ({error}).") from error
     saved = {name.removeprefix(_TRANSFORMER): t for name, t in tensors.items() if name.startswith(_TRANSFORMER)}
-    problems = _misfits(transformer, saved, alphas or {}, metadata or {})
+    problems = _misfits(transformer, saved)
+    for name, tensor in saved.items():
+        if name.endswith(_SCALED) and (factor := saved.get(f"{_layer(name)}.lora_A.weight")) is not None:
+            saved[name] = tensor.float() * _saved_scale(_layer(name), factor.shape[0], alphas or {}, metadata or {})
     if len(saved) < len(tensors):
         problems.append("adapts text encoders too, which are not trained here")
     return saved, problems
@@ -188,12 +190,7 @@ def _find_adapter_file(source: Path) -> Path:
     return files[0]
 
 
-def _misfits(
-    transformer: FluxTransformer2DModel,
-    saved: Mapping[str, Tensor],
-    alphas: Mapping[str, Tensor],
-    metadata: Mapping[str, Any],
-) -> list[str]:
+def _misfits(transformer: FluxTransformer2DModel, saved: Mapping[str, Tensor]) -> list[str]:
     """Why a LoRA's tensors do not belong to the adapter that is there; empty if they do."""
     own = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
     layers, theirs = {_layer(name) for name in own}, {_layer(name) for name in saved}
@@ -219,11 +216,6 @@ def _misfits(
         problems.append(f"it was made for another model, where {_some(alien)} have other sizes")
     if other_ranks := {ranks[layer] for layer in common if ranks[layer] != modules[layer].r[ADAPTER]}:
         problems.append(f"its rank is {_listed(other_ranks)}: set method.rank to it")
-    scales = {layer: _saved_scale(layer, ranks[layer], alphas, metadata) for layer in common}
-    if other := {
-        s for layer, s in scales.items() if not math.isclose(s, modules[layer].scaling[ADAPTER], rel_tol=1e-6)
-    }:
-        problems.append(f"its alpha / rank is {_listed(other)}: set method.alpha to that times method.rank")
     return problems
 
 
@@ -240,7 +232,13 @@ def _saved_scale(layer: str, rank: int, alphas: Mapping[str, Tensor], metadata: 
 
 def _layer(name: str) -> str:
     """The layer that a tensor of an adapter belongs to."""
-    return name.partition(".lora_")[0]
+    return re.split(r"\.lo(?:ra|kr)_", name)[0]
+
+
+def _scale(transformer: nn.Module, name: str) -> float:
+    """alpha / rank of the layer that a tensor of the adapter belongs to."""
+    layer: Any = transformer.get_submodule(_layer(name))
+    return layer.scaling[ADAPTER]
 
 
 def _some(names: set[str]) -> str:
@@ -249,8 +247,8 @@ def _some(names: set[str]) -> str:
     return f"{first} and {len(names) - 3} more" if len(names) > 3 else first
 
 
-def _listed(numbers: set[int] | set[float]) -> str:
-    return ", ".join(f"{number:g}" for number in sorted(numbers))
+def _listed(numbers: set[int]) -> str:
+    return ", ".join(str(number) for number in sorted(numbers))
 
 
 def adapter_tensors(
@@ -258,13 +256,14 @@ def adapter_tensors(
     tensors: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
-    """The adapter as its file holds it: "<layer>.lora_A.weight" and the like, on the CPU, in `dtype`.
+    """The adapter as its file holds it: "<layer>.lora_A.weight" and the like, on the CPU, in `dtype`, of a scale of 1.
 
     tensors: parameter name -> value, to take instead of the live ones (an average).
     """
     own = get_peft_model_state_dict(transformer, adapter_name=ADAPTER, state_dict=dict(tensors) if tensors else None)
-    own = with_scale(transformer, {name: tensor.detach().cpu() for name, tensor in own.items()}, ADAPTER)
-    return {name: tensor.to(dtype).contiguous() for name, tensor in own.items()}
+    whole = {name: tensor.detach().cpu() for name, tensor in own.items()}
+    whole |= {name: tensor * _scale(transformer, name) for name, tensor in whole.items() if name.endswith(_SCALED)}
+    return {name: tensor.to(dtype).contiguous() for name, tensor in whole.items()}
 
 
 def save_adapter(
@@ -274,13 +273,13 @@ def save_adapter(
     tensors: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write the adapter, alpha and ranks included: LoRA and DoRA for `pipeline.load_lora_weights(folder)`, LoKr for
+    """Write the adapter and its ranks, alpha multiplied in: LoRA and DoRA for `pipeline.load_lora_weights(folder)`, LoKr for
     `pipeline.transformer.load_lora_adapter(folder, use_safetensors=True)`.
 
     tensors: parameter name -> value, to write instead of the live ones (an average).
     """
     config = transformer.peft_config[ADAPTER]
-    settings = file_settings(config) if is_lokr(transformer) else config.to_dict()
+    settings = file_settings(config) if is_lokr(transformer) else _of_scale_one(config)
     settings["target_modules"] = sorted(settings["target_modules"])  # a set: in another order at every start
     FluxFillPipeline.save_lora_weights(
         folder,
@@ -289,6 +288,10 @@ def save_adapter(
         weight_name=WEIGHTS_NAME,
     )
     give_usual_mode(folder)
+
+
+def _of_scale_one(config: PeftConfig) -> dict[str, Any]:
+    return config.to_dict() | {"lora_alpha": config.r, "alpha_pattern": dict(config.rank_pattern)}
 
 
 def is_lokr(transformer: FluxTransformer2DModel) -> bool:

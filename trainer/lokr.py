@@ -73,30 +73,8 @@ def use_factors(transformer: nn.Module) -> None:
             module.__class__ = Kronecker
 
 
-def with_scale(transformer: nn.Module, tensors: Mapping[str, Tensor], adapter: str) -> dict[str, Tensor]:
-    """The adapter's tensors with alpha / rank multiplied into the small matrix: readers differ in what they do with an
-    alpha, and do the same without one. Names as in a file, "<layer>.lokr_w1"."""
-    return {
-        name: tensor * _scale(transformer, name, adapter) if name.endswith(".lokr_w1") else tensor
-        for name, tensor in tensors.items()
-    }
-
-
-def without_scale(transformer: nn.Module, tensors: Mapping[str, Tensor], adapter: str) -> dict[str, Tensor]:
-    """The reverse of `with_scale`, of tensors that fit the adapter."""
-    return {
-        name: tensor / _scale(transformer, name, adapter) if name.endswith(".lokr_w1") else tensor
-        for name, tensor in tensors.items()
-    }
-
-
-def _scale(transformer: nn.Module, name: str, adapter: str) -> float:
-    layer: Any = transformer.get_submodule(name.partition(".lokr_")[0])
-    return layer.scaling[adapter]
-
-
 def file_settings(config: LoKrConfig) -> dict[str, Any]:
-    """What a file of `with_scale` says of itself: a scale of 1 everywhere."""
+    """What a file says of itself whose tensors have alpha / rank multiplied in: a scale of 1 everywhere."""
     return config.to_dict() | {"alpha": config.r, "alpha_pattern": {}}
 
 
