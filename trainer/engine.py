@@ -549,14 +549,16 @@ class ZeroEngine(Engine):
         zero = self._transformer.optimizer
         for group in zero.optimizer.param_groups:
             group["lr"] = 0.0
+        # With an optimizer in host memory the gradients there were allocated once: DeepSpeed copies into them later.
+        host_gradients = [flat.grad for flat in self._partitions()]
         for number, flat in enumerate(self._partitions()):
             flat.grad = torch.zeros_like(flat)
             if self._stage == 3:
                 zero._optimizer_step(number)  # the inner optimizer knows a group's tensor only while it steps it
         if self._stage < 3:
             zero.optimizer.step()
-        for flat in self._partitions():
-            flat.grad = None
+        for flat, gradient in zip(self._partitions(), host_gradients, strict=True):
+            flat.grad = gradient
 
     def local_slices(self) -> list[LocalSlice]:
         parameters = trained_parameters(self._transformer.module)

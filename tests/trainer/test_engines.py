@@ -148,7 +148,8 @@ def test_losses_and_weights_are_those_of_one_process(undisturbed, engine, num_pr
 @pytest.mark.parametrize(
     "engine, num_processes",
     [SINGLE, ("ddp", 2), ("fsdp2", 2), ("zero2", 2)]
-    + [pytest.param(*launch, marks=pytest.mark.slow) for launch in (("hsdp", 4), ("zero1", 2), ("zero3", 2))],
+    + [pytest.param(*launch, marks=pytest.mark.slow) for launch in (("hsdp", 4), ("zero1", 2), ("zero3", 2))]
+    + [pytest.param(*launch, marks=pytest.mark.slow) for launch in (("fsdp2-offload", 2), ("zero3-offload", 2))],
 )
 def test_resume_by_the_same_launch_is_bit_equal(undisturbed, resumed, engine, num_processes):
     whole, halves = undisturbed(engine, num_processes), resumed((engine, num_processes), (engine, num_processes))
