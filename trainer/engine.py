@@ -372,12 +372,13 @@ class FsdpEngine(Engine):
 
     def _start_accelerator(self, config: Config) -> Accelerator:
         cpu = not torch.cuda.is_available()
+        self._trains_adapter = config.method.type != "full"
         PartialState(cpu=cpu)  # first: on a CPU accelerate would take each process for the only one
         dtype = compute_dtype(config, PartialState().device)
         plugin = FullyShardedDataParallelPlugin(  # the rest comes from the engine file
             fsdp_version=2,
             # An adapter is gathered in fp32, small as it is: a DoRA's lengths would lose their changes in bf16.
-            mixed_precision_policy=_fsdp_precision(dtype if config.method.type == "full" else torch.float32),
+            mixed_precision_policy=_fsdp_precision(torch.float32 if self._trains_adapter else dtype),
             # A quantized base is on every rank already when it is cut.
             cpu_ram_efficient_loading=config.model.precision not in QUANTIZED,
         )
@@ -435,7 +436,12 @@ class FsdpEngine(Engine):
             shard.grad = None
 
     def _exchange_gradients(self, wanted: bool) -> None:
-        self._transformer.set_requires_gradient_sync(wanted)
+        if self._trains_adapter:
+            self._transformer.set_requires_gradient_sync(wanted)
+        else:
+            # Kept until the last micro-batch, gradients would be whole and in fp32 on every rank: 44 GiB of FLUX.1. They
+            # are scattered each time; only the sum over hsdp's copies, of shards, can wait.
+            self._transformer.set_requires_all_reduce(wanted)
 
     def local_slices(self) -> list[LocalSlice]:
         slices = []

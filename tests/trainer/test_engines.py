@@ -173,6 +173,47 @@ def test_zero_computes_in_bf16_where_deepspeed_sees_an_autocast_around_it(launch
     assert launch(engine, 2, f"{engine}-bf16", *settings, function=train_as_on_a_gpu) == [3, 3]
 
 
+def train_and_watch_gradients(arguments: list[str]) -> list[tuple[bool, int]]:
+    """The trainer; for each micro-step whether it was a step's last, and how many elements of whole gradients this rank
+    held after it."""
+    from trainer.engine import FsdpEngine
+    from trainer.main import train
+
+    seen: list[tuple[bool, int]] = []
+    exchange, backward = FsdpEngine._exchange_gradients, FsdpEngine._backward
+
+    def watched_exchange(self, wanted):
+        self.is_last = wanted
+        exchange(self, wanted)
+
+    def watched_backward(self, loss):
+        backward(self, loss)
+        held = 0
+        for module in self._transformer.modules():
+            group = module._get_fsdp_state()._fsdp_param_group if hasattr(module, "_get_fsdp_state") else None
+            for parameter in group.fsdp_params if group else ():
+                whole = getattr(parameter, "_unsharded_param", None)
+                for gradient in (parameter.unsharded_accumulated_grad, None if whole is None else whole.grad):
+                    held += 0 if gradient is None else gradient.numel()
+        seen.append((self.is_last, held))
+
+    FsdpEngine._exchange_gradients, FsdpEngine._backward = watched_exchange, watched_backward
+    train(arguments)
+    return seen
+
+
+@pytest.mark.parametrize("engine, num_processes", [("fsdp2", 2), pytest.param("hsdp", 4, marks=pytest.mark.slow)])
+def test_between_micro_steps_no_rank_holds_whole_gradients(launch, undisturbed, engine, num_processes):
+    name, settings = f"{engine}-gradients", ["train.micro_batch_size=1", f"checkpoint.every_steps={STEPS}"]
+    for seen in launch(engine, num_processes, name, *settings, function=train_and_watch_gradients):
+        assert len(seen) == STEPS * 8 // num_processes
+        assert [held for _, held in seen] == [0] * len(seen)
+        assert sum(last for last, _ in seen) == STEPS
+    run = undisturbed(*SINGLE).parent / name
+    assert read_losses(run) == pytest.approx(read_losses(undisturbed(*SINGLE)), abs=1e-5)
+    assert furthest(read_tensors(run), read_tensors(undisturbed(*SINGLE))) < 1e-5
+
+
 def train_and_watch_reads(arguments: list[str]) -> list[int]:
     """The trainer; returns the position of every row that this rank read."""
     from data.row_filler import RowFiller
