@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -39,6 +40,10 @@ from trainer.stop_signals import stop_signal
 log = logging.getLogger("fluxfill")
 
 WHOLE = "whole tensors"
+
+# How long ranks wait for one of them that reads or writes tens of GiB; NCCL's own is 10 minutes. (A rank that fails is
+# heard long before: trainer/failed_ranks.py.)
+PATIENCE = timedelta(minutes=30)
 
 BuildOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -148,7 +153,7 @@ class Engine:
         self._loss = torch.zeros((), device=self.device)
 
     def _start_accelerator(self, config: Config) -> Accelerator:
-        handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+        handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True), InitProcessGroupKwargs(timeout=PATIENCE)]
         return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=handlers)
 
     @property
@@ -373,7 +378,8 @@ class FsdpEngine(Engine):
     def _start_accelerator(self, config: Config) -> Accelerator:
         cpu = not torch.cuda.is_available()
         self._trains_adapter = config.method.type != "full"
-        PartialState(cpu=cpu)  # first: on a CPU accelerate would take each process for the only one
+        # First: on a CPU accelerate would take each process for the only one. It makes the group, too.
+        PartialState(cpu=cpu, timeout=PATIENCE)
         dtype = compute_dtype(config, PartialState().device)
         plugin = FullyShardedDataParallelPlugin(  # the rest comes from the engine file
             fsdp_version=2,
@@ -505,7 +511,7 @@ class ZeroEngine(Engine):
             "zero_force_ds_cpu_optimizer": False,
         }
         plugin.deepspeed_config["zero_optimization"] |= {"overlap_comm": not cpu, "contiguous_gradients": True}
-        handlers = [InitProcessGroupKwargs(backend="gloo")] if cpu else []
+        handlers = [InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=PATIENCE)]
         # Not with cpu=True: accelerate would make DDP of it and say nothing.
         return Accelerator(deepspeed_plugin=plugin, kwargs_handlers=handlers)
 

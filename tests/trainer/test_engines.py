@@ -214,6 +214,54 @@ def test_between_micro_steps_no_rank_holds_whole_gradients(launch, undisturbed, 
     assert furthest(read_tensors(run), read_tensors(undisturbed(*SINGLE))) < 1e-5
 
 
+def start_and_choose(arguments: list[str]) -> tuple[str, list[str], float]:
+    """(checkpoint that the trainer would go on from, files that this rank hashed for it, the group's patience in s)."""
+    import hashlib
+
+    from trainer import run_state
+    from trainer.engine import start_engine
+    from trainer.process import read_command_line
+
+    hashed: list[str] = []
+    digest = hashlib.file_digest
+
+    def watched(file, algorithm):
+        hashed.append(Path(file.name).name)
+        return digest(file, algorithm)
+
+    hashlib.file_digest = watched
+    config, resume_from = read_command_line(arguments)
+    engine = start_engine(config)
+    folder = run_state.choose_checkpoint(config, resume_from, engine)
+    group = torch.distributed.group.WORLD
+    patience = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+    engine.close()
+    return folder.name, hashed, patience
+
+
+@pytest.mark.parametrize("engine, num_processes", [("ddp", 2), ("fsdp2", 3), ("zero2", 2)])
+def test_ranks_share_the_reading_of_a_checkpoint_and_have_the_patience_for_it(
+    launch, undisturbed, engine, num_processes
+):
+    source = undisturbed("ddp", 2)
+    run = source.parent / f"shared-{engine}"
+    shutil.copytree(source / "checkpoints", run / "checkpoints")
+    files = {
+        path.relative_to(source).as_posix(): path.name
+        for path in (source / "checkpoints" / f"step-{STEPS:08d}").rglob("*")
+        if path.is_file() and path.name not in ("COMPLETE", "manifest.json")
+    }
+    chosen, hashed, patience = zip(*launch(engine, num_processes, run.name, function=start_and_choose), strict=True)
+    assert set(chosen) == {f"step-{STEPS:08d}"}
+    assert sorted(chain.from_iterable(hashed)) == sorted(files.values())
+    assert all(hashed)
+    assert set(patience) == {30 * 60}
+    last = run / "checkpoints" / f"step-{STEPS:08d}" / "rank-00001.safetensors"
+    last.write_bytes(last.read_bytes()[:-1] + b"\x00")
+    chosen, _, _ = zip(*launch(engine, num_processes, run.name, function=start_and_choose), strict=True)
+    assert set(chosen) == {f"step-{HALF:08d}"}
+
+
 def train_and_watch_reads(arguments: list[str]) -> list[int]:
     """The trainer; returns the position of every row that this rank read."""
     from data.row_filler import RowFiller
