@@ -214,6 +214,34 @@ def test_between_micro_steps_no_rank_holds_whole_gradients(launch, undisturbed, 
     assert furthest(read_tensors(run), read_tensors(undisturbed(*SINGLE))) < 1e-5
 
 
+def train_and_watch_addresses(arguments: list[str]) -> list[list[int]]:
+    """The trainer; where this rank's gradients lay after each micro-step."""
+    from trainer.engine import Engine, trained
+    from trainer.main import train
+
+    seen: list[list[int]] = []
+    backward = Engine._backward
+
+    def watched(self, loss):
+        backward(self, loss)
+        seen.append([parameter.grad.data_ptr() for parameter in trained(self._transformer)])
+
+    Engine._backward = watched
+    train(arguments)
+    return seen
+
+
+def test_ddp_has_no_gradients_beside_those_that_it_exchanges(launch, undisturbed):
+    """From the first micro-step on, after a resume too: whatever is exchanged comes to lie in DDP's buckets."""
+    checkpoint = Path("checkpoints", f"step-{HALF:08d}")
+    source = undisturbed("ddp", 2)
+    shutil.copytree(source / checkpoint, source.parent / "addresses" / checkpoint)
+    shutil.copy(source / "metrics.jsonl", source.parent / "addresses")
+    for seen in launch("ddp", 2, "addresses", "train.micro_batch_size=1", function=train_and_watch_addresses):
+        assert len(seen) == HALF * 4
+        assert all(addresses == seen[0] for addresses in seen)
+
+
 def start_and_choose(arguments: list[str]) -> tuple[str, list[str], float]:
     """(checkpoint that the trainer would go on from, files that this rank hashed for it, the group's patience in s)."""
     import hashlib
