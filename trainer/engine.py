@@ -45,6 +45,9 @@ WHOLE = "whole tensors"
 # heard long before: trainer/failed_ranks.py.)
 PATIENCE = timedelta(minutes=30)
 
+# Elements of one tensor that bitsandbytes' optimizers cannot count any more.
+EIGHT_BIT_LIMIT = 2**31
+
 BuildOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -506,6 +509,7 @@ class ZeroEngine(Engine):
         clear_stale_build_locks()  # on a CPU DeepSpeed compiles its communication at first start
         bf16 = compute_dtype(config, torch.device("cpu" if cpu else "cuda")) == torch.bfloat16
         self._stage = int(self.name[4])
+        self._eight_bit = config.train.optimizer == "adamw8bit"
         plugin = DeepSpeedPlugin()  # stage and offload come from the engine file
         plugin.deepspeed_config |= {
             "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only reports with it; batches are ours
@@ -526,6 +530,8 @@ class ZeroEngine(Engine):
 
         if self._accelerator.distributed_type is not DistributedType.DEEPSPEED:
             raise RuntimeError(f"engine {self.name}: accelerate started {self._accelerator.distributed_type} instead")
+        if self._eight_bit and self._stage < 3:  # of stage 3 a partition is of 1e9 elements at most, whole
+            check_eight_bit_partition(sum(p.numel() for p in trained(transformer)), self.world_size, self.name)
         transformer = self._on_device(transformer)
         if self.compute_dtype == torch.bfloat16:
             # DeepSpeed switches off an autocast that is on around it, but asks for CUDA's alone. So one inside too.
@@ -637,6 +643,19 @@ class ZeroEngine(Engine):
             whole = safe_get_full_fp32_param(parameter)
             if self.is_main:
                 yield name, whole.detach().float().cpu()
+
+
+def check_eight_bit_partition(num_trained: int, world_size: int, engine: str) -> None:
+    """Raise InputError if the part of the weights that ZeRO 1 or 2 keeps as one tensor on each rank is too long for
+    bitsandbytes, whose kernels count elements in 32 bits: it would wrap around in silence."""
+    length = -(-num_trained // world_size)
+    if length >= EIGHT_BIT_LIMIT:
+        fewest = num_trained // (EIGHT_BIT_LIMIT - 1) + 1
+        raise InputError(
+            f"train.optimizer is adamw8bit, but engine {engine} on {world_size} process(es) has it step "
+            f"{length:,} elements as one tensor, and bitsandbytes takes less than {EIGHT_BIT_LIMIT:,}. Use fsdp2 or "
+            f"zero3 (parallel.engine), or {fewest} processes or more."
+        )
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:

@@ -159,6 +159,19 @@ def test_resume_by_the_same_launch_is_bit_equal(undisturbed, resumed, engine, nu
     assert [json.loads(line)["step"] for line in undone] == [HALF + 1]
 
 
+def train_with_small_kernels(arguments: list[str]) -> int:
+    """The trainer, where bitsandbytes counts to 10,000."""
+    import trainer.engine
+
+    trainer.engine.EIGHT_BIT_LIMIT = 10_000
+    return train(arguments)
+
+
+def test_8_bit_adamw_is_refused_a_partition_that_it_cannot_count(launch):
+    with pytest.raises(AssertionError, match=r"engine zero2 on 2 .*bitsandbytes takes less than 10,000\. Use fsdp2"):
+        launch("zero2", 2, "long", "train.optimizer=adamw8bit", function=train_with_small_kernels)
+
+
 def train_as_on_a_gpu(arguments: list[str]) -> int:
     """Asked without a device, torch tells of the GPU's autocast, and DeepSpeed acts on it; here on the CPU's."""
     of_device = torch.is_autocast_enabled
