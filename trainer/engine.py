@@ -520,6 +520,8 @@ class ZeroEngine(Engine):
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
+        if self._stage > 1:  # else the sum over micro-batches is kept in bf16; at stage 1 it would be another optimizer
+            plugin.deepspeed_config["data_types"] = {"grad_accum_dtype": "fp32"}
         plugin.deepspeed_config["zero_optimization"] |= {"overlap_comm": not cpu, "contiguous_gradients": True}
         handlers = [InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=PATIENCE)]
         # Not with cpu=True: accelerate would make DDP of it and say nothing.
@@ -532,6 +534,11 @@ class ZeroEngine(Engine):
             raise RuntimeError(f"engine {self.name}: accelerate started {self._accelerator.distributed_type} instead")
         if self._eight_bit and self._stage < 3:  # of stage 3 a partition is of 1e9 elements at most, whole
             check_eight_bit_partition(sum(p.numel() for p in trained(transformer)), self.world_size, self.name)
+        if self.compute_dtype == torch.bfloat16:
+            # As DeepSpeed will; but not with all of the model in fp32 on the GPU first.
+            for parameter in transformer.parameters():
+                if parameter.dtype == torch.float32:
+                    parameter.data = parameter.data.bfloat16()
         transformer = self._on_device(transformer)
         if self.compute_dtype == torch.bfloat16:
             # DeepSpeed switches off an autocast that is on around it, but asks for CUDA's alone. So one inside too.

@@ -303,6 +303,35 @@ def test_ranks_share_the_reading_of_a_checkpoint_and_have_the_patience_for_it(
     assert set(chosen) == {f"step-{HALF:08d}"}
 
 
+def train_and_look_into_deepspeed(arguments: list[str]) -> tuple[set[torch.dtype], torch.dtype]:
+    """The trainer; dtypes of the weights that were put on the device, and of the sum of gradients over micro-batches."""
+    from trainer.engine import ZeroEngine
+    from trainer.main import train
+
+    seen = []
+    place, prepare = ZeroEngine._on_device, ZeroEngine._prepare
+
+    def watched_place(self, transformer):
+        seen.append({parameter.dtype for parameter in transformer.parameters()})
+        return place(self, transformer)
+
+    def watched_prepare(self, transformer, build_optimizer):
+        engine = prepare(self, transformer, build_optimizer)
+        seen.append(engine.optimizer.gradient_accumulation_dtype)
+        return engine
+
+    ZeroEngine._on_device, ZeroEngine._prepare = watched_place, watched_prepare
+    train(arguments)
+    return tuple(seen)
+
+
+@pytest.mark.parametrize("engine", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_in_bf16_zero_places_no_fp32_weights_and_adds_gradients_up_in_fp32(launch, engine):
+    settings = ["model.precision=bf16", "train.steps=2", "train.warmup_steps=1", "train.micro_batch_size=1"]
+    seen = launch(engine, 2, f"{engine}-dtypes", *settings, function=train_and_look_into_deepspeed)
+    assert seen == [({torch.bfloat16}, torch.float32)] * 2
+
+
 def train_and_watch_reads(arguments: list[str]) -> list[int]:
     """The trainer; returns the position of every row that this rank read."""
     from data.row_filler import RowFiller
