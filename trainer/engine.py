@@ -24,7 +24,7 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 from torch.distributed import all_gather_object, all_reduce, broadcast, broadcast_object_list, gather_object
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -446,9 +446,26 @@ class FsdpEngine(Engine):
     def _apply_gradients(self) -> None:
         for parameter, shard in self._shards.items():
             shard.grad = parameter.grad.to_local()
+        self._step_shards()
+
+    def _step_shards(self) -> None:
         self._optimizer.step()
         for shard in self._shards.values():
             shard.grad = None
+
+    def prime_optimizer(self) -> None:
+        for shard in self._shards.values():  # the model may hold its root whole
+            shard.grad = torch.zeros_like(shard)
+        for group in self._optimizer.param_groups:
+            group["lr"] = 0.0
+        self._step_shards()
+
+    def loaded(self) -> None:
+        # After a forward pass without a backward (a self-check, a validation) the root and the model's end are held
+        # whole, and the next pass would not gather what their shards hold now.
+        for module in self._transformer.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def _exchange_gradients(self, wanted: bool) -> None:
         if self._trains_adapter:

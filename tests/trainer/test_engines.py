@@ -172,6 +172,34 @@ def test_8_bit_adamw_is_refused_a_partition_that_it_cannot_count(launch):
         launch("zero2", 2, "long", "train.optimizer=adamw8bit", function=train_with_small_kernels)
 
 
+def train_after_a_look(arguments: list[str]) -> int:
+    """The trainer, where the model computes something before a checkpoint is loaded, as it does on a quantized base."""
+    from trainer.engine import FsdpEngine
+    from trainer.self_check import _random_tokens
+
+    prepare = FsdpEngine._prepare
+
+    def prepare_and_look(self, transformer, build_optimizer):
+        prepared = prepare(self, transformer, build_optimizer)
+        with torch.no_grad(), self.autocast():
+            prepared(**_random_tokens(prepared.config, self.device))
+        return prepared
+
+    FsdpEngine._prepare = prepare_and_look
+    return train(arguments)
+
+
+def test_fsdp2_goes_on_with_the_checkpoint_after_a_forward_pass_too(launch, undisturbed):
+    whole = undisturbed("fsdp2", 2)
+    halves = whole.parent / "looked"
+    checkpoint = Path("checkpoints", f"step-{HALF:08d}")
+    shutil.copytree(whole / checkpoint, halves / checkpoint)
+    shutil.copy(whole / "metrics.jsonl", halves)
+    launch("fsdp2", 2, halves.name, function=train_after_a_look)
+    assert read_losses(halves) == read_losses(whole)
+    assert furthest(read_tensors(halves), read_tensors(whole)) == 0.0
+
+
 def train_as_on_a_gpu(arguments: list[str]) -> int:
     """Asked without a device, torch tells of the GPU's autocast, and DeepSpeed acts on it; here on the CPU's."""
     of_device = torch.is_autocast_enabled
