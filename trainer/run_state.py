@@ -186,16 +186,19 @@ def load_tensors(folder: Path, engine: Engine, ema: Ema, saved_by: dict, *, requ
     saved_bound = files.read_bound(0 if engine.state_layout == WHOLE else engine.rank) if bound and same_layout else {}
     kinds: set[str] = set().union(*(part.moments for part in slices))
     kinds |= {moment for state in states.values() for moment, _ in eight_bit_moments(state)}
+    # Of all ranks: of small tensors, or of none, a rank has no such state.
+    told = engine.gather((kinds, bool(bound)))
+    kinds, any_bound = set[str]().union(*(of_rank for of_rank, _ in told)), any(flag for _, flag in told)
     shapes, saved_shapes = ({name: value.shape for name, value in kept.items()} for kept in (bound, saved_bound))
     if (
         kinds != files.kinds() - {"weight", "ema"}
-        or bool(bound) != saved_by["bound"]
+        or any_bound != saved_by["bound"]
         or (same_layout and shapes != saved_shapes)
     ):
         raise InputError(
             f"{folder}: was saved with another train.optimizer. It must stay as it was, or start a new run."
         )
-    if bound and not same_layout and not requantize:
+    if any_bound and not same_layout and not requantize:
         raise InputError(
             f"{folder}: the 8-bit optimizer state was saved as {saved_by['layout']} and is not exactly that of "
             f"{engine.state_layout}. Go on with the engine and number of processes that saved it, or set "
