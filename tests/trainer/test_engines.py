@@ -4,6 +4,7 @@ Real processes (gloo, CPU) run the real trainer. A launch is made once a session
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from itertools import chain
@@ -214,6 +215,98 @@ def test_zero_computes_in_bf16_where_deepspeed_sees_an_autocast_around_it(launch
     assert launch(engine, 2, f"{engine}-bf16", *settings, function=train_as_on_a_gpu) == [3, 3]
 
 
+BAD_STEP = 3
+
+
+def train_with_a_bad_loss(arguments: list[str]) -> tuple[list[bool], dict[int, list[str]], list[int]]:
+    """The trainer, where at one step one loss of the last rank is not a number: (whether each update was applied, which
+    weights and moments that step and the next one changed, the updates that the average took in)."""
+    from trainer import main
+    from trainer.ema import Ema
+    from trainer.engine import Engine
+
+    applied: list[bool] = []
+    changed: dict[int, list[str]] = {}
+    averaged: list[int] = []
+    bad: list[float] = []
+    loss, step, update_average = main.flow_loss, Engine.step, Ema.update
+
+    def flow_loss(*given):
+        losses = loss(*given)
+        if len(applied) + 1 == BAD_STEP and not bad and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+            bad.append(float("nan"))
+            losses = losses * bad[0]
+        return losses
+
+    def state_of(engine):
+        parts = {part.name: {"weight": part.weight, **part.moments} for part in engine.local_slices()}
+        return {f"{key}/{name}": value.clone() for name, kept in parts.items() for key, value in kept.items()}
+
+    def watched_step(self, lr):
+        number = len(applied) + 1
+        before = state_of(self) if number in (BAD_STEP, BAD_STEP + 1) else {}
+        update = step(self, lr)
+        if before:
+            after = state_of(self)
+            changed[number] = [name for name, value in before.items() if not torch.equal(value, after[name])]
+        applied.append(update.applied)
+        return update
+
+    def watched_average(self, num_updates):
+        averaged.append(num_updates)
+        update_average(self, num_updates)
+
+    main.flow_loss, Engine.step, Ema.update = flow_loss, watched_step, watched_average
+    main.train(arguments)
+    return applied, changed, averaged
+
+
+@pytest.fixture(scope="session")
+def met_a_bad_loss(launch, undisturbed) -> Callable[..., tuple[Path, list]]:
+    """(folder of a run that met a bad loss, what each rank told): `met_a_bad_loss(engine, processes, precision)`, made
+    once."""
+    made: dict[tuple, tuple[Path, list]] = {}
+
+    def run(engine: str, num_processes: int, precision: str) -> tuple[Path, list]:
+        name = f"bad-{engine}-{num_processes}-{precision}"
+        if name not in made:
+            settings = [f"model.precision={precision}", "train.micro_batch_size=1"]
+            told = launch(engine, num_processes, name, *settings, function=train_with_a_bad_loss)
+            made[name] = (undisturbed(*SINGLE).parent / name, told)
+        return made[name]
+
+    return run
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "engine, num_processes",
+    [
+        SINGLE,
+        ("ddp", 2),
+        ("fsdp2", 2),
+        ("zero2", 2),
+        *(pytest.param(engine, 2, marks=pytest.mark.slow) for engine in ("zero1", "zero3", "zero3-offload")),
+        pytest.param("hsdp", 4, marks=pytest.mark.slow),
+    ],
+)
+def test_a_loss_that_is_not_a_number_on_one_rank_skips_the_update_on_all_and_leaves_nothing_behind(
+    met_a_bad_loss, engine, num_processes, precision
+):
+    """The rest of the run is that of one process that met the same."""
+    run, told = met_a_bad_loss(engine, num_processes, precision)
+    others = [step for step in range(1, STEPS + 1) if step != BAD_STEP]
+    for applied, changed, averaged in told:
+        assert [step for step, was in enumerate(applied, 1) if was] == others
+        assert changed[BAD_STEP] == [] and len(changed[BAD_STEP + 1]) > 100
+        assert [number + 1 for number in averaged] == others
+    losses, expected = read_losses(run), read_losses(met_a_bad_loss(*SINGLE, precision)[0])
+    assert losses.pop(BAD_STEP - 1) is None and expected.pop(BAD_STEP - 1) is None
+    assert losses == pytest.approx(expected, **({"abs": 1e-5} if precision == "fp32" else {"rel": 0.01}))
+    if precision == "fp32":
+        assert furthest(read_tensors(run), read_tensors(met_a_bad_loss(*SINGLE, precision)[0])) < 1e-5
+
+
 def train_and_watch_gradients(arguments: list[str]) -> list[tuple[bool, int]]:
     """The trainer; for each micro-step whether it was a step's last, and how many elements of whole gradients this rank
     held after it."""
@@ -332,7 +425,7 @@ def test_ranks_share_the_reading_of_a_checkpoint_and_have_the_patience_for_it(
 
 
 def train_and_look_into_deepspeed(arguments: list[str]) -> tuple[set[torch.dtype], torch.dtype]:
-    """The trainer; dtypes of the weights that were put on the device, and of the sum of gradients over micro-batches."""
+    """The trainer; dtypes of the weights put on the device, and of the sum of gradients over micro-batches."""
     from trainer.engine import ZeroEngine
     from trainer.main import train
 
