@@ -156,7 +156,10 @@ class Engine:
         self._loss = torch.zeros((), device=self.device)
 
     def _start_accelerator(self, config: Config) -> Accelerator:
-        handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True), InitProcessGroupKwargs(timeout=PATIENCE)]
+        handlers = [
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=PATIENCE),
+        ]
         return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=handlers)
 
     @property
@@ -471,8 +474,8 @@ class FsdpEngine(Engine):
         if self._trains_adapter:
             self._transformer.set_requires_gradient_sync(wanted)
         else:
-            # Kept until the last micro-batch, gradients would be whole and in fp32 on every rank: 44 GiB of FLUX.1. They
-            # are scattered each time; only the sum over hsdp's copies, of shards, can wait.
+            # Kept until the last micro-batch, gradients would be whole and in fp32 on every rank: 44 GiB of FLUX.1.
+            # They are scattered each time; only the sum over hsdp's copies, of shards, can wait.
             self._transformer.set_requires_all_reduce(wanted)
 
     def local_slices(self) -> list[LocalSlice]:

@@ -132,7 +132,9 @@ def choose_checkpoint(config: Config, resume_from: str, engine: Engine) -> Path 
     complete = engine.gather(complete_checkpoints(run) if engine.is_main else None)[0]
     if resume_from == "never":
         if complete:
-            raise InputError(f"{run}: holds checkpoints already. Choose another run.name, or resume with --resume auto.")
+            raise InputError(
+                f"{run}: holds checkpoints already. Choose another run.name, or resume with --resume auto."
+            )
         return None
     if resume_from == "auto":
         return newest_whole(complete, partial(_damage_that_all_find, engine), aloud=engine.is_main)
