@@ -8,11 +8,12 @@ What goes through the VAE together is a matter of the order and data.encode_batc
 micro-batches, of one global batch and one rank. So a resumed run encodes what an undisturbed one would.
 """
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from configs.errors import InputError
+from configs.errors import InputError, StorageFailed
 from configs.schema import DataConfig
 from data.batch_encoder import BatchEncoder, EncodedBatch
 from data.decode_samples import in_batches, load_pixels
@@ -64,6 +65,7 @@ class EncodedRows:
         self._encoding = ThreadPoolExecutor(1, "encode", initializer=encoder.own_thread)
         self._delivering = ThreadPoolExecutor(1, "deliver", initializer=encoder.own_thread)
         self._group: list[_Begun] = []
+        self._stop = threading.Event()
 
     @property
     def replaced(self) -> set[ReplacedRow]:
@@ -117,7 +119,10 @@ class EncodedRows:
 
     def _load(self, sample: PlannedSample, variant: int) -> Pixels:
         try:
-            return load_pixels(sample, self._data)[variant]
+            return load_pixels(sample, self._data, stop=self._stop)[variant]
+        except StorageFailed:  # nothing is damaged, and another sample would fail like it, after as long a wait
+            self._stop.set()
+            raise
         except InputError as error:
             raise DamagedSample(str(error)) from error
 
@@ -157,6 +162,7 @@ class EncodedRows:
 
     def close(self) -> None:
         """Waits for what is being encoded, and for nothing that is yet to come."""
+        self._stop.set()  # whoever waits for a storage that fails
         for pool in (self._decoding, self._encoding, self._delivering):
             pool.shutdown(wait=True, cancel_futures=True)
 

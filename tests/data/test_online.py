@@ -1,5 +1,7 @@
 """Online encoding beside the cache that preprocessing makes of the same pictures."""
 
+import errno
+import os
 import shutil
 import threading
 import time
@@ -15,7 +17,8 @@ from torch import Tensor
 
 import data.batch_encoder as batch_encoder
 import data.caption_texts as caption_texts
-from configs.errors import InputError
+import data.picture_files as picture_files
+from configs.errors import InputError, StorageFailed
 from data.cache import open_cache
 from data.caption_texts import CaptionTexts
 from data.encode import EncodedText, encode_captions, encode_pixels
@@ -25,6 +28,7 @@ from data.online import OnlineSamples, encoder_device, plan_online
 from data.order import Order, OrderSettings, hash_shards
 from data.preprocess import preprocess
 from data.reader import BatchStream
+from data.retry import ATTEMPTS
 from data.row_filler import ReplacedRow, RowPolicy
 from data.samples import CachedSamples
 from data.shards import NotFinite
@@ -401,6 +405,61 @@ def test_more_of_them_than_allowed_stop_the_run_and_are_named(damaged):
         take(samples, 12, policy=RowPolicy(max_bad_samples=1))
     assert any(str(path) in str(caught.value) for path in bad)
     assert f"{shard.path} row 1, {shard.path} row 2" in str(caught.value)
+
+
+# --- storage that fails -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def read_failing(monkeypatch):
+    """Makes pictures fail to be read: `read_failing(times)` -> paths of the reads that failed, as many for each."""
+    read = picture_files._read_local
+
+    def start(times, code=errno.EIO):
+        failed = []
+
+        def fail(path, offset, size):
+            if failed.count(path) < times:
+                failed.append(path)
+                raise OSError(code, os.strerror(code))
+            return read(path, offset, size)
+
+        monkeypatch.setattr(picture_files, "_read_local", fail)
+        return failed
+
+    return start
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
+def test_storage_that_fails_stops_the_stream_and_damages_nothing(online, read_failing, no_waits, code):
+    failed = read_failing(10**6, code)
+    stream = open_stream(online, policy=RowPolicy(max_bad_samples=10**6))
+    wanted = rf"\.png: cannot be read \({os.strerror(code)}\): failed 8 time\(s\), .* Look at the storage"
+    with pytest.raises(StorageFailed, match=wanted):
+        next(next(stream))
+    stream.close()
+    assert stream.replaced() == []
+    assert len(failed) < 4 * ATTEMPTS, "of the two threads' rows; the rest need not try"
+
+
+def test_storage_that_comes_back_is_waited_for(online, read_failing, no_waits):
+    expected = take(online, 2)
+    failed = read_failing(3)
+    for one, other in zip(take(online, 2), expected, strict=True):
+        for rows, same in zip(one, other, strict=True):
+            assert_same(rows, same, exactly=True)
+    assert failed
+
+
+def test_a_stream_closes_while_storage_is_waited_for(online, read_failing):
+    failed = read_failing(10**6)
+    stream = open_stream(online)
+    stream._begin_ahead()
+    while not failed:
+        time.sleep(0.01)
+    start = time.monotonic()
+    stream.close()
+    assert time.monotonic() - start < 5
 
 
 # --- devices ----------------------------------------------------------------------------------------------------------
