@@ -43,8 +43,7 @@ def open_samples(config: Config, model: Path, engine: Engine, console: Console) 
     if isinstance(planned, str):
         raise InputError(planned)
     log.info("data.mode online: pictures are encoded on %s%s", device, " too" if device == engine.device else "")
-    threads = which_worker(os.environ).decode_threads
-    return OnlineSamples(config, model, planned, device=device, decode_threads=threads)
+    return OnlineSamples(config, model, planned, device=device, worker=which_worker(os.environ))
 
 
 def choose_order(config: Config, samples: Samples, *, num_nodes: int = 1) -> OrderSettings:
