@@ -35,6 +35,7 @@ from data.order import Order, OrderSettings
 from data.reader import BatchStream
 from data.row_filler import RowPolicy
 from data.shard_plan import PlannedSample
+from data.which_worker import Worker
 
 
 def encode_batch(samples: list[PlannedSample], encoders: Encoders, config) -> None:
@@ -52,7 +53,9 @@ def measure(folder: Path, *, batches: int, batch_size: int, repeats: int, thread
     build_model(folder / "model")
     config = make_config(folder, batch_size)
     plans = plan(config)
-    samples = OnlineSamples(config, folder / "model", plans, device=torch.device("cpu"), decode_threads=2)
+    samples = OnlineSamples(
+        config, folder / "model", plans, device=torch.device("cpu"), worker=Worker(decode_threads=2)
+    )
     table = samples.table
     # One epoch is as many batches; the stream goes on behind its end, with the same pictures.
     settings = OrderSettings.current(

@@ -15,4 +15,5 @@ The cache   shards.py is one tar and its index (stored_tensors, stored_text, bla
 Batches     order.py says which sample stands where, noise.py what is random about it; reader.py begins micro-batches
             (micro_batch) ahead, row_source.py is the seam to what fills them: shard_rows.py reads (shard_reader,
             prefetch), encoded_rows.py encodes (online, batch_encoder); row_filler.py is what both have in common.
+            write_through.py makes shards beside it and finished_shards.py reads them, by turns (encoder_turns).
 """

@@ -1,7 +1,6 @@
 """Samples through the encoders, batch by batch, beside whatever else their devices do."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +11,7 @@ from configs.schema import CaptionsConfig
 from data.caption_texts import CaptionTensors, CaptionTexts
 from data.device_memory import no_memory
 from data.encode import HostCopy, collate_pixels, encode_pixels
+from data.encoder_turns import EncoderTurns
 from data.geometry import Pixels
 from data.load_encoders import Encoders
 from data.shard_plan import PlannedSample
@@ -56,7 +56,7 @@ class EncodedBatch:
 class BatchEncoder:
     """Encodes on streams of its own: on a GPU that trains too, the two take turns instead of waiting for each other.
 
-    For one thread at a time.
+    For one thread at a time. Others may use the same encoders in between, by `turns`.
     """
 
     def __init__(self, encoders: Encoders, captions: CaptionsConfig) -> None:
@@ -66,7 +66,7 @@ class BatchEncoder:
         devices = {part.device for part in parts if part.device.type == "cuda"}
         for device in devices:
             torch.cuda.synchronize(device)  # the weights were put there on another stream
-        self._streams = [torch.cuda.Stream(device) for device in devices]
+        self.turns = EncoderTurns(devices)
 
     def own_thread(self) -> None:
         """For a thread that does nothing else: its GPU is the VAE's. Else each would open the first GPU too."""
@@ -81,10 +81,8 @@ class BatchEncoder:
         with_text: whether a sample's caption is wanted.  Raises InputError if the device has no memory for it.
         """
         try:
-            with ExitStack() as streams:
-                for stream in self._streams:
-                    streams.enter_context(torch.cuda.stream(stream))
-                batch = collate_pixels([[each] for each in pixels], device=self._vae.device)
+            batch = collate_pixels([[each] for each in pixels], device=self._vae.device)
+            with self.turns.first():
                 encoded = encode_pixels(self._vae, batch)
                 latents, masked_latents = encoded.latents, encoded.masked_latents[0]
                 return EncodedBatch(

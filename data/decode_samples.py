@@ -1,5 +1,6 @@
 """Planned samples -> their pixels, decoded by threads ahead of where they are used."""
 
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
@@ -10,7 +11,7 @@ from typing import Generic, TypeVar
 import numpy as np
 from PIL import Image
 
-from configs.errors import InputError
+from configs.errors import InputError, StorageFailed
 from configs.schema import DataConfig
 from data.geometry import Pixels, fit
 from data.masks import dilate_masks, draw_masks
@@ -22,14 +23,15 @@ _T = TypeVar("_T")
 _Tag = TypeVar("_Tag")
 
 
-def load_pixels(sample: PlannedSample, data: DataConfig) -> list[Pixels]:
+def load_pixels(sample: PlannedSample, data: DataConfig, *, stop: threading.Event | None = None) -> list[Pixels]:
     """A planned sample's pictures at its bucket's size, once per mask variant; target and image are shared.
 
-    Raises InputError, naming the file at fault, also if its pictures are not those that were planned.
+    Raises InputError, naming the file at fault, also if its pictures are not those that were planned; StorageFailed if
+    what holds them keeps failing, or fails once `stop` is set.
     """
     triple, limit = sample.triple, data.max_megapixels
     files = [file for file in (triple.target, triple.mask, triple.source) if file is not None]
-    read = {file: read_picture(file, max_megapixels=limit) for file in files}
+    read = {file: read_picture(file, max_megapixels=limit, stop=stop) for file in files}
     if content_of(read[file].content for file in files) != triple.content:
         raise InputError(
             f"{' or '.join(map(str, files))}: changed since the shards were planned. Run `fluxfill preprocess CONFIG` "
@@ -74,7 +76,10 @@ class DecodedBatch(Generic[_Tag]):
 def decode_batches(
     batches: Iterable[tuple[_Tag, Sequence[PlannedSample]]], data: DataConfig, pool: Executor, *, ahead: int
 ) -> Iterator[DecodedBatch[_Tag]]:
-    """Batches in their order, decoded by `pool`, while the samples of the next `ahead` batches are waiting there."""
+    """Batches in their order, decoded by `pool`, while the samples of the next `ahead` batches are waiting there.
+
+    Raises StorageFailed: the next pictures would fail like that one, after as long a wait each.
+    """
     waiting: deque[tuple[_Tag, list[tuple[PlannedSample, Future[list[Pixels]]]]]] = deque()
     try:
         for tag, samples in batches:
@@ -94,6 +99,8 @@ def _gather(tag: _Tag, submitted: Iterable[tuple[PlannedSample, Future[list[Pixe
     for sample, future in submitted:
         try:
             pixels = future.result()
+        except StorageFailed:
+            raise
         except InputError as error:
             batch.problems.append(str(error))
         else:

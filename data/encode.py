@@ -214,7 +214,8 @@ class HostCopy:
         if not tensor.is_cuda:
             self._tensor = tensor
             return
-        with torch.cuda.device(tensor.device):
+        self._device = tensor.device
+        with torch.cuda.device(self._device):
             self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._tensor.copy_(tensor, non_blocking=True)
             self._arrived = torch.cuda.Event()
@@ -226,5 +227,6 @@ class HostCopy:
 
     def wait(self) -> Tensor:
         if self._arrived is not None:
-            self._arrived.synchronize()
+            with torch.cuda.device(self._device):  # a thread that waits would else open the first GPU too
+                self._arrived.synchronize()
         return self._tensor

@@ -5,14 +5,16 @@
     a thread of its own     wait for the tensors, put them into their places
 
 What goes through the VAE together is a matter of the order and data.encode_batch_size, never of time: the rows of whole
-micro-batches, of one global batch and one rank. So a resumed run encodes what an undisturbed one would.
+micro-batches, of one global batch and one rank. So a resumed run encodes what an undisturbed one would. Not so with
+data.write_through: a row whose shard is there is read from it by the thread that would decode it.
 """
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from configs.errors import InputError
+from configs.errors import InputError, StorageFailed
 from configs.schema import DataConfig
 from data.batch_encoder import BatchEncoder, EncodedBatch
 from data.decode_samples import in_batches, load_pixels
@@ -23,6 +25,7 @@ from data.row_filler import ReplacedRow, RowFiller
 from data.row_source import PlannedMicroBatch
 from data.shard_plan import PlannedSample, ShardPlan
 from data.shard_reader import Buffers, DamagedSample
+from data.write_through import WriteThrough
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class _DecodedRow:
 
 @dataclass(frozen=True)
 class _Begun:
-    """A micro-batch in the making.  decoded: a row each, None where it only fills up.  ready: when all is in place."""
+    """A micro-batch in the making.  decoded: a row each, None where nothing is to be encoded (it was read from a shard,
+    or only fills up).  ready: when all is in place."""
 
     decoded: Sequence["Future[_DecodedRow | None]"]
     ready: "Future[None]"
@@ -45,7 +49,7 @@ class _Begun:
 class EncodedRows:
     """Planned shards as a RowSource: row i of a shard is sample i of its plan.
 
-    threads: that decode.
+    threads: that decode.  written: shards that are made meanwhile, and read where they are there.
     """
 
     def __init__(
@@ -57,13 +61,16 @@ class EncodedRows:
         data: DataConfig,
         *,
         threads: int,
+        written: WriteThrough | None = None,
     ) -> None:
         self._plans, self._num_variants, self._data = plans, num_variants, data
-        self._encoder, self._filler = encoder, filler
+        self._encoder, self._filler, self._written = encoder, filler, written
         self._decoding = ThreadPoolExecutor(threads, "decode")
         self._encoding = ThreadPoolExecutor(1, "encode", initializer=encoder.own_thread)
         self._delivering = ThreadPoolExecutor(1, "deliver", initializer=encoder.own_thread)
         self._group: list[_Begun] = []
+        self._stop = threading.Event()
+        self._storage_failure: StorageFailed | None = None
 
     @property
     def replaced(self) -> set[ReplacedRow]:
@@ -81,7 +88,9 @@ class EncodedRows:
         return 2 * self._group_size(width) + 1
 
     def reached(self, batch: Batch) -> None:
-        """Nothing is fetched ahead of `fill`."""
+        """Nothing is fetched ahead of `fill`; what can be done in between begins."""
+        if self._written is not None:
+            self._written.begin(batch.index)
 
     def fill(self, planned: PlannedMicroBatch, memory: RowMemory) -> Future[None]:
         decoded = [self._decoding.submit(self._decode, planned, memory, place) for place in range(planned.width)]
@@ -89,7 +98,8 @@ class EncodedRows:
         self._group.append(begun)
         # The last micro-batch of a global batch may be narrower; the width of the others decides.
         if planned.is_last or len(self._group) == self._group_size(planned.width):
-            self._encoding.submit(self._encode, self._group)
+            self._encoder.turns.need()
+            self._encoding.submit(self._encode, self._group).add_done_callback(self._have_if_cancelled)
             self._group = []
         return begun.ready
 
@@ -106,6 +116,8 @@ class EncodedRows:
         variant = self._filler.choose_variant(
             self._num_variants[plan.dataset], row=wanted.row, turn=wanted.turn, position=wanted.position
         )
+        if self._written is not None and self._written.finished.read(wanted.shard, wanted.row, out, variant=variant):
+            return None
         row, pixels = self._filler.first_whole(
             lambda row: self._load(plan.samples[row], variant),
             shard=plan.path,
@@ -117,7 +129,13 @@ class EncodedRows:
 
     def _load(self, sample: PlannedSample, variant: int) -> Pixels:
         try:
-            return load_pixels(sample, self._data)[variant]
+            return load_pixels(sample, self._data, stop=self._stop)[variant]
+        except StorageFailed as error:
+            # Nothing is damaged, and the others would fail like it, after as long a wait. Whichever row the training
+            # comes to first says why, not that it was stopped.
+            self._storage_failure = self._storage_failure or error
+            self._stop.set()
+            raise self._storage_failure from error
         except InputError as error:
             raise DamagedSample(str(error)) from error
 
@@ -139,9 +157,9 @@ class EncodedRows:
                 for run in in_batches(decoded, self._data.encode_batch_size)
             ]
         except BaseException as error:
-            _fail(group, error)
+            self._fail(group, error)
             return
-        self._delivering.submit(self._deliver, group, encoded)
+        self._delivering.submit(self._deliver, group, encoded).add_done_callback(self._have_if_cancelled)
 
     def _deliver(self, group: Sequence[_Begun], encoded: Iterable[tuple[Sequence[_DecodedRow], EncodedBatch]]) -> None:
         try:
@@ -150,17 +168,25 @@ class EncodedRows:
                     for name, buffer in row.out.items():
                         buffer[:] = bytes_of(tensors[name])
         except BaseException as error:
-            _fail(group, error)
+            self._fail(group, error)
             return
+        self._encoder.turns.have()
         for begun in group:
             begun.ready.set_result(None)
 
+    def _fail(self, group: Sequence[_Begun], error: BaseException) -> None:
+        self._encoder.turns.have()
+        for begun in group:
+            begun.ready.set_exception(error)
+
+    def _have_if_cancelled(self, future: Future[None]) -> None:
+        if future.cancelled():  # by `close`; the encoders may go on for somebody else
+            self._encoder.turns.have()
+
     def close(self) -> None:
         """Waits for what is being encoded, and for nothing that is yet to come."""
+        self._stop.set()  # whoever waits for a storage that fails
+        if self._written is not None:
+            self._written.close()
         for pool in (self._decoding, self._encoding, self._delivering):
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _fail(group: Sequence[_Begun], error: BaseException) -> None:
-    for begun in group:
-        begun.ready.set_exception(error)

@@ -1,7 +1,8 @@
 """Training without a cache: the samples that preprocessing would plan, encoded while a run trains on them.
 
 The plan is preprocessing's own, so the order, the noise and, up to rounding, the tensors are those of the cached run; a
-run may go on in the other mode. Nothing of it is written but what was found out about the pictures (data/scan.py).
+run may go on in the other mode. What was found out about the pictures is kept (data/scan.py), and shards are written if
+that is asked for (data/write_through.py).
 """
 
 from collections import defaultdict
@@ -36,6 +37,7 @@ from data.shard_copies import ShardCopies
 from data.shard_plan import ShardPlan
 from data.validation_items import choose_validation_items, num_watched
 from data.which_worker import Worker
+from data.write_through import WriteThrough
 
 
 def encoder_device(config: Config, *, local_rank: int, own: torch.device) -> torch.device:
@@ -62,17 +64,17 @@ def plan_online(config: Config, model: Path, console: Console) -> list[ShardPlan
 class OnlineSamples:
     """Planned samples, encoded when they are needed. The encoders are loaded with the first of them.
 
-    device: of the encoders, where data.encoders does not say otherwise.  decode_threads: of this process.
+    device: of the encoders, where data.encoders does not say otherwise.  worker: which of the processes this one is.
     """
 
     def __init__(
-        self, config: Config, model: Path, plans: Sequence[ShardPlan], *, device: torch.device, decode_threads: int
+        self, config: Config, model: Path, plans: Sequence[ShardPlan], *, device: torch.device, worker: Worker
     ) -> None:
         self.manifest = describe_samples(config, model, encoder_fingerprints(model), plans, hole_fractions={})
         self.table = _table_of(plans)
         self.copies: ShardCopies | None = None
         self._config, self._model, self._plans = config, model, plans
-        self._device, self._decode_threads = device, decode_threads
+        self._device, self._worker = device, worker
 
     @cached_property
     def _encoders(self) -> Encoders:
@@ -103,7 +105,20 @@ class OnlineSamples:
             self._encoder,
             filler,
             self._config.data,
-            threads=self._decode_threads,
+            threads=self._worker.decode_threads,
+            written=self._write_through(order) if self._config.data.write_through else None,
+        )
+
+    def _write_through(self, order: Order) -> WriteThrough:
+        return WriteThrough(
+            Job(self._config, self._model, encoder_fingerprints(self._model)),
+            self._plans,
+            self.manifest,
+            self.table,
+            order,
+            self._encoders,
+            self._encoder,
+            self._worker,
         )
 
     def _blank(self, bucket: Bucket) -> dict[str, memoryview]:

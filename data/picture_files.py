@@ -1,6 +1,8 @@
 """Where the bytes of a picture lie: a file, a part of one (a member of a tar), or a URL."""
 
+import errno
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +12,11 @@ from configs.errors import InputError
 from configs.urls import is_url, shown
 from data.retry import with_retries
 from data.urls import read_range
+
+# What a local file itself is to blame for; every other error is its storage's, and may pass.
+_OF_THE_FILE = frozenset(
+    {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
+)
 
 
 @dataclass(frozen=True)
@@ -51,28 +58,44 @@ class PictureFile:
         """The last one of its name, ".png"."""
         return Path(self.member or self.place.partition("?")[0]).suffix
 
-    def read(self, limit: int) -> PictureBytes:
-        """Its bytes. Raises InputError if they are more than `limit`, or cannot be read."""
+    def read(self, limit: int, *, stop: threading.Event | None = None) -> PictureBytes:
+        """Its bytes. What storage refuses is tried again, until `stop` is set.
+
+        Raises InputError if they are more than `limit`, or cannot be read; StorageFailed, which is one too, if that is
+        no fault of the picture.
+        """
         if self.size is not None and self.size > limit:
             raise self._too_large(limit)
         wanted = limit + 1 if self.size is None else self.size
         data = self._read_copy(wanted)
         if data is None and is_url(self.place):
-            data = with_retries(lambda: read_range(self.place, self.offset, wanted), str(self))
+            data = with_retries(lambda: read_range(self.place, self.offset, wanted), str(self), stop=stop)
         elif data is None:
             try:
-                data = _read_local(self.place, self.offset, wanted)
-            except FileNotFoundError:
-                raise InputError(f"{self}: no such picture. Restore the file, or remove its partners.") from None
+                data = self._read_place(wanted)
             except OSError as error:
-                raise InputError(
-                    f"{self}: cannot be read ({error.strerror}). Restore the file or its permissions."
-                ) from error
+                what = f"{self}: cannot be read ({error.strerror})"
+                data = with_retries(lambda: self._read_place(wanted), what, stop=stop)
         if len(data) > limit:
             raise self._too_large(limit)
         if self.size is not None and len(data) != self.size:
             raise InputError(f"{self}: ends after {len(data)} of {self.size} bytes. Restore the file.")
         return PictureBytes(data, str(self))
+
+    def _read_place(self, wanted: int) -> bytes:
+        """From a local file. Raises InputError for what is its own fault, OSError for what is its storage's."""
+        try:
+            return _read_local(self.place, self.offset, wanted)
+        except FileNotFoundError:
+            if not os.path.isdir(os.path.dirname(self.place) or "."):
+                raise  # with its whole folder: a disk or a server that went away
+            raise InputError(f"{self}: no such picture. Restore the file, or remove its partners.") from None
+        except OSError as error:
+            if error.errno not in _OF_THE_FILE:
+                raise
+            raise InputError(
+                f"{self}: cannot be read ({error.strerror}). Restore the file or its permissions."
+            ) from error
 
     def _read_copy(self, wanted: int) -> bytes | None:
         """None if there is no copy, or not any more."""

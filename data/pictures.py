@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -37,13 +38,13 @@ _PNG_METADATA = frozenset({b"eXIf", b"tEXt", b"zTXt", b"iTXt"})  # where Pillow 
 Picture = Path | PictureFile | PictureBytes
 
 
-def read_picture(picture: Picture, *, max_megapixels: float) -> PictureBytes:
+def read_picture(picture: Picture, *, max_megapixels: float, stop: threading.Event | None = None) -> PictureBytes:
     """A picture's bytes, as they are. Raises InputError if it is missing, cannot be read, or is too large for one of
-    `max_megapixels`."""
+    `max_megapixels`; StorageFailed if its storage keeps failing, or fails once `stop` is set."""
     if isinstance(picture, PictureBytes):
         return picture
     file = PictureFile(str(picture)) if isinstance(picture, Path) else picture
-    return file.read(byte_limit(max_megapixels))
+    return file.read(byte_limit(max_megapixels), stop=stop)
 
 
 def _open(picture_bytes: PictureBytes, max_megapixels: float) -> Image.Image:

@@ -14,10 +14,11 @@ completes the cache when all are there, and all of them end when it is complete.
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import cache as once
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -40,7 +41,7 @@ from data.constants import constants_are_there, write_constants
 from data.crew import Crew, join_crew
 from data.decode_samples import DecodedBatch, decode_batches
 from data.dry_run import bytes_by_part, measure, print_bytes, print_counts, print_hours
-from data.encode_shards import encode_shards
+from data.encode_shards import Turn, encode_shards
 from data.full_disk import DiskFull, told_when_full
 from data.geometry import Pixels
 from data.load_encoders import Encoders, load_encoders
@@ -102,6 +103,7 @@ class Job:
 _FREE_KEYS: Any = {
     "cache": True,
     "mode": True,
+    "write_through": True,
     "encoder_devices": True,
     "local_cache": True,
     "local_cache_gib": True,
@@ -147,21 +149,23 @@ def preprocess(config: Config, console: Console, worker: Worker = _ALONE) -> Non
 def _take_part(job: Job, crew: Crew, worker: Worker, progress: Progress) -> int:
     """Plan, encode and complete, with whoever else does; how many samples were encoded here."""
     cache = job.config.data.cache_folder
-    before = _manifest_stamp(cache)
+    before, waiting = manifest_stamp(cache), Waiting(progress)
     plan = agree_on_plan(
         crew,
         partial(make_plan, job, progress),
         help_planning=partial(_scan, job, progress),
-        waiting=Waiting(progress),
+        waiting=waiting,
     )
     backlog = Backlog(cache, plan, crew, worker)
+    backlog.advance = advancing(progress, progress.add_task("encoding", total=backlog.num_samples))
+    load = once(partial(load_encoders, job.model, job.config.data.encoders, device_index=worker.device_index))
     try:
-        _encode_what_is_left(job, plan, backlog, crew, worker, progress)
+        encode_what_is_left(job, plan, backlog, crew, load, waiting, threads=worker.decode_threads)
     except DiskFull as error:
         if not backlog.remaining:  # a constant did not fit
             raise
         raise error.with_needed(sum(head.num_bytes for head in backlog.remaining.values())) from error
-    _complete(job, plan, crew, worker, progress, before=before)
+    complete(job, plan, crew, worker, progress, waiting, before=before)
     return backlog.num_encoded
 
 
@@ -203,34 +207,39 @@ def make_plan(job: Job, progress: Progress) -> list[ShardPlan]:
     )
 
 
-def _encode_what_is_left(
-    job: Job, plan: PlanFile, backlog: Backlog, crew: Crew, worker: Worker, progress: Progress
+def encode_what_is_left(
+    job: Job,
+    plan: PlanFile,
+    backlog: Backlog,
+    crew: Crew,
+    load: Callable[[], Encoders],
+    waiting: Callable[[str], object],
+    *,
+    threads: int,
+    turn: Turn = nullcontext,
 ) -> None:
     """Take part until every shard is there, and the constants. Waits for what others have in work: they may die.
 
+    load: gives the encoders, once there is something to encode: T5 takes a minute.  waiting: waits a moment, told for
+    whom.  threads: that decode.  turn: entered for each batch that is encoded.
     Raises one InputError that lists all pictures at fault, once every shard without one is written.
     """
     data = job.config.data
     buckets = sorted({head.bucket for head in plan.heads})
-    bar = progress.add_task("encoding", total=backlog.num_samples)
-    backlog.advance = advancing(progress, bar)
-    encoders: Encoders | None = None  # loaded once there is something to encode: T5 takes a minute
-    waiting = Waiting(progress)
     while True:
         constants = constants_are_there(data.cache_folder, buckets, job.encoding)
         if not constants and crew.claim(_CONSTANTS):
-            encoders = encoders or load_encoders(job.model, data.encoders, device_index=worker.device_index)
+            encoders = load()
             crew.make_sure_of(_CONSTANTS)
             (data.cache_folder / "manifest.json").unlink(missing_ok=True)
             still_mine = partial(crew.make_sure_of, _CONSTANTS)
-            write_constants(data.cache_folder, encoders, buckets, job.encoding, data.captions, still_mine)
+            write_constants(data.cache_folder, encoders, buckets, job.encoding, data.captions, still_mine, turn=turn)
             crew.release(_CONSTANTS)
             constants = True
         shards = backlog.claim_shards()
         if first := next(shards, None):
-            encoders = encoders or load_encoders(job.model, data.encoders, device_index=worker.device_index)
             claimed = chain([first], shards)
-            encode_shards(data.cache_folder, claimed, backlog, encoders, data, threads=worker.decode_threads)
+            encode_shards(data.cache_folder, claimed, backlog, load(), data, threads=threads, turn=turn)
         elif constants and not backlog.remaining:
             break
         else:
@@ -238,12 +247,13 @@ def _encode_what_is_left(
     backlog.raise_problems()
 
 
-def _complete(
+def complete(
     job: Job,
     plan: PlanFile,
     crew: Crew,
     worker: Worker,
     progress: Progress,
+    waiting: Callable[[str], object],
     *,
     before: tuple[int, int] | None,
 ) -> None:
@@ -252,8 +262,7 @@ def _complete(
     before: the manifest's stamp when this worker came; another one now is by this crew.
     """
     cache = job.config.data.cache_folder
-    waiting = Waiting(progress)
-    while _manifest_stamp(cache) in (None, before):
+    while manifest_stamp(cache) in (None, before):
         # Who is still at a shard took it for unfinished: it will see that it is not, or write the same bytes again.
         if crew.claim(_HEAD):
             if not crew.held(SHARD_CLAIMS):
@@ -262,7 +271,7 @@ def _complete(
         waiting(f"{crew.holder(_HEAD) or 'another worker'}, which completes the cache")
 
 
-def _manifest_stamp(cache: Path) -> tuple[int, int] | None:
+def manifest_stamp(cache: Path) -> tuple[int, int] | None:
     """What tells one manifest from another; None if there is none."""
     try:
         status = (cache / "manifest.json").stat()

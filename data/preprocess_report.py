@@ -20,11 +20,12 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from data.manifest import ShardTable
+from data.manifest import HOLDOUT, ShardTable
 from data.which_worker import Worker
 
 _POLL_SECONDS = 0.5
 _LINE_SECONDS = 60.0
+_MUCH_HELD_OUT = 0.2  # of all samples
 
 
 class _SpeedColumn(ProgressColumn):
@@ -93,6 +94,15 @@ def print_report(console: Console, cache: Path, table: ShardTable, worker: Worke
     """The finished cache, once for all that share a terminal, and what this worker did for it."""
     if worker.rank == 0:
         console.print(_summarise(cache, table))
+        held = int(table.samples[table.split == HOLDOUT].sum())
+        if held > _MUCH_HELD_OUT * table.samples.sum():
+            console.print(
+                f"data.holdout keeps {held} of {int(table.samples.sum())} samples back from training; lower it if that "
+                "is more than you want to watch the run by.",
+                style="yellow",
+                highlight=False,
+                soft_wrap=True,
+            )
     by_whom = f"by {worker}" if worker.count > 1 else "the others were there already"
     total = int(table.samples.sum())
     console.print(f"{num_encoded} of {total} samples were encoded now, {by_whom}.", highlight=False, soft_wrap=True)

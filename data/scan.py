@@ -26,7 +26,7 @@ import numpy as np
 import xxhash
 
 from configs.dataset_schema import DatasetConfig
-from configs.errors import InputError
+from configs.errors import InputError, StorageFailed
 from configs.schema import DataConfig
 from configs.urls import is_url, shown
 from data.atomic_write import write_atomically
@@ -76,6 +76,8 @@ def scan_dataset(dataset: DatasetConfig, data: DataConfig, advance: Callable[[in
     def run(unit: Callable[[], list[ScannedItem]]) -> list[ScannedItem] | str:
         try:
             scanned = unit()
+        except StorageFailed:  # no fault of a picture: the next would fail like it, after as long a wait each
+            raise
         except InputError as error:
             return str(error)
         advance(len(scanned))
@@ -250,6 +252,8 @@ class _Scanner:
                     None if item.mask is None else self._look(item.mask, packed, is_mask=True),
                     None if item.source is None else self._look(item.source, packed, is_mask=False),
                 )
+            except StorageFailed:
+                raise
             except InputError as error:
                 return str(error)
 

@@ -5,12 +5,14 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from configs.schema import Config
+from data.which_worker import Worker, which_worker
 from tests.ranks import warm_context
 
 # What Python tells audit hooks of before it changes a folder.
@@ -52,6 +54,14 @@ class WorkerProcess:
         os.kill(self.process.pid, signal.SIGCONT)
 
 
+def preprocess_quietly(config: Config, worker: Worker) -> None:
+    from rich.console import Console
+
+    from data.preprocess import preprocess
+
+    preprocess(config, Console(quiet=True), worker)
+
+
 def start_worker(
     config: Config,
     worker: int = 0,
@@ -59,33 +69,37 @@ def start_worker(
     *,
     kill_at: int | str | None = None,
     fate: signal.Signals = signal.SIGKILL,
+    run: Callable[[Config, Worker], None] = preprocess_quietly,
 ) -> WorkerProcess:
-    """`preprocess` in a process.
+    """`preprocess` in a process, or what else is `run` there.
 
     kill_at: number of the change to the cache before which it gets the signal `fate`, or part of the path of the first.
     """
     context = warm_context()
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(config, worker, workers, kill_at, fate, sender), daemon=True)
+    process = context.Process(target=_work, args=(config, worker, workers, kill_at, fate, run, sender), daemon=True)
     process.start()
     sender.close()
     return WorkerProcess(process, receiver)
 
 
 def _work(
-    config: Config, worker: int, workers: int, kill_at: int | str | None, fate: signal.Signals, outcome: Connection
+    config: Config,
+    worker: int,
+    workers: int,
+    kill_at: int | str | None,
+    fate: signal.Signals,
+    run: Callable[[Config, Worker], None],
+    outcome: Connection,
 ) -> None:
     import torch
-    from rich.console import Console
 
     from configs.errors import InputError
-    from data.preprocess import preprocess
-    from data.which_worker import which_worker
 
     torch.set_num_threads(1)
     changes = _count_changes(config.data.cache, kill_at, fate)
     try:
-        preprocess(config, Console(quiet=True), which_worker({}, worker=worker, workers=workers))
+        run(config, which_worker({}, worker=worker, workers=workers))
         outcome.send(("", changes[0]))
     except InputError as error:
         outcome.send((str(error), changes[0]))

@@ -137,10 +137,8 @@ def load_adapter(transformer: FluxTransformer2DModel, method: AdapterConfig) -> 
         saved, problems = _read_lora(transformer, file)
     if problems:
         raise InputError(f"method.init_from {file} does not fit:\n  " + "\n  ".join(problems))
-    own = {
-        name: tensor / _scale(transformer, name) if name.endswith(_SCALED) else tensor for name, tensor in saved.items()
-    }
-    set_peft_model_state_dict(transformer, own, adapter_name=ADAPTER)
+    saved |= {name: tensor / _scale(transformer, name) for name, tensor in saved.items() if name.endswith(_SCALED)}
+    set_peft_model_state_dict(transformer, saved, adapter_name=ADAPTER)
 
 
 def _read_lora(transformer: FluxTransformer2DModel, file: Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -231,13 +229,13 @@ def _saved_scale(layer: str, rank: int, alphas: Mapping[str, Tensor], metadata: 
 
 
 def _layer(name: str) -> str:
-    """The layer that a tensor of an adapter belongs to."""
-    return re.split(r"\.lo(?:ra|kr)_", name)[0]
+    """The layer that a tensor of a LoRA belongs to."""
+    return name.partition(".lora_")[0]
 
 
 def _scale(transformer: nn.Module, name: str) -> float:
     """alpha / rank of the layer that a tensor of the adapter belongs to."""
-    layer: Any = transformer.get_submodule(_layer(name))
+    layer: Any = transformer.get_submodule(re.split(r"\.lo(?:ra|kr)_", name)[0])
     return layer.scaling[ADAPTER]
 
 
@@ -273,7 +271,7 @@ def save_adapter(
     tensors: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write the adapter and its ranks, alpha multiplied in: LoRA and DoRA for `pipeline.load_lora_weights(folder)`, LoKr for
+    """Write the adapter, alpha multiplied in: LoRA and DoRA for `pipeline.load_lora_weights(folder)`, LoKr for
     `pipeline.transformer.load_lora_adapter(folder, use_safetensors=True)`.
 
     tensors: parameter name -> value, to write instead of the live ones (an average).

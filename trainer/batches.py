@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from configs.errors import InputError
+from configs.errors import InputError, StorageFailed
 from configs.schema import Config
 from data.cache import open_cache
 from data.manifest import TRAIN
@@ -38,13 +38,12 @@ def open_samples(config: Config, model: Path, engine: Engine, console: Console) 
         try:
             planned = plan_online(config, model, console)
         except InputError as error:
-            planned = str(error)
+            planned = (StorageFailed if isinstance(error, StorageFailed) else InputError)(str(error))
     planned = engine.share(planned)
-    if isinstance(planned, str):
-        raise InputError(planned)
+    if isinstance(planned, InputError):
+        raise planned
     log.info("data.mode online: pictures are encoded on %s%s", device, " too" if device == engine.device else "")
-    threads = which_worker(os.environ).decode_threads
-    return OnlineSamples(config, model, planned, device=device, decode_threads=threads)
+    return OnlineSamples(config, model, planned, device=device, worker=which_worker(os.environ))
 
 
 def choose_order(config: Config, samples: Samples, *, num_nodes: int = 1) -> OrderSettings:

@@ -34,12 +34,22 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], Mapping[str, s
 
     `write` may return the sha256 of files (by name) that were flushed to disk already: they are not read again.
 
-    Raises OSError if the disk is full or the like; earlier checkpoints are untouched by then.
+    Raises OSError if the disk is full or the like; earlier checkpoints are untouched by then, and nothing is left of
+    this one: it would fill the disk.
     """
     folder = checkpoint_folder(run, step)
     if folder.exists():  # a half-written or damaged one of an earlier try
         _delete(folder)
     folder.mkdir(parents=True)
+    try:
+        _fill(run, folder, step, write)
+    except BaseException:
+        _delete(folder)
+        raise
+    return folder
+
+
+def _fill(run: Path, folder: Path, step: int, write: Callable[[Path], Mapping[str, str] | None]) -> None:
     hashes = dict(write(folder) or {})
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
@@ -50,7 +60,6 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], Mapping[str, s
     _set_later_ones_aside(run, step)
     write_text_atomically(folder / COMPLETE, "")
     fsync_folder(folder.parent)
-    return folder
 
 
 def _set_later_ones_aside(run: Path, step: int) -> None:

@@ -134,8 +134,12 @@ def _write_failure(path: Path | None, code: int, reason: str) -> bool:
         os.link(own, path)  # the one way to name a whole file that fails if the name is taken, also on NFS
     except FileExistsError:
         return False
+    except OSError:  # a filesystem without links: of two ranks that fail at the same moment, the last is heard
+        if path.exists():
+            return False
+        own.replace(path)
     finally:
-        own.unlink()
+        own.unlink(missing_ok=True)
     return True
 
 

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from configs.loading import dump_config
@@ -80,6 +81,8 @@ class Saver:
         self._last_save = time.monotonic()
         if not in_background:
             self.finish()
+            # A rank that left now would have its launcher end the others, rank 0 in the middle of its part.
+            self._engine.wait()
 
     def finish(self) -> None:
         """Wait for the save that has begun, if one has."""
@@ -140,7 +143,7 @@ class Saver:
 
             log.info("saved %s", save_checkpoint(self._config.run.folder, save.step, fill))
             remove_old(self._config.run.folder, self._config.checkpoint)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # a full disk is the one to Python, the other to safetensors
             log.error("step %d was not saved (%s); the run goes on, earlier checkpoints are whole", save.step, error)
         shutil.rmtree(save.staging, ignore_errors=True)
 

@@ -10,6 +10,7 @@ from rich.console import Console
 
 import data.decode_samples
 import data.encode_shards
+from configs.errors import StorageFailed
 from data.load_encoders import Encoders
 from data.manifest import read_shard_table
 from data.preprocess import preprocess
@@ -147,5 +148,25 @@ def test_a_shard_of_fewer_samples_than_were_planned_is_not_published(config, exp
         preprocess(config, QUIET)
     assert shards(config.data.cache) == {}
     monkeypatch.undo()
+    preprocess(config, QUIET)
+    assert shards(config.data.cache) == expected
+
+
+def test_storage_that_fails_ends_the_job_and_fails_no_shard(config, expected, monkeypatch):
+    """Which would be made of its pictures as soon as the storage is back."""
+    loaded, load_pixels = [], data.decode_samples.load_pixels
+
+    def load(sample, settings):
+        loaded.append(sample)
+        if len(loaded) > 20:
+            raise StorageFailed(f"{sample.triple.target}: the server is away")
+        return load_pixels(sample, settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("data.decode_samples.load_pixels", load)
+        with pytest.raises(StorageFailed, match="the server is away"):
+            preprocess(config, QUIET)
+    assert len(loaded) < 96
+    assert not list(config.data.cache.rglob("*.part"))
     preprocess(config, QUIET)
     assert shards(config.data.cache) == expected

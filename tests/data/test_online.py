@@ -1,43 +1,44 @@
 """Online encoding beside the cache that preprocessing makes of the same pictures."""
 
+import errno
+import os
 import shutil
 import threading
 import time
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
-from torch import Tensor
 
 import data.batch_encoder as batch_encoder
 import data.caption_texts as caption_texts
-from configs.errors import InputError
+import data.picture_files as picture_files
+from configs.errors import InputError, StorageFailed
 from data.cache import open_cache
 from data.caption_texts import CaptionTexts
 from data.encode import EncodedText, encode_captions, encode_pixels
 from data.manifest import TRAIN
-from data.micro_batch import MicroBatch
 from data.online import OnlineSamples, encoder_device, plan_online
-from data.order import Order, OrderSettings, hash_shards
+from data.order import Order
 from data.preprocess import preprocess
-from data.reader import BatchStream
+from data.retry import ATTEMPTS
 from data.row_filler import ReplacedRow, RowPolicy
 from data.samples import CachedSamples
 from data.shards import NotFinite
-
-CPU = torch.device("cpu")
-QUIET = Console(quiet=True)
-POLICY = RowPolicy(caption_dropout=0.3, mask_dropout=0.2)
-DRAWN = ("mask", "noise", "uniform", "weight", "position")
-
-
-def open_online(config, **options) -> OnlineSamples:
-    model = Path(config.model.base)
-    return OnlineSamples(config, model, plan_online(config, model, QUIET), device=CPU, decode_threads=2, **options)
+from data.which_worker import Worker
+from tests.data.online_streams import (
+    CPU,
+    QUIET,
+    assert_same,
+    near,
+    open_online,
+    open_stream,
+    settings_of,
+    take,
+)
+from tests.data.streams import copy_of
 
 
 @pytest.fixture(scope="module")
@@ -54,57 +55,6 @@ def online(config) -> OnlineSamples:
 @pytest.fixture(scope="module")
 def cached(cache) -> CachedSamples:
     return CachedSamples(cache)
-
-
-def settings_of(samples, size) -> OrderSettings:
-    table = samples.table
-    counts = np.where(table.split == TRAIN, table.samples, 0)
-    return OrderSettings.current(
-        seed=5, global_batch_size=size, weights={"photographs": 1.0}, shards=hash_shards(table.path, counts, table.plan)
-    )
-
-
-def open_stream(samples, *, size=7, rank=0, world_size=1, micro=2, start=0, policy=POLICY, replaced=()) -> BatchStream:
-    table = samples.table
-    order = Order(
-        table.dataset, table.bucket, np.where(table.split == TRAIN, table.samples, 0), settings_of(samples, size)
-    )
-    rows = samples.open_rows(order, policy, replaced)
-    shape = {"rank": rank, "world_size": world_size, "micro_batch_size": micro}
-    return BatchStream(samples.manifest, order, rows, start=start, **shape)
-
-
-def copy_of(rows: MicroBatch) -> MicroBatch:
-    return replace(rows, **{name: value.clone() for name, value in vars(rows).items() if isinstance(value, Tensor)})
-
-
-def take(samples, num_batches, **options) -> list[list[MicroBatch]]:
-    stream = open_stream(samples, **options)
-    try:
-        return [[copy_of(rows) for rows in next(stream)] for _ in range(num_batches)]
-    finally:
-        stream.close()
-
-
-def ulps(one: Tensor, other: Tensor) -> int:
-    """The most steps of bf16 between two tensors."""
-    steps = [value.view(torch.int16).to(torch.int32) for value in (one, other)]
-    ordered = [torch.where(value < 0, -32768 - value, value) for value in steps]
-    return int((ordered[0] - ordered[1]).abs().max())
-
-
-def near(one: Tensor, other: Tensor) -> bool:
-    """Equal before they were rounded to bf16, up to 1e-5."""
-    return ulps(one, other) <= 1 or bool(((one.float() - other.float()).abs() <= 2e-5).all())
-
-
-def assert_same(one: MicroBatch, other: MicroBatch, *, exactly: bool = False) -> None:
-    assert (one.bucket, one.is_last) == (other.bucket, other.is_last)
-    for name, value in vars(one).items():
-        if isinstance(value, Tensor):
-            found = getattr(other, name)
-            assert (value.shape, value.dtype) == (found.shape, found.dtype)
-            assert torch.equal(value, found) if exactly or name in DRAWN else near(value, found), name
 
 
 # --- the same run as the cached one -----------------------------------------------------------------------------------
@@ -338,6 +288,26 @@ def test_an_error_stays_in_its_place_and_a_stream_closes_behind_it(online, monke
     assert threading.active_count() <= before
 
 
+def test_a_stream_that_closes_needs_the_encoders_no_more(online, monkeypatch):
+    """Whoever waits until it needs nothing would wait in vain for what it gave up."""
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def held_up(vae, batch):
+        begun.set()
+        assert goes_on.wait(20)
+        return encode_pixels(vae, batch)
+
+    monkeypatch.setattr(batch_encoder, "encode_pixels", held_up)
+    stream = open_stream(online, micro=1)
+    stream._begin_ahead()
+    assert begun.wait(20)
+    turns = online._encoder.turns
+    assert turns._needed > 2, "of several groups of micro-batches, and for the one that is being encoded"
+    threading.Timer(0.2, goes_on.set).start()
+    stream.close()
+    assert turns._needed == 0
+
+
 # --- pictures that cannot be decoded ----------------------------------------------------------------------------------
 
 
@@ -403,6 +373,61 @@ def test_more_of_them_than_allowed_stop_the_run_and_are_named(damaged):
     assert f"{shard.path} row 1, {shard.path} row 2" in str(caught.value)
 
 
+# --- storage that fails -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def read_failing(monkeypatch):
+    """Makes pictures fail to be read: `read_failing(times)` -> paths of the reads that failed, as many for each."""
+    read = picture_files._read_local
+
+    def start(times, code=errno.EIO):
+        failed = []
+
+        def fail(path, offset, size):
+            if failed.count(path) < times:
+                failed.append(path)
+                raise OSError(code, os.strerror(code))
+            return read(path, offset, size)
+
+        monkeypatch.setattr(picture_files, "_read_local", fail)
+        return failed
+
+    return start
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
+def test_storage_that_fails_stops_the_stream_and_damages_nothing(online, read_failing, no_waits, code):
+    failed = read_failing(10**6, code)
+    stream = open_stream(online, policy=RowPolicy(max_bad_samples=10**6))
+    wanted = rf"\.png: cannot be read \({os.strerror(code)}\): failed 8 time\(s\), .* Look at the storage"
+    with pytest.raises(StorageFailed, match=wanted):
+        next(next(stream))
+    stream.close()
+    assert stream.replaced() == []
+    assert len(failed) < 4 * ATTEMPTS, "of the two threads' rows; the rest need not try"
+
+
+def test_storage_that_comes_back_is_waited_for(online, read_failing, no_waits):
+    expected = take(online, 2)
+    failed = read_failing(3)
+    for one, other in zip(take(online, 2), expected, strict=True):
+        for rows, same in zip(one, other, strict=True):
+            assert_same(rows, same, exactly=True)
+    assert failed
+
+
+def test_a_stream_closes_while_storage_is_waited_for(online, read_failing):
+    failed = read_failing(10**6)
+    stream = open_stream(online)
+    stream._begin_ahead()
+    while not failed:
+        time.sleep(0.01)
+    start = time.monotonic()
+    stream.close()
+    assert time.monotonic() - start < 5
+
+
 # --- devices ----------------------------------------------------------------------------------------------------------
 
 
@@ -433,7 +458,7 @@ def test_encoders_go_to_the_device_unless_they_have_one_of_their_own(demo_config
     config = demo_config(tmp_path / "scan", "data.mode=online", "data.encoders.t5=cpu")
     model = Path(config.model.base)
     samples = OnlineSamples(
-        config, model, plan_online(config, model, QUIET), device=torch.device("cuda:1"), decode_threads=2
+        config, model, plan_online(config, model, QUIET), device=torch.device("cuda:1"), worker=Worker()
     )
     assert placed == [], "nothing is loaded before it is needed"
     assert samples._encoders is None

@@ -4,7 +4,7 @@ import re
 import pytest
 from rich.console import Console
 
-from data.preprocess_report import Waiting, advancing, open_progress
+from data.preprocess_report import Waiting, advancing, open_progress, print_report
 from data.which_worker import Worker
 
 
@@ -51,3 +51,12 @@ def test_for_whom_it_waits_is_said_once(monkeypatch, rank, said):
     assert len(slept) == 23
     assert 0.2 < slept[0] < 1 < max(slept) <= 7.5
     assert slept[20] < 1, "somebody else, from the start"
+
+
+@pytest.mark.parametrize("held, said", [(1, False), (3, True)])
+def test_that_much_is_held_out_is_said(make_cache, held, said):
+    """data.holdout counts pictures, and a small dataset may have few more."""
+    cache = make_cache([("a", "32x32", 6), ("a", "32x32", held, "holdout")])
+    shown = console()
+    print_report(shown, cache.folder, cache.table, Worker(), num_encoded=0)
+    assert (f"data.holdout keeps {held} of {6 + held} samples back" in shown.file.getvalue()) == said

@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import os
@@ -15,7 +16,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
-from configs.errors import InputError
+from configs.errors import InputError, StorageFailed
 from configs.schema import DataConfig
 from data.scan import delete_copies, scan_dataset
 
@@ -105,6 +106,20 @@ def test_nothing_is_read_twice(scan, folders, reads):
     reads.clear()
     assert scan(**folders) == first
     assert reads == []
+
+
+def test_storage_that_fails_ends_the_scan_and_blames_no_picture(scan, tmp_path, monkeypatch, no_waits):
+    write_folders(tmp_path, [f"{number:03d}" for number in range(200)])
+    reads = []
+
+    def fail(path, offset, size):
+        reads.append(path)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("data.picture_files._read_local", fail)
+    with pytest.raises(StorageFailed, match=r"\.png: cannot be read \(Input/output error\): failed 8 time"):
+        scan(target=tmp_path / "target", mask=tmp_path / "mask")
+    assert len(set(reads)) < 300, "it would take as long a wait for each of the 400"
 
 
 @pytest.mark.parametrize("change", ["pixels", "pixels, size and time as before", "mask", "new", "removed"])

@@ -1,14 +1,18 @@
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from configs.errors import InputError
+from configs.errors import InputError, StorageFailed
 from configs.loading import dump_config, load_config
 from data.cache import open_cache
+from data.full_disk import DiskFull
 from data.samples import CachedSamples
 from data.shard_copies import ShardCopies
 from data.validation_items import read_validation_items
-from trainer.batches import choose_order, open_stream
+from trainer.batches import choose_order, open_samples, open_stream
 from trainer.run_state import RunState
 
 
@@ -52,6 +56,22 @@ def test_a_run_that_goes_on_with_less_room_is_told(config, cache, engine, tmp_pa
     for copies in (roomy, tight):
         open_stream(config, engine, CachedSamples(replace(cache, copies=copies)), state).close()
         assert ("fetched more than once" in caplog.text) == (copies is tight)
+
+
+@pytest.mark.parametrize(
+    "error", [InputError("no pictures"), StorageFailed("failed 8 time(s)"), DiskFull(Path("scan"), 28)]
+)
+def test_what_planning_fails_with_is_raised_as_what_it_is(config, engine, tiny_model, monkeypatch, error):
+    """On all ranks; a supervisor tells storage that fails from bad input."""
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("trainer.batches.plan_online", fail)
+    online = config.model_copy(update={"data": config.data.model_copy(update={"mode": "online"})})
+    with pytest.raises(InputError, match=re.escape(str(error))) as raised:
+        open_samples(online, tiny_model, engine, Console(quiet=True))
+    assert isinstance(raised.value, StorageFailed) == isinstance(error, StorageFailed)
 
 
 def test_copies_without_room_for_the_least_are_refused(config, cache, tmp_path):

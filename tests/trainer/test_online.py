@@ -5,7 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from data.preprocess import preprocess
 from tests.ranks import RankFailure, run_ranks
 
 STEPS, HALF = 6, 3
@@ -98,6 +100,26 @@ def test_a_run_goes_on_in_the_other_mode(launch, cached, first, then):
     run = launch("single", 1, name, *then)
     assert len(list((run / "checkpoints").glob("step-*"))) == 2
     assert read_losses(run) == pytest.approx(read_losses(cached), abs=1e-5)
+
+
+@pytest.mark.parametrize("engine, processes", [("single", 1), ("ddp", 2)])
+def test_a_run_that_writes_has_the_same_losses_and_leaves_what_the_cached_run_takes_up(
+    launch, config, cached, tmp_path, engine, processes
+):
+    """What the run had no time for preprocessing does; what it did is left as it is. Then the run is repeated from it,
+    reading while it encodes nothing, and from the cache."""
+    losses, cache = read_losses(cached), tmp_path / "cache"
+    writing = (*ONLINE, "data.encode_batch_size=8", "data.write_through=true", f"data.cache={cache}")
+    run = launch(engine, processes, f"writes-{engine}", *writing)
+    assert read_losses(run) == pytest.approx(losses, abs=1e-5)
+    assert not list(cache.rglob("*.part")) and not (cache / "crew").exists()
+    written = {path: path.stat().st_ino for path in cache.rglob("*.tar")}
+    assert written, "the encoders were idle while the steps were computed"
+    preprocess(config.model_copy(update={"data": config.data.model_copy(update={"cache": cache})}), Console(quiet=True))
+    assert written.items() <= {path: path.stat().st_ino for path in cache.rglob("*.tar")}.items()
+    for name, mode in (("reads", writing), ("takes-up", (f"data.cache={cache}",))):
+        again = launch(engine, processes, f"{name}-{engine}", *mode)
+        assert read_losses(again) == pytest.approx(losses, abs=1e-5)
 
 
 def test_what_is_wrong_with_pictures_is_told_by_every_rank_before_a_model_is_loaded(launch, triples, tmp_path):

@@ -141,6 +141,23 @@ def test_a_rank_that_fails_alone_speaks_and_what_follows_from_it_is_not_the_outc
     assert [path.name for path in (tmp_path / "test").iterdir()] == ["outcome.json"]
 
 
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_failure_is_told_on_a_filesystem_without_links(arguments, tmp_path, monkeypatch, taken):
+    def refuse(*_):
+        raise OSError(95, "Operation not supported")
+
+    def work():
+        if taken:
+            (tmp_path / "test").mkdir()
+            (tmp_path / "test" / "outcome.json").write_text('{"code": 2, "reason": "rank 3: first", "step": null}')
+        raise InputError("wrong")
+
+    monkeypatch.setattr("os.link", refuse)
+    assert run_and_report(work) == BAD_INPUT
+    assert outcome_in(tmp_path / "test")["reason"] == ("rank 3: first" if taken else "wrong")
+    assert [path.name for path in (tmp_path / "test").iterdir()] == ["outcome.json"]
+
+
 def test_what_all_ranks_find_wrong_is_said_once(tmp_path):
     """By real processes, at the same time."""
     outcome = tmp_path / "outcome.json"

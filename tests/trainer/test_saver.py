@@ -5,10 +5,12 @@ import logging
 import shutil
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from tests.ranks import run_ranks
 
@@ -69,8 +71,6 @@ def test_what_is_written_in_the_background_is_the_state_of_its_step(make, tmp_pa
 
 
 def test_a_finished_save_is_made_whole_at_the_next_step(make, tmp_path, heard):
-    from dataclasses import replace
-
     state, saver, _ = make()
     saver.save_if_due(state)
     saver._pending.written.result()
@@ -81,8 +81,6 @@ def test_a_finished_save_is_made_whole_at_the_next_step(make, tmp_path, heard):
 
 @pytest.mark.parametrize("how", ["stopping", "last step", "async=false"])
 def test_some_saves_are_whole_before_the_run_goes_on(make, tmp_path, how):
-    from dataclasses import replace
-
     state, saver, _ = make(*(["checkpoint.async=false"] if how == "async=false" else []))
     state = replace(state, step={"stopping": 13, "last step": 100, "async=false": 10}[how])
     saver.save_if_due(state, stopping=how == "stopping")
@@ -90,8 +88,6 @@ def test_some_saves_are_whole_before_the_run_goes_on(make, tmp_path, how):
 
 
 def test_a_save_that_fails_in_the_background_is_told_and_leaves_nothing(make, tmp_path, heard, monkeypatch):
-    from dataclasses import replace
-
     import trainer.saver
 
     state, saver, _ = make()
@@ -103,6 +99,30 @@ def test_a_save_that_fails_in_the_background_is_told_and_leaves_nothing(make, tm
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(trainer.saver, "write_tensors", full)
+    saver.save_if_due(replace(state, step=20))
+    saver.finish()
+    assert "step 20 was not saved" in heard.text and "No space left on device" in heard.text
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000010"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)")],
+)
+def test_a_disk_that_fills_up_at_the_end_of_a_save_is_told_and_left_as_it_was(
+    make, tmp_path, heard, monkeypatch, error
+):
+    """When the ranks' files are there and the adapter is written: safetensors has an error of its own for it."""
+    import trainer.saver
+
+    state, saver, _ = make()
+    saver.save_if_due(state)
+    saver.finish()
+
+    def full(*_) -> None:
+        raise error
+
+    monkeypatch.setattr(trainer.saver, "write_index", full)
     saver.save_if_due(replace(state, step=20))
     saver.finish()
     assert "step 20 was not saved" in heard.text and "No space left on device" in heard.text
@@ -127,8 +147,6 @@ def test_what_a_killed_save_left_is_removed(make, tmp_path):
 
 
 def test_the_clock_makes_a_save_due_too(make, tmp_path, monkeypatch):
-    from dataclasses import replace
-
     state, saver, _ = make("checkpoint.every_steps=null", "checkpoint.every_minutes=5")
     saver.save_if_due(state)
     assert saver._pending is None
