@@ -552,7 +552,7 @@ class ZeroEngine(Engine):
 
         if self._accelerator.distributed_type is not DistributedType.DEEPSPEED:
             raise RuntimeError(f"engine {self.name}: accelerate started {self._accelerator.distributed_type} instead")
-        if self._eight_bit and self._stage < 3:  # of stage 3 a partition is of 1e9 elements at most, whole
+        if self._eight_bit and self._stage < 3:  # stage 3 cuts it into tensors of 1e9 elements
             check_eight_bit_partition(sum(p.numel() for p in trained(transformer)), self.world_size, self.name)
         if self.compute_dtype == torch.bfloat16:
             # As DeepSpeed will; but not with all of the model in fp32 on the GPU first.
