@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 
@@ -377,9 +378,13 @@ def test_ddp_has_no_gradients_beside_those_that_it_exchanges(launch, undisturbed
 
 
 def start_and_choose(arguments: list[str]) -> tuple[str, list[str], float]:
-    """(checkpoint that the trainer would go on from, files that this rank hashed for it, the group's patience in s)."""
+    """(checkpoint that the trainer would go on from, files that this rank hashed for it, the group's patience in s).
+
+    Of 45 minutes: gloo's own is the trainer's.
+    """
     import hashlib
 
+    import trainer.engine
     from trainer import run_state
     from trainer.engine import start_engine
     from trainer.process import read_command_line
@@ -392,6 +397,7 @@ def start_and_choose(arguments: list[str]) -> tuple[str, list[str], float]:
         return digest(file, algorithm)
 
     hashlib.file_digest = watched
+    trainer.engine.PATIENCE = timedelta(minutes=45)
     config, resume_from = read_command_line(arguments)
     engine = start_engine(config)
     folder = run_state.choose_checkpoint(config, resume_from, engine)
@@ -417,7 +423,7 @@ def test_ranks_share_the_reading_of_a_checkpoint_and_have_the_patience_for_it(
     assert set(chosen) == {f"step-{STEPS:08d}"}
     assert sorted(chain.from_iterable(hashed)) == sorted(files.values())
     assert all(hashed)
-    assert set(patience) == {30 * 60}
+    assert set(patience) == {45 * 60}
     last = run / "checkpoints" / f"step-{STEPS:08d}" / "rank-00001.safetensors"
     last.write_bytes(last.read_bytes()[:-1] + b"\x00")
     chosen, _, _ = zip(*launch(engine, num_processes, run.name, function=start_and_choose), strict=True)
