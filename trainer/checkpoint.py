@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 
@@ -97,11 +97,14 @@ def step_of(folder: Path) -> int:
     return int(match[1])
 
 
-def damage_of(folder: Path) -> str | None:
-    """What is wrong with a complete checkpoint's files, or None. Reads every byte."""
+def damage_of(folder: Path, *, rank: int = 0, world_size: int = 1) -> str | None:
+    """What is wrong with a complete checkpoint's files, or None. Reads every byte.
+
+    rank, world_size: of those who share the reading; the answer is then of this rank's share of the files.
+    """
     try:
         hashes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        for name, sha256 in hashes.items():
+        for name, sha256 in list(hashes.items())[rank::world_size]:
             with (folder / name).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                     return f"{name} does not match its sha256"
@@ -114,11 +117,19 @@ def damage_of(folder: Path) -> str | None:
 
 def latest_checkpoint(run: Path) -> Path | None:
     """The newest checkpoint that is whole; damaged ones are named in the log and passed over."""
-    for folder in reversed(complete_checkpoints(run)):
+    return newest_whole(complete_checkpoints(run), damage_of)
+
+
+def newest_whole(
+    folders: Sequence[Path], damage_of: Callable[[Path], str | None], *, aloud: bool = True
+) -> Path | None:
+    """The last of the folders that `damage_of` finds nothing wrong with.  aloud: name those passed over in the log."""
+    for folder in reversed(folders):
         damage = damage_of(folder)
         if damage is None:
             return folder
-        log.warning("%s is damaged (%s); trying the checkpoint before it", folder, damage)
+        if aloud:
+            log.warning("%s is damaged (%s); trying the checkpoint before it", folder, damage)
     return None
 
 

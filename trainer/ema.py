@@ -36,7 +36,8 @@ class Ema:
     @contextmanager
     def in_place(self, engine: Engine) -> Iterator[None]:
         """Within the context the model holds the averages instead of its weights. All ranks enter it."""
-        kept = {name: weight.clone() for name, weight in self._weights.items()}
+        # On the CPU: beside weights, gradients and moments a GPU may have no room for the weights once more.
+        kept = {name: weight.to("cpu", copy=True) for name, weight in self._weights.items()}
         self._exchange(self.averages, engine)
         try:
             yield

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 from torch.distributed import all_gather_object, all_reduce, broadcast, broadcast_object_list, gather_object
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,6 +40,13 @@ from trainer.stop_signals import stop_signal
 log = logging.getLogger("fluxfill")
 
 WHOLE = "whole tensors"
+
+# How long ranks wait for one of them that reads or writes tens of GiB; NCCL's own is 10 minutes. (A rank that fails is
+# heard long before: trainer/failed_ranks.py.)
+PATIENCE = timedelta(minutes=30)
+
+# Elements of one tensor that bitsandbytes' optimizers cannot count any more.
+EIGHT_BIT_LIMIT = 2**31
 
 BuildOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -148,7 +156,10 @@ class Engine:
         self._loss = torch.zeros((), device=self.device)
 
     def _start_accelerator(self, config: Config) -> Accelerator:
-        handlers = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+        handlers = [
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=PATIENCE),
+        ]
         return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=handlers)
 
     @property
@@ -184,6 +195,7 @@ class Engine:
             transformer = self._accelerator.prepare_model(transformer)
             if not isinstance(transformer, DistributedDataParallel):
                 raise RuntimeError(f"engine ddp: accelerate made {type(transformer).__name__} of the transformer")
+            _lay_gradients_in_buckets(transformer)
         self._transformer = transformer
         self._optimizer = build_optimizer(trained(transformer))
         return transformer
@@ -250,11 +262,15 @@ class Engine:
         applied = abs(loss) + abs(grad_norm) < float("inf")
         if applied:
             self._apply_gradients()
-        self._transformer.zero_grad(set_to_none=True)
+        self._zero_gradients()
         return Update(loss, grad_norm, applied, stop=stops > 0)
 
     def _apply_gradients(self) -> None:
         self._optimizer.step()
+
+    def _zero_gradients(self) -> None:
+        # Under ddp they stay where they are, in its buckets: micro-steps that exchange nothing would make others there.
+        self._transformer.zero_grad(set_to_none=self.name != "ddp")
 
     @property
     def plain_transformer(self) -> nn.Module:
@@ -267,11 +283,12 @@ class Engine:
         """Make the optimizer's state exist before its first step, so that a checkpoint can be loaded into it: one step
         at rate 0 on gradients of 0, which changes no weight."""
         for parameter in trained(self._transformer):
-            parameter.grad = torch.zeros_like(parameter)
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         for group in self._optimizer.param_groups:
             group["lr"] = 0.0
         self._apply_gradients()
-        self._transformer.zero_grad(set_to_none=True)
+        self._zero_gradients()
 
     def local_slices(self) -> list[LocalSlice]:
         """Every part of a trained parameter that lies on this rank, with its optimizer state."""
@@ -372,12 +389,14 @@ class FsdpEngine(Engine):
 
     def _start_accelerator(self, config: Config) -> Accelerator:
         cpu = not torch.cuda.is_available()
-        PartialState(cpu=cpu)  # first: on a CPU accelerate would take each process for the only one
+        self._trains_adapter = config.method.type != "full"
+        # First: on a CPU accelerate would take each process for the only one. It makes the group, too.
+        PartialState(cpu=cpu, timeout=PATIENCE)
         dtype = compute_dtype(config, PartialState().device)
         plugin = FullyShardedDataParallelPlugin(  # the rest comes from the engine file
             fsdp_version=2,
             # An adapter is gathered in fp32, small as it is: a DoRA's lengths would lose their changes in bf16.
-            mixed_precision_policy=_fsdp_precision(dtype if config.method.type == "full" else torch.float32),
+            mixed_precision_policy=_fsdp_precision(torch.float32 if self._trains_adapter else dtype),
             # A quantized base is on every rank already when it is cut.
             cpu_ram_efficient_loading=config.model.precision not in QUANTIZED,
         )
@@ -430,12 +449,34 @@ class FsdpEngine(Engine):
     def _apply_gradients(self) -> None:
         for parameter, shard in self._shards.items():
             shard.grad = parameter.grad.to_local()
+        self._step_shards()
+
+    def _step_shards(self) -> None:
         self._optimizer.step()
         for shard in self._shards.values():
             shard.grad = None
 
+    def prime_optimizer(self) -> None:
+        for shard in self._shards.values():  # the model may hold its root whole
+            shard.grad = torch.zeros_like(shard)
+        for group in self._optimizer.param_groups:
+            group["lr"] = 0.0
+        self._step_shards()
+
+    def loaded(self) -> None:
+        # After a forward pass without a backward (a self-check, a validation) the root and the model's end are held
+        # whole, and the next pass would not gather what their shards hold now.
+        for module in self._transformer.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     def _exchange_gradients(self, wanted: bool) -> None:
-        self._transformer.set_requires_gradient_sync(wanted)
+        if self._trains_adapter:
+            self._transformer.set_requires_gradient_sync(wanted)
+        else:
+            # Kept until the last micro-batch, gradients would be whole and in fp32 on every rank: 44 GiB of FLUX.1.
+            # They are scattered each time; only the sum over hsdp's copies, of shards, can wait.
+            self._transformer.set_requires_all_reduce(wanted)
 
     def local_slices(self) -> list[LocalSlice]:
         slices = []
@@ -488,6 +529,7 @@ class ZeroEngine(Engine):
         clear_stale_build_locks()  # on a CPU DeepSpeed compiles its communication at first start
         bf16 = compute_dtype(config, torch.device("cpu" if cpu else "cuda")) == torch.bfloat16
         self._stage = int(self.name[4])
+        self._eight_bit = config.train.optimizer == "adamw8bit"
         plugin = DeepSpeedPlugin()  # stage and offload come from the engine file
         plugin.deepspeed_config |= {
             "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only reports with it; batches are ours
@@ -498,8 +540,10 @@ class ZeroEngine(Engine):
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
+        if self._stage > 1:  # else the sum over micro-batches is kept in bf16; at stage 1 it would be another optimizer
+            plugin.deepspeed_config["data_types"] = {"grad_accum_dtype": "fp32"}
         plugin.deepspeed_config["zero_optimization"] |= {"overlap_comm": not cpu, "contiguous_gradients": True}
-        handlers = [InitProcessGroupKwargs(backend="gloo")] if cpu else []
+        handlers = [InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=PATIENCE)]
         # Not with cpu=True: accelerate would make DDP of it and say nothing.
         return Accelerator(deepspeed_plugin=plugin, kwargs_handlers=handlers)
 
@@ -508,6 +552,13 @@ class ZeroEngine(Engine):
 
         if self._accelerator.distributed_type is not DistributedType.DEEPSPEED:
             raise RuntimeError(f"engine {self.name}: accelerate started {self._accelerator.distributed_type} instead")
+        if self._eight_bit and self._stage < 3:  # stage 3 cuts it into tensors of 1e9 elements
+            check_eight_bit_partition(sum(p.numel() for p in trained(transformer)), self.world_size, self.name)
+        if self.compute_dtype == torch.bfloat16:
+            # As DeepSpeed will; but not with all of the model in fp32 on the GPU first.
+            for parameter in transformer.parameters():
+                if parameter.dtype == torch.float32:
+                    parameter.data = parameter.data.bfloat16()
         transformer = self._on_device(transformer)
         if self.compute_dtype == torch.bfloat16:
             # DeepSpeed switches off an autocast that is on around it, but asks for CUDA's alone. So one inside too.
@@ -549,14 +600,16 @@ class ZeroEngine(Engine):
         zero = self._transformer.optimizer
         for group in zero.optimizer.param_groups:
             group["lr"] = 0.0
+        # With an optimizer in host memory the gradients there were allocated once: DeepSpeed copies into them later.
+        host_gradients = [flat.grad for flat in self._partitions()]
         for number, flat in enumerate(self._partitions()):
             flat.grad = torch.zeros_like(flat)
             if self._stage == 3:
                 zero._optimizer_step(number)  # the inner optimizer knows a group's tensor only while it steps it
         if self._stage < 3:
             zero.optimizer.step()
-        for flat in self._partitions():
-            flat.grad = None
+        for flat, gradient in zip(self._partitions(), host_gradients, strict=True):
+            flat.grad = gradient
 
     def local_slices(self) -> list[LocalSlice]:
         parameters = trained_parameters(self._transformer.module)
@@ -619,6 +672,19 @@ class ZeroEngine(Engine):
                 yield name, whole.detach().float().cpu()
 
 
+def check_eight_bit_partition(num_trained: int, world_size: int, engine: str) -> None:
+    """Raise InputError if the part of the weights that ZeRO 1 or 2 keeps as one tensor on each rank is too long for
+    bitsandbytes, whose kernels count elements in 32 bits: it would wrap around in silence."""
+    length = -(-num_trained // world_size)
+    if length >= EIGHT_BIT_LIMIT:
+        fewest = num_trained // (EIGHT_BIT_LIMIT - 1) + 1
+        raise InputError(
+            f"train.optimizer is adamw8bit, but engine {engine} on {world_size} process(es) has it step "
+            f"{length:,} elements as one tensor, and bitsandbytes takes less than {EIGHT_BIT_LIMIT:,}. Use fsdp2 or "
+            f"zero3 (parallel.engine), or {fewest} processes or more."
+        )
+
+
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     """What model.precision computes in; auto: bf16 on a GPU, fp32 on a CPU. Over weights that are quantized, or trained
     in bf16, always bf16."""
@@ -635,6 +701,18 @@ def _fsdp_precision(dtype: torch.dtype):
     if dtype == torch.float32:
         return MixedPrecisionPolicy()
     return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+def _lay_gradients_in_buckets(model: DistributedDataParallel) -> None:
+    """Make every gradient, of 0, the view of DDP's bucket that it otherwise becomes in the first exchange: whole
+    gradients beside the buckets are 44 GiB of FLUX.1. By exchanges without a forward pass; after the first of them DDP
+    lays its buckets out anew."""
+    for _ in range(2):
+        model.zero_grad()
+        model.reducer._rebuild_buckets()
+        model.reducer.prepare_for_backward([])
+        torch.stack([parameter.flatten()[0].float() * 0 for parameter in trained(model)]).sum().backward()
+    model.zero_grad(set_to_none=False)
 
 
 def _spread(sizes: list[int], parts: int) -> list[int]:

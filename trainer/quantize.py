@@ -52,18 +52,19 @@ class WeightOnlyLinear(nn.Linear):
     """A frozen linear layer with weights of 8 bits and a scale per output row.
 
     weight: uint8 [out, in], the bits of int8 or float8_e4m3fn numbers: engines move and cut bytes as they are, where
-    they would round or refuse those types.  scale: fp32 [out, 1].  Computes in the dtype of its input, under autocast
-    in autocast's.
+    they would round or refuse those types.  scale_bits: int32 [out, 1], those of fp32 scales, which a cast of the whole
+    model to bf16 (by older versions of DeepSpeed) would round.  Computes in the dtype of its input, under autocast in
+    autocast's.
     """
 
-    scale: Tensor
+    scale_bits: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor | None, precision: Literal["int8", "fp8"]) -> None:
         super().__init__(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
         bits, scale = quantize_rows(weight, precision)
         self.layout = bits.dtype
         self.weight = nn.Parameter(bits.view(torch.uint8), requires_grad=False)
-        self.register_buffer("scale", scale)
+        self.register_buffer("scale_bits", scale.view(torch.int32))
         if bias is not None:
             self.bias = nn.Parameter(bias, requires_grad=False)
 
@@ -72,6 +73,11 @@ class WeightOnlyLinear(nn.Linear):
         x = input.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else input
         product = _DequantizedLinear.apply(x, self.weight, self.scale, self.layout)
         return product if self.bias is None else product + self.bias.to(product.dtype)
+
+    @property
+    def scale(self) -> Tensor:
+        """fp32 [out, 1]."""
+        return self.scale_bits.view(torch.float32)
 
     def dequantized(self) -> Tensor:
         """fp32 [out, in]."""

@@ -3,6 +3,7 @@
 import json
 import logging
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from configs.schema import Config
 from data.order import OrderSettings
 from data.reader import BatchStream
 from data.row_filler import ReplacedRow, refuse_too_many
-from trainer.checkpoint import complete_checkpoints, damage_of, latest_checkpoint
+from trainer.checkpoint import complete_checkpoints, damage_of, newest_whole
 from trainer.eight_bit import eight_bit_moments, quantize, scale_of
 from trainer.ema import Ema
 from trainer.engine import WHOLE, Engine, LocalSlice, Update, movable
@@ -75,11 +76,7 @@ def resume(config: Config, resume_from: str, engine: Engine, ema: Ema, order: Or
     another method, a damaged folder.
     """
     _refuse_ranks_that_differ(engine.gather(order))
-    # Rank 0 looks, for all: checking reads every byte, and ranks that chose differently would drift apart in silence.
-    chosen = _choose_checkpoint(config, resume_from) if engine.is_main else (None, None)
-    folder, problem = engine.gather(chosen)[0]
-    if problem is not None:
-        raise InputError(problem)
+    folder = choose_checkpoint(config, resume_from, engine)
     if folder is None:
         return RunState(step=0, batch=0, skips=0, restarts=0, order=order)
     saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -125,18 +122,46 @@ def _refuse_another_order(folder: Path, saved: OrderSettings, current: OrderSett
         log.info("data.streams %d: the run keeps the %d that it began with", current.streams, saved.streams)
 
 
-def _choose_checkpoint(config: Config, resume_from: str) -> tuple[Path | None, str | None]:
-    """(checkpoint or None, what is wrong or None)."""
+def choose_checkpoint(config: Config, resume_from: str, engine: Engine) -> Path | None:
+    """The checkpoint to go on from, the same on every rank; None for a fresh start.
+
+    Raises InputError if the one that was asked for is damaged, or if there should be none.
+    """
     run = config.run.folder
+    # Rank 0's list is everyone's: ranks that chose differently would drift apart in silence.
+    complete = engine.gather(complete_checkpoints(run) if engine.is_main else None)[0]
     if resume_from == "never":
-        if complete_checkpoints(run):
-            return None, f"{run}: holds checkpoints already. Choose another run.name, or resume with --resume auto."
-        return None, None
+        if complete:
+            raise InputError(
+                f"{run}: holds checkpoints already. Choose another run.name, or resume with --resume auto."
+            )
+        return None
     if resume_from == "auto":
-        return latest_checkpoint(run), None
+        return newest_whole(complete, partial(_damage_that_all_find, engine), aloud=engine.is_main)
     folder = Path(resume_from)
-    damage = damage_of(folder)
-    return folder, f"--resume {folder}: {damage}. Give a whole checkpoint folder, or auto." if damage else None
+    if damage := _damage_that_all_find(engine, folder):
+        raise InputError(f"--resume {folder}: {damage}. Give a whole checkpoint folder, or auto.")
+    return folder
+
+
+def _damage_that_all_find(engine: Engine, folder: Path) -> str | None:
+    """What is wrong with a checkpoint, alike on every rank: each reads its share of it, since one alone would read
+    190 GiB for longer than the others wait.
+
+    Rank 0 reads again what another finds damaged. Raises InputError if it finds nothing: a machine that sees another
+    run.dir must not send the run back to an older checkpoint.
+    """
+    seen = engine.gather(damage_of(folder, rank=engine.rank, world_size=engine.world_size))
+    finders = [rank for rank, damage in enumerate(seen) if damage]
+    if not finders or finders[0] == 0:
+        return seen[0]
+    own = damage_of(folder, rank=finders[0], world_size=engine.world_size) if engine.is_main else None
+    if damage := engine.gather(own)[0]:
+        return damage
+    raise InputError(
+        f"{folder}: rank {finders[0]} finds that {seen[finders[0]]}, rank 0 finds it whole. Look whether all machines "
+        "see the same run.dir; then start again."
+    )
 
 
 @torch.no_grad()
@@ -163,16 +188,19 @@ def load_tensors(folder: Path, engine: Engine, ema: Ema, saved_by: dict, *, requ
     saved_bound = files.read_bound(0 if engine.state_layout == WHOLE else engine.rank) if bound and same_layout else {}
     kinds: set[str] = set().union(*(part.moments for part in slices))
     kinds |= {moment for state in states.values() for moment, _ in eight_bit_moments(state)}
+    # Of all ranks: of small tensors, or of none, a rank has no such state.
+    told = engine.gather((kinds, bool(bound)))
+    kinds, any_bound = set[str]().union(*(of_rank for of_rank, _ in told)), any(flag for _, flag in told)
     shapes, saved_shapes = ({name: value.shape for name, value in kept.items()} for kept in (bound, saved_bound))
     if (
         kinds != files.kinds() - {"weight", "ema"}
-        or bool(bound) != saved_by["bound"]
+        or any_bound != saved_by["bound"]
         or (same_layout and shapes != saved_shapes)
     ):
         raise InputError(
             f"{folder}: was saved with another train.optimizer. It must stay as it was, or start a new run."
         )
-    if bound and not same_layout and not requantize:
+    if any_bound and not same_layout and not requantize:
         raise InputError(
             f"{folder}: the 8-bit optimizer state was saved as {saved_by['layout']} and is not exactly that of "
             f"{engine.state_layout}. Go on with the engine and number of processes that saved it, or set "

@@ -191,13 +191,13 @@ def snapshot(engine: Engine, ema: Ema, *, copy: bool) -> tuple[dict[str, Tensor]
 
 
 def describe_engine(engine: Engine) -> dict:
-    """What `run_state.load_tensors` needs to know of the engine that saved."""
+    """What `run_state.load_tensors` needs to know of the engine that saved. All ranks call it."""
     steps = next((int(s["step"]) for _, _, s in engine.optimizer_states() if "step" in s), 0)
     return {
         "name": engine.name,
         "world_size": engine.world_size,
         "layout": engine.state_layout,
-        "bound": bool(bound_state(engine)),
+        "bound": any(engine.gather(bool(bound_state(engine)))),  # small tensors have none, and a rank may hold no other
         "steps": steps,
     }
 

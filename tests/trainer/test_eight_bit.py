@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 
+from configs.errors import InputError
 from trainer.eight_bit import BLOCK, dequantize, eight_bit_moments, quantize
+from trainer.engine import EIGHT_BIT_LIMIT, check_eight_bit_partition
 from trainer.state_files import INDEX, Span, StateFiles, rank_file, write_index, write_tensors
 
 
@@ -78,3 +80,16 @@ def test_moments_that_leave_a_gap_are_not_saved(tmp_path, state):
     spans = {0: {"state1/b": Span(0, 100, "b", 0)}, 1: {"state1/b": Span(120, 200, "b", 0)}}
     with pytest.raises(RuntimeError, match=r"state1/b has 200 elements, saved are \[\[0, 100\], \[120, 200\]\]"):
         write_index(tmp_path, spans, {"b": 200})
+
+
+def test_a_partition_that_bitsandbytes_cannot_count_is_refused_with_the_processes_that_it_takes():
+    """All of FLUX.1's 11.9e9 elements; the optimizer would be told the length modulo 2**32."""
+    flux = 11_902_587_968
+    with pytest.raises(InputError, match=r"engine zero2 on 4 process.* 2,975,646,992 elements.*or 6 processes or more"):
+        check_eight_bit_partition(flux, 4, "zero2")
+    with pytest.raises(InputError, match=r"engine zero1 on 5 process"):
+        check_eight_bit_partition(flux, 5, "zero1")
+    check_eight_bit_partition(flux, 6, "zero2")
+    with pytest.raises(InputError, match=r"on 2 process.*or 3 processes or more"):
+        check_eight_bit_partition(2 * EIGHT_BIT_LIMIT, 2, "zero2")
+    check_eight_bit_partition(2 * EIGHT_BIT_LIMIT - 2, 2, "zero2")

@@ -4,8 +4,10 @@ Real processes (gloo, CPU) run the real trainer. A launch is made once a session
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable
+from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 
@@ -148,7 +150,8 @@ def test_losses_and_weights_are_those_of_one_process(undisturbed, engine, num_pr
 @pytest.mark.parametrize(
     "engine, num_processes",
     [SINGLE, ("ddp", 2), ("fsdp2", 2), ("zero2", 2)]
-    + [pytest.param(*launch, marks=pytest.mark.slow) for launch in (("hsdp", 4), ("zero1", 2), ("zero3", 2))],
+    + [pytest.param(*launch, marks=pytest.mark.slow) for launch in (("hsdp", 4), ("zero1", 2), ("zero3", 2))]
+    + [pytest.param(*launch, marks=pytest.mark.slow) for launch in (("fsdp2-offload", 2), ("zero3-offload", 2))],
 )
 def test_resume_by_the_same_launch_is_bit_equal(undisturbed, resumed, engine, num_processes):
     whole, halves = undisturbed(engine, num_processes), resumed((engine, num_processes), (engine, num_processes))
@@ -156,6 +159,47 @@ def test_resume_by_the_same_launch_is_bit_equal(undisturbed, resumed, engine, nu
     assert furthest(read_tensors(halves), read_tensors(whole)) == 0.0
     undone = (halves / "metrics.1.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in undone] == [HALF + 1]
+
+
+def train_with_small_kernels(arguments: list[str]) -> int:
+    """The trainer, where bitsandbytes counts to 10,000."""
+    import trainer.engine
+
+    trainer.engine.EIGHT_BIT_LIMIT = 10_000
+    return train(arguments)
+
+
+def test_8_bit_adamw_is_refused_a_partition_that_it_cannot_count(launch):
+    with pytest.raises(AssertionError, match=r"engine zero2 on 2 .*bitsandbytes takes less than 10,000\. Use fsdp2"):
+        launch("zero2", 2, "long", "train.optimizer=adamw8bit", function=train_with_small_kernels)
+
+
+def train_after_a_look(arguments: list[str]) -> int:
+    """The trainer, where the model computes something before a checkpoint is loaded, as it does on a quantized base."""
+    from trainer.engine import FsdpEngine
+    from trainer.self_check import _random_tokens
+
+    prepare = FsdpEngine._prepare
+
+    def prepare_and_look(self, transformer, build_optimizer):
+        prepared = prepare(self, transformer, build_optimizer)
+        with torch.no_grad(), self.autocast():
+            prepared(**_random_tokens(prepared.config, self.device))
+        return prepared
+
+    FsdpEngine._prepare = prepare_and_look
+    return train(arguments)
+
+
+def test_fsdp2_goes_on_with_the_checkpoint_after_a_forward_pass_too(launch, undisturbed):
+    whole = undisturbed("fsdp2", 2)
+    halves = whole.parent / "looked"
+    checkpoint = Path("checkpoints", f"step-{HALF:08d}")
+    shutil.copytree(whole / checkpoint, halves / checkpoint)
+    shutil.copy(whole / "metrics.jsonl", halves)
+    launch("fsdp2", 2, halves.name, function=train_after_a_look)
+    assert read_losses(halves) == read_losses(whole)
+    assert furthest(read_tensors(halves), read_tensors(whole)) == 0.0
 
 
 def train_as_on_a_gpu(arguments: list[str]) -> int:
@@ -170,6 +214,249 @@ def test_zero_computes_in_bf16_where_deepspeed_sees_an_autocast_around_it(launch
     """It switches that off: fp32 inputs would then meet bf16 weights, at the first step."""
     settings = ["model.precision=bf16", "train.steps=3", "train.warmup_steps=1"]
     assert launch(engine, 2, f"{engine}-bf16", *settings, function=train_as_on_a_gpu) == [3, 3]
+
+
+BAD_STEP = 3
+
+
+def train_with_a_bad_loss(arguments: list[str]) -> tuple[list[bool], dict[int, list[str]], list[int]]:
+    """The trainer, where at one step one loss of the last rank is not a number: (whether each update was applied, which
+    weights and moments that step and the next one changed, the updates that the average took in)."""
+    from trainer import main
+    from trainer.ema import Ema
+    from trainer.engine import Engine
+
+    applied: list[bool] = []
+    changed: dict[int, list[str]] = {}
+    averaged: list[int] = []
+    bad: list[float] = []
+    loss, step, update_average = main.flow_loss, Engine.step, Ema.update
+
+    def flow_loss(*given):
+        losses = loss(*given)
+        if len(applied) + 1 == BAD_STEP and not bad and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+            bad.append(float("nan"))
+            losses = losses * bad[0]
+        return losses
+
+    def state_of(engine):
+        parts = {part.name: {"weight": part.weight, **part.moments} for part in engine.local_slices()}
+        return {f"{key}/{name}": value.clone() for name, kept in parts.items() for key, value in kept.items()}
+
+    def watched_step(self, lr):
+        number = len(applied) + 1
+        before = state_of(self) if number in (BAD_STEP, BAD_STEP + 1) else {}
+        update = step(self, lr)
+        if before:
+            after = state_of(self)
+            changed[number] = [name for name, value in before.items() if not torch.equal(value, after[name])]
+        applied.append(update.applied)
+        return update
+
+    def watched_average(self, num_updates):
+        averaged.append(num_updates)
+        update_average(self, num_updates)
+
+    main.flow_loss, Engine.step, Ema.update = flow_loss, watched_step, watched_average
+    main.train(arguments)
+    return applied, changed, averaged
+
+
+@pytest.fixture(scope="session")
+def met_a_bad_loss(launch, undisturbed) -> Callable[..., tuple[Path, list]]:
+    """(folder of a run that met a bad loss, what each rank told): `met_a_bad_loss(engine, processes, precision)`, made
+    once."""
+    made: dict[tuple, tuple[Path, list]] = {}
+
+    def run(engine: str, num_processes: int, precision: str) -> tuple[Path, list]:
+        name = f"bad-{engine}-{num_processes}-{precision}"
+        if name not in made:
+            settings = [f"model.precision={precision}", "train.micro_batch_size=1"]
+            told = launch(engine, num_processes, name, *settings, function=train_with_a_bad_loss)
+            made[name] = (undisturbed(*SINGLE).parent / name, told)
+        return made[name]
+
+    return run
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "engine, num_processes",
+    [
+        SINGLE,
+        ("ddp", 2),
+        ("fsdp2", 2),
+        ("zero2", 2),
+        *(pytest.param(engine, 2, marks=pytest.mark.slow) for engine in ("zero1", "zero3", "zero3-offload")),
+        pytest.param("hsdp", 4, marks=pytest.mark.slow),
+    ],
+)
+def test_a_loss_that_is_not_a_number_on_one_rank_skips_the_update_on_all_and_leaves_nothing_behind(
+    met_a_bad_loss, engine, num_processes, precision
+):
+    """The rest of the run is that of one process that met the same."""
+    run, told = met_a_bad_loss(engine, num_processes, precision)
+    others = [step for step in range(1, STEPS + 1) if step != BAD_STEP]
+    for applied, changed, averaged in told:
+        assert [step for step, was in enumerate(applied, 1) if was] == others
+        assert changed[BAD_STEP] == [] and len(changed[BAD_STEP + 1]) > 100
+        assert [number + 1 for number in averaged] == others
+    losses, expected = read_losses(run), read_losses(met_a_bad_loss(*SINGLE, precision)[0])
+    assert losses.pop(BAD_STEP - 1) is None and expected.pop(BAD_STEP - 1) is None
+    assert losses == pytest.approx(expected, **({"abs": 1e-5} if precision == "fp32" else {"rel": 0.01}))
+    if precision == "fp32":
+        assert furthest(read_tensors(run), read_tensors(met_a_bad_loss(*SINGLE, precision)[0])) < 1e-5
+
+
+def train_and_watch_gradients(arguments: list[str]) -> list[tuple[bool, int]]:
+    """The trainer; for each micro-step whether it was a step's last, and how many elements of whole gradients this rank
+    held after it."""
+    from trainer.engine import FsdpEngine
+    from trainer.main import train
+
+    seen: list[tuple[bool, int]] = []
+    exchange, backward = FsdpEngine._exchange_gradients, FsdpEngine._backward
+
+    def watched_exchange(self, wanted):
+        self.is_last = wanted
+        exchange(self, wanted)
+
+    def watched_backward(self, loss):
+        backward(self, loss)
+        held = 0
+        for module in self._transformer.modules():
+            group = module._get_fsdp_state()._fsdp_param_group if hasattr(module, "_get_fsdp_state") else None
+            for parameter in group.fsdp_params if group else ():
+                whole = getattr(parameter, "_unsharded_param", None)
+                for gradient in (parameter.unsharded_accumulated_grad, None if whole is None else whole.grad):
+                    held += 0 if gradient is None else gradient.numel()
+        seen.append((self.is_last, held))
+
+    FsdpEngine._exchange_gradients, FsdpEngine._backward = watched_exchange, watched_backward
+    train(arguments)
+    return seen
+
+
+@pytest.mark.parametrize("engine, num_processes", [("fsdp2", 2), pytest.param("hsdp", 4, marks=pytest.mark.slow)])
+def test_between_micro_steps_no_rank_holds_whole_gradients(launch, undisturbed, engine, num_processes):
+    name, settings = f"{engine}-gradients", ["train.micro_batch_size=1", f"checkpoint.every_steps={STEPS}"]
+    for seen in launch(engine, num_processes, name, *settings, function=train_and_watch_gradients):
+        assert len(seen) == STEPS * 8 // num_processes
+        assert [held for _, held in seen] == [0] * len(seen)
+        assert sum(last for last, _ in seen) == STEPS
+    run = undisturbed(*SINGLE).parent / name
+    assert read_losses(run) == pytest.approx(read_losses(undisturbed(*SINGLE)), abs=1e-5)
+    assert furthest(read_tensors(run), read_tensors(undisturbed(*SINGLE))) < 1e-5
+
+
+def train_and_watch_addresses(arguments: list[str]) -> list[list[int]]:
+    """The trainer; where this rank's gradients lay after each micro-step."""
+    from trainer.engine import Engine, trained
+    from trainer.main import train
+
+    seen: list[list[int]] = []
+    backward = Engine._backward
+
+    def watched(self, loss):
+        backward(self, loss)
+        seen.append([parameter.grad.data_ptr() for parameter in trained(self._transformer)])
+
+    Engine._backward = watched
+    train(arguments)
+    return seen
+
+
+def test_ddp_has_no_gradients_beside_those_that_it_exchanges(launch, undisturbed):
+    """From the first micro-step on, after a resume too: whatever is exchanged comes to lie in DDP's buckets."""
+    checkpoint = Path("checkpoints", f"step-{HALF:08d}")
+    source = undisturbed("ddp", 2)
+    shutil.copytree(source / checkpoint, source.parent / "addresses" / checkpoint)
+    shutil.copy(source / "metrics.jsonl", source.parent / "addresses")
+    for seen in launch("ddp", 2, "addresses", "train.micro_batch_size=1", function=train_and_watch_addresses):
+        assert len(seen) == HALF * 4
+        assert all(addresses == seen[0] for addresses in seen)
+
+
+def start_and_choose(arguments: list[str]) -> tuple[str, list[str], float]:
+    """(checkpoint that the trainer would go on from, files that this rank hashed for it, the group's patience in s).
+
+    Of 45 minutes: gloo's own is the trainer's.
+    """
+    import hashlib
+
+    import trainer.engine
+    from trainer import run_state
+    from trainer.engine import start_engine
+    from trainer.process import read_command_line
+
+    hashed: list[str] = []
+    digest = hashlib.file_digest
+
+    def watched(file, algorithm):
+        hashed.append(Path(file.name).name)
+        return digest(file, algorithm)
+
+    hashlib.file_digest = watched
+    trainer.engine.PATIENCE = timedelta(minutes=45)
+    config, resume_from = read_command_line(arguments)
+    engine = start_engine(config)
+    folder = run_state.choose_checkpoint(config, resume_from, engine)
+    group = torch.distributed.group.WORLD
+    patience = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+    engine.close()
+    return folder.name, hashed, patience
+
+
+@pytest.mark.parametrize("engine, num_processes", [("ddp", 2), ("fsdp2", 3), ("zero2", 2)])
+def test_ranks_share_the_reading_of_a_checkpoint_and_have_the_patience_for_it(
+    launch, undisturbed, engine, num_processes
+):
+    source = undisturbed("ddp", 2)
+    run = source.parent / f"shared-{engine}"
+    shutil.copytree(source / "checkpoints", run / "checkpoints")
+    files = {
+        path.relative_to(source).as_posix(): path.name
+        for path in (source / "checkpoints" / f"step-{STEPS:08d}").rglob("*")
+        if path.is_file() and path.name not in ("COMPLETE", "manifest.json")
+    }
+    chosen, hashed, patience = zip(*launch(engine, num_processes, run.name, function=start_and_choose), strict=True)
+    assert set(chosen) == {f"step-{STEPS:08d}"}
+    assert sorted(chain.from_iterable(hashed)) == sorted(files.values())
+    assert all(hashed)
+    assert set(patience) == {45 * 60}
+    last = run / "checkpoints" / f"step-{STEPS:08d}" / "rank-00001.safetensors"
+    last.write_bytes(last.read_bytes()[:-1] + b"\x00")
+    chosen, _, _ = zip(*launch(engine, num_processes, run.name, function=start_and_choose), strict=True)
+    assert set(chosen) == {f"step-{HALF:08d}"}
+
+
+def train_and_look_into_deepspeed(arguments: list[str]) -> tuple[set[torch.dtype], torch.dtype]:
+    """The trainer; dtypes of the weights put on the device, and of the sum of gradients over micro-batches."""
+    from trainer.engine import ZeroEngine
+    from trainer.main import train
+
+    seen = []
+    place, prepare = ZeroEngine._on_device, ZeroEngine._prepare
+
+    def watched_place(self, transformer):
+        seen.append({parameter.dtype for parameter in transformer.parameters()})
+        return place(self, transformer)
+
+    def watched_prepare(self, transformer, build_optimizer):
+        engine = prepare(self, transformer, build_optimizer)
+        seen.append(engine.optimizer.gradient_accumulation_dtype)
+        return engine
+
+    ZeroEngine._on_device, ZeroEngine._prepare = watched_place, watched_prepare
+    train(arguments)
+    return tuple(seen)
+
+
+@pytest.mark.parametrize("engine", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_in_bf16_zero_places_no_fp32_weights_and_adds_gradients_up_in_fp32(launch, engine):
+    settings = ["model.precision=bf16", "train.steps=2", "train.warmup_steps=1", "train.micro_batch_size=1"]
+    seen = launch(engine, 2, f"{engine}-dtypes", *settings, function=train_and_look_into_deepspeed)
+    assert seen == [({torch.bfloat16}, torch.float32)] * 2
 
 
 def train_and_watch_reads(arguments: list[str]) -> list[int]:
@@ -304,6 +591,20 @@ def test_8_bit_adamw_trains_and_resumes_exactly(launch, undisturbed, engine, num
     shutil.copytree(whole / checkpoint, halves / checkpoint)
     shutil.copy(whole / "metrics.jsonl", halves)
     launch(engine, num_processes, halves.name, "train.optimizer=adamw8bit")
+    assert read_losses(halves) == read_losses(whole)
+    assert furthest(read_tensors(halves), read_tensors(whole)) == 0.0
+
+
+@pytest.mark.slow
+def test_8_bit_state_that_the_last_rank_has_none_of_goes_on_exactly(launch):
+    """Of 16 rows of 768, three ranks hold 6, 6 and 4; bitsandbytes keeps less than 4,096 elements in fp32."""
+    settings = ("method={type: lora, rank: 16, targets: [net.2]}", "train.optimizer=adamw8bit")
+    whole = launch("fsdp2", 3, "8bit-small", *settings)
+    halves = whole.parent / "8bit-small-halves"
+    checkpoint = Path("checkpoints", f"step-{HALF:08d}")
+    shutil.copytree(whole / checkpoint, halves / checkpoint)
+    shutil.copy(whole / "metrics.jsonl", halves)
+    launch("fsdp2", 3, halves.name, *settings)
     assert read_losses(halves) == read_losses(whole)
     assert furthest(read_tensors(halves), read_tensors(whole)) == 0.0
 

@@ -91,6 +91,14 @@ def test_no_whole_weight_is_kept_for_the_backward_pass(precision):
     assert not [t.shape for t in kept if t.numel() >= 64 * 192 and t.is_floating_point() and t.data_ptr() not in stored]
 
 
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_a_cast_of_the_model_leaves_quantized_weights_as_they_are(precision):
+    _, model = quantized(precision)
+    layer = model.transformer_blocks[0]["ff"]
+    before = layer.dequantized()
+    assert torch.equal(model.bfloat16().transformer_blocks[0]["ff"].dequantized(), before)
+
+
 LORA = "method={type: lora, rank: 8, alpha: 16}"
 STEPS, HALF = 4, 2
 
@@ -103,14 +111,15 @@ def train(arguments: list[str]) -> int:
 
 @pytest.fixture(scope="module")
 def launch(config, tmp_path_factory):
-    """Runs the trainer: `launch(engine, processes, name, "key=value", ...)`; returns the run's folder."""
+    """Runs the trainer: `launch(engine, processes, name, "key=value", ...)`; returns the run's folder, or, given a
+    function to run in its place, what it returned in each rank."""
     from configs.loading import dump_config
 
     runs = tmp_path_factory.mktemp("quantized")
     path = runs / "config.yaml"
     path.write_text(dump_config(config), encoding="utf-8")
 
-    def run(engine: str, num_processes: int, name: str, *overrides: str) -> Path:
+    def run(engine: str, num_processes: int, name: str, *overrides: str, function=None):
         settings = {
             "run.dir": runs,
             "run.name": name,
@@ -123,8 +132,9 @@ def launch(config, tmp_path_factory):
             "logging.trackers": "[]",
         }
         line = [f"{key}={value}" for key, value in settings.items()]
-        run_ranks(engine, num_processes, train, ["--config", str(path), LORA, *line, *overrides])
-        return runs / name
+        arguments = ["--config", str(path), LORA, *line, *overrides]
+        returned = run_ranks(engine, num_processes, function or train, arguments)
+        return runs / name if function is None else returned
 
     return run
 
@@ -176,6 +186,33 @@ def test_a_lora_on_a_quantized_base_trains_as_on_one_process_and_resumes_exactly
     launch(engine, 2, halves.name, f"model.precision={precision}")
     assert losses(halves) == losses(whole)
     assert all(torch.equal(tensor, one[name]) for name, tensor in adapter(halves).items())
+
+
+def train_and_add_up_the_base(arguments: list[str]) -> dict[str, float]:
+    """The trainer; the sum of the squares of each quantized layer's weights, as this rank multiplies with them."""
+    import trainer.main
+    from trainer.quantize import WeightOnlyLinear
+
+    sums = {}
+
+    def add_up(config, engine, model, ema):
+        for name, layer in engine.plain_transformer.named_modules():
+            if isinstance(layer, WeightOnlyLinear):
+                sums[name] = layer.dequantized().double().square().sum().item()
+
+    trainer.main.export_and_verify = add_up
+    trainer.main.train(arguments)
+    return sums
+
+
+@pytest.mark.parametrize("engine", ["zero2", pytest.param("zero1", marks=pytest.mark.slow)])
+def test_zero_trains_on_the_base_of_one_process_to_the_last_bit(launch, engine):
+    """Some versions of DeepSpeed cast buffers, too: scales would lose 16 of their bits."""
+    settings = ("model.precision=int8", "train.steps=1", "train.warmup_steps=0")
+    (alone,) = launch("single", 1, "base-alone", *settings, function=train_and_add_up_the_base)
+    of_ranks = launch(engine, 2, f"base-{engine}", *settings, function=train_and_add_up_the_base)
+    assert len(alone) > 10
+    assert of_ranks == [alone, alone]
 
 
 METHODS = {

@@ -9,7 +9,7 @@ from data.row_filler import ReplacedRow
 from trainer.batches import choose_order
 from trainer.checkpoint import save_checkpoint
 from trainer.ema import Ema
-from trainer.run_state import RunState, gather_replaced, resume
+from trainer.run_state import RunState, choose_checkpoint, gather_replaced, resume
 
 REPLACED = tuple(
     ReplacedRow(position, "shards/a.tar", row, row + 1) for position, row in ((3, 0), (5, 1), (8, 0), (9, 4))
@@ -65,6 +65,20 @@ def test_a_run_keeps_its_streams_and_blocks(config, samples, engine, saved, monk
     assert state.order == before
     assert state.replaced == REPLACED[:2]
     assert (state.step, state.restarts) == (3, 1)
+
+
+# --- the choice of a checkpoint ---------------------------------------------------------------------------------------
+
+
+def test_a_machine_that_sees_another_folder_does_not_send_the_run_back(config, samples, engine, saved, monkeypatch):
+    """Its half of the files is missing there, and whole where rank 0 looks."""
+    run, folder = saved(choose_order(config, samples))
+    monkeypatch.setattr(type(engine), "gather", lambda self, item: [item, "rank-00001.safetensors is missing"])
+    monkeypatch.setattr(engine, "world_size", 2)
+    with pytest.raises(
+        InputError, match=rf"{folder}: rank 1 finds that rank-00001.* is missing, rank 0 finds it whole"
+    ):
+        choose_checkpoint(run, "auto", engine)
 
 
 # --- replaced rows ----------------------------------------------------------------------------------------------------
