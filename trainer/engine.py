@@ -195,7 +195,8 @@ class Engine:
             transformer = self._accelerator.prepare_model(transformer)
             if not isinstance(transformer, DistributedDataParallel):
                 raise RuntimeError(f"engine ddp: accelerate made {type(transformer).__name__} of the transformer")
-            _lay_gradients_in_buckets(transformer)
+            if all(parameter.requires_grad for parameter in transformer.parameters()):  # an adapter's are small
+                _lay_gradients_in_buckets(transformer)
         self._transformer = transformer
         self._optimizer = build_optimizer(trained(transformer))
         return transformer
