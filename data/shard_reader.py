@@ -243,11 +243,12 @@ class ShardReader:
         if self._copies is None:
             return False
         with self._lock:
-            if self._open.get(shard) not in (opened, None):
+            current = self._open.get(shard)
+            if current is not None and current is not opened:
                 return True  # another thread was first to see it
             now = time.monotonic()
             if now - self._fetched_anew.get(shard, -math.inf) < _FETCH_ANEW_SECONDS:
-                return False
+                return current is None  # another thread fetches it just now
             self._fetched_anew[shard] = now
             # Under the lock: another thread that opened it now would find the damaged copy once more.
             self._open.pop(shard, None)

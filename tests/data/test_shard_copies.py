@@ -305,6 +305,17 @@ def test_threads_that_find_the_same_damage_read_the_same_new_copy(remote, tmp_pa
     assert server.requests["shards/a/32x32-000001.tar"] == 2
 
 
+def test_a_thread_that_sees_the_damage_while_another_fetches_the_shard_looks_again(remote, tmp_path):
+    url, _, cache = remote
+    reader = ShardReader(replace(cache, copies=copies_of(url, cache, tmp_path)))
+    damaged = reader.shard(1)  # two threads have read from it
+    assert reader._copy_is_replaced(1, damaged)
+    assert reader._copy_is_replaced(1, damaged), "it would take its row for lost"
+    new = reader.shard(1)
+    assert reader._copy_is_replaced(1, damaged)
+    assert not reader._copy_is_replaced(1, new), "damaged where it comes from: not fetched for every row"
+
+
 def test_what_another_process_fetched_in_the_place_of_a_damaged_copy_stays(remote, tmp_path):
     url, _, cache = remote
     copies = copies_of(url, cache, tmp_path)
