@@ -101,7 +101,7 @@ class ShardRows:
             self._pool.submit(self._fill_share, filling, first)
         return filling.ready
 
-    def _fill_share(self, filling: "_Filling", first: int) -> None:
+    def _fill_share(self, filling: _Filling, first: int) -> None:
         """Fill every so many-th place from `first` on."""
         try:
             self._fill_places(filling, first)
@@ -110,7 +110,7 @@ class ShardRows:
         else:
             filling.one_is_done(None)
 
-    def _fill_places(self, filling: "_Filling", first: int) -> None:
+    def _fill_places(self, filling: _Filling, first: int) -> None:
         planned, rows = filling.planned, filling.memory.rows()
         for place in range(first, planned.width, filling.shares):
             wanted = planned.at(place)

@@ -16,14 +16,17 @@ from collections.abc import Callable
 
 GRACE_SECONDS = 30.0  # for a rank that can still leave by itself, with its own words
 _LOOK_SECONDS = 1.0
+_THREAD = "failed-ranks"
 
 
 def leave_when_another_rank_fails(has_failed: Callable[[], bool]) -> None:
     """From now on, once this process was told to stop and `has_failed`, end it with code 1 after a while.
 
     has_failed: whether a rank has left word of a failure. Asked of after a signal only, once a second.
-    For the main thread of a process whose signals have handlers.
+    For the main thread of a process whose signals have handlers; a second call changes nothing.
     """
+    if any(thread.name == _THREAD for thread in threading.enumerate()):
+        return
     receiving, sending = socket.socketpair()
     sending.setblocking(False)
     signal.set_wakeup_fd(sending.fileno(), warn_on_full_buffer=False)
@@ -36,4 +39,4 @@ def leave_when_another_rank_fails(has_failed: Callable[[], bool]) -> None:
             time.sleep(GRACE_SECONDS)
             os._exit(1)
 
-    threading.Thread(target=watch, name="failed-ranks", daemon=True).start()
+    threading.Thread(target=watch, name=_THREAD, daemon=True).start()
