@@ -24,13 +24,13 @@ from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.cache_statistics import count_cache
-from data.geometry import Bucket
-from data.manifest import FORMAT_VERSION, TRAIN, Manifest, ShardTable
-from data.order import ORDER_VERSION
-from data.shard_plan import sample_bytes
-from data.shards import SampleTensors, ShardIndex, ShardWriter, count_hole_fractions, index_path
-from data.stored_text import store_text, text_bytes
+from data.batches.order import ORDER_VERSION
+from data.cache.manifest import FORMAT_VERSION, TRAIN, Manifest, ShardTable
+from data.cache.shard_writer import SampleTensors, ShardIndex, ShardWriter, count_hole_fractions, index_path
+from data.encoders.stored_text import store_text, text_bytes
+from data.samples.geometry import Bucket
+from data.samples.shard_plan import sample_bytes
+from data.show.statistics import count_cache
 
 TEXT_LENGTH, TEXT_WIDTH, POOLED_WIDTH = 512, 4096, 768
 SHARD_BYTES = 256 << 20  # data.shard_size_mib

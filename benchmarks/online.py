@@ -27,15 +27,15 @@ from pathlib import Path
 import torch
 
 from benchmarks.preprocess import build_model, make_config, plan, write_pictures
-from data.decode_samples import load_pixels
-from data.encode import collate_pixels, encode_captions, encode_pixels
-from data.load_encoders import Encoders
-from data.online import OnlineSamples
-from data.order import Order, OrderSettings
-from data.reader import BatchStream
-from data.row_filler import RowPolicy
-from data.shard_plan import PlannedSample
-from data.which_worker import Worker
+from data.batches.batch_stream import BatchStream
+from data.batches.order import Order, OrderSettings
+from data.batches.row_filler import RowPolicy
+from data.encoders.encode import collate_pixels, encode_captions, encode_pixels
+from data.encoders.load import Encoders
+from data.online.training_set import OnlineSamples
+from data.preprocessing.worker import Worker
+from data.samples.decode import load_pixels
+from data.samples.shard_plan import PlannedSample
 
 
 def encode_batch(samples: list[PlannedSample], encoders: Encoders, config) -> None:

@@ -29,8 +29,8 @@ def write_head(folder: Path, num_shards: int) -> None:
     """manifest.json and shards.npz of a cache with `num_shards` shards of about 100 samples."""
     import numpy as np
 
-    from data.manifest import FORMAT_VERSION, HOLDOUT, TRAIN, Manifest, ShardTable, write_manifest
-    from data.order import ORDER_VERSION
+    from data.batches.order import ORDER_VERSION
+    from data.cache.manifest import FORMAT_VERSION, HOLDOUT, TRAIN, Manifest, ShardTable, write_manifest
 
     random = np.random.default_rng(0)
     dataset = np.array(list(WEIGHTS))[random.choice(3, num_shards, p=[0.7, 0.2, 0.1])]
@@ -77,9 +77,9 @@ def start_rank(folder: Path, *, rank: int, ranks: int, streams: int, share: floa
     import_start = time.perf_counter()
     import numpy as np
 
-    from data.manifest import TRAIN, read_manifest, read_shard_table
-    from data.order import Order, OrderSettings, hash_shards, rank_rows
-    from data.reader import BatchStream  # noqa: F401  a rank has it, and torch with it
+    from data.batches.batch_stream import BatchStream  # noqa: F401  a rank has it, and torch with it
+    from data.batches.order import Order, OrderSettings, hash_shards, rank_rows
+    from data.cache.manifest import TRAIN, read_manifest, read_shard_table
 
     start = time.perf_counter()
     before_mib = _peak_mib()

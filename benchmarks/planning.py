@@ -71,10 +71,10 @@ def plan_once(folder: Path, dataset: dict) -> dict[str, float]:
     from rich.console import Console
 
     from configs.loading import load_config
-    from data.plan_samples import plan_samples
-    from data.preprocess_report import open_progress
-    from data.shard_plan import plan_shards
-    from data.which_worker import Worker
+    from data.preprocessing.progress import open_progress
+    from data.preprocessing.worker import Worker
+    from data.samples.plan import plan_samples
+    from data.samples.shard_plan import plan_shards
 
     overrides = [f"data.cache={folder}/cache", f"data.datasets=[{json.dumps(dataset)}]", "data.holdout=0"]
     config = load_config(ROOT / "configs" / "demo.yaml", overrides)

@@ -34,13 +34,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from configs.loading import load_config
 from configs.schema import Config, EncodersConfig
-from data.decode_samples import in_batches, load_pixels
-from data.encode import collate_pixels, encode_captions, encode_pixels
-from data.load_encoders import Encoders, load_encoders
-from data.plan_samples import plan_samples
+from data.cache.shard_writer import SampleTensors, ShardWriter
+from data.encoders.encode import collate_pixels, encode_captions, encode_pixels
+from data.encoders.load import Encoders, load_encoders
 from data.preprocess import preprocess
-from data.shard_plan import ShardPlan, plan_shards
-from data.shards import SampleTensors, ShardWriter
+from data.samples.decode import in_batches, load_pixels
+from data.samples.plan import plan_samples
+from data.samples.shard_plan import ShardPlan, plan_shards
 from demo.tiny_model import build_tiny_model
 
 ROOT = Path(__file__).parents[1]

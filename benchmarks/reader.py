@@ -34,13 +34,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from webdataset import TarWriter, WebDataset
 
-from data.cache import Cache
-from data.geometry import Bucket
-from data.manifest import FORMAT_VERSION, TRAIN, Manifest, ShardTable
-from data.order import ORDER_VERSION, Order, OrderSettings, hash_shards
-from data.reader import BatchStream
-from data.shard_rows import ShardRows
-from data.shards import SampleTensors, ShardWriter
+from data.batches.batch_stream import BatchStream
+from data.batches.cached_rows import ShardRows
+from data.batches.order import ORDER_VERSION, Order, OrderSettings, hash_shards
+from data.cache.manifest import FORMAT_VERSION, TRAIN, Manifest, ShardTable
+from data.cache.open_cache import Cache
+from data.cache.shard_writer import SampleTensors, ShardWriter
+from data.samples.geometry import Bucket
 
 TEXT_LENGTH, TEXT_WIDTH, POOLED_WIDTH = 512, 4096, 768
 SHARD_BYTES = 256 << 20  # data.shard_size_mib

@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.cache_size import Case, describe, write_shard
-from data.manifest import write_manifest
-from data.verify import verify_cache
+from data.cache.manifest import write_manifest
+from data.verify.cache import verify_cache
 
 CASE = Case(1024, "unique", 1, "bf16")
 

@@ -1,4 +1,6 @@
-"""Encode once: pictures, masks and captions -> a cache folder of shards (see data/shards.py for what a shard holds).
+"""Encode once: pictures, masks and captions -> a cache folder of shards.
+
+data/cache/shard_writer.py says what a shard holds.
 
 The plan comes first and is a pure function of the pictures, so an interrupted job goes on where it stopped: a shard
 with an index is whole, one made from other pictures is made anew, one no longer planned is deleted. manifest.json comes
@@ -24,7 +26,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from data.library_noise import quiet_libraries
+from configs.library_warnings import quiet_libraries
 
 if __name__ == "__main__":
     quiet_libraries()
@@ -35,32 +37,32 @@ from rich.progress import Progress
 from configs.errors import InputError
 from configs.loading import load_config
 from configs.schema import Config
-from data.backlog import SHARD_CLAIMS, Backlog, read_finished_of
-from data.cache_head import delete_unplanned, describe_cache, is_current
-from data.constants import constants_are_there, write_constants
-from data.crew import Crew, join_crew
-from data.decode_samples import DecodedBatch, decode_batches
-from data.dry_run import bytes_by_part, measure, print_bytes, print_counts, print_hours
-from data.encode_shards import Turn, encode_shards
-from data.full_disk import DiskFull, told_when_full
-from data.geometry import Pixels
-from data.load_encoders import Encoders, load_encoders
-from data.manifest import FORMAT_VERSION, read_shard_table, write_manifest
-from data.model_folder import encoder_fingerprints, find_model, read_part_number
-from data.plan_file import PlanFile
-from data.plan_samples import plan_samples
-from data.preprocess_report import Waiting, advancing, open_progress, print_report
-from data.scan import delete_copies, scan_dataset
-from data.shard_plan import ShardPlan, plan_shards
-from data.share_plan import agree_on_plan
-from data.stored_text import text_bytes
-from data.validation_items import (
+from data.cache.build_manifest import delete_unplanned, describe_cache, is_current
+from data.cache.dropout_tensors import constants_are_there, write_constants
+from data.cache.manifest import FORMAT_VERSION, read_shard_table, write_manifest
+from data.cache.validation_items import (
     ValidationItem,
     choose_validation_items,
     num_watched,
     write_validation_items,
 )
-from data.which_worker import Worker, which_worker
+from data.encoders.load import Encoders, load_encoders
+from data.encoders.model_folder import encoder_fingerprints, find_model, read_part_number
+from data.encoders.stored_text import text_bytes
+from data.preprocessing.dry_run import bytes_by_part, measure, print_bytes, print_counts, print_hours
+from data.preprocessing.encode_shards import Turn, encode_shards
+from data.preprocessing.plan_file import PlanFile
+from data.preprocessing.progress import Waiting, advancing, open_progress, print_report
+from data.preprocessing.shard_queue import SHARD_CLAIMS, Backlog, read_finished_of
+from data.preprocessing.share_plan import agree_on_plan
+from data.preprocessing.worker import Worker, which_worker
+from data.preprocessing.worker_group import Crew, join_crew
+from data.samples.decode import DecodedBatch, decode_batches
+from data.samples.geometry import Pixels
+from data.samples.plan import plan_samples
+from data.samples.shard_plan import ShardPlan, plan_shards
+from data.sources.scan import delete_copies, scan_dataset
+from data.storage.disk_full import DiskFull, told_when_full
 
 CREW_FOLDER = "crew"  # in the cache, while somebody works on it
 _CONSTANTS, _HEAD = "constants", "head"  # what can be claimed, besides shards

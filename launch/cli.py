@@ -11,9 +11,9 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from configs.errors import InputError
+from configs.library_warnings import quiet_libraries
 from configs.loading import json_schema, load_config
-from data.library_noise import quiet_libraries
-from data.which_worker import which_worker
+from data.preprocessing.worker import which_worker
 from launch import shards
 from launch.command import choose_engine, render_command, render_environment, render_export, render_shell_line
 from launch.gpus import count_gpus, count_training_gpus

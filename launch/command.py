@@ -50,8 +50,8 @@ def render_command(
 
 
 def render_export(source: Path, out: Path, weights: str, dtype: str | None) -> list[str]:
-    """The command that exports a checkpoint, as an argument list; trainer/export_checkpoint.py says what each means."""
-    line = [sys.executable, "-P", "-m", "trainer.export_checkpoint", str(source), "--out", str(out)]
+    """The command that exports a checkpoint, as an argument list; trainer/export/from_checkpoint.py explains each."""
+    line = [sys.executable, "-P", "-m", "trainer.export.from_checkpoint", str(source), "--out", str(out)]
     line += ["--weights", weights]
     return line if dtype is None else [*line, "--dtype", dtype]
 

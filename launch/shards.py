@@ -24,7 +24,7 @@ from configs.errors import InputError
 from configs.loading import load_config
 
 if TYPE_CHECKING:
-    from data.verify import CheckedCache
+    from data.verify.cache import CheckedCache
 
 BAD_FOUND = 1  # exit code
 _SHOWN_PROBLEMS = 100
@@ -67,7 +67,7 @@ def verify(
     config = load_config(repair, []) if repair is not None else None
     console = _console()
     num_threads = threads or min(len(os.sched_getaffinity(0)), _MOST_THREADS)
-    from data.verify import verify_cache
+    from data.verify.cache import verify_cache
 
     def check(only: Collection[str] | None = None) -> "CheckedCache":
         with _reading(console) as (start, advance):
@@ -77,7 +77,7 @@ def verify(
 
     if config is None:
         raise typer.Exit(BAD_FOUND if check().problems else 0)
-    from data.repair import refuse_other_config, repair_cache
+    from data.verify.repair import refuse_other_config, repair_cache
 
     refuse_other_config(config, cache)
     checked, changed = repair_cache(config, check, console)
@@ -116,9 +116,9 @@ def show(
     if out is not None and base is None:
         raise InputError("--out needs the VAE that encoded the cache: give --model, or a config in the folder's place.")
     console = _console()
-    from data.cache_statistics import count_cache, find_shards
-    from data.manifest import read_manifest, read_shard_table
-    from data.statistics_report import print_statistics
+    from data.cache.manifest import read_manifest, read_shard_table
+    from data.show.statistics import count_cache, find_shards
+    from data.show.statistics_report import print_statistics
 
     manifest, table = read_manifest(cache), read_shard_table(cache)
     rows = find_shards(table, shard)
@@ -127,9 +127,9 @@ def show(
     print_statistics(console, cache, manifest, counted)
     if out is None or base is None:
         return
-    from data.library_noise import quiet_libraries
-    from data.sample_sheet import decode_samples, load_cache_vae, save_page, save_sheet
-    from data.stored_samples import read_samples, spread_samples
+    from configs.library_warnings import quiet_libraries
+    from data.show.sample_sheet import decode_samples, load_cache_vae, save_page, save_sheet
+    from data.show.stored_samples import read_samples, spread_samples
 
     quiet_libraries()
     vae, chosen = load_cache_vae(base, manifest), spread_samples(table, rows, samples)

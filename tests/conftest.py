@@ -13,7 +13,7 @@ import pytest
 
 if TYPE_CHECKING:
     from configs.schema import Config
-    from data.cache import Cache
+    from data.cache.open_cache import Cache
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -72,7 +72,7 @@ def cache(demo_config: Callable[..., Config], tmp_path_factory: pytest.TempPathF
     """The demo's triples, encoded by the tiny model as `demo_config` says. Read only: damage a copy of its folder."""
     from rich.console import Console
 
-    from data.cache import open_cache
+    from data.cache.open_cache import open_cache
     from data.preprocess import preprocess
 
     config = demo_config(tmp_path_factory.mktemp("cache") / "cache")

@@ -1,6 +1,6 @@
 """What the warm server of ranks and workers imports once. Starts no threads: a fork takes but the thread that forks."""
 
-from data.library_noise import quiet_libraries
+from configs.library_warnings import quiet_libraries
 
 quiet_libraries()
 

@@ -12,7 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from configs.schema import Config
-from data.which_worker import Worker, which_worker
+from data.preprocessing.worker import Worker, which_worker
 from tests.ranks import warm_context
 
 # What Python tells audit hooks of before it changes a folder.

@@ -6,28 +6,28 @@ accelerate launch trainer/main.py --config configs/fill_lora.yaml [--resume auto
 import sys
 from functools import partial
 
-from trainer.process import Stopped, check_command_line, read_command_line, run_and_report
-from trainer.stop_signals import install_stop_signals, stop_signal
+from trainer.process.command_line import Stopped, check_command_line, read_command_line, run_and_report
+from trainer.process.stop_signals import install_stop_signals, stop_signal
 
 if __name__ == "__main__":
     install_stop_signals()  # now, not after ten seconds of imports; and what is wrong with a config is said now
     if code := run_and_report(check_command_line):
         sys.exit(code)
 
-from data.micro_batch import unpack_mask
-from data.model_folder import find_model
-from trainer.batches import choose_order, open_samples, open_stream
-from trainer.ema import Ema
-from trainer.engine import start_engine
-from trainer.finish import export_and_verify
-from trainer.flow import flow_loss, mix_noise, region_weight, sample_sigma
-from trainer.flux import predict_velocity
+from data.batches.micro_batch import unpack_mask
+from data.encoders.model_folder import find_model
+from trainer.checkpoints.run_state import resume
+from trainer.checkpoints.save import Saver
+from trainer.engines.ema import Ema
+from trainer.engines.engine import start_engine
+from trainer.export.finish import export_and_verify
 from trainer.method import build_transformer
-from trainer.optimizer import build_optimizer, learning_rate
+from trainer.model.flow import flow_loss, mix_noise, region_weight, sample_sigma
+from trainer.model.flux import predict_velocity
+from trainer.optimizers.optimizer import build_optimizer, learning_rate
 from trainer.run_log import RunLog, configure_logging
-from trainer.run_state import resume
-from trainer.saver import Saver
-from trainer.validate import Validator, validation_is_due
+from trainer.training_data import choose_order, open_samples, open_stream
+from trainer.validation.validator import Validator, validation_is_due
 
 
 def train(arguments: list[str] | None = None) -> int:

@@ -8,11 +8,11 @@ from diffusers import FluxTransformer2DModel
 
 from configs.combinations import notes_of
 from configs.schema import Config
-from data.model_folder import read_part_config
-from trainer.adapter import add_adapter
-from trainer.engine import Engine
-from trainer.flux import DEV_CHANNELS, empty_transformer, load_transformer
-from trainer.quantize import QUANTIZED, quantize_base
+from data.encoders.model_folder import read_part_config
+from trainer.adapters.adapter import add_adapter
+from trainer.engines.engine import Engine
+from trainer.model.flux import DEV_CHANNELS, empty_transformer, load_transformer
+from trainer.model.quantize import QUANTIZED, quantize_base
 
 log = logging.getLogger("fluxfill")
 

@@ -16,10 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from configs.loading import dump_config
 from configs.schema import Config
-from data.atomic_write import write_text_atomically
-from data.reader import BatchStream
-from trainer.engine import Engine, Update
-from trainer.run_state import RunState
+from data.batches.batch_stream import BatchStream
+from data.storage.atomic_write import write_text_atomically
+from trainer.checkpoints.run_state import RunState
+from trainer.engines.engine import Engine, Update
 
 log = logging.getLogger("fluxfill")
 

@@ -10,9 +10,8 @@ import torch
 import xxhash
 from safetensors.torch import save_file
 
-from data.cache import Cache
-from data.geometry import Bucket
-from data.manifest import (
+from data.batches.order import ORDER_VERSION
+from data.cache.manifest import (
     EMPTY_TEXT,
     FORMAT_VERSION,
     HOLDOUT,
@@ -23,11 +22,12 @@ from data.manifest import (
     parse_bucket,
     write_manifest,
 )
-from data.order import ORDER_VERSION
-from data.shards import SampleTensors, ShardIndex, ShardWriter, count_hole_fractions
-from data.stored_text import store_text
-from tests.data.remote_server import SHARDS, Remote
-from tests.data.small_disk import SmallDisk, open_small_disk
+from data.cache.open_cache import Cache
+from data.cache.shard_writer import SampleTensors, ShardIndex, ShardWriter, count_hole_fractions
+from data.encoders.stored_text import store_text
+from data.samples.geometry import Bucket
+from tests.data.storage.remote_server import SHARDS, Remote
+from tests.data.storage.small_disk import SmallDisk, open_small_disk
 
 TEXT_LENGTH, TEXT_WIDTH, POOLED_WIDTH = 8, 6, 4
 
@@ -102,7 +102,7 @@ def write_shard() -> Callable[..., ShardIndex]:
 @pytest.fixture
 def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tried again is tried at once."""
-    monkeypatch.setattr("data.retry.LONGEST_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr("data.storage.retry.LONGEST_WAIT_SECONDS", 0.0)
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def test_export_hands_its_options_on_and_ends_as_the_trainer_does(
     monkeypatch.setattr(subprocess, "run", run)
     arguments = ["export", "runs/a", "--out", "b", "--weights", "ema", "--dtype", "bf16"]
     assert CliRunner().invoke(app, arguments).exit_code == 2
-    module = [sys.executable, "-P", "-m", "trainer.export_checkpoint"]
+    module = [sys.executable, "-P", "-m", "trainer.export.from_checkpoint"]
     assert seen == [[*module, "runs/a", "--out", "b", "--weights", "ema", "--dtype", "bf16"]]
     assert CliRunner().invoke(app, ["export", "runs/a"]).exit_code == 2  # --out is missing
     assert CliRunner().invoke(app, ["export", "runs/a", "--out", "b", "--weights", "mean"]).exit_code == 2

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from configs.schema import Config
-    from data.micro_batch import MicroBatch
-    from data.samples import CachedSamples
-    from trainer.engine import Engine
+    from data.batches.micro_batch import MicroBatch
+    from data.batches.training_set import CachedSamples
+    from trainer.engines.engine import Engine
 
 TEXT_LENGTH = 64
 
@@ -51,10 +51,10 @@ def load_triple(tiny_model: Path, triples: Path) -> "Callable[..., RealTriple]":
     import torch
     from PIL import Image
 
-    from data.encode import collate_pixels, encode_captions, encode_pixels, load_text_encoders, load_vae
-    from data.geometry import Bucket, fit
-    from data.micro_batch import MicroBatch
-    from data.noise import draw_noise
+    from data.batches.micro_batch import MicroBatch
+    from data.batches.noise import draw_noise
+    from data.encoders.encode import collate_pixels, encode_captions, encode_pixels, load_text_encoders, load_vae
+    from data.samples.geometry import Bucket, fit
 
     cpu = torch.device("cpu")
     vae = load_vae(tiny_model, device=cpu, dtype=torch.float32)
@@ -122,8 +122,8 @@ def config(tiny_model: Path, triples: Path, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="session")
 def samples(config: "Config", tiny_model: Path) -> "CachedSamples":
     """Those of the config's cache."""
-    from data.cache import open_cache
-    from data.samples import CachedSamples
+    from data.batches.training_set import CachedSamples
+    from data.cache.open_cache import open_cache
 
     return CachedSamples(open_cache(config, tiny_model))
 
@@ -131,6 +131,6 @@ def samples(config: "Config", tiny_model: Path) -> "CachedSamples":
 @pytest.fixture(scope="session")
 def engine(config: "Config") -> "Engine":
     """The engine of this process alone, on the CPU."""
-    from trainer.engine import start_engine
+    from trainer.engines.engine import start_engine
 
     return start_engine(config)

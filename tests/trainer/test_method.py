@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from configs.schema import FlowConfig, FullConfig, LoraConfig
-from trainer.flux import predict_velocity
 from trainer.method import build_transformer, checkpoints_activations
+from trainer.model.flux import predict_velocity
 
 FULL = FullConfig(type="full")
 LORA = LoraConfig(type="lora", rank=4, alpha=4)

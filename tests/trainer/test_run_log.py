@@ -9,10 +9,10 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from configs.loading import load_config
-from trainer.batches import choose_order, open_stream
-from trainer.engine import Update
+from trainer.checkpoints.run_state import RunState
+from trainer.engines.engine import Update
 from trainer.run_log import RunLog, configure_logging
-from trainer.run_state import RunState
+from trainer.training_data import choose_order, open_stream
 
 GOOD = Update(loss=0.5, grad_norm=1.25, applied=True)
 FIGURES = {"hole_psnr": 11.0, "hole_psnr_ceiling": 24.0, "loss_sigma_0.5": 1.5}

@@ -1,0 +1,163 @@
+"""The order of the samples -> micro-batches, begun ahead of their use.
+
+Where a row's tensors come from is the RowSource's matter: shards (`data/batches/cached_rows.py`) or encoders
+(`data/online/encoded_rows.py`).
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+
+from data.batches.micro_batch import MicroBatch, RowMemory, Slot, row_fields
+from data.batches.order import Batch, Order, num_micro_steps, rank_rows
+from data.batches.row_filler import ReplacedRow
+from data.batches.row_source import PlannedMicroBatch, RowSource
+from data.cache.manifest import Manifest, parse_bucket
+from data.samples.geometry import Bucket
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """A micro-batch that is being filled."""
+
+    planned: PlannedMicroBatch
+    memory: RowMemory
+    ready: Future[None]
+
+
+class BatchStream:
+    """This rank's share of the global batches, in order, begun ahead.
+
+    `next(stream)` gives an iterator over the micro-batches of the next global batch: as many on every rank, rows that
+    only fill up have weight 0. A micro-batch's memory is used again after the next one has been asked for; with
+    `pin_memory` after the CUDA work queued by then has run, so copy it to the device and forget it. An iterator that is
+    not read to its end has ended once the next global batch is asked for.
+
+    What the source could not fill is raised where its micro-batch would have come, and again at every later try: the
+    stream does not pass over it.
+
+    current: the global batch last asked for, this rank's rows of it.  batch_start: when, by the monotonic clock.
+    wait_seconds: how long its user waited for it.
+
+    micro_batch_size: rows per forward of the largest bucket; smaller buckets get more, at the same number of tokens.
+    start: the first global batch.  depth: micro-batches begun ahead of the one in use, or more if the source asks.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        order: Order,
+        source: RowSource,
+        *,
+        rank: int,
+        world_size: int,
+        micro_batch_size: int,
+        start: int = 0,
+        depth: int = 3,
+        pin_memory: bool = False,
+    ) -> None:
+        self._source = source
+        self.order = order
+        self.next_batch = start
+        self.batch_start, self.wait_seconds = time.monotonic(), 0.0
+        self._mine = rank_rows(order.settings.global_batch_size, rank=rank, world_size=world_size)
+        self._world_size = world_size
+        self._micro_batch_size = micro_batch_size
+        self._buckets = {name: parse_bucket(name) for name in order.buckets}
+        self._largest = max(bucket.tokens for bucket in self._buckets.values())
+        self._fields = {bucket: row_fields(bucket, manifest) for bucket in self._buckets.values()}
+        self._most_rows = -(-order.settings.global_batch_size // world_size)
+        self._depth = max(depth, source.least_depth(min(micro_batch_size, self._most_rows)))
+        slot_bytes = max(
+            sum(field.slot_bytes(min(self.micro_batch_size(bucket), self._most_rows)) for field in fields)
+            for bucket, fields in self._fields.items()
+        )
+        self._free = [Slot(slot_bytes, pin_memory) for _ in range(self._depth + 1)]
+        self._lent: RowMemory | None = None
+        # A batch is asked for twice: when the first of it is begun ahead, and when its user comes to it.
+        self._batch = lru_cache(maxsize=self._depth + 2)(partial(order.batch, part=self._mine))
+        self._planned = self._plan(start)
+        self._ahead: deque[_Ahead] = deque()
+        source.reached(self._batch(start))
+
+    def micro_batch_size(self, bucket: Bucket) -> int:
+        """Rows per forward of a bucket: about as many tokens as the largest bucket's."""
+        return max(self._micro_batch_size, self._micro_batch_size * self._largest // bucket.tokens)
+
+    def num_micro_steps(self, bucket: Bucket) -> int:
+        """Forward passes per update when a global batch is of this bucket."""
+        size = self.order.settings.global_batch_size
+        return num_micro_steps(size, world_size=self._world_size, micro_batch_size=self.micro_batch_size(bucket))
+
+    def _plan(self, start: int) -> Iterator[PlannedMicroBatch]:
+        """Every micro-batch from a global batch on, endlessly."""
+        mine, index = self._mine, start
+        while True:
+            batch = self._batch(index)
+            bucket = self._buckets[batch.pool[1]]
+            width = min(self.micro_batch_size(bucket), self._most_rows)
+            num_steps = self.num_micro_steps(bucket)
+            for step in range(num_steps):
+                rows = mine[step * width : (step + 1) * width]
+                rest = self._most_rows - step * width
+                yield PlannedMicroBatch(batch, step == num_steps - 1, rows, bucket, min(width, rest))
+            index += 1
+
+    def _begin_ahead(self) -> None:
+        while len(self._ahead) < self._depth:
+            planned = next(self._planned)
+            memory = RowMemory(self._free, planned.bucket, self._fields[planned.bucket], planned.width)
+            self._ahead.append(_Ahead(planned, memory, self._source.fill(planned, memory)))
+
+    def __iter__(self) -> "BatchStream":
+        return self
+
+    def __next__(self) -> Iterator[MicroBatch]:
+        self.current = self._batch(self.next_batch)
+        self.batch_start, self.wait_seconds = time.monotonic(), 0.0
+        self._source.reached(self.current)
+        self.next_batch += 1
+        return self._micro_batches(self.next_batch - 1)
+
+    def _micro_batches(self, index: int) -> Iterator[MicroBatch]:
+        while index == self.next_batch - 1:  # no later batch has been asked for
+            if self._lent is not None:
+                self._lent.give_back()
+                self._lent = None
+            self._begin_ahead()
+            ahead = self._ahead[0]
+            if ahead.planned.batch.index > index:
+                return
+            wait_start = time.monotonic()
+            ahead.ready.result()
+            self.wait_seconds += time.monotonic() - wait_start
+            self._ahead.popleft()
+            self._lent = ahead.memory
+            self._begin_ahead()  # while its user computes
+            if ahead.planned.batch.index == index:  # else left over from a batch that was not read to its end
+                yield replace(ahead.memory.rows().batch, is_last=ahead.planned.is_last)
+
+    def replaced(self) -> list[ReplacedRow]:
+        """The damaged rows up to the global batch last asked for that were replaced, in order: those of this rank, and
+        those that were given."""
+        end = self.next_batch * self.order.settings.global_batch_size
+        return sorted(row for row in list(self._source.replaced) if row.position < end)
+
+    def keys(self, batch: Batch) -> list[str]:
+        """Names of all of a global batch's samples, in order. Of a cache this opens every shard that it touches."""
+        whole = self.order.batch(batch.index)
+        return [self._source.key(int(s), int(r)) for s, r in zip(whole.shards, whole.rows, strict=True)]
+
+    def __enter__(self) -> "BatchStream":
+        return self
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop what is going on ahead, and close the source. The stream cannot be used after it."""
+        self._source.close()
+        self._ahead.clear()

@@ -1,0 +1,128 @@
+"""The head of a cache folder: what its manifest and its table of shards say, whether they are true, and what else lies
+there."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from configs.errors import InputError
+from configs.mask_recipe import recipe_of
+from configs.schema import Config
+from data.batches.order import ORDER_VERSION
+from data.cache.dropout_tensors import blank_path
+from data.cache.manifest import (
+    EMPTY_TEXT,
+    FORMAT_VERSION,
+    HOLDOUT,
+    TRAIN,
+    Manifest,
+    ShardTable,
+    cached_settings,
+    hash_files,
+    read_manifest,
+    read_shard_table,
+)
+from data.cache.shard_writer import FinishedShard, index_path
+from data.cache.validation_items import validation_items_are_there
+from data.encoders.model_folder import read_part_number
+from data.samples.shard_plan import ShardHead
+
+# What preprocessing itself writes in shards/<dataset>/ and beside the manifest. Anything else is not ours to delete.
+_SHARD = re.compile(r"(holdout-)?\d+x\d+(-[0-9a-f]{16})?-\d{6,}\.(tar|index)(\.[0-9a-f]{8}\.part)?")
+_BESIDE = re.compile(r"blank_\d+x\d+\.safetensors|.+\.[0-9a-f]{8}\.part")
+
+
+def delete_unplanned(cache: Path, plans: Sequence[ShardHead]) -> None:
+    """Remove shards that no plan names (their pictures went elsewhere) and what an interrupted job left."""
+    planned = {cache / plan.path for plan in plans}
+    planned |= {index_path(tar) for tar in planned}
+    planned |= {blank_path(cache, str(plan.bucket)) for plan in plans}
+    ours = [path for path in (cache / "shards").glob("*/*") if _SHARD.fullmatch(path.name)]
+    ours += [path for path in cache.glob("*") if _BESIDE.fullmatch(path.name)]
+    for path in ours:
+        if path not in planned and path.is_file():
+            path.unlink()
+
+
+def describe_cache(
+    config: Config,
+    model: Path,
+    encoders: dict[str, str],
+    plans: Sequence[ShardHead],
+    shards: Sequence[FinishedShard],
+) -> tuple[Manifest, ShardTable]:
+    """The head of the finished cache."""
+    holes = {dataset.name: _count_holes(plans, shards, dataset.name) for dataset in config.data.datasets}
+    return describe_samples(config, model, encoders, plans, holes), shard_table(plans, shards)
+
+
+def describe_samples(
+    config: Config,
+    model: Path,
+    encoders: dict[str, str],
+    plans: Sequence[ShardHead],
+    hole_fractions: dict[str, list[int]],
+) -> Manifest:
+    """What is true of all samples of a plan, encoded or not."""
+    names = [dataset.name for dataset in config.data.datasets]
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        order_version=ORDER_VERSION,
+        settings=cached_settings(config),
+        encoders=encoders,
+        vae_shift=read_part_number(model, "vae", "shift_factor"),
+        vae_scale=read_part_number(model, "vae", "scaling_factor"),
+        text_length=config.data.captions.text_length,
+        text_dtype=config.data.captions.text_dtype,
+        text_width=int(read_part_number(model, "text_encoder_2", "d_model")),
+        pooled_width=int(read_part_number(model, "text_encoder", "hidden_size")),
+        mask_variants={dataset.name: recipe_of(dataset).variants for dataset in config.data.datasets},
+        samples={name: _count_splits(plans, name) for name in names},
+        hole_fractions=hole_fractions,
+    )
+
+
+def is_current(cache: Path, manifest: Manifest, table: ShardTable) -> bool:
+    """Whether a cache has this very head, and what else belongs to it."""
+    try:
+        found, found_table = read_manifest(cache), read_shard_table(cache)
+    except InputError:
+        return False
+    constants = [cache / EMPTY_TEXT, *(blank_path(cache, str(bucket)) for bucket in np.unique(table.bucket))]
+    return (
+        found == replace(manifest, files=hash_files(cache, found.files))
+        and all(np.array_equal(column, vars(found_table)[name]) for name, column in vars(table).items())
+        and all(path.is_file() for path in constants)
+        and validation_items_are_there(cache)
+    )
+
+
+def shard_table(plans: Sequence[ShardHead], shards: Sequence[FinishedShard]) -> ShardTable:
+    return ShardTable(
+        path=np.array([plan.path for plan in plans]),
+        dataset=np.array([plan.dataset for plan in plans]),
+        bucket=np.array([str(plan.bucket) for plan in plans]),
+        split=np.array([plan.split for plan in plans]),
+        samples=np.array([shard.num_samples for shard in shards], dtype=np.int64),
+        bytes=np.array([shard.tar_bytes for shard in shards], dtype=np.int64),
+        sha256=np.array([shard.tar_sha256 for shard in shards]),
+        plan=np.array([plan.plan for plan in plans]),
+    )
+
+
+def _count_holes(plans: Sequence[ShardHead], shards: Sequence[FinishedShard], dataset: str) -> list[int]:
+    """Masks of a dataset, all variants, per tenth of the area that is painted."""
+    counts = [shard.hole_counts for plan, shard in zip(plans, shards, strict=True) if plan.dataset == dataset]
+    return np.sum(counts, axis=0).tolist() if counts else [0] * 10
+
+
+def _count_splits(plans: Sequence[ShardHead], dataset: str) -> dict[str, int]:
+    counts = Counter({TRAIN: 0, HOLDOUT: 0})
+    for plan in plans:
+        if plan.dataset == dataset:
+            counts[plan.split] += plan.num_samples
+    return dict(counts)

@@ -1,0 +1,229 @@
+"""The cache folder's head: manifest.json says what was cached and by which encoders, shards.npz lists the shards."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from configs.errors import InputError
+from configs.mask_recipe import recipe_of
+from configs.schema import Config
+from data.encoders.model_folder import encoder_fingerprints
+from data.samples.geometry import Bucket
+from data.storage.atomic_write import write_atomically, write_text_atomically
+
+FORMAT_VERSION = 1
+TRAIN, HOLDOUT = "train", "holdout"
+MANIFEST, SHARD_TABLE = "manifest.json", "shards.npz"
+EMPTY_TEXT = "empty_text.safetensors"  # beside the manifest: t5 and pooled of the empty caption
+
+
+def blank_name(bucket: str) -> str:
+    """File beside the manifest: masked_latents of a bucket's picture that is all hole."""
+    return f"blank_{bucket}.safetensors"
+
+
+@dataclass(frozen=True)
+class ShardTable:
+    """One row a shard, as columns of equal length.
+
+    path: str, below the cache folder.  dataset, bucket ("HxW"), split ("train" | "holdout"): str.
+    samples, bytes: int64.  sha256: str, of the tar.  plan: str, what it was made from.
+    """
+
+    path: np.ndarray
+    dataset: np.ndarray
+    bucket: np.ndarray
+    split: np.ndarray
+    samples: np.ndarray
+    bytes: np.ndarray
+    sha256: np.ndarray
+    plan: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.path)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is true of all shards of a cache.
+
+    settings: the config's keys that shape cached tensors (`cached_settings`).  encoders: part -> fingerprint.
+    vae_shift, vae_scale: latents = (z - shift) * scale.  text_width, pooled_width: numbers per T5 token and of CLIP.
+    mask_variants: per dataset.  samples: dataset -> split -> count.  hole_fractions: dataset -> masks, all variants,
+    per tenth of the area that is painted.
+    files: path below the cache -> xxh3-128, of all that lies beside the shards; `write_manifest` fills it.
+    """
+
+    format_version: int
+    order_version: int
+    settings: dict
+    encoders: dict[str, str]
+    vae_shift: float
+    vae_scale: float
+    text_length: int
+    text_dtype: str
+    text_width: int
+    pooled_width: int
+    mask_variants: dict[str, int]
+    samples: dict[str, dict[str, int]]
+    hole_fractions: dict[str, list[int]]
+    files: dict[str, str] = field(default_factory=dict)
+
+
+def cached_settings(config: Config) -> dict:
+    """The keys of a config that shape cached tensors, dotted. All others may change without encoding again."""
+    data = config.data
+    return {
+        "data.datasets": sorted(dataset.name for dataset in data.datasets),
+        "data.resolution": sorted(data.resolution),
+        "data.resolution_policy": data.resolution_policy,
+        "data.captions.default": data.captions.default,
+        "data.captions.trigger": data.captions.trigger,
+        "data.captions.text_length": data.captions.text_length,
+        "data.captions.text_dtype": data.captions.text_dtype,
+        "data.encoders.t5_precision": data.encoders.t5_precision,
+        "data.holdout": data.holdout,
+    } | {
+        f"data.datasets.{dataset.name}.{key}": value
+        for dataset in data.datasets
+        for key, value in (("mask", str(recipe_of(dataset))), ("flip", dataset.flip))
+    }
+
+
+def write_manifest(cache: Path, manifest: Manifest, table: ShardTable) -> Manifest:
+    """Write shards.npz, then manifest.json: a cache with a manifest is whole. Returns what was written, `files` filled:
+    whatever else belongs to the cache has to be there."""
+
+    def write_table(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            # Text of fixed width: the columns of a table that was read would be pickled.
+            columns: dict[str, Any] = {
+                name: np.array(column.tolist()) if column.dtype.kind == "T" else column
+                for name, column in vars(table).items()
+            }
+            np.savez_compressed(file, **columns)
+
+    write_atomically(cache / SHARD_TABLE, write_table)
+    beside = [cache / SHARD_TABLE, *cache.glob("*.safetensors"), *(cache / "validation").glob("*")]
+    written = replace(manifest, files=hash_files(cache, [path.relative_to(cache).as_posix() for path in beside]))
+    fields = asdict(written)
+    text = json.dumps(fields | {"checksum": _checksum(fields)}, indent=2, sort_keys=True)
+    write_text_atomically(cache / MANIFEST, text + "\n")
+    return written
+
+
+def hash_files(cache: Path, paths: Iterable[str]) -> dict[str, str]:
+    """Path below the cache -> xxh3-128 of the file's bytes, "" if it is missing or cannot be read."""
+    hashes = {}
+    for path in sorted(paths):
+        digest = xxhash.xxh3_128()
+        try:
+            with (cache / path).open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+            hashes[path] = digest.hexdigest()
+        except OSError:
+            hashes[path] = ""
+    return hashes
+
+
+def _checksum(fields: dict) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(fields, sort_keys=True).encode())
+
+
+def read_manifest(cache: Path) -> Manifest:
+    """Raises InputError if there is no whole cache, or one of a newer format."""
+    path = cache / MANIFEST
+    if not path.is_file():
+        raise InputError(
+            f"data.cache {cache}: no manifest.json, so no finished cache is there. "
+            "Run `fluxfill preprocess CONFIG` first."
+        )
+    return parse_manifest(path.read_bytes(), path)
+
+
+def parse_manifest(data: bytes, path: Path | str) -> Manifest:
+    """The manifest of a file's bytes. Raises InputError, naming `path`, if they are none, or one of a newer format."""
+    try:
+        fields = json.loads(data.decode())
+        version = fields["format_version"]
+        if version > FORMAT_VERSION:
+            raise InputError(
+                f"{path}: format version {version}, this fluxfill reads up to {FORMAT_VERSION}. Update fluxfill."
+            )
+        if fields.pop("checksum") != _checksum(fields):
+            raise ValueError("its checksum differs")
+        manifest = Manifest(**fields)
+        for name in manifest.files:  # they become paths, of what a server sends too
+            if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+                raise ValueError(f"names a file outside of the cache: {name}")
+        return manifest
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: damaged ({error}). Run `fluxfill preprocess CONFIG` again; whole shards are kept."
+        ) from error
+
+
+def read_shard_table(cache: Path) -> ShardTable:
+    """Raises InputError if shards.npz is missing or damaged, or names a file outside of the cache."""
+    path = cache / SHARD_TABLE
+    try:
+        with np.load(path, allow_pickle=False) as columns:
+            table = ShardTable(**{name: _compact(columns[name]) for name in columns.files})
+        _refuse_names(table)
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing. Run `fluxfill preprocess CONFIG` again; whole shards are kept.") from None
+    except Exception as error:  # zipfile, zlib and numpy each have their own
+        raise InputError(
+            f"{path}: damaged ({error}). Run `fluxfill preprocess CONFIG` again; whole shards are kept."
+        ) from error
+    if len({len(column) for column in vars(table).values()}) != 1:
+        raise InputError(f"{path}: columns of unequal length. Run `fluxfill preprocess CONFIG` again.")
+    return table
+
+
+def _refuse_names(table: ShardTable) -> None:
+    """Raise ValueError unless paths are below shards/ and hashes are hashes: both become names of files. By columns:
+    there may be a million rows."""
+    outside = ~np.strings.startswith(table.path, "shards/") | (np.strings.find(table.path, "..") >= 0)
+    if outside.any():
+        raise ValueError(f"names a file outside of the cache: {table.path[outside][0]}")
+    strange = (np.strings.str_len(table.sha256) != 64) | (np.strings.strip(table.sha256, "0123456789abcdef") != "")
+    if strange.any():
+        raise ValueError(f"has a sha256 that is none: {table.sha256[strange][0]!r}")
+
+
+def _compact(column: np.ndarray) -> np.ndarray:
+    """Text in a byte a character where npz has four: a million shards are 200 MiB of every rank, not 700."""
+    return column.astype(np.dtypes.StringDType()) if column.dtype.kind == "U" else column
+
+
+def parse_bucket(text: str) -> Bucket:
+    """Text as `str(bucket)` writes it -> Bucket: "512x768" is 512 high and 768 wide."""
+    height, width = text.split("x")
+    return Bucket(int(height), int(width))
+
+
+def refuse_other_settings(config: Config, model: Path, manifest: Manifest) -> None:
+    """Raise InputError that lists every setting and encoder in which a config and its model differ from a cache's."""
+    encoders, wanted = encoder_fingerprints(model), cached_settings(config)
+    problems = [
+        f"{part} of model.base {config.model.base} is not the one that encoded the cache "
+        f"({encoders[part][:12]}, not {manifest.encoders.get(part, 'none')[:12]})"
+        for part in encoders
+        if encoders[part] != manifest.encoders.get(part)
+    ] + [
+        f"{key} is {wanted[key]!r}, the cache was made with {manifest.settings.get(key)!r}"
+        for key in wanted
+        if wanted[key] != manifest.settings.get(key)
+    ]
+    if problems:
+        raise InputError(
+            f"data.cache {config.data.cache} was made by other settings:\n  " + "\n  ".join(problems) + "\n"
+            "Run `fluxfill preprocess CONFIG` again, or point data.cache (or model.base) at the one that fits."
+        )

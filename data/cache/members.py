@@ -1,0 +1,57 @@
+"""What the members of a shard hold: the tensors' names, types and shapes, as a cache's manifest has them."""
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+
+import torch
+
+from data.cache.manifest import Manifest
+from data.samples.geometry import Bucket
+
+Tensors = Mapping[str, tuple[str, list[int]]]  # name -> (safetensors dtype, shape)
+
+DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "I8": torch.int8, "U8": torch.uint8}
+MAX_HEADER = 1 << 16  # bytes of a member's safetensors header; ours have about 150
+
+
+def sample_tensors(bucket: Bucket, manifest: Manifest) -> dict[str, Tensors]:
+    """Kind of member ("latents", "masked", "text") -> what every one of them holds."""
+    latents = ("BF16", [16, *bucket.latent_size])
+    return {
+        "latents": {"latents": latents},
+        "masked": {"masked_latents": latents, "mask": ("U8", [bucket.height, bucket.width // 8])},
+        "text": text_tensors(manifest),
+    }
+
+
+def text_tensors(manifest: Manifest) -> Tensors:
+    """What a text member holds, and empty_text.safetensors."""
+    length, pooled = manifest.text_length, ("BF16", [manifest.pooled_width])
+    if manifest.text_dtype == "int8":
+        return {"t5": ("I8", [length, manifest.text_width]), "t5_scale": ("F32", [length]), "pooled": pooled}
+    return {"t5": ("BF16", [length, manifest.text_width]), "pooled": pooled}
+
+
+def num_bytes(tensors: Tensors) -> int:
+    """Bytes of the tensors' numbers."""
+    return sum(math.prod(shape) * DTYPES[dtype].itemsize for dtype, shape in tensors.values())
+
+
+def parse_header(data: bytes | memoryview) -> tuple[int, Mapping[str, dict]]:
+    """(bytes up to the first tensor, name -> {dtype, shape, data_offsets}) of a safetensors file's first bytes.
+
+    Raises ValueError if they are no header.
+    """
+    try:
+        (length,) = struct.unpack_from("<Q", data)
+        if length > MAX_HEADER:
+            raise ValueError(f"a header of {length} bytes")
+        entries = json.loads(bytes(data[8 : 8 + length]))
+        entries.pop("__metadata__", None)
+        for entry in entries.values():
+            entry["dtype"], entry["shape"], entry["data_offsets"][0]
+    except (struct.error, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(str(error)) from error
+    return 8 + length, entries

@@ -1,0 +1,254 @@
+"""Whole shards of a remote cache, copied to a folder of this node that its processes share.
+
+A copy has its content's name, <sha256>.tar, so runs and caches share it too, and is there only when its sha256 agreed.
+The kernel's locks say who does what, and end with a process however it ends: whoever fetches a shard locks its .part
+exclusively, the others wait; whoever reads a copy holds it by a shared lock, and such a copy is not removed.
+"""
+
+import errno
+import fcntl
+import hashlib
+import logging
+import os
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+from configs.errors import InputError
+from data.cache.manifest import ShardTable
+from data.cache.shard_writer import index_path, read_index
+from data.storage.atomic_write import fsync_folder, write_atomically
+from data.storage.remote_files import open_url
+from data.storage.retry import ATTEMPTS, with_retries
+
+log = logging.getLogger("fluxfill")
+
+_CHUNK = 1 << 20
+_POLL_SECONDS = 0.05
+
+
+class FileHandle(int):
+    """A file descriptor that closes itself, and gives its locks back, with its last reference."""
+
+    def __new__(cls, path: Path, flags: int = os.O_RDONLY) -> "FileHandle":
+        return super().__new__(cls, os.open(path, flags, 0o644))
+
+    def __del__(self, close=os.close) -> None:  # bound here: at exit the module may be gone before the last handle
+        close(self)
+
+
+class ShardCopies:
+    """The copies of one cache's shards; safe to use from many threads and processes.
+
+    url: of the cache.  folder: made if it is not there.  limit_bytes: what all copies in the folder may take; those not
+    held by anyone go first, the longest unused of them first. Only a shard that is needed at once may exceed it.
+    prefetch_share: of it, that may be held for later.
+    """
+
+    prefetch_share = 0.6
+
+    def __init__(self, url: str, folder: Path, limit_bytes: int, table: ShardTable) -> None:
+        self.url, self.folder, self.limit_bytes = url, folder, limit_bytes
+        self._table = table
+        self._shards = folder / "shards"
+        self._shards.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def prefetch_bytes(self) -> int:
+        """What may be held for later; the rest is for what is open."""
+        return int(self.limit_bytes * self.prefetch_share)
+
+    @property
+    def max_open(self) -> int:
+        """Copies that one reader may keep open: each is held, also when nothing needs it any more."""
+        return max(4, int(self.limit_bytes * (1 - self.prefetch_share)) // int(self._table.bytes.max()))
+
+    def path(self, number: int) -> Path:
+        """Where the copy of a shard lies, if it is there."""
+        return self._shards / f"{self._table.sha256[number]}.tar"
+
+    def url_of(self, number: int) -> str:
+        """Where a shard is fetched from."""
+        return f"{self.url}/{self._table.path[number]}"
+
+    def open(
+        self, number: int, *, stop: threading.Event, may_exceed: bool = True, attempts: int = ATTEMPTS
+    ) -> FileHandle | None:
+        """A shard's copy, fetched if need be, held as long as the handle lives.
+
+        None if there is no room and it may not exceed the limit.  Raises InputError, naming shard and URL, if it cannot
+        be fetched after so many attempts, or once `stop` is set.
+        """
+        while True:
+            if (held := self._hold(number, stop)) is not None:
+                if os.fstat(held).st_size == int(self._table.bytes[number]):
+                    return held
+                self.discard(number, held)
+            if not self._fetch(number, stop, may_exceed, attempts):
+                return None
+
+    def discard(self, number: int, handle: FileHandle) -> None:
+        """Forget a copy that is damaged, and its index: the next `open` fetches it anew. Who reads from it reads on.
+
+        handle: of that copy. What others have fetched in its place since stays.
+        """
+        path = self.path(number)
+        if _is_at(handle, path):  # at worst a copy that came in this very moment goes too, and is fetched once more
+            index_path(path).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+
+    def _hold(self, number: int, stop: threading.Event) -> FileHandle | None:
+        """A shared lock on a copy, which is now the one used last; None if it is not there."""
+        try:
+            handle = FileHandle(self.path(number))
+            while not _lock(handle, fcntl.LOCK_SH):
+                if stop.wait(_POLL_SECONDS / 10):  # it is being made room with, or has just been fetched
+                    raise _closed(self.url_of(number))
+            if os.fstat(handle).st_nlink == 0:
+                return None
+            with suppress(PermissionError):  # fetched by somebody else: it only goes the earlier
+                os.utime(handle)
+        except FileNotFoundError:
+            return None
+        return handle
+
+    def _fetch(self, number: int, stop: threading.Event, may_exceed: bool, attempts: int) -> bool:
+        """Bring a copy into the folder, or wait while another does. False if there is no room for it."""
+        path, url = self.path(number), self.url_of(number)
+        part = path.with_suffix(".part")
+        handle = FileHandle(part, os.O_RDWR | os.O_CREAT)
+        while not (is_ours := _lock(handle, fcntl.LOCK_EX)) and _is_at(handle, part):
+            if stop.wait(_POLL_SECONDS):
+                raise _closed(url)
+        if not (is_ours and _is_at(handle, part)):
+            return True  # whoever had it has finished, or given up: look again
+        try:
+            if path.exists():
+                return True  # it came between the look and the lock
+            if not self._make_room(handle, int(self._table.bytes[number]), may_exceed):
+                return False
+            with_retries(lambda: self._download(number, handle, url, stop), url, stop=stop, attempts=attempts)
+            self._fetch_index(number, url)
+            part.rename(path)
+            fsync_folder(self._shards)
+            return True
+        finally:
+            if _is_at(handle, part):
+                part.unlink()
+            # Not left to the handle's end: an error of fsspec's drivers holds itself, and with it every frame that it
+            # passed through, until Python's collector comes by; the copy would be locked for as long.
+            fcntl.flock(handle, fcntl.LOCK_UN)
+
+    def _download(self, number: int, handle: FileHandle, url: str, stop: threading.Event) -> None:
+        """Fill a .part. Raises OSError if it is not, to the last bit, the shard of the manifest."""
+        size, sha256 = int(self._table.bytes[number]), str(self._table.sha256[number])
+        digest, received, head = hashlib.sha256(), 0, b""
+        with open_url(url) as file:
+            while chunk := file.read(_CHUNK):
+                if stop.is_set():
+                    raise _closed(url)
+                head = head or bytes(chunk[:40])
+                if received + len(chunk) > size:
+                    raise OSError(f"more than the {size} bytes of the manifest; it begins with {head!r}")
+                digest.update(chunk)
+                self._write(handle, chunk, received)
+                received += len(chunk)
+        if received != size:
+            raise OSError(f"{received} bytes, the manifest says {size}; it begins with {head!r}")
+        if digest.hexdigest() != sha256:
+            raise OSError(f"sha256 {digest.hexdigest()[:12]}, the manifest says {sha256[:12]}; it begins with {head!r}")
+        os.fsync(handle)
+
+    def _write(self, handle: FileHandle, data: bytes, offset: int) -> None:
+        view = memoryview(data)
+        try:
+            while view:
+                written = os.pwrite(handle, view, offset)
+                view, offset = view[written:], offset + written
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise InputError(
+                f"data.local_cache {self.folder}: {error.strerror}. Free room there, or lower data.local_cache_gib."
+            ) from error
+
+    def _fetch_index(self, number: int, url: str) -> None:
+        """Bring a shard's index too; one that is missing or of another shard is rebuilt from the copy by its reader."""
+        target = index_path(self.path(number))
+        try:
+            with open_url(_index_url(url)) as file:
+                data = file.read()
+            write_atomically(target, lambda temporary: temporary.write_bytes(data))
+            if read_index(target).tar_sha256 != self._table.sha256[number]:
+                target.unlink()
+        except Exception as error:  # of any driver
+            log.info("%s: its index is rebuilt (%s)", url, error)
+            target.unlink(missing_ok=True)
+
+    def _make_room(self, part: FileHandle, size: int, may_exceed: bool) -> bool:
+        """Remove copies until one of `size` bytes fits, and reserve its room by making the .part that large."""
+        with (self.folder / "room.lock").open("w") as gate:
+            fcntl.flock(gate, fcntl.LOCK_EX)
+            os.ftruncate(part, 0)
+            copies = []
+            for path in self._shards.iterdir():
+                with suppress(FileNotFoundError):
+                    status = path.stat()
+                    copies.append((status.st_mtime_ns, status.st_size, path))
+            used = sum(copy_size for _, copy_size, _ in copies)
+            for _, copy_size, path in sorted(copies):
+                if used + size <= self.limit_bytes:
+                    break
+                if path.suffix in (".tar", ".part") and _remove_unheld(path):
+                    used -= copy_size
+            if used + size > self.limit_bytes:
+                if not may_exceed:
+                    return False
+                log.warning(
+                    "data.local_cache %s: %.1f GiB are in use at once, more than data.local_cache_gib",
+                    self.folder,
+                    (used + size) / 2**30,
+                )
+            os.ftruncate(part, size)
+            return True
+
+
+def _closed(url: str) -> InputError:
+    return InputError(f"{url}: not fetched, the reader was closed.")
+
+
+def _index_url(url: str) -> str:
+    """Where the index of a shard lies: beside it."""
+    return url.removesuffix(".tar") + ".index"
+
+
+def _lock(handle: FileHandle, kind: int) -> bool:
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_at(handle: FileHandle, path: Path) -> bool:
+    """Whether a path still names the file of a handle."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _remove_unheld(path: Path) -> bool:
+    """Remove a copy, or what a killed process left of one, unless somebody reads or writes it."""
+    try:
+        handle = FileHandle(path, os.O_RDWR)  # NFS wants a file that is open for writing for a lock of this kind
+    except FileNotFoundError:
+        return True
+    except PermissionError:  # somebody else's
+        return False
+    if not _lock(handle, fcntl.LOCK_EX):
+        return False
+    path.unlink(missing_ok=True)
+    if not path.with_suffix(".tar").exists():
+        index_path(path).unlink(missing_ok=True)
+    return True

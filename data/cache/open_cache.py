@@ -1,0 +1,91 @@
+"""A finished cache, opened for training: a folder, or a URL whose shards are copied to this node as they are needed."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.errors import InputError
+from configs.schema import Config
+from data.cache.manifest import (
+    MANIFEST,
+    SHARD_TABLE,
+    Manifest,
+    ShardTable,
+    hash_files,
+    read_manifest,
+    read_shard_table,
+    refuse_other_settings,
+)
+from data.cache.node_cache import ShardCopies
+from data.cache.remote_manifest import fetch_head
+from data.sources.items import listed
+
+_PARALLEL, _CHUNK = 16, 256  # threads that look at shards, shards that one looks at in a go
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A finished cache: the folder of its head, the head, and where its shards are.
+
+    copies: of the shards of a remote cache; None: they lie in the folder.
+    """
+
+    folder: Path
+    manifest: Manifest
+    table: ShardTable
+    copies: ShardCopies | None = None
+
+
+def open_cache(config: Config, model: Path, *, check_shards: bool = True) -> Cache:
+    """The cache of a config, checked against the model that is to be trained on it, and for its shards to be there.
+
+    Raises InputError that lists every setting and encoder in which they differ, or every shard that is missing or of
+    another size (one process of a run is enough to look). Those of a remote cache are checked as they are fetched.
+    """
+    data = config.data
+    if isinstance(data.cache, Path):
+        folder = data.cache
+    else:
+        assert data.local_cache is not None  # the config's own check
+        folder = fetch_head(data.cache, data.local_cache)
+    manifest, table = read_manifest(folder), read_shard_table(folder)
+    refuse_other_settings(config, model, manifest)
+    if hash_files(folder, [SHARD_TABLE])[SHARD_TABLE] != manifest.files.get(SHARD_TABLE):
+        raise InputError(
+            f"{folder / SHARD_TABLE}: not the one that {MANIFEST} beside it was written with. Run `fluxfill preprocess "
+            "CONFIG` again; whole shards are kept."
+        )
+    if not isinstance(data.cache, Path):
+        assert data.local_cache is not None
+        return Cache(
+            folder, manifest, table, ShardCopies(data.cache, data.local_cache, int(data.local_cache_gib * 2**30), table)
+        )
+    if check_shards:
+        _refuse_missing_shards(folder, table)
+    return Cache(folder, manifest, table)
+
+
+def _refuse_missing_shards(folder: Path, table: ShardTable) -> None:
+    def look(first: int) -> list[str]:
+        chunk = slice(first, first + _CHUNK)
+        return [
+            f"{folder / path}: missing"
+            if found is None
+            else f"{folder / path}: {found} bytes, the manifest says {size}"
+            for path, size in zip(table.path[chunk].tolist(), table.bytes[chunk].tolist(), strict=True)
+            if (found := _size_of(folder / path)) != size
+        ]
+
+    with ThreadPoolExecutor(_PARALLEL) as pool:  # a network filesystem answers many questions in the time of one
+        damaged = [problem for problems in pool.map(look, range(0, len(table), _CHUNK)) for problem in problems]
+    if damaged:
+        raise InputError(
+            listed(damaged) + "\nRestore them, or run `fluxfill preprocess CONFIG` again: only those are encoded anew."
+        )
+
+
+def _size_of(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return None

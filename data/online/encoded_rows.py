@@ -1,0 +1,192 @@
+"""Rows that are encoded when they are needed, a few batches ahead of the training:
+
+    threads of their own    decode pictures, draw what is random about a row
+    a thread of its own     queue a batch's work on the encoders' device, never waiting for it
+    a thread of its own     wait for the tensors, put them into their places
+
+What goes through the VAE together is a matter of the order and data.encode_batch_size, never of time: the rows of whole
+micro-batches, of one global batch and one rank. So a resumed run encodes what an undisturbed one would. Not so with
+data.write_through: a row whose shard is there is read from it by the thread that would decode it.
+"""
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from configs.errors import InputError, StorageFailed
+from configs.schema import DataConfig
+from data.batches.micro_batch import RowMemory, bytes_of
+from data.batches.order import Batch
+from data.batches.row_filler import ReplacedRow, RowFiller
+from data.batches.row_source import PlannedMicroBatch
+from data.batches.shard_reader import Buffers, DamagedSample
+from data.online.batch_encoder import BatchEncoder, EncodedBatch
+from data.online.write_through import WriteThrough
+from data.samples.decode import in_batches, load_pixels
+from data.samples.geometry import Pixels
+from data.samples.shard_plan import PlannedSample, ShardPlan
+
+
+@dataclass(frozen=True)
+class _DecodedRow:
+    """A row that is to be encoded.  out: where its tensors go, by name; those that are not there are not wanted."""
+
+    sample: PlannedSample
+    pixels: Pixels
+    out: Buffers
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A micro-batch in the making.  decoded: a row each, None where nothing is to be encoded (it was read from a shard,
+    or only fills up).  ready: when all is in place."""
+
+    decoded: Sequence["Future[_DecodedRow | None]"]
+    ready: "Future[None]"
+
+
+class EncodedRows:
+    """Planned shards as a RowSource: row i of a shard is sample i of its plan.
+
+    threads: that decode.  written: shards that are made meanwhile, and read where they are there.
+    """
+
+    def __init__(
+        self,
+        plans: Sequence[ShardPlan],
+        num_variants: Mapping[str, int],
+        encoder: BatchEncoder,
+        filler: RowFiller,
+        data: DataConfig,
+        *,
+        threads: int,
+        written: WriteThrough | None = None,
+    ) -> None:
+        self._plans, self._num_variants, self._data = plans, num_variants, data
+        self._encoder, self._filler, self._written = encoder, filler, written
+        self._decoding = ThreadPoolExecutor(threads, "decode")
+        self._encoding = ThreadPoolExecutor(1, "encode", initializer=encoder.own_thread)
+        self._delivering = ThreadPoolExecutor(1, "deliver", initializer=encoder.own_thread)
+        self._group: list[_Begun] = []
+        self._stop = threading.Event()
+        self._storage_failure: StorageFailed | None = None
+
+    @property
+    def replaced(self) -> set[ReplacedRow]:
+        return self._filler.replaced
+
+    def key(self, shard: int, row: int) -> str:
+        return self._plans[shard].samples[row].key
+
+    def _group_size(self, width: int) -> int:
+        """Micro-batches that are encoded together."""
+        return max(1, self._data.encode_batch_size // width)
+
+    def least_depth(self, width: int) -> int:
+        # One group in use, one ahead of it, and one micro-batch so that the next can begin.
+        return 2 * self._group_size(width) + 1
+
+    def reached(self, batch: Batch) -> None:
+        """Nothing is fetched ahead of `fill`; what can be done in between begins."""
+        if self._written is not None:
+            self._written.begin(batch.index)
+
+    def fill(self, planned: PlannedMicroBatch, memory: RowMemory) -> Future[None]:
+        decoded = [self._decoding.submit(self._decode, planned, memory, place) for place in range(planned.width)]
+        begun = _Begun(decoded, Future())
+        self._group.append(begun)
+        # The last micro-batch of a global batch may be narrower; the width of the others decides.
+        if planned.is_last or len(self._group) == self._group_size(planned.width):
+            self._encoder.turns.need()
+            self._encoding.submit(self._encode, self._group).add_done_callback(self._have_if_cancelled)
+            self._group = []
+        return begun.ready
+
+    # --- decoding
+
+    def _decode(self, planned: PlannedMicroBatch, memory: RowMemory, place: int) -> _DecodedRow | None:
+        rows = memory.rows()
+        wanted = planned.at(place)
+        if wanted is None:
+            rows.clear(place)
+            return None
+        plan = self._plans[wanted.shard]
+        out = self._filler.begin(rows, place, wanted.position)
+        variant = self._filler.choose_variant(
+            self._num_variants[plan.dataset], row=wanted.row, turn=wanted.turn, position=wanted.position
+        )
+        if self._written is not None and self._written.finished.read(wanted.shard, wanted.row, out, variant=variant):
+            return None
+        row, pixels = self._filler.first_whole(
+            lambda row: self._load(plan.samples[row], variant),
+            shard=plan.path,
+            num_samples=len(plan.samples),
+            row=wanted.row,
+            position=wanted.position,
+        )
+        return _DecodedRow(plan.samples[row], pixels, out)
+
+    def _load(self, sample: PlannedSample, variant: int) -> Pixels:
+        try:
+            return load_pixels(sample, self._data, stop=self._stop)[variant]
+        except StorageFailed as error:
+            # Nothing is damaged, and the others would fail like it, after as long a wait. Whichever row the training
+            # comes to first says why, not that it was stopped.
+            self._storage_failure = self._storage_failure or error
+            self._stop.set()
+            raise self._storage_failure from error
+        except InputError as error:
+            raise DamagedSample(str(error)) from error
+
+    # --- encoding
+
+    def _encode(self, group: Sequence[_Begun]) -> None:
+        """Queue the work of a group of micro-batches on the device; what fails is told to all of them."""
+        try:
+            decoded = [row for begun in group for future in begun.decoded if (row := future.result()) is not None]
+            encoded = [
+                (
+                    run,
+                    self._encoder.encode(
+                        [row.sample for row in run],
+                        [row.pixels for row in run],
+                        with_text=["t5" in row.out for row in run],
+                    ),
+                )
+                for run in in_batches(decoded, self._data.encode_batch_size)
+            ]
+        except BaseException as error:
+            self._fail(group, error)
+            return
+        self._delivering.submit(self._deliver, group, encoded).add_done_callback(self._have_if_cancelled)
+
+    def _deliver(self, group: Sequence[_Begun], encoded: Iterable[tuple[Sequence[_DecodedRow], EncodedBatch]]) -> None:
+        try:
+            for run, batch in encoded:
+                for row, tensors in zip(run, batch.wait(), strict=True):
+                    for name, buffer in row.out.items():
+                        buffer[:] = bytes_of(tensors[name])
+        except BaseException as error:
+            self._fail(group, error)
+            return
+        self._encoder.turns.have()
+        for begun in group:
+            begun.ready.set_result(None)
+
+    def _fail(self, group: Sequence[_Begun], error: BaseException) -> None:
+        self._encoder.turns.have()
+        for begun in group:
+            begun.ready.set_exception(error)
+
+    def _have_if_cancelled(self, future: Future[None]) -> None:
+        if future.cancelled():  # by `close`; the encoders may go on for somebody else
+            self._encoder.turns.have()
+
+    def close(self) -> None:
+        """Waits for what is being encoded, and for nothing that is yet to come."""
+        self._stop.set()  # whoever waits for a storage that fails
+        if self._written is not None:
+            self._written.close()
+        for pool in (self._decoding, self._encoding, self._delivering):
+            pool.shutdown(wait=True, cancel_futures=True)

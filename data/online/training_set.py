@@ -1,0 +1,188 @@
+"""Training without a cache: the samples that preprocessing would plan, encoded while a run trains on them.
+
+The plan is preprocessing's own, so the order, the noise and, up to rounding, the tensors are those of the cached run; a
+run may go on in the other mode. What was found out about the pictures is kept (data/sources/scan.py), and shards are
+written if that is asked for (write_through.py).
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from configs.errors import InputError
+from configs.schema import Config
+from data.batches.micro_batch import bytes_of
+from data.batches.order import Order
+from data.batches.row_filler import ReplacedRow, RowFiller, RowPolicy
+from data.batches.training_set import WatchedSample
+from data.cache.build_manifest import describe_samples
+from data.cache.dropout_tensors import encode_blank, encode_empty_text
+from data.cache.manifest import ShardTable, parse_bucket
+from data.cache.node_cache import ShardCopies
+from data.cache.validation_items import choose_validation_items, num_watched
+from data.encoders.load import Encoders, cuda_devices, load_encoders
+from data.encoders.model_folder import encoder_fingerprints
+from data.online.batch_encoder import BatchEncoder
+from data.online.encoded_rows import EncodedRows
+from data.online.write_through import WriteThrough
+from data.preprocess import Job, make_plan
+from data.preprocessing.progress import open_progress
+from data.preprocessing.worker import Worker
+from data.samples.decode import in_batches, load_pixels
+from data.samples.geometry import Bucket, Pixels
+from data.samples.shard_plan import ShardPlan
+
+
+def encoder_device(config: Config, *, local_rank: int, own: torch.device) -> torch.device:
+    """Where a training process encodes: one of data.encoder_devices, dealt in turn, or its own device.
+
+    Raises InputError if a device that is named there is not here.
+    """
+    named = config.data.encoder_devices
+    for name in named or []:
+        if name != "cpu" and torch.device(name).index >= torch.cuda.device_count():
+            raise InputError(
+                f"data.encoder_devices names {name}, but of CUDA devices there are here: {cuda_devices()}. Name "
+                "another, or remove the key to encode on the GPU that trains."
+            )
+    return torch.device(named[local_rank % len(named)]) if named else own
+
+
+def plan_online(config: Config, model: Path, console: Console) -> list[ShardPlan]:
+    """The shards that preprocessing would make. Raises InputError that lists what is wrong with the pictures."""
+    with open_progress(console, Worker()) as progress:
+        return make_plan(Job(config, model, encoder_fingerprints(model)), progress)
+
+
+class OnlineSamples:
+    """Planned samples, encoded when they are needed. The encoders are loaded with the first of them.
+
+    device: of the encoders, where data.encoders does not say otherwise.  worker: which of the processes this one is.
+    """
+
+    def __init__(
+        self, config: Config, model: Path, plans: Sequence[ShardPlan], *, device: torch.device, worker: Worker
+    ) -> None:
+        self.manifest = describe_samples(config, model, encoder_fingerprints(model), plans, hole_fractions={})
+        self.table = _table_of(plans)
+        self.copies: ShardCopies | None = None
+        self._config, self._model, self._plans = config, model, plans
+        self._device, self._worker = device, worker
+
+    @cached_property
+    def _encoders(self) -> Encoders:
+        from transformers.integrations import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()  # with ZeRO-3 every rank would be given a share of the text encoders' weights
+        placed = self._config.data.encoders
+        on_device = {part: str(self._device) for part in ("vae", "clip", "t5") if getattr(placed, part) == "auto"}
+        with _current_device():
+            return load_encoders(self._model, placed.model_copy(update=on_device), device_index=0)
+
+    @cached_property
+    def _encoder(self) -> BatchEncoder:
+        return BatchEncoder(self._encoders, self._config.data.captions)
+
+    def open_rows(self, order: Order, policy: RowPolicy, replaced: Iterable[ReplacedRow]) -> EncodedRows:
+        captions = self._config.data.captions
+        filler = RowFiller(
+            order.settings.seed,
+            policy,
+            empty_text=_bytes_of(encode_empty_text(self._encoders, captions)) if policy.caption_dropout else {},
+            blanks={bucket: self._blank(bucket) for bucket in _buckets_of(order)} if policy.mask_dropout else {},
+            replaced=replaced,
+        )
+        return EncodedRows(
+            self._plans,
+            self.manifest.mask_variants,
+            self._encoder,
+            filler,
+            self._config.data,
+            threads=self._worker.decode_threads,
+            written=self._write_through(order) if self._config.data.write_through else None,
+        )
+
+    def _write_through(self, order: Order) -> WriteThrough:
+        return WriteThrough(
+            Job(self._config, self._model, encoder_fingerprints(self._model)),
+            self._plans,
+            self.manifest,
+            self.table,
+            order,
+            self._encoders,
+            self._encoder,
+            self._worker,
+        )
+
+    def _blank(self, bucket: Bucket) -> dict[str, memoryview]:
+        mask = memoryview(b"\xff" * (bucket.height * bucket.width // 8))
+        return _bytes_of(encode_blank(self._encoders, bucket)) | {"mask": mask}
+
+    def watched(self, *, split: str, count: int) -> list[WatchedSample]:
+        """Raises InputError, naming the file, if one cannot be decoded."""
+        chosen = [
+            (item, sample)
+            for item, sample in choose_validation_items(self._plans, count=num_watched(self._config.data.holdout))
+            if item.split == split
+        ][:count]
+        pixels = [_copy(load_pixels(sample, self._config.data)[0]) for _, sample in chosen]
+        by_bucket: dict[Bucket, list[int]] = defaultdict(list)
+        for place, (_, sample) in enumerate(chosen):
+            by_bucket[sample.bucket].append(place)
+        tensors: dict[int, dict[str, Tensor]] = {}
+        for places in by_bucket.values():
+            for run in in_batches(places, self._config.data.encode_batch_size):
+                batch = self._encoder.encode(
+                    [chosen[place][1] for place in run],
+                    [pixels[place] for place in run],
+                    with_text=[True] * len(run),
+                )
+                tensors |= zip(run, batch.wait(), strict=True)
+        return [
+            WatchedSample(item, pixels[place], sample.bucket, tensors[place])
+            for place, (item, sample) in enumerate(chosen)
+        ]
+
+
+def _copy(pixels: Pixels) -> Pixels:
+    """In memory of their own: torch warns of arrays, such as Pillow's, that cannot be written to."""
+    return Pixels(pixels.target.copy(), pixels.image.copy(), pixels.mask.copy())
+
+
+def _buckets_of(order: Order) -> list[Bucket]:
+    return [parse_bucket(name) for name in order.buckets]
+
+
+def _bytes_of(tensors: Mapping[str, Tensor]) -> dict[str, memoryview]:
+    return {name: bytes_of(tensor.cpu().contiguous()) for name, tensor in tensors.items()}
+
+
+def _table_of(plans: Sequence[ShardPlan]) -> ShardTable:
+    """The shards as a cache would list them, without what only a written one has."""
+    return ShardTable(
+        path=np.array([plan.path for plan in plans]),
+        dataset=np.array([plan.dataset for plan in plans]),
+        bucket=np.array([str(plan.bucket) for plan in plans]),
+        split=np.array([plan.split for plan in plans]),
+        samples=np.array([len(plan.samples) for plan in plans], dtype=np.int64),
+        bytes=np.zeros(len(plans), dtype=np.int64),
+        sha256=np.full(len(plans), ""),
+        plan=np.array([plan.plan for plan in plans]),
+    )
+
+
+@contextmanager
+def _current_device() -> Iterator[None]:
+    """Loading leaves the process on the encoders' GPU; the training goes on on its own."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    with torch.cuda.device(torch.cuda.current_device()):
+        yield

@@ -1,0 +1,88 @@
+"""A plan in a file, as workers share it: what is told of each shard is in memory, a shard's samples are read when it is
+its turn. A plan with all of its samples is 5 KiB for each of them, in every worker of a machine.
+
+    for each shard    its samples as JSON, compressed
+    then              a row for each shard, where its samples are among them, compressed
+    at the end        offset and size of the rows, 8 bytes each
+"""
+
+import json
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from data.samples.geometry import Bucket
+from data.samples.shard_plan import PlannedSample, ShardHead, ShardPlan
+from data.storage.atomic_write import write_atomically
+from data.storage.stale_files import read_anew_if_stale
+
+_SAMPLES = TypeAdapter(tuple[PlannedSample, ...])
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """heads: of all shards.  places: path of a shard -> offset and size of its samples in the file."""
+
+    path: Path
+    heads: tuple[ShardHead, ...]
+    places: dict[str, tuple[int, int]]
+
+    def load(self, head: ShardHead) -> ShardPlan:
+        """A shard with its samples."""
+        samples = read_anew_if_stale(self.path, lambda: _read(self.path, *self.places[head.path]))
+        return ShardPlan(**{name: getattr(head, name) for name in _COLUMNS}, samples=_SAMPLES.validate_json(samples))
+
+    def shards(self) -> Iterator[ShardPlan]:
+        """All of them, one in memory at a time."""
+        return map(self.load, self.heads)
+
+
+_COLUMNS = ("path", "dataset", "bucket", "split", "plan", "num_samples", "num_bytes")
+
+
+def write_plan(path: Path, plans: Iterable[ShardPlan]) -> None:
+    """Whole or not at all."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            rows = []
+            for plan in plans:
+                offset = file.tell()
+                size = file.write(zlib.compress(_SAMPLES.dump_json(plan.samples), level=1))
+                bucket = (plan.bucket.height, plan.bucket.width)
+                told = (plan.path, plan.dataset, bucket, plan.split, plan.plan, plan.num_samples, plan.num_bytes)
+                rows.append((*told, offset, size))
+            offset = file.tell()
+            size = file.write(zlib.compress(json.dumps(rows).encode(), level=1))
+            file.write(offset.to_bytes(8, "little") + size.to_bytes(8, "little"))
+
+    write_atomically(path, write)
+
+
+def read_plan(path: Path) -> PlanFile:
+    """Raises FileNotFoundError if it is not there."""
+
+    def read() -> bytes:
+        with path.open("rb") as file:
+            file.seek(-16, 2)
+            footer = file.read()
+        return _read(path, int.from_bytes(footer[:8], "little"), int.from_bytes(footer[8:], "little"))
+
+    heads, places, buckets = [], {}, dict[tuple[int, ...], Bucket]()
+    for name, dataset, sides, split, plan, num_samples, num_bytes, offset, size in json.loads(
+        read_anew_if_stale(path, read)
+    ):
+        bucket = buckets.setdefault(tuple(sides), Bucket(*sides))  # one for all: there may be a million shards
+        heads.append(ShardHead(name, sys.intern(dataset), bucket, sys.intern(split), plan, num_samples, num_bytes))
+        places[name] = (offset, size)
+    return PlanFile(path, tuple(heads), places)
+
+
+def _read(path: Path, offset: int, size: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return zlib.decompress(file.read(size))

@@ -1,0 +1,170 @@
+"""The shards that are still to be made, as one of the workers sees them."""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from configs.errors import InputError
+from data.cache.shard_writer import FinishedShard, ShardIndex, index_path, read_index
+from data.preprocessing.plan_file import PlanFile
+from data.preprocessing.worker import Worker
+from data.preprocessing.worker_group import Crew
+from data.samples.shard_plan import ShardHead, ShardPlan
+from data.storage.stale_files import read_anew_if_stale
+
+_LOOK_SECONDS = 20.0
+_READ_THREADS = 16
+
+SHARD_CLAIMS = "shards."  # what the names of their claims begin with
+
+
+def read_finished(cache: Path, plan: ShardHead) -> ShardIndex | None:
+    """The index of a shard that is there, whole, and made from this very plan; else None."""
+    tar = cache / plan.path
+    return read_anew_if_stale(index_path(tar), partial(_read_finished, tar, plan))
+
+
+def _read_finished(tar: Path, plan: ShardHead) -> ShardIndex | None:
+    try:
+        index = read_index(index_path(tar))
+        whole = tar.stat().st_size == index.tar_bytes and index.plan == plan.plan
+    except (FileNotFoundError, InputError):
+        return None
+    return index if whole and index.num_samples == plan.num_samples else None
+
+
+def read_finished_of(cache: Path, plans: Sequence[ShardHead]) -> list[FinishedShard | None]:
+    """What a cache's head tells of each that is finished, read by threads: on a network's filesystem it is all
+    waiting."""
+
+    def read(plan: ShardHead) -> FinishedShard | None:
+        index = read_finished(cache, plan)
+        return FinishedShard.of(index) if index is not None else None
+
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        return list(pool.map(read, plans))
+
+
+class Backlog:
+    """What is left, dealt by claims: whichever worker comes first takes a shard, so that a slow, late or dead one holds
+    nobody up. Each begins at a place of its own, which keeps them out of each other's way.
+
+    advance: told of every sample that is dealt with, here or elsewhere.
+    """
+
+    def __init__(self, cache: Path, plan: PlanFile, crew: Crew, worker: Worker) -> None:
+        finished = read_finished_of(cache, plan.heads)
+        unfinished = [head for head, row in zip(plan.heads, finished, strict=True) if row is None]
+        first = len(unfinished) * worker.index // worker.count
+        self.remaining = {head.path: head for head in [*unfinished[first:], *unfinished[:first]]}
+        self.num_samples = sum(head.num_samples for head in unfinished)
+        self.num_encoded = 0
+        self.advance: Callable[[int], object] = lambda count: None
+        self._cache, self._plan, self._crew = cache, plan, crew
+        self._in_work: set[str] = set()
+        self._problems: dict[str, str] = {}
+        self._folders = sorted({(cache / head.path).parent for head in unfinished})
+        self._inodes, self._looked = self._list_indexes(), time.monotonic()
+
+    # --- taking
+
+    def claim_shards(self) -> Iterator[ShardPlan]:
+        """One pass over what is left: every shard that no living worker has, claimed when it is asked for."""
+        held = self._crew.held(SHARD_CLAIMS)  # as of now; to ask for each again would be thousands of requests
+        for plan in list(self.remaining.values()):
+            self._look_around()
+            free = plan.path in self.remaining and plan.path not in self._in_work and _claim_name(plan) not in held
+            if free and self._claim(plan):
+                yield self._plan.load(plan)
+
+    def _claim(self, plan: ShardHead) -> bool:
+        name = _claim_name(plan)
+        if problem := self._crew.failure(name):
+            self._drop(plan)
+            self._problems[plan.path] = problem
+            return False
+        if read_finished(self._cache, plan):
+            self._drop(plan)
+            return False
+        if not self._crew.claim(name):
+            return False
+        if read_finished(self._cache, plan):  # by one that gave it back between our look and our claim
+            self._crew.release(name)
+            self._drop(plan)
+            return False
+        self._in_work.add(plan.path)
+        tar = self._cache / plan.path
+        for part in [*tar.parent.glob(f"{tar.name}.*part"), *tar.parent.glob(f"{index_path(tar).name}.*part")]:
+            part.unlink(missing_ok=True)  # of a worker that died: a living one would have the claim
+        # A manifest speaks of a whole cache: there is none while anything in it changes.
+        (self._cache / "manifest.json").unlink(missing_ok=True)
+        return True
+
+    def _drop(self, plan: ShardHead) -> None:
+        if self.remaining.pop(plan.path, None):
+            self.advance(plan.num_samples)
+
+    def _look_around(self) -> None:
+        """Now and then, see what others have finished, by one listing: for the bar, and not to try each."""
+        if time.monotonic() - self._looked < _LOOK_SECONDS:
+            return
+        inodes = self._list_indexes()
+        for plan in list(self.remaining.values()):
+            index = os.fspath(index_path(self._cache / plan.path))
+            changed = inodes.get(index) != self._inodes.get(index)
+            if changed and plan.path not in self._in_work and read_finished(self._cache, plan):
+                self._drop(plan)
+        self._inodes, self._looked = inodes, time.monotonic()
+
+    def _list_indexes(self) -> dict[str, int]:
+        """Path -> inode of every index: one that is written anew is another file."""
+        found: dict[str, int] = {}
+        for folder in self._folders:
+            if folder.is_dir():
+                with os.scandir(folder) as entries:
+                    found |= {entry.path: entry.inode() for entry in entries if entry.name.endswith(".index")}
+        return found
+
+    # --- giving back
+
+    def may_publish(self, plan: ShardHead) -> bool:
+        """Whether a shard's claim still holds. Not if this process was stopped so long that it was taken for dead;
+        raises TakenForDead if others go by another plan since."""
+        return self._crew.holds(_claim_name(plan))
+
+    def finish(self, plan: ShardHead) -> None:
+        """A shard was published, or was lost to another worker, which shows in the next pass."""
+        if read_finished(self._cache, plan):
+            self.remaining.pop(plan.path, None)
+            self.num_encoded += plan.num_samples
+        self._give_back(plan)
+
+    def fail(self, plan: ShardHead, problem: str) -> None:
+        """A shard cannot be made of the pictures there are: the others need not try."""
+        self._crew.report_failure(_claim_name(plan), problem)
+        self.remaining.pop(plan.path, None)
+        self._problems[plan.path] = problem
+        self._give_back(plan)
+
+    def _give_back(self, plan: ShardHead) -> None:
+        self._in_work.discard(plan.path)
+        self._crew.release(_claim_name(plan))
+
+    def raise_problems(self) -> None:
+        """Raise one InputError that lists all pictures at fault, whoever found them."""
+        if self._problems:
+            raise InputError("\n".join(self._problems[path] for path in sorted(self._problems)))
+
+    def waiting_for(self) -> str:
+        """For whom there is to wait, for people."""
+        for plan in self.remaining.values():
+            if holder := self._crew.holder(_claim_name(plan)):
+                return f"{holder}, which has the last shards"
+        return "another worker"
+
+
+def _claim_name(plan: ShardHead) -> str:
+    return plan.path.removesuffix(".tar").replace("/", ".")

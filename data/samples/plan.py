@@ -1,0 +1,55 @@
+"""What becomes a sample: every triple in its bucket(s), split and crop, and its mirror image where that is wanted."""
+
+from functools import partial
+
+from rich.progress import Progress
+
+from configs.errors import InputError
+from configs.mask_recipe import recipe_of
+from configs.schema import Config
+from data.cache.manifest import HOLDOUT, TRAIN
+from data.samples.geometry import choose_buckets, plan_crop
+from data.samples.shard_plan import PlannedSample
+from data.sources.triples import held_out, list_triples
+
+
+def plan_samples(config: Config, progress: Progress) -> list[PlannedSample]:
+    """Every triple in its bucket(s), split and crop; no pixels are kept. Results of the scan are kept in data.cache.
+
+    A mirror image is a sample of its own, since the latents of a mirrored picture are not its mirrored latents. It has
+    its original's caption and split: a held-out picture must not be trained on the other way round.
+    Raises one InputError that lists every triple at fault, or says that nothing is left to train on.
+    """
+    data, policy = config.data, config.data.resolution_policy
+    bar = progress.add_task("reading pictures", total=None)
+    found = [
+        (dataset, triple, size)
+        for dataset in data.datasets
+        for triple, size in list_triples(dataset, data, advance=partial(progress.advance, bar))
+    ]
+    progress.update(bar, total=len(found), completed=len(found))
+    kept = held_out((triple.target_content for _, triple, _ in found), data.holdout)
+    if all(triple.target_content in kept for _, triple, _ in found):
+        raise InputError(
+            f"data.holdout {data.holdout} keeps back all {len(kept)} pictures and leaves none to train on. "
+            f"Lower it below {len(kept)}, or add pictures."
+        )
+    recipes = {dataset.name: recipe_of(dataset) for dataset in data.datasets}
+    crops = {
+        size: [(bucket, plan_crop(*size, bucket)) for bucket in choose_buckets(*size, data.resolution, policy=policy)]
+        for size in {size for _, _, size in found}  # few, of however many pictures
+    }
+    return [
+        PlannedSample(
+            triple,
+            size,
+            bucket,
+            crop,
+            HOLDOUT if triple.target_content in kept else TRAIN,
+            recipes[dataset.name],
+            flip,
+        )
+        for dataset, triple, size in found
+        for bucket, crop in crops[size]
+        for flip in ((False, True) if dataset.flip else (False,))
+    ]

@@ -1,0 +1,138 @@
+"""Stored samples as pictures for people: latents decoded by the model's VAE, as a PNG or as a page."""
+
+import base64
+import html
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from rich.console import Console
+from torch import Tensor
+
+from configs.errors import InputError
+from data.cache.manifest import Manifest
+from data.encoders.encode import decode_latents, load_vae
+from data.encoders.model_folder import find_model, fingerprint
+from data.show.picture_grid import save_grid, to_picture
+from data.show.statistics import CacheStatistics
+from data.show.statistics_report import print_statistics
+from data.show.stored_samples import StoredSample
+from data.storage.atomic_write import write_atomically, write_text_atomically
+
+_DECODED_AT_ONCE = 4
+_PAGE_SIDE = 512  # px, of the longest side of a picture on a page
+_STATISTICS_COLUMNS = 110
+
+_STYLE = """
+:root { color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif; }
+body { margin: 2rem auto; max-width: 1500px; padding: 0 1rem; }
+pre { overflow-x: auto; font: 13px/1.25 ui-monospace, monospace; }
+main { display: grid; grid-template-columns: repeat(auto-fill, minmax(400px, 1fr)); gap: 1.5rem; }
+article { border: 1px solid rgba(128, 128, 128, .35); border-radius: 8px; padding: 12px; }
+.row { display: grid; grid-template-columns: repeat(3, 1fr); gap: 6px; }
+figure { margin: 0 0 6px; }
+img { width: 100%; display: block; outline: 1px solid rgba(128, 128, 128, .35); }
+img.small { image-rendering: pixelated; }
+figcaption, details { font-size: 12px; opacity: .75; }
+p { margin: .3rem 0; }
+summary { cursor: pointer; overflow-wrap: anywhere; }
+dl { display: grid; grid-template-columns: auto 1fr; gap: 0 .8em; margin: .4em 0 0; overflow-wrap: anywhere; }
+dd { margin: 0; }
+"""
+
+
+@dataclass(frozen=True)
+class DecodedSample:
+    """A stored sample and what its latents show: fp32 [3, H, W] in [0, 1], `masked` per mask variant."""
+
+    stored: StoredSample
+    target: Tensor
+    masked: list[Tensor]
+
+
+def load_cache_vae(model: str, manifest: Manifest):
+    """The VAE of a model, on the GPU if there is one. Raises InputError if it is not the one that encoded the cache."""
+    folder = Path(model).expanduser()
+    if not (folder / "vae").is_dir():
+        folder = find_model(model)
+    found = fingerprint(folder / "vae")
+    if found != manifest.encoders.get("vae"):
+        raise InputError(
+            f"{folder / 'vae'}: not the VAE that encoded the cache ({found[:12]}, not "
+            f"{manifest.encoders.get('vae', 'none')[:12]}): its pictures would be wrong. Give that model with --model."
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return load_vae(folder, device=device, dtype=torch.float32)
+
+
+def decode_samples(vae, samples: Iterable[StoredSample], advance: Callable[[], None]) -> Iterator[DecodedSample]:
+    """Samples with their pictures, in order. advance: told of each."""
+    for sample in samples:
+        latents = torch.stack([sample.latents, *sample.masked_latents])
+        pictures = torch.cat([decode_latents(vae, part).cpu() for part in latents.split(_DECODED_AT_ONCE)])
+        yield DecodedSample(sample, pictures[0], list(pictures[1:]))
+        advance()
+
+
+def save_sheet(path: Path, samples: Sequence[DecodedSample]) -> None:
+    """Write a PNG: a row for each sample and mask variant, with its hole's size and its caption."""
+    rows, notes = [], []
+    for sample in samples:
+        stored = sample.stored
+        for variant, (masked, mask) in enumerate(zip(sample.masked, stored.masks, strict=True)):
+            rows.append([sample.target, masked, torch.from_numpy(mask).float().unsqueeze(0)])
+            which = f"  mask {variant}" if len(stored.masks) > 1 else ""
+            notes.append(f"{stored.bucket}{which}  hole {mask.mean():.0%}  {stored.meta.get('caption', '')}")
+    columns = ("target", "what the model sees", "mask")
+    write_atomically(path, lambda temporary: save_grid(temporary, columns, rows, notes))
+
+
+def save_page(
+    path: Path, cache: Path, manifest: Manifest, counted: CacheStatistics, samples: Sequence[DecodedSample]
+) -> None:
+    """Write an HTML page that needs no other file: the statistics, and a card for each sample."""
+    record = Console(record=True, file=io.StringIO(), width=_STATISTICS_COLUMNS)
+    print_statistics(record, cache, manifest, counted)
+    title = html.escape(f"{cache.name}: {counted.samples} samples")
+    cards = "\n".join(_card(sample) for sample in samples)
+    write_text_atomically(
+        path,
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
+        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>\n'
+        f"<body><h1>{title}</h1>\n<pre>{html.escape(record.export_text())}</pre>\n<main>\n{cards}\n</main></body></html>\n",
+    )
+
+
+def _card(sample: DecodedSample) -> str:
+    stored, meta = sample.stored, sample.stored.meta
+    rows = []
+    for masked, mask in zip(sample.masked, stored.masks, strict=True):
+        pictures = (
+            (to_picture(sample.target), "target"),
+            (to_picture(masked), "what the model sees"),
+            (Image.fromarray(mask), f"mask, hole {mask.mean():.1%}"),
+        )
+        rows.append(f'<div class="row">{"".join(_figure(picture, text) for picture, text in pictures)}</div>')
+    summary = " · ".join((stored.bucket, stored.split, stored.meta.get("target", stored.key)))
+    facts = {"key": stored.key, "shard": stored.shard}
+    facts |= {name: str(value) for name, value in meta.items() if name not in ("caption", "text", "target")}
+    details = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts.items())
+    caption = html.escape(meta.get("caption", "")) or "<em>no caption</em>"
+    more = f"<details><summary>{html.escape(summary)}</summary><dl>{details}</dl></details>"
+    return f"<article>{''.join(rows)}<p>{caption}</p>{more}</article>"
+
+
+def _figure(picture: Image.Image, text: str) -> str:
+    small = max(picture.size) <= _PAGE_SIDE // 2
+    picture.thumbnail((_PAGE_SIDE, _PAGE_SIDE))
+    # JPEG would show artefacts of its own in small pictures, and edges in masks.
+    kind, options = ("png", {}) if small or picture.mode == "1" else ("jpeg", {"quality": 92})
+    buffer = io.BytesIO()
+    picture.save(buffer, format=kind, **options)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    size = "small" if small else "large"
+    image = f'<img class="{size}" src="data:image/{kind};base64,{data}" alt="{html.escape(text)}">'
+    return f"<figure>{image}<figcaption>{html.escape(text)}</figcaption></figure>"

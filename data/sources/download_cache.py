@@ -1,0 +1,71 @@
+"""Copies of remote files beside the cache, so that what planning reads is not fetched again to be encoded."""
+
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from configs.urls import is_url, shown
+from data.storage.atomic_write import write_atomically
+from data.storage.remote_files import open_url, refuse_short
+from data.storage.retry import with_retries
+
+
+@dataclass(frozen=True)
+class Copies:
+    """A folder of copies, which all processes and machines of a job may share.
+
+    limit: bytes that they may take together; what goes beyond it is deleted as soon as it was looked at, and single
+    pictures are read from their URL again.
+    """
+
+    folder: Path
+    limit: int
+
+    def path(self, place: str, stamp: str, suffix: str) -> Path:
+        """Where the copy of a file lies, in the state that `stamp` says."""
+        return self.folder / f"{xxhash.xxh3_128_hexdigest(f'{place} {stamp}'.encode())}{suffix}"
+
+    @contextmanager
+    def local(self, place: str, stamp: str) -> Iterator[Path]:
+        """A local file of the same bytes, good within the block: the file itself, or a copy, fetched if it is not
+        there. A copy that was fetched stays, at `path`, if the block raises nothing and there is room."""
+        if not is_url(place):
+            yield Path(place)
+            return
+        copy = self.path(place, stamp, ".copy")
+        if copy.exists():
+            try:
+                yield copy
+            except BaseException:
+                copy.unlink(missing_ok=True)  # who put it there read it without a fault: perhaps it is damaged now
+                raise
+            return
+        # One's own until it was looked at, and there to stay once it has its name: others open it by that at any time.
+        self.folder.mkdir(parents=True, exist_ok=True)
+        own = copy.with_name(f"{copy.name}.{secrets.token_hex(4)}.part")
+        try:
+            with_retries(lambda: _fetch(place, own), shown(place))
+            yield own
+            if not self.are_too_many():
+                write_atomically(copy, lambda temporary: own.replace(temporary))
+        finally:
+            own.unlink(missing_ok=True)
+
+    def are_too_many(self) -> bool:
+        """Whether they take all that they may, or more."""
+        taken = 0
+        for file in self.folder.glob("*"):
+            with suppress(FileNotFoundError):  # others delete theirs meanwhile
+                taken += file.stat().st_size
+        return taken >= self.limit
+
+
+def _fetch(url: str, path: Path) -> None:
+    with open_url(url) as remote, path.open("wb") as file:
+        shutil.copyfileobj(remote, file, 1 << 20)
+        refuse_short(remote)

@@ -1,0 +1,180 @@
+"""Opening pictures that strangers made: checked before they are decoded, upright, in RGB."""
+
+import io
+import os
+import struct
+import threading
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from configs.errors import InputError
+from data.sources.colour_profile import to_srgb
+from data.sources.picture_file import PictureBytes, PictureFile, byte_limit
+
+PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # Pillow's other readers are code that no picture here needs
+
+# A picture is resized until its short side fills the bucket, so a strip of a few pixels would become gigapixels: at 32
+# it takes 16 times the bucket's area, no more than a large photograph.
+LONGEST_ASPECT = 32
+
+_ORIENTATION_TAG = 0x0112
+# EXIF orientation -> how the stored picture is turned to stand upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_QUARTER_TURNS = frozenset({5, 6, 7, 8})  # the stored width is the upright height
+_PNG_METADATA = frozenset({b"eXIf", b"tEXt", b"zTXt", b"iTXt"})  # where Pillow looks for EXIF and XMP
+
+
+Picture = Path | PictureFile | PictureBytes
+
+
+def read_picture(picture: Picture, *, max_megapixels: float, stop: threading.Event | None = None) -> PictureBytes:
+    """A picture's bytes, as they are. Raises InputError if it is missing, cannot be read, or is too large for one of
+    `max_megapixels`; StorageFailed if its storage keeps failing, or fails once `stop` is set."""
+    if isinstance(picture, PictureBytes):
+        return picture
+    file = PictureFile(str(picture)) if isinstance(picture, Path) else picture
+    return file.read(byte_limit(max_megapixels), stop=stop)
+
+
+def _open(picture_bytes: PictureBytes, max_megapixels: float) -> Image.Image:
+    """An opened, not yet decoded picture. Raises InputError if it is no picture, or too large or too long to
+    decode."""
+    # Pillow's own limit is one for the whole process and may lie below the user's; the check below stands in for it.
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        picture = Image.open(io.BytesIO(picture_bytes.data), formats=_FORMATS)
+    except UnidentifiedImageError:
+        begin = bytes(picture_bytes.data[:16])
+        raise InputError(
+            f"{picture_bytes}: not a readable picture (not one of {', '.join(_FORMATS)}: it begins with {begin!r}). "
+            "Replace or remove the file."
+        ) from None
+    except Exception as error:  # Pillow raises a dozen types for bytes that are no picture
+        raise InputError(f"{picture_bytes}: not a readable picture ({error}). Replace or remove the file.") from error
+    megapixels = picture.width * picture.height / 1e6
+    if megapixels > max_megapixels:
+        picture.close()
+        raise InputError(
+            f"{picture_bytes}: {picture.width}x{picture.height} is {megapixels:.0f} megapixels, above "
+            f"data.max_megapixels {max_megapixels:g}; it was not decoded. Shrink the picture or raise the limit."
+        )
+    if max(picture.size) > LONGEST_ASPECT * min(picture.size):
+        picture.close()
+        raise InputError(
+            f"{picture_bytes}: {picture.width}x{picture.height} is more than {LONGEST_ASPECT} times as long as wide: "
+            "next to nothing of it would be left at the size that is trained. Cut it into pictures, or remove it."
+        )
+    return picture
+
+
+def _decode(picture: Image.Image, name: object) -> None:
+    try:
+        picture.load()
+    except Exception as error:
+        raise InputError(f"{name}: cannot be decoded ({error}). Replace or remove the file.") from error
+
+
+def _orientation(picture: Image.Image) -> int:
+    """How an opened picture is stored, 1 to 8; 1 (upright) if it does not say, or says it in damaged EXIF."""
+    if picture.format == "TIFF":
+        return 1  # Pillow turns these itself, size and pixels
+    try:
+        # Not PngImageFile's own, which decodes every picture that has no EXIF ahead of its pixels.
+        return int(Image.Image.getexif(picture).get(_ORIENTATION_TAG, 1))
+    except Exception:  # viewers too show a picture with damaged EXIF as it is stored
+        return 1
+
+
+def _says_more_behind_its_pixels(png: bytes) -> bool:
+    """Whether a PNG holds metadata behind its pixels, as some tools write it: seen only by decoding."""
+    pixels_seen = False
+    file = io.BytesIO(png)
+    file.seek(8)  # the signature; then chunks of length, kind, data and checksum
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        if pixels_seen and kind in _PNG_METADATA:
+            return True
+        pixels_seen |= kind == b"IDAT"
+        file.seek(length + 4, os.SEEK_CUR)
+    return False
+
+
+def picture_size(picture_file: Picture, *, max_megapixels: float) -> tuple[int, int]:
+    """Upright (width, height) of a picture, from its header. Raises InputError as `load_picture` does."""
+    read = read_picture(picture_file, max_megapixels=max_megapixels)
+    with _open(read, max_megapixels) as picture:
+        if picture.format == "PNG" and _says_more_behind_its_pixels(read.data):
+            _decode(picture, read)
+        width, height = picture.size
+        return (height, width) if _orientation(picture) in _QUARTER_TURNS else (width, height)
+
+
+def _load(picture_file: Picture, max_megapixels: float) -> Image.Image:
+    """A decoded, upright picture of 8 bits per channel, in whatever mode it is stored."""
+    read = read_picture(picture_file, max_megapixels=max_megapixels)
+    with _open(read, max_megapixels) as picture:
+        _decode(picture, read)
+        orientation = _orientation(picture)
+        upright = picture.transpose(_TURNS[orientation]) if orientation in _TURNS else picture
+        if upright.mode.startswith("I;16"):
+            # Pillow's own conversion clips at 255: all but the darkest grey would be white.
+            return Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+        if upright.mode in ("I", "F"):
+            raise InputError(f"{read}: has 32-bit pixels, whose white is anyone's guess. Save it with 8 bits.")
+        return upright
+
+
+def load_picture(picture_file: Picture, *, max_megapixels: float) -> Image.Image:
+    """A decoded, upright picture in sRGB; transparent parts stand on white.
+
+    Raises InputError, naming the file, if it is missing, unreadable, has more than `max_megapixels` pixels or is above
+    LONGEST_ASPECT (then it is refused before decoding: a file of some kilobytes can hold gigapixels).
+    """
+    picture = to_srgb(_load(picture_file, max_megapixels))
+    if _has_alpha(picture):
+        rgba = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return picture.convert("RGB")
+
+
+def load_mask(picture_file: Picture, *, max_megapixels: float) -> Image.Image:
+    """A decoded, upright mask in mode L: white (255) = repaint, black (0) = keep.
+
+    Raises as `load_picture` does, and where transparency says other than the colours. Some programs mean by it what is
+    to be painted, some what is not; only a person can tell.
+    """
+    read = read_picture(picture_file, max_megapixels=max_megapixels)
+    picture = _load(read, max_megapixels)
+    # Pillow knows the way from Lab to RGB, but none to grey.
+    mask = (picture.convert("RGB") if picture.mode == "LAB" else picture).convert("L")
+    if _has_alpha(picture) and not _agree(np.asarray(mask), np.asarray(picture.convert("RGBA").getchannel("A"))):
+        raise InputError(
+            f"{read}: the mask is partly transparent, and its colours do not say which part is the hole. Save it "
+            "without transparency: white = repaint, black = keep."
+        )
+    return mask
+
+
+def _has_alpha(picture: Image.Image) -> bool:
+    return "A" in picture.getbands() or "transparency" in picture.info
+
+
+def _agree(levels: np.ndarray, alpha: np.ndarray) -> bool:
+    """Whether a mask means the same without its alpha: either nothing is transparent, or what is transparent is of one
+    colour, white or black, and what is not of the other. Edges, half transparent, may have either."""
+    strongest = int(alpha.max())
+    clear, covered = levels[alpha <= strongest // 4] >= 128, levels[alpha > strongest - strongest // 4] >= 128
+    if strongest == 0 or not clear.size:
+        return True
+    return bool(clear.all() and not covered.any()) or bool(covered.all() and not clear.any())

@@ -1,0 +1,140 @@
+"""What scanning found out about pictures, and the files in which it is kept."""
+
+import errno
+import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import xxhash
+
+from configs.errors import InputError
+from data.sources.items import Item
+from data.sources.picture_file import PictureFile
+from data.storage.atomic_write import write_text_atomically
+
+Row = list[Any]
+
+
+class Facts(NamedTuple):
+    """What was found out about one picture.
+
+    content: hash of its bytes, 32 hex digits.  width, height: upright.  darkest, brightest: a mask's levels, else 0.
+    copy_offset, size: where its bytes are in a pack of remote pictures; size 0 = nowhere.
+    """
+
+    content: str
+    width: int
+    height: int
+    darkest: int = 0
+    brightest: int = 0
+    copy_offset: int = 0
+    size: int = 0
+
+
+class ScannedItem(NamedTuple):
+    """An item and the facts about its pictures: target, mask (None where masks are random), source (or None)."""
+
+    item: Item
+    target: Facts
+    mask: Facts | None
+    source: Facts | None
+
+
+class ScanResults:
+    """A folder of results, each a list of rows under a key that names all that it hangs on."""
+
+    def __init__(self, cache: Path, dataset: str) -> None:
+        """Makes nothing yet. Raises InputError if <cache>/scan/<dataset> could not be made."""
+        self.folder = cache / "scan" / dataset
+        self._used: set[str] = set()
+        there = next(parent for parent in self.folder.absolute().parents if parent.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            reason = os.strerror(errno.EACCES if there.is_dir() else errno.ENOTDIR)
+            raise InputError(
+                f"data.cache {cache}: cannot be written to ({reason}). Point data.cache at a folder that can."
+            )
+
+    def key(self, *parts: object) -> str:
+        """The key of what hangs on these parts (of JSON's types)."""
+        key = xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
+        self._used.add(key)
+        return key
+
+    def read(self, key: str) -> list[Row] | None:
+        """None if there is no such result, or it is damaged."""
+        try:
+            checksum, rows = (self.folder / f"{key}.json").read_text(encoding="utf-8").split("\n", 1)
+            return json.loads(rows) if checksum == xxhash.xxh3_128_hexdigest(rows.encode()) else None
+        except (OSError, ValueError):
+            return None
+
+    def write(self, key: str, rows: Sequence[Row]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(rows, ensure_ascii=False)
+        with suppress(FileNotFoundError):  # one that was done took it for a dead worker's: then it is found out again
+            write_text_atomically(self.folder / f"{key}.json", f"{xxhash.xxh3_128_hexdigest(text.encode())}\n{text}")
+
+    def delete_unused(self) -> None:
+        """Forget what was found about files that changed or are gone: all whose key was not made. And what a worker
+        that was killed had half written."""
+        for file in [*self.folder.glob("*.json"), *self.folder.glob("*.part")]:
+            if file.suffix == ".part" or file.stem not in self._used:
+                file.unlink(missing_ok=True)
+
+
+# --- rows: items and facts in types of JSON ---------------------------------------------------------------------------
+
+ITEM_COLUMNS = 5  # name, target, mask, source, caption
+
+
+def row_of_item(item: Item, file: str = "") -> Row:
+    """An item as a row. file: the tar or the pack that holds its pictures; it is called differently elsewhere, so the
+    row does not name it."""
+    pictures = [
+        picture and ["" if picture.place == file else picture.place, picture.offset, picture.size, picture.member]
+        for picture in (item.target, item.mask, item.source)
+    ]
+    return [item.name, *pictures, item.caption]
+
+
+def is_in_pack(row: Row) -> bool:
+    """Whether a picture of a table's row lies in the table's pack."""
+    return any(picture is not None and picture[0] == "" for picture in row[1 : ITEM_COLUMNS - 1])
+
+
+def item_of(row: Row, file: str = "", copy: str = "") -> Item:
+    """The item of a row. file: of `row_of_item`, as it is called here.  copy: of it, if it is a tar on a server."""
+
+    def picture(place: str, offset: int, size: int | None, member: str) -> PictureFile:
+        return PictureFile(place or file, offset, size, member, copy, offset if copy else 0)
+
+    name, target, mask, source, caption = row[:ITEM_COLUMNS]
+    return Item(name, picture(*target), mask and picture(*mask), source and picture(*source), caption)
+
+
+def row_of_facts(scanned: ScannedItem) -> Row:
+    """The facts of an item as a row of three."""
+    return [facts and list(facts) for facts in (scanned.target, scanned.mask, scanned.source)]
+
+
+def with_facts(item: Item, row: Row, pack: Path | None = None) -> ScannedItem:
+    """An item with the facts of a row. pack: where copies of its remote pictures are, if there are any."""
+    target, mask, source = (None if facts is None else Facts(*facts) for facts in row)
+
+    def copied(file: PictureFile, facts: Facts) -> PictureFile:
+        if not facts.size:
+            return file
+        return replace(file, size=facts.size, copy=str(pack), copy_offset=facts.copy_offset)
+
+    assert target is not None
+    item = replace(
+        item,
+        target=copied(item.target, target),
+        mask=item.mask and mask and copied(item.mask, mask),
+        source=item.source and source and copied(item.source, source),
+    )
+    return ScannedItem(item, target, mask, source)

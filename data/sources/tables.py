@@ -1,0 +1,280 @@
+"""Lists of pictures: JSONL, Parquet and Arrow tables, and folders as Hugging Face's `datasets` writes them.
+
+A cell holds a path relative to its table, a URL, or (Parquet and Arrow) the picture itself, as bytes or as the struct
+of bytes and path that `datasets` stores. Pictures inside tables are copied out once, to one file a table beside the
+cache: a table is read a group of rows at a time, encoding wants single pictures in another order.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+from urllib.parse import urlsplit
+
+from configs.dataset_schema import DatasetConfig
+from configs.errors import InputError
+from configs.urls import is_url, shown
+from data.sources.items import HALF_A_CHARACTER, Item, is_utf8
+from data.sources.picture_file import PictureFile
+from data.sources.walk import walk_folder
+from data.storage.remote_files import check_url
+
+_ROW_BATCH = 64  # rows of a table that are in memory at a time
+_NEEDS_PYARROW = (".parquet", ".arrow")
+
+
+def find_tables(place: str, dataset: str) -> list[str]:
+    """The tables that a dataset's `table` names: itself, or all of a Hugging Face folder, sorted.
+
+    Raises InputError if there is none, or `walk_folder` refuses the folder.
+    """
+    where = f"dataset {dataset}: table {shown(place)}"
+    path = Path(place)
+    if is_url(place) or path.is_file():
+        if not place.partition("?")[0].endswith((".jsonl", *_NEEDS_PYARROW)):
+            raise InputError(f"{where} is no .jsonl, .parquet or .arrow file. Correct data.datasets.*.table.")
+        return [place]
+    if not path.is_dir():
+        raise InputError(f"{where} does not exist. Correct data.datasets.*.table.")
+    metadata, tables = [], []
+    for parent, names in walk_folder(path, where):
+        metadata += [Path(parent, name) for name in names if name in ("metadata.jsonl", "metadata.csv")]
+        tables += [Path(parent, name) for name in _data_files(Path(parent), names) if name.endswith(_NEEDS_PYARROW)]
+    tables = metadata or tables
+    if not tables:
+        raise InputError(
+            f"{where} is a folder without metadata.jsonl, metadata.csv, .parquet or .arrow files below it. Point "
+            "data.datasets.*.table at a list, or at a folder that Hugging Face's datasets wrote."
+        )
+    return sorted(map(str, tables))
+
+
+# What map and filter of `datasets` leave beside the data: cache-<fingerprint>.arrow, or one of several such.
+_INTERMEDIATE = re.compile(r"cache-[0-9a-f]{16}(_\d+_of_\d+)?\.arrow")
+
+
+def _data_files(folder: Path, names: Sequence[str]) -> list[str]:
+    """Of a folder's files those that hold its rows: where `datasets` saved it, what its state.json lists."""
+    if "state.json" in names:
+        try:
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            return [PurePosixPath(entry["filename"]).name for entry in state["_data_files"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # of something else
+    return [name for name in names if not _INTERMEDIATE.fullmatch(name)]
+
+
+def names_are_below(table: str, place: str) -> str:
+    """The folder or URL that the names of a table's pictures begin below: a Hugging Face folder, or the table's own."""
+    if table == place:
+        return table.partition("?")[0].rpartition("/")[0]
+    return str(
+        Path(place)
+    )  # as the tables found there are called, whichever way the config calls it: ./hub, /data/hub/
+
+
+def list_table(
+    table: str, file: Path, below: str, dataset: DatasetConfig, *, masks: bool, pack: Path, packed: BinaryIO
+) -> list[Item]:
+    """The items of one table, in its order.
+
+    table: its path or URL.  file: what to read, `table` itself if it is local.  below: see `names_are_below`.  masks:
+    whether they are in it.  pack: the file to which pictures inside the table are copied, open as `packed`.
+    Raises one InputError that names every row at fault, or whatever keeps the table from being read.
+    """
+    columns = dataset.columns
+    wanted = {"target": columns.target} | ({"mask": columns.mask} if masks else {})
+    if columns.source is not None:
+        wanted["source"] = columns.source
+    stem = str(PurePosixPath(_below(table, below)).with_suffix(""))
+
+    def find_picture(cell: object, where: str, number: int) -> PictureFile:
+        if (inside := _picture_inside(cell)) is None:
+            return PictureFile(_resolve(table, cell, where))
+        data, suffix = inside
+        offset = packed.tell()
+        packed.write(data)
+        return PictureFile(str(pack), offset, len(data), f"{stem}/{number:08d}{suffix}")
+
+    def read_row(number: int, where: str, row: dict[str, Any]) -> Item:
+        for role, column in wanted.items():
+            if row.get(column) is None:
+                raise InputError(
+                    f"{where}: no {column}, but {', '.join(sorted(row)) or 'nothing'}. Add it, or correct "
+                    f"data.datasets.*.columns.{role}."
+                )
+        caption = row.get(columns.caption)
+        if not isinstance(caption, str | None):
+            raise InputError(f"{where}: {columns.caption} is {caption!r:.60}, no text. Correct it.")
+        files = {role: find_picture(row[column], f"{where}, {column}", number) for role, column in wanted.items()}
+        name = _name(row, columns.name, files["target"], below, where)
+        return Item(name, files["target"], files.get("mask"), files.get("source"), caption)
+
+    items: list[Item] = []
+    problems: list[str] = []
+    seen: set[str] = set()
+    for number, where, row in _read_rows(table, file):
+        seen |= row.keys()
+        try:
+            items.append(read_row(number, where, row))
+        except InputError as error:
+            problems.append(str(error))
+    if "caption" in columns.model_fields_set and columns.caption not in seen:
+        problems.append(
+            f"{shown(table)}: no row has the column {columns.caption}, but {', '.join(sorted(seen))}. Correct "
+            "data.datasets.*.columns.caption."
+        )
+    if problems:
+        raise InputError("\n".join(problems))
+    if not items:
+        raise InputError(f"{shown(table)}: holds no row. Correct data.datasets.*.table.")
+    return items
+
+
+def _below(place: str, folder: str) -> str:
+    """A path or URL, without query, as it is called from a folder above it."""
+    return place.partition("?")[0].removeprefix(f"{folder}/")
+
+
+def _name(row: dict[str, Any], column: str | None, target: PictureFile, below: str, where: str) -> str:
+    """A row's name: its own column, its place inside the table, or its target's path without suffix."""
+    if column is not None:
+        name = row.get(column)
+        if not isinstance(name, str | int) or name == "":
+            raise InputError(f"{where}: {column} is {name!r:.60}, no name. Correct it.")
+        return str(name)
+    if target.member:
+        path = target.member
+    elif is_url(target.place) and not target.place.startswith(f"{below}/"):
+        parts = urlsplit(target.place)
+        path = f"{parts.netloc}{parts.path}"  # without the query, which may hold a token
+    else:
+        path = _below(target.place, below)
+    if not PurePosixPath(path).name:
+        raise InputError(f"{where}: {target} names a folder, no picture. Correct it.")
+    return str(PurePosixPath(path).with_suffix(""))
+
+
+def _picture_inside(cell: object) -> tuple[bytes, str] | None:
+    """(bytes, suffix) of a cell that holds its picture, plain or as `datasets` stores it; None: it does not."""
+    if isinstance(cell, dict) and isinstance(cell.get("bytes"), bytes):
+        path = cell.get("path")
+        return cell["bytes"], PurePosixPath(path).suffix if isinstance(path, str) else ""
+    return (cell, "") if isinstance(cell, bytes) else None
+
+
+def _resolve(table: str, cell: object, where: str) -> str:
+    """A cell's path or URL as one that can be opened. Raises InputError if it leads out of the table's folder."""
+    path = cell.get("path") if isinstance(cell, dict) else cell
+    if not isinstance(path, str) or not path:
+        raise InputError(f"{where} is {cell!r:.60}: no path, URL or picture. Correct it.")
+    if is_url(path):
+        check_url(path, where)
+        return path
+    if path.startswith("/") or ".." in PurePosixPath(path).parts or "\0" in path:
+        raise InputError(
+            f"{where} is {path!a}, which leads out of the table's folder. Write a path relative to the table, below it."
+        )
+    if not PurePosixPath(path).name:
+        raise InputError(f"{where} is {path!r}, the table's folder, no picture. Correct it.")
+    folder, separator, _ = table.partition("?")[0].rpartition("/")
+    return f"{folder}{separator}{PurePosixPath(path)}"
+
+
+# --- rows: (number from 0, how messages call it, column -> cell) ------------------------------------------------------
+
+
+def _read_rows(table: str, file: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    suffix = PurePosixPath(table.partition("?")[0]).suffix
+    try:
+        if suffix == ".jsonl":
+            yield from _read_jsonl(table, file)
+        elif suffix == ".csv":
+            yield from _read_csv(table, file)
+        else:
+            yield from _read_with_pyarrow(table, file)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{shown(table)}: not UTF-8 text ({error}). Save it as UTF-8.") from error
+    except OSError as error:
+        raise InputError(f"{shown(table)}: cannot be read ({error}). Restore the file or its permissions.") from error
+
+
+def _read_jsonl(table: str, file: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    with file.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines):
+            if not line.strip():
+                continue
+            where = f"{shown(table)}, line {number + 1}"
+            try:
+                row = json.loads(line)
+                is_text = "\\u" not in line or is_utf8(json.dumps(row, ensure_ascii=False))
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{where}: no JSON ({error}). Correct the line, or write the list anew.") from error
+            if not isinstance(row, dict):
+                raise InputError(f'{where}: no JSON object. Write {{"target": ..., "mask": ...}}.')
+            if not is_text:
+                raise InputError(f"{where}: {HALF_A_CHARACTER}. Correct the line, or write the list anew.")
+            yield number, where, _with_file_names(row)
+
+
+def _read_csv(table: str, file: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        rows = csv.DictReader(lines, strict=True)  # else a quote that is never closed swallows the rows behind it
+        try:
+            for number, row in enumerate(rows):
+                where = f"{shown(table)}, line {rows.line_num}"
+                if None in row:
+                    raise InputError(
+                        f"{where}: {len(row[None])} cell(s) more than the first line has columns, from "
+                        f'{row[None][0]!r:.60} on. Put a text with commas in quotes: "a red, old car".'
+                    )
+                yield number, where, _with_file_names({name: cell or None for name, cell in row.items()})
+        except csv.Error as error:
+            raise InputError(
+                f"{shown(table)}, line {rows.line_num + 1}: no CSV ({error}). Correct the line."
+            ) from error
+
+
+def _with_file_names(row: dict[str, Any]) -> dict[str, Any]:
+    """`datasets` calls the column `image` whose files metadata.jsonl names under file_name or image_file_name."""
+    columns = {"image" if name == "file_name" else name.removesuffix("_file_name"): row[name] for name in row}
+    return row | columns
+
+
+def _read_with_pyarrow(table: str, file: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    try:
+        import pyarrow as pa
+        from pyarrow import parquet
+    except ImportError as error:
+        raise InputError(
+            f"{shown(table)}: .parquet and .arrow need pyarrow ({error}). Run `pip install 'fluxfill[parquet]'`, "
+            "or write the list as .jsonl."
+        ) from error
+    try:
+        if table.partition("?")[0].endswith(".parquet"):
+            batches = parquet.ParquetFile(file).iter_batches(batch_size=_ROW_BATCH)
+        else:
+            batches = _arrow_batches(pa, file)
+        number = 0
+        for batch in batches:
+            for row in batch.to_pylist():
+                yield number, f"{shown(table)}, row {number + 1}", row
+                number += 1
+    except pa.ArrowException as error:
+        raise InputError(f"{shown(table)}: damaged ({error}). Fetch or write it anew.") from error
+
+
+def _arrow_batches(pa, file: Path) -> Iterator[Any]:
+    """Arrow's stream format, as `datasets` writes it, or its file format."""
+    with pa.memory_map(str(file)) as source:
+        if source.read(6) == b"ARROW1":
+            reader = pa.ipc.open_file(source)
+            batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+        else:
+            source.seek(0)
+            batches = iter(pa.ipc.open_stream(source))
+        for batch in batches:
+            for begin in range(0, batch.num_rows, _ROW_BATCH):
+                yield batch.slice(begin, _ROW_BATCH)

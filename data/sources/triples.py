@@ -1,0 +1,113 @@
+"""Pictures -> triples: target, mask, optional source, caption; from folders, tars or tables alike."""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import xxhash
+
+from configs.dataset_schema import DatasetConfig
+from configs.errors import InputError
+from configs.schema import DataConfig
+from data.sources.items import finish_caption, listed
+from data.sources.picture_file import PictureFile
+from data.sources.scan import ScannedItem, scan_dataset
+
+_NOT_IN_KEYS = re.compile(r"[^A-Za-z0-9_-]")
+
+
+@dataclass(frozen=True, slots=True)
+class Triple:
+    """One training item as files.
+
+    dataset: its dataset's name.  name: its own there; of a target in a folder, the path without suffix ("a/b/cat").
+    target, mask: pictures of one size; no mask where masks are random.  source: what the model sees instead of the
+    target, or None.  caption: the text, trigger word included.  target_content: hash of the target's bytes, 32 hex
+    digits.  content: hash of the bytes of all its pictures, in which any change shows.
+    """
+
+    dataset: str
+    name: str
+    target: PictureFile
+    mask: PictureFile | None
+    source: PictureFile | None
+    caption: str
+    target_content: str
+    content: str
+
+    @property
+    def key(self) -> str:
+        """Name inside a shard: letters, digits, - and _ only, at most 70 long, with a hash of the whole name (stems
+        collide, and webdataset cuts names at the first dot)."""
+        stem = _NOT_IN_KEYS.sub("_", self.name[-48:])
+        return f"{stem}-{xxhash.xxh3_64_hexdigest(f'{self.dataset}/{self.name}'.encode())}"
+
+
+def content_of(picture_contents: Iterable[str]) -> str:
+    """The hash of a triple's pictures together, from theirs: target, mask, source."""
+    return xxhash.xxh3_128_hexdigest("".join(picture_contents).encode())
+
+
+def list_triples(
+    dataset: DatasetConfig, data: DataConfig, advance: Callable[[int], None]
+) -> list[tuple[Triple, tuple[int, int]]]:
+    """All triples of one dataset with their upright (width, height), sorted by name; each is checked to be whole.
+
+    advance: told how many more were read.  Raises one InputError that lists every triple at fault.
+    """
+    triples, problems = [], []
+    found = scan_dataset(dataset, data, advance)
+    found.reverse()
+    while found:  # what is used up is let go: of millions, twice is too much
+        scanned = found.pop()
+        problems += _problems_of(scanned)
+        item = scanned.item
+        contents = [facts.content for facts in scanned[1:] if facts is not None]
+        triple = Triple(
+            dataset.name,
+            item.name,
+            item.target,
+            item.mask,
+            item.source,
+            finish_caption(item.caption, data.captions),
+            contents[0],
+            content_of(contents),
+        )
+        triples.append((triple, (scanned.target.width, scanned.target.height)))
+    if problems:
+        raise InputError(listed(problems))
+    return triples
+
+
+def _problems_of(scanned: ScannedItem) -> list[str]:
+    """What keeps a triple from being used: its pictures differ in size, or its mask has nothing to paint or to keep."""
+    item, target, problems = scanned.item, scanned.target, []
+    for role, file, facts in (("mask", item.mask, scanned.mask), ("source", item.source, scanned.source)):
+        if facts is not None and (facts.width, facts.height) != (target.width, target.height):
+            problems.append(
+                f"{file}: the {role} is {facts.width}x{facts.height}, its target {item.target} is "
+                f"{target.width}x{target.height}. Make the {role} anew at the target's size: stretching it would shift "
+                "the hole."
+            )
+    if not problems and scanned.mask is not None:
+        darkest, brightest = scanned.mask.darkest, scanned.mask.brightest
+        if brightest < 128:
+            problems.append(
+                f"{item.mask}: the mask is all black (its brightest pixel is {brightest} of 255): nothing to paint. "
+                "White marks the hole; is it inverted?"
+            )
+        if darkest >= 128:
+            problems.append(
+                f"{item.mask}: the mask is all white (its darkest pixel is {darkest} of 255): nothing to keep. "
+                "White marks the hole; is it inverted?"
+            )
+    return problems
+
+
+def held_out(contents: Iterable[str], count: int) -> frozenset[str]:
+    """Content hashes of the held-out pictures: the `count` smallest.
+
+    A picture's split hangs on its bytes alone, so copies of it under other names, its repeats and its variants are on
+    one side; adding pictures moves as few across as there are new ones among the smallest.
+    """
+    return frozenset(sorted(set(contents))[:count])

@@ -1,0 +1,54 @@
+"""Files that are either whole or not there."""
+
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+from data.storage.disk_full import told_when_full
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames inside a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomically(path: Path, write: Callable[[Path], object], *, num_bytes: int | None = None) -> None:
+    """Let `write` fill a temporary neighbour of `path`, flush it to disk, then rename it into place.
+
+    If `write` raises, nothing is left. Several processes may write one path at the same time: the last one's stays.
+    num_bytes: of what is written, if known.  Raises DiskFull if there is no room for it.
+    """
+    with told_when_full(path, needed=num_bytes):
+        _write_and_rename(path, write)
+
+
+def _write_and_rename(path: Path, write: Callable[[Path], object]) -> None:
+    # Of its own name in every process and on every machine: ranks that repair one file must not cut each other's.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode & 0o777
+        write(temporary)
+        temporary.chmod(mode)  # as the user's umask has it: safetensors' own files can be read by their owner alone
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def write_bytes_atomically(path: Path, data: bytes) -> None:
+    """`write_atomically` for bytes."""
+    write_atomically(path, lambda temporary: temporary.write_bytes(data), num_bytes=len(data))
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """`write_atomically` for a text."""
+    write_bytes_atomically(path, text.encode("utf-8"))

@@ -1,0 +1,185 @@
+"""A whole cache against what was written: its head, what lies beside its shards, and every shard. Changes nothing."""
+
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from configs.errors import InputError
+from data.cache.manifest import (
+    MANIFEST,
+    SHARD_TABLE,
+    Manifest,
+    ShardTable,
+    hash_files,
+    parse_bucket,
+    read_manifest,
+    read_shard_table,
+)
+from data.cache.members import sample_tensors
+from data.cache.shard_writer import index_path
+from data.verify.shard import CheckedShard, ExpectedShard, WholeTar, check_shard
+from data.verify.tar import Problem
+
+
+@dataclass(frozen=True)
+class CheckedCache:
+    """What `verify_cache` found.
+
+    problems: in the order of the files' names; none if the cache is whole.  table: the list of shards, or None if
+    there is none that can be trusted.  rebuildable: what is whole but for its index.  bad: all other files that are not
+    as they were written, below the cache folder.
+    """
+
+    problems: list[Problem]
+    table: ShardTable | None
+    rebuildable: list[WholeTar]
+    bad: list[str]
+
+
+def refuse_no_cache(folder: Path) -> None:
+    """Raise InputError if a folder holds no cache at all."""
+    if not any((folder / name).exists() for name in (MANIFEST, SHARD_TABLE, "shards")):
+        raise InputError(f"{folder}: no cache is there. Give the folder that `fluxfill preprocess CONFIG` wrote.")
+
+
+def verify_cache(
+    cache: Path,
+    *,
+    threads: int,
+    start: Callable[[int], None],
+    advance: Callable[[int], None],
+    only: Collection[str] | None = None,
+) -> CheckedCache:
+    """Read a whole cache, `threads` shards at once (hashing and reading release Python's lock).
+
+    start: told the bytes that will be read.  advance: told the bytes of each stretch, from many threads.
+    only: shards to read, below the cache folder, beside the head; None: all of them.
+    Raises InputError if the folder holds no cache at all.
+    """
+    refuse_no_cache(cache)
+    manifest, table, problems = _check_head(cache)
+    if table is None:  # every shard that is there is judged by its own index
+        expected = [ExpectedShard(path) for path in _files_below(cache, ".tar")]
+    else:
+        expected = _expected_shards(manifest, table)
+        problems += _find_strays(cache, table)
+    if only is not None:
+        expected = [shard for shard in expected if shard.path in only]
+    start(sum(_size_of(cache / shard.path) for shard in expected))
+    with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
+        checked = list(pool.map(lambda shard: check_shard(cache, shard, advance), expected))
+    if manifest is not None and table is not None and only is None:
+        problems += _check_hole_fractions(manifest, table, checked)
+    bad = {problem.path for problem in problems}
+    rebuildable = []
+    for shard, found in zip(expected, checked, strict=True):
+        problems += found.problems
+        if found.problems and found.whole is not None:
+            rebuildable.append(found.whole)
+        elif found.problems:
+            bad.add(shard.path)
+    problems.sort(key=lambda problem: problem.path)
+    return CheckedCache(problems, table, rebuildable, sorted(bad))
+
+
+def _check_head(cache: Path) -> tuple[Manifest | None, ShardTable | None, list[Problem]]:
+    """Manifest and table as far as they can be trusted, and what is wrong with them and with the files beside."""
+    problems = []
+    if not (cache / MANIFEST).is_file():
+        what = "missing: preprocessing was interrupted, or is still at work; run it again, whole shards are kept"
+        # A table without a manifest may be of what the cache was before: preprocessing removes the manifest first.
+        return None, None, [Problem(MANIFEST, "", what)]
+    manifest, table = None, None
+    try:
+        manifest = read_manifest(cache)
+    except InputError as error:
+        problems.append(Problem(MANIFEST, "", _reason(error, cache / MANIFEST)))
+    try:
+        table = read_shard_table(cache)
+    except InputError as error:
+        problems.append(Problem(SHARD_TABLE, "", _reason(error, cache / SHARD_TABLE)))
+    if manifest is not None:
+        found = hash_files(cache, manifest.files)
+        problems += [
+            Problem(path, "", "differs from what was written" if found[path] else "missing or unreadable")
+            for path, written in manifest.files.items()
+            if found[path] != written and not (path == SHARD_TABLE and table is None)
+        ]
+    if manifest is not None and table is not None:
+        problems += _compare_counts(manifest, table)
+    return manifest, table, problems
+
+
+def _compare_counts(manifest: Manifest, table: ShardTable) -> list[Problem]:
+    """The manifest's samples against those of the table's shards."""
+    counts: dict[str, dict[str, int]] = {name: dict.fromkeys(splits, 0) for name, splits in manifest.samples.items()}
+    for dataset, split, samples in zip(table.dataset.tolist(), table.split.tolist(), table.samples, strict=True):
+        of_dataset = counts.setdefault(dataset, {})
+        of_dataset[split] = of_dataset.get(split, 0) + int(samples)
+    if counts == manifest.samples:
+        return []
+    return [Problem(SHARD_TABLE, "", f"lists samples {counts}, the manifest {manifest.samples}")]
+
+
+def _check_hole_fractions(manifest: Manifest, table: ShardTable, checked: Sequence[CheckedShard]) -> list[Problem]:
+    """The manifest's histograms against the shards' indexes, where all of them can be read. checked: in the table's
+    order."""
+    counts = {name: np.zeros(len(of_dataset), dtype=np.int64) for name, of_dataset in manifest.hole_fractions.items()}
+    for dataset, shard in zip(table.dataset.tolist(), checked, strict=True):
+        if shard.hole_fractions is None:
+            return []
+        counts[dataset] = counts.get(dataset, 0) + np.array(shard.hole_fractions)
+    found = {name: of_dataset.tolist() for name, of_dataset in counts.items()}
+    if found == manifest.hole_fractions:
+        return []
+    what = f"counts hole fractions {manifest.hole_fractions}, the shards hold {found}"
+    return [Problem(MANIFEST, "", what)]
+
+
+def _expected_shards(manifest: Manifest | None, table: ShardTable) -> list[ExpectedShard]:
+    """What the head says of every shard."""
+    tensors = {}
+    if manifest is not None:
+        tensors = {name: sample_tensors(parse_bucket(name), manifest) for name in np.unique(table.bucket).tolist()}
+    variants = manifest.mask_variants if manifest is not None else {}
+    return [
+        ExpectedShard(path, sha256, size, samples, variants.get(dataset), plan, tensors.get(bucket))
+        for path, sha256, size, samples, dataset, plan, bucket in zip(
+            table.path.tolist(),
+            table.sha256.tolist(),
+            table.bytes.tolist(),
+            table.samples.tolist(),
+            table.dataset.tolist(),
+            table.plan.tolist(),
+            table.bucket.tolist(),
+            strict=True,
+        )
+    ]
+
+
+def _find_strays(cache: Path, table: ShardTable) -> list[Problem]:
+    """Files among the shards of a finished cache that its table does not list."""
+    listed = set(table.path.tolist())
+    listed |= {index_path(Path(path)).as_posix() for path in listed}
+    found = _files_below(cache, ".tar", ".index", ".part")
+    return [Problem(path, "", f"not listed in {SHARD_TABLE}") for path in found if path not in listed]
+
+
+def _files_below(cache: Path, *suffixes: str) -> list[str]:
+    files = (path for path in (cache / "shards").rglob("*") if path.suffix in suffixes and path.is_file())
+    return sorted(path.relative_to(cache).as_posix() for path in files)
+
+
+def _reason(error: InputError, path: Path) -> str:
+    """What is wrong, without the place (it stands beside) and the advice (it is for who cannot repair)."""
+    return str(error).removeprefix(f"{path}: ").partition(". ")[0]
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0

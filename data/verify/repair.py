@@ -1,0 +1,120 @@
+"""What `verify` found, mended: bad files moved aside, never deleted; lost indexes rebuilt from their whole tars.
+
+What is missing then, preprocessing makes anew: a shard is a function of its pictures, so its bytes are as before.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from configs.errors import InputError
+from configs.schema import Config
+from data.cache.manifest import ShardTable, read_manifest, read_shard_table, refuse_other_settings
+from data.cache.shard_writer import index_path, rebuild_index
+from data.encoders.model_folder import find_model
+from data.preprocess import CREW_FOLDER, preprocess
+from data.preprocessing.worker_group import join_crew
+from data.storage.atomic_write import fsync_folder
+from data.verify.cache import CheckedCache, refuse_no_cache
+from data.verify.shard import WholeTar
+from data.verify.tar import Problem
+
+QUARANTINE = "quarantine"  # folder, and .jsonl beside it
+
+
+def refuse_other_config(config: Config, cache: Path) -> None:
+    """Raise InputError if a config is not that of a cache: repaired by it, all of the cache would be made anew."""
+    if config.data.cache_folder.resolve() != cache.resolve():
+        raise InputError(f"--repair: data.cache is {config.data.cache}, not {cache}. Give the config of this cache.")
+    model = find_model(config.model.base)
+    try:
+        manifest = read_manifest(cache)
+    except InputError:
+        return  # missing or damaged: nothing tells
+    refuse_other_settings(config, model, manifest)
+
+
+def repair_cache(config: Config, check: Callable[[], CheckedCache], console: Console) -> tuple[CheckedCache, list[str]]:
+    """Mend what `check` finds in data.cache. Returns that, and the shards that came out with other bytes than the cache
+    listed (encoded on another device, say): they are as good, and the cache lists them as they are now.
+
+    check: `verify_cache` of the whole cache.
+    Bad files go to <cache>/quarantine/<time>/ and a line each into quarantine.jsonl. Killed at any moment it leaves a
+    cache that `verify` judges rightly and preprocessing completes. Raises InputError for what the user can mend.
+    """
+    cache = config.data.cache_folder
+    refuse_no_cache(cache)
+    # From before the check on: what a job writes while it runs, an hour perhaps, would be taken for bad.
+    with join_crew(cache / CREW_FOLDER, {"work": "repair"}) as crew:
+        if other := next(iter(crew.others()), None):
+            raise InputError(f"data.cache {cache}: {other} is at work in it. Wait for it or stop it.")
+        checked = check()
+        for whole in checked.rebuildable:
+            index = index_path(Path(whole.path)).as_posix()
+            _quarantine(cache, [index], [problem for problem in checked.problems if problem.path == index])
+            _rebuild(cache, whole)
+        if checked.bad:
+            bad = set(checked.bad)
+            _quarantine(cache, checked.bad, [problem for problem in checked.problems if problem.path in bad])
+    if not checked.bad:
+        return checked, []
+    preprocess(config, console)
+    if checked.table is None:
+        return checked, []
+    now = dict(zip(*_paths_and_hashes(read_shard_table(cache)), strict=True))
+    before = zip(*_paths_and_hashes(checked.table), strict=True)
+    return checked, [path for path, sha256 in before if path in checked.bad and now.get(path) != sha256]
+
+
+def _paths_and_hashes(table: ShardTable) -> tuple[list[str], list[str]]:
+    return table.path.tolist(), table.sha256.tolist()
+
+
+def _rebuild(cache: Path, whole: WholeTar) -> None:
+    tar = cache / whole.path
+    rebuild_index(tar, plan=whole.plan, sha256=whole.sha256)
+    if not index_path(tar).is_file():
+        raise InputError(f"{index_path(tar)}: cannot be written. Make room on the disk, or change its permissions.")
+
+
+def _quarantine(cache: Path, paths: Sequence[str], problems: Sequence[Problem]) -> None:
+    now = datetime.now(UTC)
+    folder = f"{QUARANTINE}/{now:%Y%m%d-%H%M%S-%f}"
+    lines = [
+        json.dumps(
+            {
+                "when": now.isoformat(timespec="seconds"),
+                "shard": problem.path,
+                "member": problem.member,
+                "why": problem.what,
+                "moved_to": f"{folder}/{problem.path}" if (cache / problem.path).exists() else None,
+            },
+            ensure_ascii=False,
+        )
+        for problem in problems
+    ]
+    # Said before it is done: killed in between, the files are in their place and the next repair says it again.
+    with (cache / f"{QUARANTINE}.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+    for path in paths:
+        _move(cache, path, folder)
+        if path.endswith(".tar"):
+            # After its tar: preprocessing would write over a tar that has no index, but not take an index without one.
+            _move(cache, index_path(Path(path)).as_posix(), folder)
+
+
+def _move(cache: Path, path: str, folder: str) -> None:
+    """Rename a file, if it is there, into a folder of the same filesystem."""
+    if not (cache / path).exists():
+        return
+    to = cache / folder / path
+    to.parent.mkdir(parents=True, exist_ok=True)
+    (cache / path).rename(to)
+    fsync_folder(to.parent)
+    fsync_folder((cache / path).parent)

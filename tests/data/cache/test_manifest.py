@@ -1,0 +1,261 @@
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from configs.errors import InputError
+from data.cache.manifest import (
+    FORMAT_VERSION,
+    cached_settings,
+    parse_bucket,
+    read_manifest,
+    read_shard_table,
+    write_manifest,
+)
+from data.cache.open_cache import open_cache
+from data.samples.geometry import Bucket
+
+# --- the head alone ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def made_up(make_cache):
+    return make_cache([("photos", "48x64", 3), ("photos", "32x32", 2, "holdout")])
+
+
+def test_the_head_comes_back_as_it_was_written(made_up):
+    assert read_manifest(made_up.folder) == made_up.manifest
+    table = read_shard_table(made_up.folder)
+    assert len(table) == 2
+    for name, column in vars(made_up.table).items():
+        assert vars(table)[name].dtype == (np.dtypes.StringDType() if column.dtype.kind == "U" else column.dtype)
+        np.testing.assert_array_equal(column, vars(table)[name])
+
+
+def test_a_head_that_was_read_is_written_without_a_pickle(made_up):
+    whole = (made_up.folder / "shards.npz").read_bytes()
+    write_manifest(made_up.folder, made_up.manifest, read_shard_table(made_up.folder))
+    assert (made_up.folder / "shards.npz").read_bytes() == whole
+
+
+def test_the_manifest_is_written_last(made_up, monkeypatch):
+    (made_up.folder / "manifest.json").unlink()
+
+    def stop(*_):
+        assert (made_up.folder / "shards.npz").is_file()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("data.cache.manifest.write_text_atomically", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_manifest(made_up.folder, made_up.manifest, made_up.table)
+    with pytest.raises(InputError, match=r"no manifest\.json, so no finished cache is there"):
+        read_manifest(made_up.folder)
+
+
+def test_a_newer_format_is_refused(made_up):
+    path = made_up.folder / "manifest.json"
+    path.write_text(json.dumps({"format_version": FORMAT_VERSION + 1, "something": "new"}))
+    with pytest.raises(InputError, match=r"format version 2, this fluxfill reads up to 1. Update fluxfill"):
+        read_manifest(made_up.folder)
+
+
+def test_a_flipped_bit_in_the_manifest_is_named(made_up):
+    path = made_up.folder / "manifest.json"
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 3):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"manifest.json: "):
+            read_manifest(made_up.folder)
+    path.write_bytes(whole.replace(b'"vae_scale": 0.3611', b'"vae_scale": 0.3511'))
+    with pytest.raises(InputError, match=r"manifest.json: damaged \(its checksum differs\). .* whole shards are kept"):
+        read_manifest(made_up.folder)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "<!DOCTYPE html>", '{"format_version": "1"}', "null"])
+def test_a_manifest_that_is_none_is_named(made_up, content):
+    (made_up.folder / "manifest.json").write_text(content)
+    with pytest.raises(InputError, match=r"manifest.json: damaged .*Run `fluxfill preprocess CONFIG` again"):
+        read_manifest(made_up.folder)
+
+
+def test_a_flipped_bit_in_the_shard_table_is_named_or_changes_nothing(made_up):
+    path = made_up.folder / "shards.npz"
+    whole = path.read_bytes()
+    named = 0
+    for place in range(0, len(whole), 5):
+        damaged = bytearray(whole)
+        damaged[place] ^= 16
+        path.write_bytes(damaged)
+        try:
+            table = read_shard_table(made_up.folder)
+        except InputError as error:
+            named += "shards.npz: " in str(error)
+            continue
+        for name, column in vars(made_up.table).items():  # it hit a date or the like
+            np.testing.assert_array_equal(column, vars(table)[name])
+    assert named > len(whole) / 5 / 2
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "html", "cut", "objects", "column", "lengths"])
+def test_a_damaged_shard_table_is_named(made_up, damage):
+    path = made_up.folder / "shards.npz"
+    columns = dict(vars(made_up.table))
+    if damage == "missing":
+        path.unlink()
+    elif damage in ("empty", "html"):
+        path.write_text("" if damage == "empty" else "<!DOCTYPE html>")
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif damage == "objects":
+        np.savez(path, **columns | {"plan": np.array([object(), object()])})  # a pickle, which is never read
+    elif damage == "column":
+        del columns["plan"]
+        np.savez(path, **columns)
+    else:
+        np.savez(path, **columns | {"plan": columns["plan"][:1]})
+    with pytest.raises(InputError, match=r"shards.npz: .*Run `fluxfill preprocess CONFIG` again"):
+        read_shard_table(made_up.folder)
+
+
+@pytest.mark.parametrize(
+    "column, value",
+    [
+        ("path", "../shards/a.tar"),
+        ("path", "/shards/a.tar"),
+        ("path", "shards/../../a.tar"),
+        ("path", "manifest.json"),
+        ("sha256", "../../mine"),
+        ("sha256", ""),
+        ("sha256", "a" * 63 + "/"),
+        ("sha256", "a" * 65),
+    ],
+)
+def test_a_shard_table_names_nothing_outside_of_the_cache(made_up, column, value):
+    columns = dict(vars(made_up.table))
+    columns[column] = np.array([value, columns[column][1]])
+    np.savez(made_up.folder / "shards.npz", **columns)
+    with pytest.raises(InputError, match=r"shards.npz: damaged \((names a file outside of the cache: |has a sha256)"):
+        read_shard_table(made_up.folder)
+
+
+@pytest.mark.parametrize("name", ["../../../outside.txt", "/outside.txt", "validation/../../outside.txt"])
+def test_a_manifest_names_nothing_outside_of_the_cache(made_up, monkeypatch, name):
+    monkeypatch.setattr("data.cache.manifest.hash_files", lambda *_: {name: "0" * 32})
+    write_manifest(made_up.folder, made_up.manifest, made_up.table)
+    with pytest.raises(InputError, match=r"manifest.json: damaged \(names a file outside of the cache: .*outside.txt"):
+        read_manifest(made_up.folder)
+
+
+def test_a_buckets_name_is_read_back():
+    for bucket in (Bucket(48, 80), Bucket(1024, 1024)):
+        assert parse_bucket(str(bucket)) == bucket
+
+
+# --- a cache against a config and its model ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied(cache, demo_config, tmp_path):
+    """A config whose cache may be damaged."""
+    folder = tmp_path / "cache"
+    shutil.copytree(cache.folder, folder)
+    return demo_config(folder)
+
+
+def open_again(config):
+    return open_cache(config, Path(config.model.base))
+
+
+def test_a_whole_cache_opens(copied, cache):
+    opened = open_again(copied)
+    assert opened.folder == copied.data.cache
+    assert opened.manifest == cache.manifest
+    assert opened.table.samples.sum() == 96
+
+
+def test_a_cache_made_by_another_vae_is_refused(copied, tmp_path):
+    other = tmp_path / "other-model"
+    shutil.copytree(copied.model.base, other)
+    weights = other / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    name = next(iter(tensors))
+    save_file(tensors | {name: tensors[name] + torch.full_like(tensors[name], 0.01)}, weights)
+    with pytest.raises(InputError) as caught:
+        open_cache(copied, other)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"data.cache {copied.data.cache} was made by other settings:"
+    assert lines[1].startswith("  vae of model.base ") and "is not the one that encoded the cache" in lines[1]
+    assert lines[2].startswith("Run `fluxfill preprocess CONFIG` again, or point data.cache (or model.base)")
+    assert len(lines) == 3, "the VAE alone is another"
+
+
+def test_every_setting_that_differs_is_named(copied, demo_config):
+    changed = [
+        "data.resolution=[64,128]",
+        "data.holdout=5",
+        "data.captions.trigger=sks",
+        "data.captions.text_length=16",
+    ]
+    with pytest.raises(InputError) as caught:
+        open_again(demo_config(copied.data.cache, *changed))
+    for key, now, before in (
+        ("data.resolution", r"[64, 128]", "[64]"),
+        ("data.holdout", "5", "48"),
+        ("data.captions.trigger", "'sks'", "None"),
+        ("data.captions.text_length", "16", "32"),
+    ):
+        assert f"{key} is {now}, the cache was made with {before}" in str(caught.value)
+
+
+def test_settings_that_shape_no_tensor_may_change(copied, demo_config):
+    free = ["data.captions.dropout=0.5", "data.datasets.0.weight=3", "data.shard_size_mib=7", "train.lr=1.0"]
+    open_again(demo_config(copied.data.cache, *free))
+
+
+def test_the_order_of_the_datasets_does_not_matter(copied):
+    one = copied.data.datasets[0]
+    two = one.model_copy(update={"name": "second"})
+    first, second = (
+        copied.model_copy(update={"data": copied.data.model_copy(update={"datasets": datasets})})
+        for datasets in ([one, two], [two, one])
+    )
+    assert cached_settings(first) == cached_settings(second)
+
+
+def test_a_folder_without_a_cache_is_named(demo_config, tmp_path):
+    config = demo_config(tmp_path / "nothing")
+    with pytest.raises(InputError, match=r"nothing: no manifest.json.*Run `fluxfill preprocess CONFIG` first"):
+        open_again(config)
+
+
+def test_every_shard_that_is_missing_or_cut_is_named(copied, cache):
+    paths = [copied.data.cache / path for path in cache.table.path]
+    paths[0].unlink()
+    paths[1].write_bytes(b"")
+    paths[2].write_text("<!DOCTYPE html><title>503</title>")
+    with paths[3].open("r+b") as file:
+        file.truncate(paths[3].stat().st_size - 1)
+    with pytest.raises(InputError) as caught:
+        open_again(copied)
+    lines = str(caught.value).splitlines()
+    sizes = cache.table.bytes
+    assert lines[:-1] == [
+        f"{paths[0]}: missing",
+        f"{paths[1]}: 0 bytes, the manifest says {sizes[1]}",
+        f"{paths[2]}: 33 bytes, the manifest says {sizes[2]}",
+        f"{paths[3]}: {sizes[3] - 1} bytes, the manifest says {sizes[3]}",
+    ]
+    assert "only those are encoded anew" in lines[-1]
+
+
+def test_a_manifest_knows_its_samples(cache):
+    assert {name: sum(counts) for name, counts in cache.manifest.hole_fractions.items()} == {"photographs": 96}
+    assert cache.manifest.samples == {"photographs": {"train": 48, "holdout": 48}}
+    assert replace(cache.manifest, encoders={}) != cache.manifest

@@ -1,0 +1,64 @@
+import pytest
+import torch
+
+from configs.errors import InputError
+from configs.schema import EncodersConfig
+from data.encoders.encode import encode_captions
+from data.encoders.load import _find_device, load_encoders
+
+CAPTIONS = ["a cup of coffee on a table", "a quick brown fox jumps over the lazy dog", ""]
+
+
+def test_auto_is_the_processor_where_there_is_no_gpu(tiny_model):
+    encoders = load_encoders(tiny_model, EncodersConfig(), device_index=3)
+    assert {part.device for part in (encoders.vae, encoders.text.clip, encoders.text.t5)} == {torch.device("cpu")}
+    assert {encoders.vae.dtype, encoders.text.t5.dtype, encoders.text.clip.dtype} == {torch.float32}
+    assert not encoders.text_has_its_own_device
+
+
+def test_text_has_its_own_device_only_where_neither_encoder_shares_the_vaes(tiny_model):
+    """On torch's meta device, which computes nothing but is not the CPU."""
+    encoders = load_encoders(tiny_model, EncodersConfig(), device_index=0)
+    encoders.vae.to("meta")
+    assert encoders.text_has_its_own_device
+    encoders.text.clip.to("meta")
+    assert not encoders.text_has_its_own_device
+
+
+@pytest.mark.parametrize("part", ["vae", "clip", "t5"])
+def test_a_device_that_is_not_there_is_named(tiny_model, part, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(InputError, match=rf"data.encoders.{part} is cuda:1, but of CUDA devices there are here: none"):
+        load_encoders(tiny_model, EncodersConfig(**{part: "cuda:1"}), device_index=0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(InputError, match=r"cuda:1, but of CUDA devices there are here: 1 \(cuda:0\)\. Name another"):
+        load_encoders(
+            tiny_model, EncodersConfig(**dict.fromkeys(("vae", "clip", "t5"), "cpu") | {part: "cuda:1"}), device_index=0
+        )
+
+
+def test_workers_of_a_machine_are_spread_over_its_gpus(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert [_find_device("vae", "auto", index).index for index in range(6)] == [0, 1, 2, 3, 0, 1]
+    assert _find_device("t5", "cuda:3", 0) == torch.device("cuda:3")
+    assert _find_device("t5", "cpu", 2) == torch.device("cpu")
+
+
+def test_memory_that_runs_out_says_what_to_set(tiny_model, monkeypatch):
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("data.encoders.load.load_t5", full)
+    with pytest.raises(InputError, match=r"do not fit the memory of cpu .*Set data.encoders.t5 to another device"):
+        load_encoders(tiny_model, EncodersConfig(), device_index=0)
+
+
+def test_int8_is_near_and_not_the_same(tiny_model):
+    full = load_encoders(tiny_model, EncodersConfig(), device_index=0)
+    int8 = load_encoders(tiny_model, EncodersConfig(t5_precision="int8"), device_index=0)
+    expected, found = (encode_captions(encoders.text, CAPTIONS, text_length=32) for encoders in (full, int8))
+    assert found.t5.dtype == torch.float32
+    assert torch.equal(found.pooled, expected.pooled), "CLIP is as it was"
+    assert not torch.equal(found.t5, expected.t5)
+    similarity = torch.nn.functional.cosine_similarity(found.t5, expected.t5, dim=-1)
+    assert similarity.min() > 0.99

@@ -1,0 +1,53 @@
+import gc
+import tracemalloc
+
+import pytest
+
+from data.preprocessing.plan_file import read_plan, write_plan
+from data.samples.shard_plan import PlannedSample
+from tests.data.samples.test_shard_plan import many_samples, plan
+
+
+@pytest.fixture
+def shared(tmp_path):
+    """(plans, the same read from a file)."""
+    plans = plan(many_samples(), size_limit=100_000)
+    write_plan(tmp_path / "plan", plans)
+    return plans, read_plan(tmp_path / "plan")
+
+
+def test_every_shard_comes_back_as_it_was(shared):
+    plans, file = shared
+    assert len(plans) > 20
+    assert [file.load(head) for head in file.heads] == plans
+    assert list(file.shards()) == plans
+    assert all(isinstance(sample, PlannedSample) for shard in file.shards() for sample in shard.samples)
+
+
+def test_heads_tell_all_but_the_samples(shared):
+    plans, file = shared
+    for head, shard in zip(file.heads, plans, strict=True):
+        for name in ("path", "dataset", "bucket", "split", "plan", "num_bytes"):
+            assert getattr(head, name) == getattr(shard, name)
+        assert head.num_samples == shard.num_samples == len(shard.samples)
+
+
+def test_samples_stay_in_the_file(tmp_path):
+    """With them, every worker of a machine would hold 5 KiB for each, for millions of them."""
+    samples = many_samples(3000)
+    write_plan(tmp_path / "plan", plan(samples, size_limit=1_000_000))
+    gc.collect()
+    tracemalloc.start()
+    file = read_plan(tmp_path / "plan")
+    gc.collect()
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sum(head.num_samples for head in file.heads) == 3000
+    assert kept < 100 * 3000
+
+
+def test_a_plan_of_nothing_is_one(tmp_path):
+    write_plan(tmp_path / "plan", [])
+    assert read_plan(tmp_path / "plan").heads == ()
+    with pytest.raises(FileNotFoundError):
+        read_plan(tmp_path / "another")

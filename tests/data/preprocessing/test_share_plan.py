@@ -1,0 +1,65 @@
+"""Whose plan a worker goes by. Members of other machines are files, moved there by the test."""
+
+import json
+import os
+import time
+
+import pytest
+
+from data.preprocessing.share_plan import agree_on_plan
+from data.preprocessing.worker_group import STALE_SECONDS, Crew, join_crew
+
+SETTINGS = {"format": 1}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "cache" / "crew"
+
+
+def touch_elsewhere(member, *, seconds_ago):
+    """Make a member one of another machine, last heard of so long ago."""
+    file = member.folder / "workers" / f"{member.token}.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"place": "another machine", "host": "node-7"}))
+    os.utime(file, (time.time() - seconds_ago,) * 2)
+
+
+def agree(crew, *, waiting, planned):
+    def plan():
+        planned.append(crew.token)
+        return ()
+
+    return agree_on_plan(crew, plan, help_planning=lambda: None, waiting=waiting)
+
+
+def never(for_whom):
+    raise AssertionError(f"waits for {for_whom}")
+
+
+@pytest.mark.parametrize("last_heard", [STALE_SECONDS - 20, 5, 0.5])
+@pytest.mark.parametrize("lives", [True, False])
+def test_of_a_worker_elsewhere_it_is_waited_to_hear(folder, last_heard, lives):
+    """It may have been killed before this one came: then pictures may have changed since it planned."""
+    other, planned, waited_for = Crew(folder, SETTINGS), [], []
+    agree(other, waiting=never, planned=planned)
+    touch_elsewhere(other, seconds_ago=last_heard)
+    with join_crew(folder, SETTINGS) as crew:
+
+        def wait(for_whom):
+            waited_for.append(for_whom)
+            assert planned == [other.token]
+            touch_elsewhere(other, seconds_ago=-0.1 if lives else STALE_SECONDS + 1)
+
+        agree(crew, waiting=wait, planned=planned)
+        assert planned == ([other.token] if lives else [other.token, crew.token])
+        assert [line.split(", ")[0] for line in waited_for] == [f"a sign of life of process {os.getpid()} on node-7"]
+
+
+def test_a_worker_of_this_machine_is_believed_at_once(folder):
+    """Whether it lives, the process list tells."""
+    planned = []
+    with join_crew(folder, SETTINGS) as one:
+        agree(one, waiting=never, planned=planned)
+        with join_crew(folder, SETTINGS) as other:
+            agree(other, waiting=never, planned=planned)
+        assert planned == [one.token]

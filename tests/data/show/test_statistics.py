@@ -1,0 +1,112 @@
+import io
+from dataclasses import replace
+from statistics import median_low
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from configs.errors import InputError
+from data.cache.manifest import parse_bucket
+from data.cache.shard_writer import index_path
+from data.show.statistics import count_cache, find_shards
+from data.show.statistics_report import print_statistics
+
+SHARDS = [("photos", "48x64", 5), ("photos", "48x64", 3), ("photos", "32x32", 4, "holdout"), ("removal", "48x64", 1)]
+
+
+def count(cache, name=None):
+    rows = find_shards(cache.table, name)
+    return count_cache(cache.folder, cache.manifest, cache.table, rows, lambda: None)
+
+
+@pytest.mark.parametrize("variants, text_dtype", [(1, "bf16"), (4, "bf16"), (2, "int8")])
+def test_the_parts_add_up_to_the_files_and_are_what_the_tensors_take(make_cache, variants, text_dtype):
+    cache = make_cache(SHARDS, num_variants=variants, text_dtype=text_dtype)
+    counted = count(cache)
+    files = sum(path.stat().st_size for path in cache.folder.rglob("*.tar"))
+    assert sum(counted.parts.values()) == counted.bytes == files
+    large, small = 16 * 6 * 8 * 2, 16 * 4 * 4 * 2
+    latents = 9 * large + 4 * small
+    text = 8 * 6 + 8 * 4 + 4 * 2 if text_dtype == "int8" else 8 * 6 * 2 + 4 * 2
+    masks = 9 * 48 * 8 + 4 * 32 * 4
+    assert counted.texts == 2 + 2 + 2 + 1
+    expected = {
+        "latents": latents,
+        "masked latents": variants * latents,
+        "masks": variants * masks,
+        "text": counted.texts * text,
+    }
+    assert {part: counted.parts[part] for part in expected} == expected
+    assert counted.apart == variants * (2 * latents + masks + 13 * text)
+    assert counted.parts["headers and padding"] > 0 and counted.parts["JSON"] > 13 * 50
+
+
+def test_shards_are_counted_by_dataset_bucket_and_split(make_cache):
+    counted = count(make_cache(SHARDS, num_variants=3))
+    groups = [
+        (group.dataset, group.bucket, group.split, group.shards, group.samples, group.variants)
+        for group in counted.groups
+    ]
+    assert groups == [
+        ("photos", "32x32", "holdout", 1, 4, 3),
+        ("photos", "48x64", "train", 2, 8, 3),
+        ("removal", "48x64", "train", 1, 1, 3),
+    ]
+    assert (counted.samples, counted.masks, sum(counted.hole_fractions)) == (13, 39, 39)
+
+
+def test_tokens_are_those_of_the_samples(make_cache, make_sample):
+    cache = make_cache(SHARDS)
+    tokens = [
+        make_sample(f"{dataset}-{number}-{row}", parse_bucket(bucket), text="").tokens
+        for number, (dataset, bucket, samples, *_) in enumerate(SHARDS)
+        for row in range(samples)
+    ]
+    counted = count(cache)
+    assert counted.tokens == (median_low(tokens), max(tokens))
+    assert counted.cut == 0
+
+
+def test_a_caption_that_fills_the_text_length_is_counted(make_cache):
+    cache = make_cache([("a", "32x32", 9)])
+    shorter = replace(cache.manifest, text_length=4)
+    assert count(replace(cache, manifest=shorter)).cut > 0
+
+
+def test_one_shard_is_found_by_its_path_or_the_end_of_it(make_cache):
+    table = make_cache(SHARDS).table
+    assert find_shards(table, None) == [0, 1, 2, 3]
+    for name in ("shards/removal/48x64-000003.tar", "48x64-000003", "removal/48x64-000003.tar"):
+        assert find_shards(table, name) == [3]
+    with pytest.raises(InputError, match=r"--shard 000003: 0 shards have that name \(the first of 4 are shards/photos"):
+        find_shards(table, "000003")
+
+
+def test_the_numbers_of_one_shard_are_its_own(make_cache):
+    cache = make_cache(SHARDS)
+    counted = count(cache, "48x64-000003")
+    assert counted.samples == 1
+    assert counted.bytes == (cache.folder / "shards/removal/48x64-000003.tar").stat().st_size
+
+
+def test_a_lost_index_is_named(make_cache):
+    cache = make_cache(SHARDS)
+    index_path(cache.folder / str(cache.table.path[1])).unlink()
+    with pytest.raises(InputError, match=r"48x64-000001.index: missing. `fluxfill shards verify --repair CONFIG`"):
+        count(cache)
+
+
+def test_the_report_shows_what_was_counted(make_cache):
+    cache = make_cache(SHARDS, num_variants=2, text_dtype="int8")
+    counted = count(cache)
+    console = Console(file=io.StringIO(), width=120)
+    print_statistics(console, cache.folder, cache.manifest, counted)
+    shown = console.file.getvalue()
+    for part, size in counted.parts.items():
+        line = next(line for line in shown.splitlines() if line.startswith(f"│ {part} "))
+        assert f"{size / 13 / 1024:.2f}" in line and f"{size / counted.bytes:.1%}" in line
+    assert "T5 8 x 6 int8" in shown and "7 stored for 13 samples" in shown
+    assert f"{counted.bytes / 26 / 1024:.2f} KiB for each sample and mask" in shown
+    tenths = [int(line.split("│")[2]) for line in shown.splitlines() if " to " in line and "│" in line]
+    assert tenths == counted.hole_fractions and np.sum(tenths) == 26

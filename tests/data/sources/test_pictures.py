@@ -1,0 +1,323 @@
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from configs.errors import InputError
+from data.sources.pictures import load_mask, load_picture, picture_size
+
+LIMIT = 64.0
+
+
+def asymmetric_picture(height=18, width=30):
+    """uint8 [H, W, 3] that no turn or flip maps to itself."""
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def stored_as(upright, orientation):
+    """How a camera held that way stores an upright picture, by EXIF's definition of where row 0 and column 0 lie."""
+    first_row_is = {1: "top", 2: "top", 3: "bottom", 4: "bottom", 5: "left", 6: "right", 7: "right", 8: "left"}
+    first_column_is = {1: "left", 2: "right", 3: "right", 4: "left", 5: "top", 6: "top", 7: "bottom", 8: "bottom"}
+    row, column = first_row_is[orientation], first_column_is[orientation]
+    stored = upright
+    if "bottom" in (row, column):
+        stored = stored[::-1]
+    if "right" in (row, column):
+        stored = stored[:, ::-1]
+    if row in ("left", "right"):
+        stored = stored.swapaxes(0, 1)
+    return np.ascontiguousarray(stored)
+
+
+def save_with_orientation(path, pixels, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if path.suffix == ".webp" else {}
+    Image.fromarray(pixels).save(path, exif=exif, **options)
+
+
+def png_that_claims(width, height):
+    """A PNG of some 100 bytes whose header announces any size."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = zlib.compress(bytes(100))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_stands_upright(tmp_path, suffix, orientation):
+    upright = asymmetric_picture()
+    path = tmp_path / f"turned{suffix}"
+    save_with_orientation(path, stored_as(upright, orientation), orientation)
+    np.testing.assert_array_equal(np.asarray(load_picture(path, max_megapixels=LIMIT)), upright)
+    assert picture_size(path, max_megapixels=LIMIT) == (30, 18)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_mask_stands_upright(tmp_path, orientation):
+    upright = asymmetric_picture()[..., 0]
+    path = tmp_path / "mask.png"
+    save_with_orientation(path, stored_as(upright, orientation), orientation)
+    np.testing.assert_array_equal(np.asarray(load_mask(path, max_megapixels=LIMIT)), upright)
+    assert picture_size(path, max_megapixels=LIMIT) == (30, 18)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_photograph_of_a_phone_held_upright_stands_upright(tmp_path, orientation):
+    upright = np.zeros((32, 48, 3), np.uint8)
+    upright[:16, :16] = 255
+    path = tmp_path / "phone.jpg"
+    save_with_orientation(path, stored_as(upright, orientation), orientation)
+    loaded = np.asarray(load_picture(path, max_megapixels=LIMIT)).astype(int)
+    assert abs(loaded - upright).max() < 40
+    assert picture_size(path, max_megapixels=LIMIT) == (48, 32)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of the damage
+def test_damaged_exif_leaves_a_picture_as_it_is_stored(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x010F] = "a maker"
+    damaged = bytearray(exif.tobytes())
+    read = []
+    for place in range(6, len(damaged)):
+        broken = damaged.copy()
+        broken[place] ^= 0xFF
+        path = tmp_path / f"{place}.jpg"
+        Image.fromarray(asymmetric_picture()).save(path, exif=bytes(broken))
+        size = picture_size(path, max_megapixels=LIMIT)
+        assert size in ((30, 18), (18, 30))
+        assert load_picture(path, max_megapixels=LIMIT).size == size
+        read.append(size)
+    assert (30, 18) in read, "no damage hit the orientation"
+
+
+@pytest.mark.parametrize("load", [picture_size, load_picture, load_mask])
+def test_a_picture_above_the_limit_is_refused_undecoded(tmp_path, load):
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png_that_claims(30000, 30000))
+    with pytest.raises(
+        InputError, match=r"bomb.png: 30000x30000 is 900 megapixels, above data.max_megapixels 64; it was"
+    ):
+        load(path, max_megapixels=LIMIT)
+
+
+@pytest.mark.parametrize("load", [load_picture, load_mask, picture_size])
+@pytest.mark.parametrize("size", [(1000, 1), (1, 1000), (33 * 7, 7)])
+def test_a_strip_is_refused_undecoded(tmp_path, load, size):
+    """Resized to fill a bucket with its short side, it would take gigabytes."""
+    (tmp_path / "spacer.png").write_bytes(png_that_claims(*size))
+    with pytest.raises(InputError, match=rf"spacer.png: {size[0]}x{size[1]} is more than 32 times as long as wide"):
+        load(tmp_path / "spacer.png", max_megapixels=LIMIT)
+
+
+def test_a_panorama_is_read(tmp_path):
+    Image.new("RGB", (32 * 7, 7)).save(tmp_path / "wide.png")
+    assert load_picture(tmp_path / "wide.png", max_megapixels=LIMIT).size == (32 * 7, 7)
+
+
+def test_a_size_is_read_without_decoding(tmp_path, monkeypatch):
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda picture: pytest.fail(f"{picture} was decoded"))
+    monkeypatch.setattr("PIL.WebPImagePlugin.WebPImageFile.load", lambda picture: pytest.fail("decoded"))
+    for suffix in (".png", ".jpg", ".webp", ".bmp", ".tif"):
+        path = tmp_path / f"picture{suffix}"
+        Image.fromarray(asymmetric_picture()).save(path)
+        assert picture_size(path, max_megapixels=LIMIT) == (30, 18)
+    save_with_orientation(tmp_path / "turned.png", asymmetric_picture(), 6)
+    assert picture_size(tmp_path / "turned.png", max_megapixels=LIMIT) == (18, 30)
+
+
+def test_exif_behind_a_pngs_pixels_counts(tmp_path):
+    upright = asymmetric_picture()
+    path = tmp_path / "late.png"
+    save_with_orientation(path, stored_as(upright, 6), 6)
+    data = path.read_bytes()
+    start = data.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+    rest, last = data[:start] + data[end:-12], data[-12:]
+    path.write_bytes(rest + data[start:end] + last)
+    assert picture_size(path, max_megapixels=LIMIT) == (30, 18)
+    np.testing.assert_array_equal(np.asarray(load_picture(path, max_megapixels=LIMIT)), upright)
+
+
+def test_the_limit_may_be_above_pillows_own(tmp_path):
+    path = tmp_path / "large.png"
+    path.write_bytes(png_that_claims(20000, 20000))
+    assert picture_size(path, max_megapixels=401.0) == (20000, 20000)
+
+
+@pytest.mark.parametrize("load", [picture_size, load_picture, load_mask])
+def test_a_missing_picture_is_named(tmp_path, load):
+    with pytest.raises(InputError, match=r"gone.png: no such picture"):
+        load(tmp_path / "gone.png", max_megapixels=LIMIT)
+
+
+@pytest.mark.parametrize("load", [picture_size, load_picture, load_mask])
+@pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html></html>", b"\x89PNG\r\n\x1a\n", b"GIF89a" + bytes(50)])
+def test_a_file_that_is_no_picture_is_named(tmp_path, load, content):
+    path = tmp_path / "page.png"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"page.png: not a readable picture .* Replace or remove the file"):
+        load(path, max_megapixels=LIMIT)
+
+
+@pytest.mark.parametrize("load", [load_picture, load_mask])
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp", ".tif"])
+def test_a_truncated_picture_is_named(tmp_path, load, suffix):
+    path = tmp_path / f"cut{suffix}"
+    Image.fromarray(asymmetric_picture(200, 300)).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=rf"cut{suffix}: .* Replace or remove the file"):
+        load(path, max_megapixels=LIMIT)
+
+
+def test_transparent_parts_stand_on_white(tmp_path):
+    rgba = np.zeros((4, 4, 4), np.uint8)
+    rgba[0, 0] = (10, 20, 30, 255)
+    rgba[0, 1] = (0, 0, 0, 51)  # a fifth black, four fifths the white behind it
+    path = tmp_path / "cut-out.png"
+    Image.fromarray(rgba).save(path)
+    pixels = np.asarray(load_picture(path, max_megapixels=LIMIT))
+    assert pixels[0, 0].tolist() == [10, 20, 30]
+    assert pixels[0, 1].tolist() == [204, 204, 204]
+    assert pixels[2, 2].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    path = tmp_path / ("picture.jpg" if mode == "CMYK" else "picture.png")
+    Image.new("RGB", (8, 8), "white").convert(mode).save(path)
+    picture = load_picture(path, max_megapixels=LIMIT)
+    assert picture.mode == "RGB"
+    assert np.asarray(picture).min() >= 254
+
+
+def test_a_palettes_transparent_colour_is_white(tmp_path):
+    picture = Image.new("P", (2, 1))
+    picture.putpalette([200, 0, 0, 0, 0, 200])
+    picture.putpixel((1, 0), 1)
+    picture.save(tmp_path / "palette.png", transparency=1)
+    loaded = load_picture(tmp_path / "palette.png", max_megapixels=LIMIT)
+    assert np.asarray(loaded).tolist() == [[[200, 0, 0], [255, 255, 255]]]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_16_bit_grey_keeps_its_shades(tmp_path, suffix):
+    shades = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    path = tmp_path / f"deep{suffix}"
+    Image.fromarray(shades * 257).save(path)
+    np.testing.assert_array_equal(np.asarray(load_mask(path, max_megapixels=LIMIT)), shades)
+    np.testing.assert_array_equal(np.asarray(load_picture(path, max_megapixels=LIMIT))[..., 1], shades)
+
+
+def test_32_bit_pixels_are_refused(tmp_path):
+    path = tmp_path / "depth.tif"
+    Image.fromarray(np.ones((4, 4), np.float32)).save(path)
+    with pytest.raises(InputError, match=r"depth.tif: has 32-bit pixels.* Save it with 8 bits"):
+        load_mask(path, max_megapixels=LIMIT)
+
+
+def mask_with_alpha(path, colours, alpha):
+    """colours, alpha: four levels each, of a mask of four stripes."""
+    levels, alphas = (np.repeat(np.array(values, np.uint8), 8).reshape(4, 8) for values in (colours, alpha))
+    Image.fromarray(np.stack([levels, levels, levels, alphas], -1)).save(path)
+    return levels
+
+
+@pytest.mark.parametrize(
+    "colours, alpha",
+    [
+        ([0, 255, 0, 0], [255, 255, 255, 255]),
+        ([0, 255, 0, 0], [90, 90, 90, 90]),
+        ([0, 255, 255, 0], [0, 255, 255, 0]),  # the hole painted on a transparent layer
+        ([0, 255, 255, 0], [255, 0, 0, 255]),  # the hole cut out
+        ([0, 255, 255, 0], [0, 255, 130, 0]),  # with a soft edge
+        ([0, 255, 255, 0], [0, 120, 120, 0]),  # on a layer of half the strength
+    ],
+)
+def test_a_masks_colours_count_where_its_transparency_says_no_other(tmp_path, colours, alpha):
+    levels = mask_with_alpha(tmp_path / "mask.png", colours, alpha)
+    np.testing.assert_array_equal(np.asarray(load_mask(tmp_path / "mask.png", max_megapixels=LIMIT)), levels)
+
+
+@pytest.mark.parametrize(
+    "colours, alpha",
+    [
+        ([255, 255, 255, 255], [0, 255, 255, 0]),
+        ([0, 0, 0, 0], [0, 255, 255, 0]),
+        ([20, 200, 90, 130], [255, 0, 0, 255]),  # the picture itself, the hole cut out
+        ([0, 255, 0, 0], [0, 255, 255, 255]),
+    ],
+)
+def test_a_mask_whose_transparency_says_other_than_its_colours_is_refused(tmp_path, colours, alpha):
+    mask_with_alpha(tmp_path / "mask.png", colours, alpha)
+    with pytest.raises(InputError, match=r"mask\.png: the mask is partly transparent, .* Save it without transparency"):
+        load_mask(tmp_path / "mask.png", max_megapixels=LIMIT)
+
+
+@pytest.mark.parametrize("load", [load_picture, load_mask])
+def test_lab_colours_are_read(tmp_path, load):
+    lab = np.zeros((4, 4, 3), np.uint8)
+    lab[:2, :, 0], lab[2:, :, 0] = 255, 0
+    Image.fromarray(lab, "LAB").save(tmp_path / "lab.tif")
+    pixels = np.asarray(load(tmp_path / "lab.tif", max_megapixels=LIMIT))
+    assert pixels[0].min() >= 250 and pixels[3].max() <= 5
+
+
+# --- colour profiles --------------------------------------------------------------------------------------------------
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+# A space whose red is sRGB's green, and the other way round.
+SWAPPED = SRGB.replace("sRGB".encode("utf-16-be"), "mine".encode("utf-16-be"))
+SWAPPED = SWAPPED.replace(b"rXYZ", b"xxxx").replace(b"gXYZ", b"rXYZ").replace(b"xxxx", b"gXYZ")
+
+
+def colours(seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".webp"])
+def test_colours_are_those_of_the_profile(tmp_path, suffix):
+    options = {"lossless": True} if suffix == ".webp" else {}
+    Image.fromarray(colours()).save(tmp_path / f"a{suffix}", icc_profile=SWAPPED, **options)
+    pixels = np.asarray(load_picture(tmp_path / f"a{suffix}", max_megapixels=LIMIT)).astype(int)
+    assert abs(pixels - colours()[..., [1, 0, 2]]).max() <= 2
+
+
+@pytest.mark.parametrize("profile", [None, SRGB, b"no profile", SWAPPED[:300], SWAPPED.replace(b"RGB XYZ", b"CMYKXYZ")])
+def test_a_picture_stays_as_it_is_with_a_profile_of_srgb_or_a_broken_one(tmp_path, profile):
+    Image.fromarray(colours()).save(tmp_path / "a.png", icc_profile=profile)
+    np.testing.assert_array_equal(np.asarray(load_picture(tmp_path / "a.png", max_megapixels=LIMIT)), colours())
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK"])
+def test_a_profile_goes_with_every_mode(tmp_path, mode):
+    """White is white, grey is grey, and what is transparent stands on white."""
+    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    picture = Image.new("RGBA" if mode in ("LA", "RGBA") else "RGB", (8, 8), "white")
+    if "A" in mode:
+        picture.paste((90, 90, 90, 0), (0, 0, 4, 8))
+    picture.convert(mode).save(path, icc_profile=SWAPPED)
+    loaded = load_picture(path, max_megapixels=LIMIT)
+    assert loaded.mode == "RGB" and np.asarray(loaded).min() >= 253
+
+
+def test_a_profile_stands_upright_with_its_picture(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(colours()).save(tmp_path / "a.png", icc_profile=SWAPPED, exif=exif)
+    pixels = np.asarray(load_picture(tmp_path / "a.png", max_megapixels=LIMIT)).astype(int)
+    assert abs(pixels - np.rot90(colours()[..., [1, 0, 2]], -1)).max() <= 2
+
+
+def test_a_masks_profile_changes_no_level(tmp_path):
+    Image.fromarray(colours()[..., 0]).save(tmp_path / "a.png", icc_profile=SWAPPED)
+    np.testing.assert_array_equal(np.asarray(load_mask(tmp_path / "a.png", max_megapixels=LIMIT)), colours()[..., 0])

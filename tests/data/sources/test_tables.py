@@ -1,0 +1,325 @@
+import importlib.util
+import io
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs.dataset_schema import DatasetConfig
+from configs.errors import InputError
+from data.sources.tables import find_tables, list_table, names_are_below
+
+needs_pyarrow = pytest.mark.skipif(
+    importlib.util.find_spec("pyarrow") is None, reason="pyarrow is not installed: pip install 'fluxfill[parquet]'"
+)
+
+
+def dataset(table, **columns):
+    return DatasetConfig.model_validate({"name": "listed", "table": str(table), "columns": columns})
+
+
+def items_of(table, *, below=None, masks=True, packed=None, pack="pack", **columns):
+    below = names_are_below(str(table), str(below or table))
+    packed = io.BytesIO() if packed is None else packed
+    return list_table(str(table), table, below, dataset(table, **columns), masks=masks, pack=pack, packed=packed)
+
+
+def write_jsonl(path, *rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows))
+    return path
+
+
+def test_rows_of_a_list_make_items(tmp_path):
+    rows = [
+        {"target": "a/cat.jpg", "mask": "masks/cat.png", "caption": "a cat, 猫"},
+        {"target": "./b.png", "mask": "https://host/x/b.png?token=s", "caption": None},
+        {"target": "https://host/a/dog.jpg?token=secret", "mask": "m.png", "other": [1]},
+    ]
+    items = items_of(write_jsonl(tmp_path / "list.jsonl", rows[0], "", *rows[1:], "  "))
+    assert [(item.name, item.caption) for item in items] == [("a/cat", "a cat, 猫"), ("b", None), ("host/a/dog", None)]
+    assert [item.target.place for item in items] == [
+        f"{tmp_path}/a/cat.jpg",
+        f"{tmp_path}/b.png",
+        "https://host/a/dog.jpg?token=secret",
+    ]
+    assert items[1].mask.place == "https://host/x/b.png?token=s"
+    assert all(item.source is None for item in items)
+
+
+def test_columns_are_called_as_the_config_says(tmp_path):
+    table = write_jsonl(
+        tmp_path / "list.jsonl", {"after": "x.jpg", "before": "y.jpg", "hole": "m.png", "text": "t", "id": 7}
+    )
+    (item,) = items_of(table, target="after", source="before", mask="hole", caption="text", name="id")
+    assert item.name == "7" and item.caption == "t"
+    assert [file.place.rpartition("/")[2] for file in item.pictures] == ["x.jpg", "m.png", "y.jpg"]
+
+
+def test_paths_of_a_list_on_a_server_are_relative_to_it(tmp_path):
+    file = write_jsonl(tmp_path / "copy", {"target": "a/cat.jpg", "mask": "m.png"})
+    url = "https://host/data/list.jsonl?token=secret"
+    below = names_are_below(url, url)
+    (item,) = list_table(url, file, below, dataset(url), masks=True, pack=tmp_path, packed=io.BytesIO())
+    assert item.name == "a/cat"
+    assert item.target.place == "https://host/data/a/cat.jpg"
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["../x.png", "a/../../x.png", "/etc/passwd", "a/..", "a\0.png"],
+)
+@pytest.mark.parametrize("role", ["target", "mask"])
+def test_a_path_that_leads_out_of_the_lists_folder_is_refused(tmp_path, path, role):
+    table = write_jsonl(tmp_path / "list.jsonl", json.dumps({"target": "a.png", "mask": "m.png"} | {role: path}))
+    with pytest.raises(InputError, match=rf"list\.jsonl, line 1, {role} is .*, which leads out of the table's folder"):
+        items_of(table)
+
+
+@pytest.mark.parametrize(
+    "url", ["pipe:cat /etc/passwd", "file:///etc/passwd", "http://host/a.png", "simplecache::s3://a/b.png", "ftp://a/b"]
+)
+def test_a_scheme_that_is_not_allowed_is_refused(tmp_path, url):
+    table = write_jsonl(tmp_path / "list.jsonl", {"target": "fine.png", "mask": url})
+    with pytest.raises(InputError, match=r"list\.jsonl, line 1, mask is .*, but only https://, s3://, gs:// are read"):
+        items_of(table)
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ("{", r"list\.jsonl, line 2: no JSON \("),
+        ("[]", r"list\.jsonl, line 2: no JSON object\. Write"),
+        ({"target": "x.png"}, r"list\.jsonl, line 2: no mask, but target\. Add it, or correct .*columns\.mask\."),
+        ({}, r"list\.jsonl, line 2: no target, but nothing\. Add it"),
+        ({"target": "", "mask": "m"}, r"list\.jsonl, line 2, target is '': no path, URL or picture"),
+        ({"target": 3, "mask": "m"}, r"list\.jsonl, line 2, target is 3: no path, URL or picture"),
+        ({"target": "x", "mask": "m", "caption": 3}, r"list\.jsonl, line 2: caption is 3, no text"),
+        ('{"target": "x", "mask": "m", "caption": "a \\ud83d"}', r"list\.jsonl, line 2: holds half a character"),
+        ('{"target": "x\\udce9.png", "mask": "m"}', r"list\.jsonl, line 2: holds half a character"),
+        ('{"target": "x", "mask": "m", "other": {"\\ud83d": 1}}', r"list\.jsonl, line 2: holds half a character"),
+        ("[" * 100_000, r"list\.jsonl, line 2: no JSON \(.*recursion"),
+        ({"target": ".", "mask": "m"}, r"list\.jsonl, line 2, target is '\.', the table's folder, no picture"),
+        ({"target": "x", "mask": "./"}, r"list\.jsonl, line 2, mask is '\./', the table's folder, no picture"),
+    ],
+)
+def test_a_row_at_fault_is_named(tmp_path, row, message):
+    with pytest.raises(InputError, match=message):
+        items_of(write_jsonl(tmp_path / "list.jsonl", {"target": "a.png", "mask": "m.png"}, row))
+
+
+def test_a_whole_character_in_two_halves_is_one(tmp_path):
+    (item,) = items_of(write_jsonl(tmp_path / "list.jsonl", '{"target":"a","mask":"m","caption":"\\ud83d\\ude00"}'))
+    assert item.caption == "\U0001f600"
+
+
+def test_a_url_that_names_no_picture_is_refused(tmp_path):
+    url = "https://host/data/list.jsonl"
+    file = write_jsonl(tmp_path / "copy", {"target": "https://host/data/", "mask": "m.png"})
+    with pytest.raises(InputError, match=r"list\.jsonl, line 1: https://host/data/ names a folder, no picture"):
+        list_table(url, file, names_are_below(url, url), dataset(url), masks=True, pack=file, packed=io.BytesIO())
+
+
+def test_all_rows_at_fault_are_named_at_once(tmp_path):
+    table = write_jsonl(tmp_path / "list.jsonl", {"target": "a"}, {"target": "b", "mask": "m"}, {"mask": "m"})
+    with pytest.raises(InputError) as caught:
+        items_of(table)
+    assert [line.partition(":")[0] for line in str(caught.value).splitlines()] == [
+        f"{table}, line 1",
+        f"{table}, line 3",
+    ]
+
+
+def test_a_caption_column_that_nobody_has_is_refused(tmp_path):
+    table = write_jsonl(tmp_path / "list.jsonl", {"target": "a", "mask": "m", "text": "x"})
+    assert items_of(table)[0].caption is None
+    with pytest.raises(InputError, match=r"no row has the column captoin, but mask, target, text\. Correct"):
+        items_of(table, caption="captoin")
+
+
+def test_an_empty_list_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"list\.jsonl: holds no row"):
+        items_of(write_jsonl(tmp_path / "list.jsonl", "", ""))
+
+
+def test_a_list_that_is_not_utf8_is_refused(tmp_path):
+    (tmp_path / "list.jsonl").write_bytes(b'{"target": "gr\xfcn.png"}')
+    with pytest.raises(InputError, match=r"list\.jsonl: not UTF-8 text"):
+        items_of(tmp_path / "list.jsonl")
+
+
+# --- folders of Hugging Face's datasets -------------------------------------------------------------------------------
+
+
+def test_an_imagefolder_names_its_pictures_in_metadata(tmp_path):
+    write_jsonl(
+        tmp_path / "hub" / "train" / "metadata.jsonl", {"file_name": "a.png", "mask_file_name": "m/a.png", "text": "A"}
+    )
+    write_jsonl(tmp_path / "hub" / "test" / "metadata.jsonl", {"image_file_name": "a.png", "mask_file_name": "m/a.png"})
+    (tmp_path / "hub" / "more").mkdir()
+    (tmp_path / "hub" / "more" / "metadata.csv").write_text('file_name,mask_file_name,text\nb.png,m/b.png,"B, b"\n')
+    write_jsonl(tmp_path / "hub" / ".cache" / "metadata.jsonl", "not looked at")
+    tables = find_tables(str(tmp_path / "hub"), "listed")
+    found = {}
+    for table in tables:
+        for item in items_of(tmp_path / table, below=tmp_path / "hub", target="image"):
+            found[item.name] = (item.target.place, item.mask.place)
+    assert found == {
+        name: (f"{tmp_path}/hub/{name}.png", f"{tmp_path}/hub/{name.replace('/', '/m/')}.png")
+        for name in ("train/a", "test/a", "more/b")
+    }
+    (item,) = items_of(
+        tmp_path / "hub" / "more" / "metadata.csv", below=tmp_path / "hub", target="image", caption="text"
+    )
+    assert item.caption == "B, b"
+
+
+@pytest.mark.parametrize("place", ["{}/hub", "{}/hub/", "{}//hub", "hub", "./hub", "hub/.", "../{0.name}/hub"])
+def test_names_do_not_hang_on_how_a_folder_is_written(tmp_path, monkeypatch, place):
+    """They make the samples' keys, by which shards are dealt and masks are drawn."""
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "hub" / "train" / "metadata.jsonl", {"file_name": "a.png", "mask_file_name": "m.png"})
+    place = place.format(tmp_path)
+    (table,) = find_tables(place, "listed")
+    (item,) = items_of(Path(table), below=place, target="image")
+    assert item.name == "train/a"
+
+
+def write_csv(tmp_path, *lines):
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "metadata.csv").write_text("".join(f"{line}\n" for line in lines))
+    return tmp_path / "hub" / "metadata.csv"
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (
+            "a.png,m.png,a red, old car",
+            r"line 3: 1 cell\(s\) more than the first line has columns, from ' old car' on\. Put",
+        ),
+        ("a.png,m.png,a, b, c", r"line 3: 2 cell\(s\) more"),
+        ('a.png,m.png,"a red car', r"line 3: no CSV \(unexpected end of data\)"),
+        (f"a.png,m.png,{'x' * 200_000}", r"line 3: no CSV \(field larger than"),
+        (",m.png,text", r"line 3: no image, but "),
+    ],
+)
+def test_a_line_of_a_csv_at_fault_is_named(tmp_path, line, message):
+    table = write_csv(
+        tmp_path, "file_name,mask_file_name,caption", 'b.png,m.png,"a red, old car"', line, "c.png,m.png,x"
+    )
+    with pytest.raises(InputError, match=rf"^{table}, {message}"):
+        items_of(table, target="image")
+
+
+def test_an_empty_cell_of_a_csv_is_none(tmp_path):
+    """So it has the default caption, as the row of another list that has none."""
+    table = write_csv(tmp_path, "file_name,mask_file_name,caption", "a.png,m.png,", "b.png,m.png", "c.png,m.png,x")
+    assert [item.caption for item in items_of(table, target="image")] == [None, None, "x"]
+
+
+@pytest.mark.parametrize(
+    "place, message",
+    [
+        ("nothing", r"dataset listed: table .*nothing does not exist"),
+        ("empty", r"dataset listed: table .*empty is a folder without metadata\.jsonl, metadata\.csv, \.parquet or"),
+        ("list.txt", r"dataset listed: table .*list\.txt is no \.jsonl, \.parquet or \.arrow file"),
+        ("https://host/list.txt", r"dataset listed: table https://host/list\.txt is no \.jsonl, \.parquet or \.arrow"),
+    ],
+)
+def test_a_place_without_tables_is_named(tmp_path, monkeypatch, place, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "list.txt").write_text("")
+    with pytest.raises(InputError, match=message):
+        find_tables(place, "listed")
+
+
+# --- Parquet and Arrow ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_the_extra_that_is_missing_is_named(tmp_path, monkeypatch, suffix):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / f"list{suffix}").write_bytes(b"PAR1")
+    with pytest.raises(
+        InputError, match=r"need pyarrow .* Run `pip install 'fluxfill\[parquet\]'`, or write the list as"
+    ):
+        items_of(tmp_path / f"list{suffix}")
+
+
+def write_arrow(path, columns, *, stream=True):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    table = pa.table(columns)
+    if path.suffix == ".parquet":
+        parquet.write_table(table, path, row_group_size=2)
+        return path
+    with (pa.ipc.new_stream if stream else pa.ipc.new_file)(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    return path
+
+
+@needs_pyarrow
+@pytest.mark.parametrize("name, stream", [("list.parquet", True), ("list.arrow", True), ("list.arrow", False)])
+def test_pictures_inside_a_table_are_copied_out(tmp_path, name, stream):
+    pictures = [{"bytes": f"picture {number}".encode(), "path": f"{number}.jpg"} for number in range(5)]
+    masks = [f"mask {number}".encode() for number in range(5)]
+    captions = ["a", None, "c", "d", "e"]
+    table = write_arrow(tmp_path / name, {"image": pictures, "mask": masks, "caption": captions}, stream=stream)
+    with (tmp_path / "pack").open("wb") as packed:
+        items = items_of(table, target="image", packed=packed, pack=tmp_path / "pack")
+    assert [item.name for item in items] == [f"list/0000000{number}" for number in range(5)]
+    assert [item.target.read(99).data for item in items] == [picture["bytes"] for picture in pictures]
+    assert [item.mask.read(99).data for item in items] == masks
+    assert [item.target.suffix for item in items] == [".jpg"] * 5
+    assert [item.caption for item in items] == captions
+
+
+@needs_pyarrow
+def test_splits_of_a_hugging_face_folder_do_not_meet(tmp_path):
+    """As save_to_disk writes them: files of one name in a folder for each split."""
+    for split in ("train", "test"):
+        (tmp_path / "hub" / split).mkdir(parents=True)
+        write_arrow(tmp_path / "hub" / split / "data-00000-of-00001.arrow", {"target": [b"1"], "mask": [b"2"]})
+    tables = find_tables(str(tmp_path / "hub"), "listed")
+    names = [item.name for table in tables for item in items_of(Path(table), below=tmp_path / "hub")]
+    assert names == [f"{split}/data-00000-of-00001/00000000" for split in ("test", "train")]
+
+
+def test_what_datasets_left_beside_its_data_is_no_data(tmp_path):
+    """Intermediate results of its map and filter, in a folder of save_to_disk and in one of its own cache."""
+    ours = ["saved/data-00000-of-00002.arrow", "saved/data-00001-of-00002.arrow", "cache/photos-train.arrow"]
+    ours += ["mine/cache-photos.arrow", "mine/state.json"]
+    theirs = ["saved/cache-0123456789abcdef.arrow", "saved/cache-mine.arrow", "saved/tmpab12.arrow"]
+    theirs += ["cache/cache-0123456789abcdef.arrow", "cache/cache-0123456789abcdef_00001_of_00004.arrow"]
+    for name in ours + theirs:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    state = {"_data_files": [{"filename": f"data-0000{number}-of-00002.arrow"} for number in range(2)]}
+    (tmp_path / "saved" / "state.json").write_text(json.dumps(state))
+    found = find_tables(str(tmp_path), "listed")
+    assert found == sorted(f"{tmp_path}/{name}" for name in ours if not name.endswith("json"))
+
+
+@needs_pyarrow
+def test_paths_in_a_parquet_table_are_paths(tmp_path):
+    table = write_arrow(tmp_path / "list.parquet", {"target": ["a.png"], "mask": [{"path": "m.png", "bytes": None}]})
+    (item,) = items_of(table)
+    assert [file.place for file in item.pictures] == [f"{tmp_path}/a.png", f"{tmp_path}/m.png"]
+    escaping = write_arrow(tmp_path / "list.parquet", {"target": ["../a.png"], "mask": ["m.png"]})
+    with pytest.raises(InputError, match=r"list\.parquet, row 1, target is '\.\./a\.png', which leads out"):
+        items_of(escaping)
+
+
+@needs_pyarrow
+@pytest.mark.parametrize("name", ["list.parquet", "list.arrow"])
+def test_a_damaged_table_is_named(tmp_path, name):
+    for damage in (lambda data: data[: len(data) // 2], lambda data: b"<!DOCTYPE html>", lambda data: b""):
+        table = write_arrow(tmp_path / name, {"target": ["a.png"] * 100, "mask": ["m.png"] * 100})
+        table.write_bytes(damage(table.read_bytes()))
+        with pytest.raises(InputError, match=rf"{re.escape(str(table))}: "):
+            items_of(table)

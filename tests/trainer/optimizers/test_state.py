@@ -1,0 +1,95 @@
+"""8-bit moments: read back as numbers, whatever tensor of whatever rank they lie in."""
+
+import json
+
+import pytest
+import torch
+
+from configs.errors import InputError
+from trainer.checkpoints.tensor_files import INDEX, Span, StateFiles, rank_file, write_index, write_tensors
+from trainer.engines.engine import EIGHT_BIT_LIMIT, check_eight_bit_partition
+from trainer.optimizers.state import BLOCK, dequantize, eight_bit_moments, quantize
+
+
+@pytest.fixture
+def state():
+    """bitsandbytes' own state of one tensor after five steps, and the tensor."""
+    from bitsandbytes.optim import AdamW8bit
+
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(40, 256))
+    optimizer = AdamW8bit([weight], lr=1e-2)
+    for _ in range(5):
+        weight.grad = torch.randn_like(weight)
+        optimizer.step()
+    return optimizer.state[weight]
+
+
+def test_moments_are_those_of_bitsandbytes_own_code_book(state):
+    assert [name for name, _ in eight_bit_moments(state)] == ["state1", "state2"]
+    for moment, codes in eight_bit_moments(state):
+        number = moment[-1]
+        own = state[f"qmap{number}"][codes.long()].view(-1, BLOCK) * state[f"absmax{number}"][:, None]
+        assert torch.equal(dequantize(codes, state[f"absmax{number}"], moment), own.view_as(codes))
+
+
+def test_numbers_quantized_anew_along_the_same_blocks_stay_as_they_are(state):
+    """But for the code book's end: it has 1 and no -1, so a block whose largest number is negative shrinks a little."""
+    for moment, codes in eight_bit_moments(state):
+        scales = state[f"absmax{moment[-1]}"]
+        numbers = dequantize(codes, scales, moment)
+        again, new_scales = quantize(numbers, moment)
+        torch.testing.assert_close(new_scales, scales, rtol=0.01, atol=0)
+        kept = new_scales == scales
+        assert kept.any()
+        assert torch.equal(again.view(-1, BLOCK)[kept], codes.view(-1, BLOCK)[kept])
+
+
+def test_along_other_blocks_a_number_moves_by_a_code_at_most(state):
+    (moment, codes), *_ = eight_bit_moments(state)
+    numbers = dequantize(codes, state["absmax1"], moment).view(-1)[100:]
+    again, scales = quantize(numbers.contiguous(), moment)
+    moved = (dequantize(again, scales, moment) - numbers).abs()
+    # The code book's widest gap is a tenth of a decade: 1/70 of the block's largest number.
+    assert (moved <= scales.repeat_interleave(BLOCK)[: len(numbers)] / 70).all()
+    assert moved.max() > 0
+
+
+def test_a_parameter_is_read_out_of_the_tensors_of_several_ranks(tmp_path, state):
+    """Rank 0 holds b's start behind a in one flat partition, rank 1 the rest of b in a small tensor kept in fp32."""
+    numbers = dequantize(state["state1"], state["absmax1"], "state1").view(-1)
+    small = torch.randn(24)
+    codes = {"state/partition 0//state1": state["state1"], "state/partition 0//absmax1": state["absmax1"]}
+    write_tensors(tmp_path / rank_file(0), codes)
+    write_tensors(tmp_path / rank_file(1), {"state1/b": small})
+    spans = {
+        0: {"state1/a": Span(0, 240, "partition 0", 0), "state1/b": Span(0, 10000, "partition 0", 240)},
+        1: {"state1/b": Span(10000, 10024)},
+    }
+    write_index(tmp_path, spans, {"a": 240, "b": 10024})
+    files = StateFiles(tmp_path)
+    assert files.kinds() == {"state1"}
+    assert torch.equal(files.read("state1", "a", 0, 240), numbers[:240])
+    assert torch.equal(files.read("state1", "b", 9990, 30), torch.cat([numbers[10230:10240], small[:20]]))
+    assert json.loads((tmp_path / INDEX).read_text())["tensors"]["state1/a"] == [
+        [0, 240, rank_file(0), "partition 0", 0]
+    ]
+
+
+def test_moments_that_leave_a_gap_are_not_saved(tmp_path, state):
+    spans = {0: {"state1/b": Span(0, 100, "b", 0)}, 1: {"state1/b": Span(120, 200, "b", 0)}}
+    with pytest.raises(RuntimeError, match=r"state1/b has 200 elements, saved are \[\[0, 100\], \[120, 200\]\]"):
+        write_index(tmp_path, spans, {"b": 200})
+
+
+def test_a_partition_that_bitsandbytes_cannot_count_is_refused_with_the_processes_that_it_takes():
+    """All of FLUX.1's 11.9e9 elements; the optimizer would be told the length modulo 2**32."""
+    flux = 11_902_587_968
+    with pytest.raises(InputError, match=r"engine zero2 on 4 process.* 2,975,646,992 elements.*or 6 processes or more"):
+        check_eight_bit_partition(flux, 4, "zero2")
+    with pytest.raises(InputError, match=r"engine zero1 on 5 process"):
+        check_eight_bit_partition(flux, 5, "zero1")
+    check_eight_bit_partition(flux, 6, "zero2")
+    with pytest.raises(InputError, match=r"on 2 process.*or 3 processes or more"):
+        check_eight_bit_partition(2 * EIGHT_BIT_LIMIT, 2, "zero2")
+    check_eight_bit_partition(2 * EIGHT_BIT_LIMIT - 2, 2, "zero2")

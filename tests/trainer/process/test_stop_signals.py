@@ -1,0 +1,174 @@
+"""Stopping on purpose: real launches, real signals. The run saves, ends with 75, and goes on as if nothing had been."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.cache.open_cache import Cache
+from tests.data.batches.streams import damage
+from tests.ranks import run_ranks
+
+ROOT = Path(__file__).parents[3]
+STEPS = 40
+
+
+def train(arguments: list[str]) -> int:
+    from trainer.main import train
+
+    return train(arguments)
+
+
+@pytest.fixture(scope="module")
+def settings(config, tmp_path_factory):
+    """The config's file and overrides of a run: `settings(name)`; below one folder."""
+    from configs.loading import dump_config
+
+    folder = tmp_path_factory.mktemp("stopped")
+    path = folder / "config.yaml"
+    path.write_text(dump_config(config), encoding="utf-8")
+
+    def make(name: str) -> tuple[Path, list[str], Path]:
+        given = [f"run.dir={folder}", f"run.name={name}", f"train.steps={STEPS}", "train.global_batch_size=4"]
+        given += ["train.micro_batch_size=2", "train.warmup_steps=5", "validation.every_steps=null"]
+        given += ["checkpoint.every_steps=null", "logging.trackers=[]"]
+        return path, given, folder / name
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def start(settings):
+    """Starts `fluxfill train` as a user does: `start(name, processes)`; returns (process, run's folder)."""
+
+    def run(name: str, num_processes: int, *overrides: str) -> tuple[subprocess.Popen, Path]:
+        path, given, folder = settings(name)
+        line = [sys.executable, "-c", "from launch.cli import main; main()", "train", str(path), *given, *overrides]
+        engine = ["--num-processes", str(num_processes)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            [*line, *engine], env=environment, cwd=folder.parent, stdout=subprocess.PIPE, text=True
+        )
+        return process, folder
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def run_warm(settings):
+    """The same run in ranks that need not import anything: `run_warm(name, processes)`; returns its folder."""
+
+    def run(name: str, num_processes: int) -> Path:
+        path, given, folder = settings(name)
+        run_ranks("single" if num_processes == 1 else "ddp", num_processes, train, ["--config", str(path), *given])
+        return folder
+
+    return run
+
+
+def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run / "metrics.jsonl").is_file() and len((run / "metrics.jsonl").read_text().splitlines()) >= step:
+            return
+        time.sleep(0.05)
+    pytest.fail(f"no step {step}: {process.communicate()[0]}")
+
+
+def losses(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+@pytest.mark.parametrize(
+    "num_processes, signals",
+    [(1, [signal.SIGUSR1]), pytest.param(2, [signal.SIGTERM, signal.SIGTERM], marks=pytest.mark.slow)],
+)
+def test_a_stopped_run_saves_ends_with_75_and_goes_on_undisturbed(start, run_warm, num_processes, signals):
+    name = f"stopped-{num_processes}"
+    process, run = start(name, num_processes)
+    wait_for_step(process, run, 3)
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(0.1)
+    told, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, told
+    outcome = json.loads((run / "outcome.json").read_text(encoding="utf-8"))
+    stopped_at = outcome["step"]
+    assert outcome["code"] == 75 and signals[0].name in outcome["reason"] and 3 <= stopped_at < STEPS
+    assert (run / "checkpoints" / f"step-{stopped_at:08d}" / "COMPLETE").is_file()
+    assert len(losses(run)) == stopped_at
+
+    run_warm(name, num_processes)
+    undisturbed = run_warm(f"undisturbed-{num_processes}", num_processes)
+    assert len(losses(run)) == STEPS
+    assert losses(run) == losses(undisturbed)
+
+
+@pytest.mark.slow
+def test_ranks_whose_launcher_is_killed_save_and_leave(start):
+    process, run = start("orphans", 2)
+    wait_for_step(process, run, 3)
+    (launcher,) = children_of(process.pid)
+    ranks = children_of(launcher)
+    assert len(ranks) >= 2
+    os.kill(launcher, signal.SIGKILL)
+    process.communicate(timeout=120)
+    deadline = time.monotonic() + 60
+    while any(is_alive(pid) for pid in ranks):
+        assert time.monotonic() < deadline, "ranks outlived their launcher"
+        time.sleep(0.1)
+    assert json.loads((run / "outcome.json").read_text(encoding="utf-8"))["code"] == 75
+    assert list((run / "checkpoints").glob("step-*/COMPLETE"))
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_signal_during_the_imports_only_sets_a_flag(tmp_path):
+    script = (
+        "from trainer.stop_signals import install_stop_signals, stop_signal; import os, signal\n"
+        "install_stop_signals(); assert stop_signal() is None\n"
+        "os.kill(os.getpid(), signal.SIGUSR2); os.kill(os.getpid(), signal.SIGTERM)\n"
+        "print(stop_signal())"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.strip() == "SIGUSR2"
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_alone_is_heard(start, config, samples, tmp_path):
+    """Its message and its code reach whoever started the run, not what the others say when it is gone."""
+    from data.batches.order import Order
+    from trainer.training_data import choose_order
+
+    cache = tmp_path / "cache"
+    shutil.copytree(config.data.cache, cache)
+    settings = replace(choose_order(config, samples), global_batch_size=4)
+    table = samples.table
+    order = Order(table.dataset, table.bucket, np.where(table.split == "train", table.samples, 0), settings)
+    shard, row = int(order.batch(0).shards[3]), int(order.batch(0).rows[3])  # the last of the batch: rank 1's
+    damage(Cache(cache, samples.manifest, table), row, shard=shard)
+    process, run = start("heard", 2, f"data.cache={cache}", "guard.max_bad_samples=0")
+    told, _ = process.communicate(timeout=200)
+    outcome = json.loads((run / "outcome.json").read_text(encoding="utf-8"))
+    assert (process.returncode, outcome["code"]) == (2, 2), told
+    assert outcome["reason"].startswith("rank 1: ") and "does not match its checksum" in outcome["reason"]

@@ -1,0 +1,230 @@
+import json
+import pickle
+import tarfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load
+
+import data.batches.training_set
+import trainer.validation.validator as validate
+from configs.schema import ValidationConfig
+from data.batches.noise import draw_noise
+from trainer.model.flux import load_transformer, pack_latents
+from trainer.validation.metrics import color_shift, hole_psnr, keep_psnr, paste_back, seam_error
+from trainer.validation.validator import SIGMA_BINS, Validator, validation_is_due
+
+SPLITS = {"holdout": 4, "train": 5}
+
+
+@pytest.fixture(scope="module")
+def named(config):
+    """The config under another run name."""
+
+    def rename(name: str, **changes):
+        run = config.run.model_copy(update={"name": name})
+        return config.model_copy(update={"run": run} | changes)
+
+    return rename
+
+
+@pytest.fixture(scope="module")
+def transformer(tiny_model):
+    return load_transformer(tiny_model, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def line(named, engine, tiny_model, samples, transformer) -> dict:
+    """One validation, at step 3, of the run "validated"."""
+    transformer.train()
+    return Validator(named("validated"), engine, tiny_model, samples).run(transformer, 3)
+
+
+def items_of(config, split: str, count: int) -> list[tuple[dict, dict[str, Image.Image]]]:
+    """(entry, pictures by role) of a split, straight from the cache's files."""
+    folder = config.data.cache / "validation"
+    entries = list(enumerate(json.loads((folder / "items.json").read_text())))
+    chosen = [(number, entry) for number, entry in entries if entry["split"] == split][:count]
+    return [
+        (entry, {role: Image.open(folder / f"{number:04d}.{role}.png") for role in ("target", "image", "mask")})
+        for number, entry in chosen
+    ]
+
+
+def stored_latents(config, entry) -> torch.Tensor:
+    with tarfile.open(config.data.cache / entry["shard"]) as tar:
+        return load(tar.extractfile(f"{entry['key']}.safetensors").read())["latents"]
+
+
+def unit(picture: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
+
+
+def hole_of(pictures) -> torch.Tensor:
+    return torch.from_numpy(np.array(pictures["mask"].convert("L")) >= 128)
+
+
+def test_figures_of_both_splits_are_finite(line):
+    assert line["step"] == 3
+    figures = {
+        "items", "hole_psnr", "hole_psnr_ceiling", "keep_psnr", "keep_psnr_ceiling", "seam_error", "color_shift",
+        *(f"loss_sigma_{middle}" for middle in SIGMA_BINS),
+    }  # fmt: skip
+    for split, count in SPLITS.items():
+        assert line[split].keys() == figures
+        assert line[split]["items"] == count
+        assert np.isfinite(list(line[split].values())).all()
+        # Nothing is trained: far from what the VAE could show.
+        assert line[split]["hole_psnr"] < line[split]["hole_psnr_ceiling"] - 5
+
+
+def test_the_model_is_left_as_it_was(line, transformer, tiny_model):
+    assert transformer.training
+    assert all(p.grad is None and p.requires_grad for p in transformer.parameters())
+    fresh = load_transformer(tiny_model, dtype=torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(transformer.parameters(), fresh.parameters(), strict=True))
+
+
+def test_grids_of_both_splits_are_written(line, named):
+    folder = named("validated").run.folder / "samples"
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000003-holdout.png", "step-00000003-train.png"]
+    for path in folder.iterdir():
+        assert Image.open(path).width > 700
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_ceiling_is_the_vaes_picture_of_the_stored_latents(line, config, pipeline, split):
+    ceilings = []
+    for entry, pictures in items_of(config, split, SPLITS[split]):
+        vae = pipeline.vae
+        raw = stored_latents(config, entry).float()[None] / vae.config.scaling_factor + vae.config.shift_factor
+        with torch.no_grad():
+            decoded = (vae.decode(raw).sample[0] / 2 + 0.5).clamp(0, 1)
+        ceilings.append(hole_psnr(decoded, unit(pictures["target"]), hole_of(pictures)))
+    assert line[split]["hole_psnr_ceiling"] == pytest.approx(np.mean(ceilings), abs=1e-3)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_figures_are_those_of_a_pipeline_called_from_scratch(line, config, pipeline, split):
+    """Told nothing but files, captions, and noise by the item's name: so no item depends on the others, either."""
+    figures, text_length = [], config.data.captions.text_length
+    for entry, pictures in items_of(config, split, SPLITS[split]):
+        width, height = pictures["target"].size
+        key = validate.xxhash.xxh3_64_intdigest(entry["key"].encode()) >> 1
+        noise = np.empty((1, 16, height // 8, width // 8), dtype=np.float32)
+        draw_noise(2024, key, noise)
+        # As the cache holds it: rounded to bf16.
+        t5, pooled, _ = pipeline.encode_prompt(entry["caption"], None, max_sequence_length=text_length)
+        fill = pipeline(
+            image=pictures["image"],
+            mask_image=pictures["mask"],
+            height=height,
+            width=width,
+            prompt_embeds=t5.bfloat16().float(),
+            pooled_prompt_embeds=pooled.bfloat16().float(),
+            latents=pack_latents(torch.from_numpy(noise)),
+            num_inference_steps=config.validation.sampler_steps,
+            guidance_scale=config.flow.guidance,
+            generator=torch.Generator().manual_seed(key),
+            output_type="pt",
+        ).images[0]
+        target, image, hole = unit(pictures["target"]), unit(pictures["image"]), hole_of(pictures)
+        pasted = paste_back(fill, image, hole)
+        figures.append(
+            {
+                "hole_psnr": hole_psnr(fill, target, hole),
+                "keep_psnr": keep_psnr(fill, image, hole),
+                "seam_error": seam_error(pasted, target, hole),
+                "color_shift": color_shift(pasted, target, hole),
+            }
+        )
+    for name in figures[0]:
+        assert line[split][name] == pytest.approx(np.mean([f[name] for f in figures]), abs=1e-3), name
+
+
+def test_figures_do_not_depend_on_how_items_are_chunked(
+    line, named, engine, tiny_model, samples, transformer, monkeypatch
+):
+    monkeypatch.setattr(validate, "_SAMPLED_AT_ONCE", 0)  # one by one
+    again = Validator(named("one-by-one"), engine, tiny_model, samples).run(transformer, 3)
+    for split in SPLITS:
+        assert again[split] == pytest.approx(line[split], abs=1e-3)
+
+
+class _OneOfMany:
+    """The engine of a rank among several, alone: what it sends is kept."""
+
+    def __init__(self, engine, rank: int, world_size: int) -> None:
+        self.rank, self.world_size, self.is_main = rank, world_size, False
+        self.device, self.compute_dtype, self.autocast = engine.device, engine.compute_dtype, engine.autocast
+        self.sent: dict = {}
+
+    def gather(self, item):
+        return [item]
+
+    def gather_to_main(self, item):
+        self.sent = item
+
+
+@pytest.mark.parametrize("world_size", [2, 6])
+def test_ranks_send_each_picture_once_as_bytes_and_nothing_behind_it(
+    named, engine, tiny_model, samples, transformer, monkeypatch, world_size
+):
+    """A picture that is a slice of its batch would carry the whole batch along, and floats are four times as large."""
+    monkeypatch.setattr(Validator, "_summary", lambda *_: {})
+    sent, sizes = [], []
+    for rank in range(world_size):
+        of_rank = _OneOfMany(engine, rank, world_size)
+        Validator(named("sent"), of_rank, tiny_model, samples).run(transformer, 3)
+        sent += of_rank.sent
+        pixels = sum(picture.numel() for picture in of_rank.sent.values())
+        sizes.append(len(pickle.dumps(of_rank.sent)) - pixels - 1000 * len(of_rank.sent))
+    assert sorted(sent) == list(range(sum(SPLITS.values())))
+    assert max(sizes) < 1000
+
+
+def test_weights_of_the_regions_do_not_change_the_reported_loss(
+    line, named, engine, tiny_model, samples, transformer, config
+):
+    """Runs that weigh the hole otherwise stay comparable."""
+    flow = config.flow.model_copy(update={"hole_weight": 5.0, "keep_weight": 0.1})
+    again = Validator(named("weighted", flow=flow), engine, tiny_model, samples).run(transformer, 3)
+    assert again["holdout"]["loss_sigma_0.5"] == line["holdout"]["loss_sigma_0.5"]
+
+
+def test_a_hole_as_large_as_the_picture_leaves_the_other_figures_finite(
+    line, named, engine, tiny_model, samples, transformer, monkeypatch
+):
+    """Masks may be random, and one kind of them is full."""
+    read = data.batches.training_set.read_validation_items
+
+    def with_a_full_hole(folder, *, split, count):
+        (item, pixels), *others = read(folder, split=split, count=count)
+        return [(item, replace(pixels, mask=np.ones_like(pixels.mask))), *others]
+
+    monkeypatch.setattr(data.batches.training_set, "read_validation_items", with_a_full_hole)
+    again = Validator(named("full"), engine, tiny_model, samples).run(transformer, 3)
+    for split in SPLITS:
+        assert again[split].keys() == line[split].keys()
+        assert again[split]["items"] == line[split]["items"]
+        assert np.isfinite(list(again[split].values())).all()
+
+
+def test_no_text_encoder_is_loaded(named, engine, tiny_model, samples, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a text encoder was loaded")
+
+    for name in ("T5EncoderModel", "CLIPTextModel", "AutoTokenizer"):
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", refuse)
+    Validator(named("no-text"), engine, tiny_model, samples)
+
+
+@pytest.mark.parametrize("every, due", [(None, []), (4, [0, 4, 8, 10]), (5, [0, 5, 10]), (100, [0, 10])])
+def test_validation_is_due_before_between_and_at_the_end(config, every, due):
+    settings = ValidationConfig(every_steps=every)
+    run = config.model_copy(update={"validation": settings, "train": config.train.model_copy(update={"steps": 10})})
+    assert [step for step in range(11) if validation_is_due(run, step)] == due

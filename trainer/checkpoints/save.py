@@ -1,0 +1,240 @@
+"""When and how a run saves: a copy of the state is taken between two steps and written while the next ones run.
+
+Each rank writes the slices it owns (tensor_files.py); when every rank has told that its file is on disk, rank 0 makes a
+whole checkpoint of them (folders.py).  Ranks tell each other between steps, from the thread that trains: collectives of
+two threads would get into each other's way.
+"""
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from configs.loading import dump_config
+from configs.schema import CheckpointConfig, Config
+from data.batches.batch_stream import BatchStream
+from data.storage.file_mode import give_usual_mode
+from trainer.adapters.adapter import save_adapter
+from trainer.checkpoints.folders import (
+    complete_checkpoints,
+    flush_and_hash,
+    prune_checkpoints,
+    save_checkpoint,
+    step_of,
+)
+from trainer.checkpoints.run_state import RunState, bound_state, gather_replaced
+from trainer.checkpoints.tensor_files import Span, rank_file, write_index, write_tensors
+from trainer.engines.ema import Ema
+from trainer.engines.engine import WHOLE, Engine
+from trainer.optimizers.state import eight_bit_moments
+
+log = logging.getLogger("fluxfill")
+
+
+@dataclass(frozen=True)
+class _Save:
+    """A save that has begun.
+
+    spans: which elements of which tensors this rank writes.  sizes: elements of each trained parameter.  head: text of
+    state.json.  adapter: on rank 0, of a run that trains one.  written: sha256 of this rank's file, or the error.
+    """
+
+    step: int
+    staging: Path
+    spans: dict[str, Span]
+    sizes: dict[str, int]
+    head: str
+    adapter: dict[str, Tensor]
+    written: "Future[str]"
+
+
+class Saver:
+    """Saves when it is due. All ranks call its methods together."""
+
+    def __init__(self, config: Config, engine: Engine, ema: Ema, stream: BatchStream) -> None:
+        self._config, self._engine, self._ema, self._stream = config, engine, ema, stream
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="saver")
+        self._pending: _Save | None = None
+        self._last_save = time.monotonic()
+        if engine.is_main:  # of a process that was killed while it saved
+            for leftover in (config.run.folder / "checkpoints").glob("*.staging"):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    def save_if_due(self, state: RunState, *, stopping: bool = False) -> None:
+        """Every `checkpoint.every_steps` steps or `every_minutes` minutes, at the end, and when the run is stopping.
+
+        Returns when a copy of the state is taken, or, at the end or when stopping, when the checkpoint is whole.  A
+        save that fails (a full disk) is reported and the run goes on; the checkpoints before it are untouched.  Raises
+        FloatingPointError rather than save weights that are not finite, InputError if too many rows were replaced.
+        """
+        if self._pending is not None and self._all_written():
+            self._commit()
+        last = stopping or state.step == self._config.train.steps
+        if not (last or self._is_due(state.step)):
+            return
+        self.finish()
+        in_background = self._config.checkpoint.asynchronous and not last
+        state = gather_replaced(self._config, self._engine, state, self._stream)
+        self._pending = self._begin(state, in_background=in_background)
+        self._last_save = time.monotonic()
+        if not in_background:
+            self.finish()
+            # A rank that left now would have its launcher end the others, rank 0 in the middle of its part.
+            self._engine.wait()
+
+    def finish(self) -> None:
+        """Wait for the save that has begun, if one has."""
+        if self._pending is not None:
+            self._pending.written.exception()  # waits; what went wrong is told by _commit
+            self._commit()
+
+    def _is_due(self, step: int) -> bool:
+        every, minutes = self._config.checkpoint.every_steps, self._config.checkpoint.every_minutes
+        if every is not None and step % every == 0:
+            return True
+        if minutes is None:
+            return False
+        # Rank 0's clock, for all: ranks that disagreed would wait for each other for ever.
+        late = self._engine.is_main and time.monotonic() - self._last_save >= 60 * minutes
+        return self._engine.sum(late) > 0
+
+    def _all_written(self) -> bool:
+        assert self._pending is not None
+        return self._engine.sum(self._pending.written.done()) == self._engine.world_size
+
+    def _begin(self, state: RunState, *, in_background: bool) -> _Save:
+        engine = self._engine
+        staging = self._config.run.folder / "checkpoints" / f"step-{state.step:08d}.staging"
+        if engine.is_main:
+            shutil.rmtree(staging, ignore_errors=True)
+        engine.wait()
+        tensors, spans = snapshot(engine, self._ema, copy=in_background)
+        head = json.dumps({"state": asdict(state), "engine": describe_engine(engine)}, indent=1)
+        adapter = engine.full_weights() if self._config.method.type != "full" else {}
+        written = self._pool.submit(_write, staging / rank_file(engine.rank), tensors)
+        return _Save(state.step, staging, spans, engine.trained_sizes, head, adapter, written)
+
+    def _commit(self) -> None:
+        """Make a whole checkpoint of what all ranks have written; rank 0 does it, the others go on."""
+        assert self._pending is not None
+        save, self._pending = self._pending, None
+        failure = save.written.exception()  # whatever it is (safetensors has its own for a full disk), others must know
+        sha256 = None if failure else save.written.result()
+        told = (failure and f"{failure} on rank {self._engine.rank}", save.spans, sha256)
+        everyone = self._engine.gather(told)
+        if not self._engine.is_main:
+            return
+        try:
+            if failures := [failure for failure, _, _ in everyone if failure]:
+                raise OSError(failures[0])
+
+            def fill(folder: Path) -> dict[str, str]:
+                for rank in range(len(everyone)):
+                    (save.staging / rank_file(rank)).rename(folder / rank_file(rank))
+                give_usual_mode(folder)
+                write_index(folder, {rank: spans for rank, (_, spans, _) in enumerate(everyone)}, save.sizes)
+                (folder / "state.json").write_text(save.head, encoding="utf-8")
+                (folder / "config.yaml").write_text(dump_config(self._config), encoding="utf-8")
+                if save.adapter:
+                    save_adapter(self._engine.plain_transformer, folder / "adapter", tensors=save.adapter)
+                return {rank_file(rank): sha256 for rank, (_, _, sha256) in enumerate(everyone)}
+
+            log.info("saved %s", save_checkpoint(self._config.run.folder, save.step, fill))
+            remove_old(self._config.run.folder, self._config.checkpoint)
+        except (OSError, SafetensorError) as error:  # a full disk is the one to Python, the other to safetensors
+            log.error("step %d was not saved (%s); the run goes on, earlier checkpoints are whole", save.step, error)
+        shutil.rmtree(save.staging, ignore_errors=True)
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Write a rank's file and flush it to disk; returns its sha256."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(path, tensors)
+    return flush_and_hash(path)
+
+
+def snapshot(engine: Engine, ema: Ema, *, copy: bool) -> tuple[dict[str, Tensor], dict[str, Span]]:
+    """(tensors on the CPU, by their names in the file; the parts of parameters in them) of what this rank owns.
+
+    copy: into memory of their own, so that training may go on.  Raises FloatingPointError, on every rank, if a weight
+    of any rank is not finite.
+    """
+    slices = engine.local_slices()
+    owned = [part for part in slices if part.owned and part.weight.numel()]
+    bad = [part.name for part in owned if not torch.isfinite(part.weight).all()]
+    if named := [f"{name} (rank {rank})" for rank, names in enumerate(engine.gather(bad[:1])) for name in names]:
+        raise FloatingPointError(f"weights are not finite and are not saved: {', '.join(named)}")
+
+    def pieces() -> Iterator[tuple[str, int, Tensor]]:
+        for part in owned:
+            yield f"weight/{part.name}", part.start, part.weight
+            yield from ((f"{key}/{part.name}", part.start, moment) for key, moment in part.moments.items())
+            if ema.averages:
+                yield f"ema/{part.name}", part.start, ema.averages[part.name]
+
+    tensors: dict[str, Tensor] = {}
+    spans: dict[str, Span] = {}
+    for name, start, values in pieces():
+        tensors[name] = values.detach().to("cpu", copy=copy).contiguous()
+        spans[name] = Span(start, start + values.numel())
+    if engine.state_layout != WHOLE or engine.is_main:  # where every rank holds the whole optimizer, one copy is enough
+        for name, value in bound_state(engine).items():
+            tensors[f"state/{name}"] = value.detach().to("cpu", copy=copy).contiguous()
+        states = {name: state for name, _, state in engine.optimizer_states()}
+        for part in slices if engine.state_layout == WHOLE else owned:
+            for moment, _ in eight_bit_moments(states.get(part.of, {})):
+                stop = part.start + part.weight.numel()
+                spans[f"{moment}/{part.name}"] = Span(part.start, stop, part.of, part.at)
+    return tensors, spans
+
+
+def describe_engine(engine: Engine) -> dict:
+    """What `run_state.load_tensors` needs to know of the engine that saved. All ranks call it."""
+    steps = next((int(s["step"]) for _, _, s in engine.optimizer_states() if "step" in s), 0)
+    return {
+        "name": engine.name,
+        "world_size": engine.world_size,
+        "layout": engine.state_layout,
+        "bound": any(engine.gather(bool(bound_state(engine)))),  # small tensors have none, and a rank may hold no other
+        "steps": steps,
+    }
+
+
+def remove_old(run: Path, checkpoint: CheckpointConfig) -> None:
+    """Delete what `keep_last` lets go, but never the best one so far if `keep_best` names its figure."""
+    if checkpoint.keep_last is None:
+        return
+    best = best_checkpoint(run, checkpoint.keep_best) if checkpoint.keep_best is not None else None
+    prune_checkpoints(run, keep_last=checkpoint.keep_last, best=best)
+
+
+def best_checkpoint(run: Path, figure: str) -> Path | None:
+    """The complete checkpoint whose step was validated best: on held-out pictures if there are any, else on those of
+    the training. None if no checkpoint's step was validated.
+
+    figure: "hole_psnr" (higher is better) or "loss" (mean over the noise levels, lower is better).
+    """
+    scores = dict(_scores(run / "validation.jsonl", figure))
+    validated = [folder for folder in complete_checkpoints(run) if step_of(folder) in scores]
+    return max(validated, key=lambda folder: scores[step_of(folder)], default=None)
+
+
+def _scores(path: Path, figure: str) -> Iterator[tuple[int, float]]:
+    """(step, score) of each validation, higher is better."""
+    if not path.is_file():
+        return
+    for text in path.read_text(encoding="utf-8").splitlines():
+        line = json.loads(text)
+        figures = line.get("holdout") or line.get("train") or {}
+        sign, prefix = (1, "hole_psnr") if figure == "hole_psnr" else (-1, "loss_sigma")
+        values = [value for name, value in figures.items() if name == prefix or name.startswith(f"{prefix}_0")]
+        if values and None not in values:  # null stands for a figure that was not finite
+            yield line["step"], sign * sum(values) / len(values)

@@ -1,0 +1,58 @@
+"""The end of a run: its weights gathered, exported, read back."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+from configs.schema import Config
+from trainer.adapters.adapter import save_adapter
+from trainer.engines.ema import Ema
+from trainer.engines.engine import Engine
+from trainer.export.write import export_model, verify_adapter, verify_adapter_file, verify_model
+
+
+def export_and_verify(config: Config, engine: Engine, model: Path, ema: Ema) -> None:
+    """Write <run>/final (and <run>/final-ema if an average is kept), read it back, compare it with the live weights.
+
+    All ranks call it; rank 0 writes. Raises RuntimeError if what was written is not what was trained.
+    """
+    export = _export_model if config.method.type == "full" else _export_adapter
+    export(engine, model, config.run.folder / "final")
+    if ema.averages:
+        with ema.in_place(engine):
+            export(engine, model, config.run.folder / "final-ema")
+    engine.wait()
+
+
+def _export_model(engine: Engine, model: Path, folder: Path) -> None:
+    transformer, dtype = engine.plain_transformer, engine.compute_dtype
+    with _gathered(engine) as weights:
+        if engine.is_main:
+            export_model(transformer, model, folder, weights=weights, dtype=dtype)
+    with _gathered(engine) as weights:
+        if engine.is_main:
+            verify_model(transformer, folder, weights=weights, dtype=dtype)
+
+
+@contextmanager
+def _gathered(engine: Engine) -> Iterator[Iterator[tuple[str, Tensor]]]:
+    """Every trained parameter, one at a time, on rank 0. The other ranks take part in gathering all of them, also
+    those that rank 0 did not ask for because it failed."""
+    weights = engine.each_weight()
+    try:
+        yield weights
+    finally:
+        for _ in weights:
+            pass
+
+
+def _export_adapter(engine: Engine, model: Path, folder: Path) -> None:
+    weights = engine.full_weights()
+    if engine.is_main:
+        transformer = engine.plain_transformer
+        save_adapter(transformer, folder, tensors=weights)
+        verify_adapter_file(transformer, folder, weights)
+        if engine.holds_whole_model:
+            verify_adapter(transformer, model, folder)
