@@ -32,7 +32,7 @@ from data.batches.order import Order, OrderSettings
 from data.batches.row_filler import RowPolicy
 from data.encoders.encode import collate_pixels, encode_captions, encode_pixels
 from data.encoders.load import Encoders
-from data.online.training_set import OnlineSamples
+from data.online.training_set import OnlineTrainingSet
 from data.preprocessing.worker import Worker
 from data.samples.decode import load_pixels
 from data.samples.shard_plan import PlannedSample
@@ -53,7 +53,7 @@ def measure(folder: Path, *, batches: int, batch_size: int, repeats: int, thread
     build_model(folder / "model")
     config = make_config(folder, batch_size)
     plans = plan(config)
-    samples = OnlineSamples(
+    samples = OnlineTrainingSet(
         config, folder / "model", plans, device=torch.device("cpu"), worker=Worker(decode_threads=2)
     )
     table = samples.table

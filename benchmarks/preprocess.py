@@ -40,7 +40,7 @@ from data.encoders.load import Encoders, load_encoders
 from data.preprocess import preprocess
 from data.samples.decode import in_batches, load_pixels
 from data.samples.plan import plan_samples
-from data.samples.shard_plan import ShardPlan, plan_shards
+from data.samples.shard_plan import PlannedShard, plan_shards
 from demo.tiny_model import build_tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -104,7 +104,7 @@ def make_config(folder: Path, batch_size: int) -> Config:
     return load_config(ROOT / "configs" / "demo.yaml", overrides)
 
 
-def plan(config: Config) -> list[ShardPlan]:
+def plan(config: Config) -> list[PlannedShard]:
     return plan_shards(
         plan_samples(config, Progress(disable=True)),
         size_limit=config.data.shard_size_mib << 20,
@@ -113,7 +113,7 @@ def plan(config: Config) -> list[ShardPlan]:
     )
 
 
-def run_in_turn(plans: Sequence[ShardPlan], encoders: Encoders, config: Config, *, write: bool) -> None:
+def run_in_turn(plans: Sequence[PlannedShard], encoders: Encoders, config: Config, *, write: bool) -> None:
     """Decode and encode batch by batch in this thread; `write` the shards too, or let the tensors go."""
     data = config.data
     for shard in plans:

@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader
 from webdataset import TarWriter, WebDataset
 
 from data.batches.batch_stream import BatchStream
-from data.batches.cached_rows import ShardRows
+from data.batches.cached_rows import CachedRows
 from data.batches.order import ORDER_VERSION, Order, OrderSettings, hash_shards
 from data.cache.manifest import FORMAT_VERSION, TRAIN, Manifest, ShardTable
 from data.cache.open_cache import Cache
@@ -174,7 +174,7 @@ def open_stream(cache: Cache, batch_size: int) -> BatchStream:
         shards=hash_shards(table.path, table.samples, table.plan),
     )
     order = Order(table.dataset, table.bucket, table.samples, settings)
-    rows = ShardRows(cache, order, threads=WORKERS)
+    rows = CachedRows(cache, order, threads=WORKERS)
     return BatchStream(cache.manifest, order, rows, rank=0, world_size=1, micro_batch_size=batch_size)
 
 

@@ -53,18 +53,18 @@ from data.preprocessing.dry_run import bytes_by_part, measure, print_bytes, prin
 from data.preprocessing.encode_shards import Turn, encode_shards
 from data.preprocessing.plan_file import PlanFile
 from data.preprocessing.progress import Waiting, advancing, open_progress, print_report
-from data.preprocessing.shard_queue import SHARD_CLAIMS, Backlog, read_finished_of
+from data.preprocessing.shard_queue import SHARD_CLAIMS, ShardQueue, read_finished_of
 from data.preprocessing.share_plan import agree_on_plan
 from data.preprocessing.worker import Worker, which_worker
-from data.preprocessing.worker_group import Crew, join_crew
+from data.preprocessing.worker_group import WorkerGroup, join
 from data.samples.decode import DecodedBatch, decode_batches
 from data.samples.geometry import Pixels
 from data.samples.plan import plan_samples
-from data.samples.shard_plan import ShardPlan, plan_shards
+from data.samples.shard_plan import PlannedShard, plan_shards
 from data.sources.scan import delete_copies, scan_dataset
-from data.storage.disk_full import DiskFull, told_when_full
+from data.storage.disk_full import DiskFull, raise_disk_full
 
-CREW_FOLDER = "crew"  # in the cache, while somebody works on it
+WORKERS_FOLDER = "crew"  # in the cache, while somebody works on it
 _CONSTANTS, _HEAD = "constants", "head"  # what can be claimed, besides shards
 
 _ALONE = Worker()
@@ -125,7 +125,7 @@ def preprocess(config: Config, console: Console, worker: Worker = _ALONE) -> Non
     """Bring data.cache up to date with the datasets, model and settings of a config, together with whoever else does;
     touch nothing if it is. Returns when the cache is complete.
 
-    Raises InputError for whatever the user can mend, and TakenForDead: shards finished by then stay, parts of one do
+    Raises InputError for whatever the user can mend, and Evicted: shards finished by then stay, parts of one do
     not.
     """
     cache = config.data.cache_folder
@@ -133,14 +133,14 @@ def preprocess(config: Config, console: Console, worker: Worker = _ALONE) -> Non
     job = Job(config, model, encoder_fingerprints(model))
     try:
         with (
-            told_when_full(cache),
-            join_crew(cache / CREW_FOLDER, job.settings) as crew,
+            raise_disk_full(cache),
+            join(cache / WORKERS_FOLDER, job.settings) as group,
             open_progress(console, worker) as progress,
         ):
             try:
-                num_encoded = _take_part(job, crew, worker, progress)
+                num_encoded = _take_part(job, group, worker, progress)
             except FileNotFoundError:
-                crew.touch()  # which tells if others took what it had half written for a dead worker's
+                group.touch()  # which tells if others took what it had half written for a dead worker's
                 raise
     finally:
         with suppress(OSError):
@@ -148,26 +148,26 @@ def preprocess(config: Config, console: Console, worker: Worker = _ALONE) -> Non
     print_report(console, cache, read_shard_table(cache), worker, num_encoded=num_encoded)
 
 
-def _take_part(job: Job, crew: Crew, worker: Worker, progress: Progress) -> int:
+def _take_part(job: Job, group: WorkerGroup, worker: Worker, progress: Progress) -> int:
     """Plan, encode and complete, with whoever else does; how many samples were encoded here."""
     cache = job.config.data.cache_folder
     before, waiting = manifest_stamp(cache), Waiting(progress)
     plan = agree_on_plan(
-        crew,
+        group,
         partial(make_plan, job, progress),
         help_planning=partial(_scan, job, progress),
         waiting=waiting,
     )
-    backlog = Backlog(cache, plan, crew, worker)
+    backlog = ShardQueue(cache, plan, group, worker)
     backlog.advance = advancing(progress, progress.add_task("encoding", total=backlog.num_samples))
     load = once(partial(load_encoders, job.model, job.config.data.encoders, device_index=worker.device_index))
     try:
-        encode_what_is_left(job, plan, backlog, crew, load, waiting, threads=worker.decode_threads)
+        encode_what_is_left(job, plan, backlog, group, load, waiting, threads=worker.decode_threads)
     except DiskFull as error:
         if not backlog.remaining:  # a constant did not fit
             raise
         raise error.with_needed(sum(head.num_bytes for head in backlog.remaining.values())) from error
-    complete(job, plan, crew, worker, progress, waiting, before=before)
+    complete(job, plan, group, worker, progress, waiting, before=before)
     return backlog.num_encoded
 
 
@@ -180,7 +180,7 @@ def dry_run(config: Config, console: Console, worker: Worker = _ALONE) -> None:
     data = config.data
     model = find_model(config.model.base)
     job = Job(config, model, encoder_fingerprints(model))
-    with told_when_full(data.cache_folder), open_progress(console, worker) as progress:
+    with raise_disk_full(data.cache_folder), open_progress(console, worker) as progress:
         plans = make_plan(job, progress)
     finished = read_finished_of(data.cache_folder, plans)
     todo = [plan for plan, index in zip(plans, finished, strict=True) if index is None]
@@ -198,7 +198,7 @@ def _scan(job: Job, progress: Progress) -> None:
         scan_dataset(dataset, job.config.data, partial(progress.advance, bar))
 
 
-def make_plan(job: Job, progress: Progress) -> list[ShardPlan]:
+def make_plan(job: Job, progress: Progress) -> list[PlannedShard]:
     """Every shard of a job's cache: a function of the pictures and the settings. Raises InputError as `plan_samples`
     does."""
     return plan_shards(
@@ -212,8 +212,8 @@ def make_plan(job: Job, progress: Progress) -> list[ShardPlan]:
 def encode_what_is_left(
     job: Job,
     plan: PlanFile,
-    backlog: Backlog,
-    crew: Crew,
+    backlog: ShardQueue,
+    group: WorkerGroup,
     load: Callable[[], Encoders],
     waiting: Callable[[str], object],
     *,
@@ -230,13 +230,13 @@ def encode_what_is_left(
     buckets = sorted({head.bucket for head in plan.heads})
     while True:
         constants = constants_are_there(data.cache_folder, buckets, job.encoding)
-        if not constants and crew.claim(_CONSTANTS):
+        if not constants and group.claim(_CONSTANTS):
             encoders = load()
-            crew.make_sure_of(_CONSTANTS)
+            group.require_claim(_CONSTANTS)
             (data.cache_folder / "manifest.json").unlink(missing_ok=True)
-            still_mine = partial(crew.make_sure_of, _CONSTANTS)
+            still_mine = partial(group.require_claim, _CONSTANTS)
             write_constants(data.cache_folder, encoders, buckets, job.encoding, data.captions, still_mine, turn=turn)
-            crew.release(_CONSTANTS)
+            group.release(_CONSTANTS)
             constants = True
         shards = backlog.claim_shards()
         if first := next(shards, None):
@@ -252,7 +252,7 @@ def encode_what_is_left(
 def complete(
     job: Job,
     plan: PlanFile,
-    crew: Crew,
+    group: WorkerGroup,
     worker: Worker,
     progress: Progress,
     waiting: Callable[[str], object],
@@ -261,16 +261,16 @@ def complete(
 ) -> None:
     """Give the cache its head when everything else is there: one worker does, the others wait for it.
 
-    before: the manifest's stamp when this worker came; another one now is by this crew.
+    before: the manifest's stamp when this worker came; another one now is by this group.
     """
     cache = job.config.data.cache_folder
     while manifest_stamp(cache) in (None, before):
         # Who is still at a shard took it for unfinished: it will see that it is not, or write the same bytes again.
-        if crew.claim(_HEAD):
-            if not crew.held(SHARD_CLAIMS):
-                return _write_head(job, plan, crew, worker, progress)
-            crew.release(_HEAD)
-        waiting(f"{crew.holder(_HEAD) or 'another worker'}, which completes the cache")
+        if group.claim(_HEAD):
+            if not group.held(SHARD_CLAIMS):
+                return _write_head(job, plan, group, worker, progress)
+            group.release(_HEAD)
+        waiting(f"{group.holder(_HEAD) or 'another worker'}, which completes the cache")
 
 
 def manifest_stamp(cache: Path) -> tuple[int, int] | None:
@@ -282,7 +282,7 @@ def manifest_stamp(cache: Path) -> tuple[int, int] | None:
     return status.st_ino, status.st_mtime_ns
 
 
-def _write_head(job: Job, plan: PlanFile, crew: Crew, worker: Worker, progress: Progress) -> None:
+def _write_head(job: Job, plan: PlanFile, group: WorkerGroup, worker: Worker, progress: Progress) -> None:
     cache, config = job.config.data.cache_folder, job.config
     found = read_finished_of(cache, plan.heads)
     shards = [shard for shard in found if shard is not None]
@@ -296,7 +296,7 @@ def _write_head(job: Job, plan: PlanFile, crew: Crew, worker: Worker, progress: 
     head = describe_cache(config, job.model, job.encoders, plan.heads, shards)
     if is_current(cache, *head):
         return delete_copies(cache)
-    crew.make_sure_of(_HEAD)
+    group.require_claim(_HEAD)
     (cache / "manifest.json").unlink(missing_ok=True)
     delete_unplanned(cache, plan.heads)
     chosen = choose_validation_items(plan.shards(), count=num_watched(config.data.holdout))
@@ -305,7 +305,7 @@ def _write_head(job: Job, plan: PlanFile, crew: Crew, worker: Worker, progress: 
         singly = ((item, [sample]) for item, sample in chosen)
         decoded = decode_batches(singly, config.data, pool, ahead=2 * worker.decode_threads)
         pixels = map(_only_pixels, decoded)
-        write_validation_items(cache, pixels, lambda: progress.advance(bar), partial(crew.make_sure_of, _HEAD))
+        write_validation_items(cache, pixels, lambda: progress.advance(bar), partial(group.require_claim, _HEAD))
     write_manifest(cache, *head)
     delete_copies(cache)
 

@@ -13,10 +13,10 @@ from configs.schema import Config
 from data.batches.batch_stream import BatchStream
 from data.batches.order import BLOCK_SHARDS, Order, OrderSettings, hash_shards
 from data.batches.row_filler import RowPolicy
-from data.batches.training_set import CachedSamples, Samples
+from data.batches.training_set import CachedTrainingSet, TrainingSet
 from data.cache.manifest import TRAIN
 from data.cache.open_cache import open_cache
-from data.online.training_set import OnlineSamples, encoder_device, plan_online
+from data.online.training_set import OnlineTrainingSet, encoder_device, plan_online
 from data.preprocessing.worker import which_worker
 from trainer.checkpoints.run_state import RunState
 from trainer.engines.engine import Engine
@@ -24,13 +24,15 @@ from trainer.engines.engine import Engine
 log = logging.getLogger("fluxfill")
 
 
-def open_samples(config: Config, model: Path, engine: Engine, console: Console) -> Samples:
+def open_samples(config: Config, model: Path, engine: Engine, console: Console) -> TrainingSet:
     """What the run trains on: its cache, or with data.mode online its pictures; all ranks call it.
 
     Raises InputError if the cache is not there or not that of the config; or of pictures and devices.
     """
     if config.data.mode == "cached":
-        return CachedSamples(open_cache(config, model, check_shards=engine.is_main), threads=config.data.reader_threads)
+        return CachedTrainingSet(
+            open_cache(config, model, check_shards=engine.is_main), threads=config.data.reader_threads
+        )
     device = encoder_device(config, local_rank=engine.local_rank, own=engine.device)
     # Rank 0 reads the pictures, for all; and tells all if something is wrong with them.
     planned: Any = None
@@ -43,10 +45,10 @@ def open_samples(config: Config, model: Path, engine: Engine, console: Console) 
     if isinstance(planned, InputError):
         raise planned
     log.info("data.mode online: pictures are encoded on %s%s", device, " too" if device == engine.device else "")
-    return OnlineSamples(config, model, planned, device=device, worker=which_worker(os.environ))
+    return OnlineTrainingSet(config, model, planned, device=device, worker=which_worker(os.environ))
 
 
-def choose_order(config: Config, samples: Samples, *, num_nodes: int = 1) -> OrderSettings:
+def choose_order(config: Config, samples: TrainingSet, *, num_nodes: int = 1) -> OrderSettings:
     """What the order of a run that starts now depends on; one that is resumed keeps its own.
 
     num_nodes: that the run's processes are on; only how many shards are shuffled together hangs on it, where copies
@@ -63,7 +65,7 @@ def choose_order(config: Config, samples: Samples, *, num_nodes: int = 1) -> Ord
     )
 
 
-def _fitting_block_shards(samples: Samples, streams: int, num_nodes: int) -> int:
+def _fitting_block_shards(samples: TrainingSet, streams: int, num_nodes: int) -> int:
     """Shards that are shuffled together: fewer where their copies would not fit this node. Raises InputError if not
     even blocks of one shard fit."""
     copies = samples.copies
@@ -80,7 +82,7 @@ def _fitting_block_shards(samples: Samples, streams: int, num_nodes: int) -> int
     )
 
 
-def _held_bytes(samples: Samples, block_shards: int, streams: int, num_nodes: int) -> int:
+def _held_bytes(samples: TrainingSet, block_shards: int, streams: int, num_nodes: int) -> int:
     """Of copies on one node: of each pool (dataset and bucket) and each stream that the node reads, the block in use
     and the one that is fetched for it."""
     blocks = 2 * -(-streams // num_nodes)
@@ -88,7 +90,7 @@ def _held_bytes(samples: Samples, block_shards: int, streams: int, num_nodes: in
     return int(shards.sum()) * int(samples.table.bytes.max())
 
 
-def _shards_of_pools(samples: Samples) -> np.ndarray:
+def _shards_of_pools(samples: TrainingSet) -> np.ndarray:
     """How many shards each pool trains on."""
     table, trains = samples.table, _training_samples(samples) > 0
     datasets, dataset_of = np.unique(table.dataset[trains], return_inverse=True)
@@ -97,12 +99,12 @@ def _shards_of_pools(samples: Samples) -> np.ndarray:
     return counts[counts > 0]
 
 
-def _training_samples(samples: Samples) -> np.ndarray:
+def _training_samples(samples: TrainingSet) -> np.ndarray:
     """Samples of each shard, 0 for those held out."""
     return np.where(samples.table.split == TRAIN, samples.table.samples, 0)
 
 
-def open_stream(config: Config, engine: Engine, samples: Samples, state: RunState) -> BatchStream:
+def open_stream(config: Config, engine: Engine, samples: TrainingSet, state: RunState) -> BatchStream:
     """This rank's micro-batches from the run's place in the order. Raises InputError if there is nothing to train."""
     table = samples.table
     order = Order(table.dataset, table.bucket, _training_samples(samples), state.order)

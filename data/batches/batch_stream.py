@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
-from data.batches.micro_batch import MicroBatch, RowMemory, Slot, row_fields
+from data.batches.micro_batch import BatchBuffer, BufferLease, MicroBatch, row_fields
 from data.batches.order import Batch, Order, num_micro_steps, rank_rows
 from data.batches.row_filler import ReplacedRow
 from data.batches.row_source import PlannedMicroBatch, RowSource
@@ -24,7 +24,7 @@ class _Ahead:
     """A micro-batch that is being filled."""
 
     planned: PlannedMicroBatch
-    memory: RowMemory
+    memory: BufferLease
     ready: Future[None]
 
 
@@ -75,8 +75,8 @@ class BatchStream:
             sum(field.slot_bytes(min(self.micro_batch_size(bucket), self._most_rows)) for field in fields)
             for bucket, fields in self._fields.items()
         )
-        self._free = [Slot(slot_bytes, pin_memory) for _ in range(self._depth + 1)]
-        self._lent: RowMemory | None = None
+        self._free = [BatchBuffer(slot_bytes, pin_memory) for _ in range(self._depth + 1)]
+        self._lent: BufferLease | None = None
         # A batch is asked for twice: when the first of it is begun ahead, and when its user comes to it.
         self._batch = lru_cache(maxsize=self._depth + 2)(partial(order.batch, part=self._mine))
         self._planned = self._plan(start)
@@ -109,7 +109,7 @@ class BatchStream:
     def _begin_ahead(self) -> None:
         while len(self._ahead) < self._depth:
             planned = next(self._planned)
-            memory = RowMemory(self._free, planned.bucket, self._fields[planned.bucket], planned.width)
+            memory = BufferLease(self._free, planned.bucket, self._fields[planned.bucket], planned.width)
             self._ahead.append(_Ahead(planned, memory, self._source.fill(planned, memory)))
 
     def __iter__(self) -> "BatchStream":

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from data.batches.micro_batch import RowMemory, Rows
+from data.batches.micro_batch import BatchViews, BufferLease
 from data.batches.order import Batch, Order
 from data.batches.prefetch import Prefetcher
 from data.batches.row_filler import ReplacedRow, RowFiller, RowPolicy
@@ -25,7 +25,7 @@ class _Filling:
     ready: done when all of them are. The last one says so, once: whoever waits is not woken for each of them.
     """
 
-    def __init__(self, planned: PlannedMicroBatch, memory: RowMemory, shares: int) -> None:
+    def __init__(self, planned: PlannedMicroBatch, memory: BufferLease, shares: int) -> None:
         self.planned, self.memory, self.shares = planned, memory, shares
         self.ready: Future[None] = Future()
         self._error: BaseException | None = None
@@ -44,7 +44,7 @@ class _Filling:
             self.ready.set_result(None)
 
 
-class ShardRows:
+class CachedRows:
     """A cache as a RowSource.
 
     policy: how a sample's stored parts are put together.  replaced: rows that earlier processes of the run replaced.
@@ -92,7 +92,7 @@ class ShardRows:
             sizes = self._cache.table.bytes
             self._prefetcher = Prefetcher(copies, self._order, sizes, part=batch.part, start=batch.index)
 
-    def fill(self, planned: PlannedMicroBatch, memory: RowMemory) -> Future[None]:
+    def fill(self, planned: PlannedMicroBatch, memory: BufferLease) -> Future[None]:
         # A share of the rows for each thread rather than a task for each row: handing one over costs as much as reading
         # a small one.
         shares = min(self._threads, planned.width)
@@ -119,7 +119,7 @@ class ShardRows:
             else:
                 self._fill_row(rows, place, wanted)
 
-    def _fill_row(self, rows: Rows, place: int, wanted: PlannedRow) -> None:
+    def _fill_row(self, rows: BatchViews, place: int, wanted: PlannedRow) -> None:
         reader, filler, shard, position = self._reader, self._filler, wanted.shard, wanted.position
         out = filler.begin(rows, place, position)
         variant = filler.choose_variant(reader.num_variants(shard), row=wanted.row, turn=wanted.turn, position=position)

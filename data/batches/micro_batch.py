@@ -96,7 +96,7 @@ def row_fields(bucket: Bucket, manifest: Manifest) -> tuple[RowField, ...]:
 
 
 @dataclass(frozen=True)
-class Rows:
+class BatchViews:
     """A slot's memory seen as rows of one bucket.
 
     batch: as tensors.  stored: for each row, the bytes of what shards store, by tensor name.  raw: uint8 [rows, bytes
@@ -118,7 +118,7 @@ class Rows:
         self.uniform[place] = 0.5
 
 
-class Slot:
+class BatchBuffer:
     """Memory of one micro-batch, used over and over for micro-batches of any bucket."""
 
     def __init__(self, num_bytes: int, pin: bool) -> None:
@@ -127,9 +127,9 @@ class Slot:
         self._device = torch.cuda.current_device() if pin else None
         self._copied = torch.cuda.Event(blocking=True) if pin else None
         self._was_lent = False
-        self._laid_out: dict[tuple[Bucket, int], Rows] = {}
+        self._laid_out: dict[tuple[Bucket, int], BatchViews] = {}
 
-    def lay_out(self, bucket: Bucket, fields: Sequence[RowField], rows: int) -> Rows:
+    def lay_out(self, bucket: Bucket, fields: Sequence[RowField], rows: int) -> BatchViews:
         """The memory as `rows` rows of a bucket; what was in it is lost."""
         if (bucket, rows) in self._laid_out:
             return self._laid_out[bucket, rows]
@@ -144,7 +144,7 @@ class Slot:
             {field.name: raw[field.name][place].data for field in fields if field.is_stored} for place in range(rows)
         )
         drawn = (tensors[name].numpy() for name in ("noise", "uniform", "weight", "position"))
-        made = self._laid_out[bucket, rows] = Rows(
+        made = self._laid_out[bucket, rows] = BatchViews(
             MicroBatch(bucket, is_last=False, **tensors), stored, tuple(raw.values()), *drawn
         )
         return made
@@ -162,18 +162,18 @@ class Slot:
             self._copied.record()
 
 
-class RowMemory:
+class BufferLease:
     """Where the rows of one micro-batch go: a slot that is taken when the first of them is filled.
 
     free: the slots that are not in use. The one last given back is taken, as it may still be in the processor's cache.
     """
 
-    def __init__(self, free: list[Slot], bucket: Bucket, fields: Sequence[RowField], rows: int) -> None:
+    def __init__(self, free: list[BatchBuffer], bucket: Bucket, fields: Sequence[RowField], rows: int) -> None:
         self._free, self._shape = free, (bucket, fields, rows)
         self._lock = threading.Lock()
-        self._taken: tuple[Slot, Rows] | None = None
+        self._taken: tuple[BatchBuffer, BatchViews] | None = None
 
-    def rows(self) -> Rows:
+    def rows(self) -> BatchViews:
         """The rows, once they may be written to; safe to call from many threads."""
         with self._lock:
             if self._taken is None:

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 
 from data.batches.order import Order
-from data.cache.node_cache import FileHandle, ShardCopies
+from data.cache.node_cache import FileHandle, NodeCache
 
 log = logging.getLogger("fluxfill")
 
@@ -36,7 +36,7 @@ class Prefetcher:
     the reader, which tries again and says so: whoever needs it now must not wait for the attempts of those who do not.
     """
 
-    def __init__(self, copies: ShardCopies, order: Order, sizes: np.ndarray, *, part: range, start: int) -> None:
+    def __init__(self, copies: NodeCache, order: Order, sizes: np.ndarray, *, part: range, start: int) -> None:
         self._copies, self._order, self._sizes, self._part = copies, order, sizes, part
         self._budget = copies.prefetch_bytes
         self._held: dict[int, _Held] = {}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from configs.errors import InputError
-from data.batches.micro_batch import Rows
+from data.batches.micro_batch import BatchViews
 from data.batches.noise import draw_dropout, draw_noise, draw_uniform, draw_variant, draw_whole_hole
 from data.batches.shard_reader import Buffers, DamagedSample, DamagedShard
 from data.samples.geometry import Bucket
@@ -82,7 +82,7 @@ class RowFiller:
         self._empty_text, self._blanks = empty_text, blanks
         self._lock = threading.Lock()
 
-    def begin(self, rows: Rows, place: int, position: int) -> dict[str, memoryview]:
+    def begin(self, rows: BatchViews, place: int, position: int) -> dict[str, memoryview]:
         """Draw what is random about a row, and fill in what was dropped; returns what is still to be filled, by name:
         what of its sample is wanted."""
         seed, policy, out = self._seed, self._policy, dict(rows.stored[place])

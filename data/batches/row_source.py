@@ -4,7 +4,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
-from data.batches.micro_batch import RowMemory
+from data.batches.micro_batch import BufferLease
 from data.batches.order import Batch
 from data.batches.row_filler import ReplacedRow
 from data.samples.geometry import Bucket
@@ -51,7 +51,7 @@ class RowSource(Protocol):
     def reached(self, batch: Batch) -> None:
         """The stream is at this global batch (`batch.part` of it is its own), or will begin with it."""
 
-    def fill(self, planned: PlannedMicroBatch, memory: RowMemory) -> Future[None]:
+    def fill(self, planned: PlannedMicroBatch, memory: BufferLease) -> Future[None]:
         """Begin to fill a micro-batch, and return at once: it is ready when this is done, and cannot be had if this
         raises."""
 

@@ -8,21 +8,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batches.cached_rows import ShardRows
+from data.batches.cached_rows import CachedRows
 from data.batches.micro_batch import bytes_of, row_fields
 from data.batches.order import Order
 from data.batches.row_filler import ReplacedRow, RowPolicy
 from data.batches.row_source import RowSource
 from data.batches.shard_reader import ShardReader
 from data.cache.manifest import Manifest, ShardTable, parse_bucket
-from data.cache.node_cache import ShardCopies
+from data.cache.node_cache import NodeCache
 from data.cache.open_cache import Cache
 from data.cache.validation_items import ValidationItem, read_validation_items
 from data.samples.geometry import Bucket, Pixels
 
 
 @dataclass(frozen=True)
-class WatchedSample:
+class ValidationSample:
     """A sample that the run is watched by.  tensors: what shards store of it, of its first mask variant, by name."""
 
     item: ValidationItem
@@ -31,7 +31,7 @@ class WatchedSample:
     tensors: dict[str, Tensor]
 
 
-class Samples(Protocol):
+class TrainingSet(Protocol):
     """The samples of a run.
 
     manifest: what is true of all of them.  table: the shards that hold them, or would.  copies: of the shards of a
@@ -40,35 +40,35 @@ class Samples(Protocol):
 
     manifest: Manifest
     table: ShardTable
-    copies: ShardCopies | None
+    copies: NodeCache | None
 
     def open_rows(self, order: Order, policy: RowPolicy, replaced: Iterable[ReplacedRow]) -> RowSource:
         """What fills this rank's micro-batches.  replaced: rows that earlier processes of the run replaced."""
 
-    def watched(self, *, split: str, count: int) -> Sequence[WatchedSample]:
+    def validation_samples(self, *, split: str, count: int) -> Sequence[ValidationSample]:
         """The first `count` of a split that are watched."""
 
 
-class CachedSamples:
+class CachedTrainingSet:
     """Those of a finished cache: nothing is encoded, no encoder is loaded.  threads: that read."""
 
     def __init__(self, cache: Cache, *, threads: int = 2) -> None:
         self.manifest, self.table, self.copies = cache.manifest, cache.table, cache.copies
         self._cache, self._threads = cache, threads
 
-    def open_rows(self, order: Order, policy: RowPolicy, replaced: Iterable[ReplacedRow]) -> ShardRows:
-        return ShardRows(self._cache, order, policy=policy, replaced=replaced, threads=self._threads)
+    def open_rows(self, order: Order, policy: RowPolicy, replaced: Iterable[ReplacedRow]) -> CachedRows:
+        return CachedRows(self._cache, order, policy=policy, replaced=replaced, threads=self._threads)
 
-    def watched(self, *, split: str, count: int) -> list[WatchedSample]:
+    def validation_samples(self, *, split: str, count: int) -> list[ValidationSample]:
         """Raises InputError if they, or the shards that they are in, are damaged."""
         reader = ShardReader(self._cache)
         found = read_validation_items(self._cache.folder, split=split, count=count)
-        watched = []
+        validation_samples = []
         for item, pixels in found:
             shard = int(np.flatnonzero(self.table.path == item.shard)[0])
-            watched.append(WatchedSample(item, pixels, *_read(reader, shard, item.row)))
+            validation_samples.append(ValidationSample(item, pixels, *_read(reader, shard, item.row)))
         reader.close()
-        return watched
+        return validation_samples
 
 
 def _read(reader: ShardReader, shard: int, row: int) -> tuple[Bucket, dict[str, Tensor]]:

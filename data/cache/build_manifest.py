@@ -26,17 +26,17 @@ from data.cache.manifest import (
     read_manifest,
     read_shard_table,
 )
-from data.cache.shard_writer import FinishedShard, index_path
+from data.cache.shard_writer import ShardSummary, index_path
 from data.cache.validation_items import validation_items_are_there
 from data.encoders.model_folder import read_part_number
-from data.samples.shard_plan import ShardHead
+from data.samples.shard_plan import ShardSpec
 
 # What preprocessing itself writes in shards/<dataset>/ and beside the manifest. Anything else is not ours to delete.
 _SHARD = re.compile(r"(holdout-)?\d+x\d+(-[0-9a-f]{16})?-\d{6,}\.(tar|index)(\.[0-9a-f]{8}\.part)?")
 _BESIDE = re.compile(r"blank_\d+x\d+\.safetensors|.+\.[0-9a-f]{8}\.part")
 
 
-def delete_unplanned(cache: Path, plans: Sequence[ShardHead]) -> None:
+def delete_unplanned(cache: Path, plans: Sequence[ShardSpec]) -> None:
     """Remove shards that no plan names (their pictures went elsewhere) and what an interrupted job left."""
     planned = {cache / plan.path for plan in plans}
     planned |= {index_path(tar) for tar in planned}
@@ -52,8 +52,8 @@ def describe_cache(
     config: Config,
     model: Path,
     encoders: dict[str, str],
-    plans: Sequence[ShardHead],
-    shards: Sequence[FinishedShard],
+    plans: Sequence[ShardSpec],
+    shards: Sequence[ShardSummary],
 ) -> tuple[Manifest, ShardTable]:
     """The head of the finished cache."""
     holes = {dataset.name: _count_holes(plans, shards, dataset.name) for dataset in config.data.datasets}
@@ -64,7 +64,7 @@ def describe_samples(
     config: Config,
     model: Path,
     encoders: dict[str, str],
-    plans: Sequence[ShardHead],
+    plans: Sequence[ShardSpec],
     hole_fractions: dict[str, list[int]],
 ) -> Manifest:
     """What is true of all samples of a plan, encoded or not."""
@@ -101,7 +101,7 @@ def is_current(cache: Path, manifest: Manifest, table: ShardTable) -> bool:
     )
 
 
-def shard_table(plans: Sequence[ShardHead], shards: Sequence[FinishedShard]) -> ShardTable:
+def shard_table(plans: Sequence[ShardSpec], shards: Sequence[ShardSummary]) -> ShardTable:
     return ShardTable(
         path=np.array([plan.path for plan in plans]),
         dataset=np.array([plan.dataset for plan in plans]),
@@ -114,13 +114,13 @@ def shard_table(plans: Sequence[ShardHead], shards: Sequence[FinishedShard]) -> 
     )
 
 
-def _count_holes(plans: Sequence[ShardHead], shards: Sequence[FinishedShard], dataset: str) -> list[int]:
+def _count_holes(plans: Sequence[ShardSpec], shards: Sequence[ShardSummary], dataset: str) -> list[int]:
     """Masks of a dataset, all variants, per tenth of the area that is painted."""
     counts = [shard.hole_counts for plan, shard in zip(plans, shards, strict=True) if plan.dataset == dataset]
     return np.sum(counts, axis=0).tolist() if counts else [0] * 10
 
 
-def _count_splits(plans: Sequence[ShardHead], dataset: str) -> dict[str, int]:
+def _count_splits(plans: Sequence[ShardSpec], dataset: str) -> dict[str, int]:
     counts = Counter({TRAIN: 0, HOLDOUT: 0})
     for plan in plans:
         if plan.dataset == dataset:

@@ -15,13 +15,13 @@ from torch import Tensor
 from configs.schema import CaptionsConfig
 from data.cache.manifest import EMPTY_TEXT, blank_name
 from data.cache.shard_writer import NotFinite
-from data.encoders.device import told_when_out_of_memory
+from data.encoders.device import raise_out_of_memory
 from data.encoders.encode import encode_captions, encode_images
 from data.encoders.load import Encoders
 from data.encoders.stored_text import store_text
 from data.samples.geometry import Bucket
 from data.storage.atomic_write import write_bytes_atomically
-from data.storage.stale_files import read_anew_if_stale
+from data.storage.stale_files import retry_if_stale
 
 
 def blank_path(cache: Path, bucket: str) -> Path:
@@ -45,7 +45,7 @@ def constants_are_there(cache: Path, buckets: Iterable[Bucket], encoding: Mappin
     """Whether all of them are, made by this encoding and undamaged."""
     for path in _paths(cache, buckets):
         try:
-            data = read_anew_if_stale(path, path.read_bytes)  # not mapped: they are replaced while others look
+            data = retry_if_stale(path, path.read_bytes)  # not mapped: they are replaced while others look
             if _metadata(data) != _made_by(encoding, load(data)):
                 return False
         except (FileNotFoundError, SafetensorError):
@@ -86,7 +86,7 @@ def write_constants(
 
 def encode_empty_text(encoders: Encoders, captions: CaptionsConfig) -> dict[str, Tensor]:
     """The empty caption's tensors as shards store them."""
-    with told_when_out_of_memory(encoders.text.t5.device, "encode the empty caption"):
+    with raise_out_of_memory(encoders.text.t5.device, "encode the empty caption"):
         text = encode_captions(encoders.text, [""], text_length=captions.text_length)
         return store_text(text.t5[0], text.pooled[0], captions.text_dtype)
 
@@ -94,7 +94,7 @@ def encode_empty_text(encoders: Encoders, captions: CaptionsConfig) -> dict[str,
 def encode_blank(encoders: Encoders, bucket: Bucket) -> dict[str, Tensor]:
     """`masked_latents` of a bucket's picture that is all hole, as stored."""
     grey = torch.zeros(1, 3, bucket.height, bucket.width)
-    with told_when_out_of_memory(encoders.vae.device, f"encode a single picture of {bucket}"):
+    with raise_out_of_memory(encoders.vae.device, f"encode a single picture of {bucket}"):
         return {"masked_latents": encode_images(encoders.vae, grey)[0].bfloat16()}
 
 

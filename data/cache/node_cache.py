@@ -37,7 +37,7 @@ class FileHandle(int):
         close(self)
 
 
-class ShardCopies:
+class NodeCache:
     """The copies of one cache's shards; safe to use from many threads and processes.
 
     url: of the cache.  folder: made if it is not there.  limit_bytes: what all copies in the folder may take; those not

@@ -16,8 +16,8 @@ from data.cache.manifest import (
     read_shard_table,
     refuse_other_settings,
 )
-from data.cache.node_cache import ShardCopies
-from data.cache.remote_manifest import fetch_head
+from data.cache.node_cache import NodeCache
+from data.cache.remote_manifest import fetch_manifest
 from data.sources.items import listed
 
 _PARALLEL, _CHUNK = 16, 256  # threads that look at shards, shards that one looks at in a go
@@ -33,7 +33,7 @@ class Cache:
     folder: Path
     manifest: Manifest
     table: ShardTable
-    copies: ShardCopies | None = None
+    copies: NodeCache | None = None
 
 
 def open_cache(config: Config, model: Path, *, check_shards: bool = True) -> Cache:
@@ -47,7 +47,7 @@ def open_cache(config: Config, model: Path, *, check_shards: bool = True) -> Cac
         folder = data.cache
     else:
         assert data.local_cache is not None  # the config's own check
-        folder = fetch_head(data.cache, data.local_cache)
+        folder = fetch_manifest(data.cache, data.local_cache)
     manifest, table = read_manifest(folder), read_shard_table(folder)
     refuse_other_settings(config, model, manifest)
     if hash_files(folder, [SHARD_TABLE])[SHARD_TABLE] != manifest.files.get(SHARD_TABLE):
@@ -58,7 +58,7 @@ def open_cache(config: Config, model: Path, *, check_shards: bool = True) -> Cac
     if not isinstance(data.cache, Path):
         assert data.local_cache is not None
         return Cache(
-            folder, manifest, table, ShardCopies(data.cache, data.local_cache, int(data.local_cache_gib * 2**30), table)
+            folder, manifest, table, NodeCache(data.cache, data.local_cache, int(data.local_cache_gib * 2**30), table)
         )
     if check_shards:
         _refuse_missing_shards(folder, table)

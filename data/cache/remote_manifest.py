@@ -17,7 +17,7 @@ from data.storage.retry import with_retries
 _PARALLEL = 8
 
 
-def fetch_head(url: str, local_cache: Path) -> Path:
+def fetch_manifest(url: str, local_cache: Path) -> Path:
     """A folder with all of a remote cache but its shards, each file checked against the manifest.
 
     The processes of a node share it: the first one fetches, the others wait. Raises InputError, naming the URL, for

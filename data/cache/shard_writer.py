@@ -32,7 +32,7 @@ from webdataset import TarWriter
 
 from configs.errors import InputError
 from data.storage.atomic_write import fsync_folder, write_bytes_atomically
-from data.storage.disk_full import DiskFull, told_when_full
+from data.storage.disk_full import DiskFull, raise_disk_full
 
 _BLOCK = 512  # tar's unit: one header block per member, data padded to whole blocks
 
@@ -91,7 +91,7 @@ class ShardIndex:
 
 
 @dataclass(frozen=True, slots=True)
-class FinishedShard:
+class ShardSummary:
     """What a cache's head tells of a shard.  hole_counts: its masks per tenth of the area that is painted."""
 
     num_samples: int
@@ -100,8 +100,8 @@ class FinishedShard:
     hole_counts: tuple[int, ...]
 
     @staticmethod
-    def of(index: ShardIndex) -> "FinishedShard":
-        return FinishedShard(index.num_samples, index.tar_bytes, index.tar_sha256, tuple(count_hole_fractions([index])))
+    def of(index: ShardIndex) -> "ShardSummary":
+        return ShardSummary(index.num_samples, index.tar_bytes, index.tar_sha256, tuple(count_hole_fractions([index])))
 
 
 _Place = tuple[int, int, int]  # offset, size and xxh3 of a member's data
@@ -186,7 +186,7 @@ class ShardWriter:
         self.path = path
         # Of its own name: a worker that was taken for dead may still write when another makes the shard anew.
         self._part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-        with told_when_full(path):
+        with raise_disk_full(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._sink = _HashingFile(self._part)
         self._tar = TarWriter(self._sink, encoder=False, mtime=0, user="fluxfill", group="fluxfill")
@@ -215,7 +215,7 @@ class ShardWriter:
         """Append one member; returns (offset, size, xxh3) of its data."""
         if len(key) + len(suffix) + 1 > 100:
             raise ValueError(f"{self.path}: the name {key}.{suffix} is longer than the 100 bytes a tar header holds")
-        with told_when_full(self.path):
+        with raise_disk_full(self.path):
             self._tar.write({"__key__": key, suffix: data})
         offset = self._offset + _BLOCK
         self._offset = offset + -(-len(data) // _BLOCK) * _BLOCK
@@ -265,7 +265,7 @@ class ShardWriter:
         plan: 32 hex digits of what it was made from.  check: called before either gets its name, when what takes long
         is done; raises if they must not.
         """
-        with told_when_full(self.path):
+        with raise_disk_full(self.path):
             self._tar.close()
             self._sink.commit()
         tar_bytes, tar_sha256 = self._part.stat().st_size, self._sink.sha256.hexdigest()

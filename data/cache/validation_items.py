@@ -20,9 +20,9 @@ from PIL import Image
 from configs.errors import InputError
 from data.cache.manifest import HOLDOUT, TRAIN
 from data.samples.geometry import Pixels
-from data.samples.shard_plan import PlannedSample, ShardPlan
+from data.samples.shard_plan import PlannedSample, PlannedShard
 from data.storage.atomic_write import write_text_atomically
-from data.storage.disk_full import told_when_full
+from data.storage.disk_full import raise_disk_full
 
 FOLDER = "validation"
 _ROLES = ("target", "image", "mask")
@@ -44,7 +44,7 @@ class ValidationItem:
     caption: str
 
 
-def choose_validation_items(plans: Iterable[ShardPlan], *, count: int) -> list[tuple[ValidationItem, PlannedSample]]:
+def choose_validation_items(plans: Iterable[PlannedShard], *, count: int) -> list[tuple[ValidationItem, PlannedSample]]:
     """All held-out samples, and `count` training samples, each split in the order of its targets' hashes.
 
     Mirror images are left out: they would show the same pictures once more.
@@ -111,7 +111,7 @@ def write_validation_items(
 def _save_pixels(folder: Path, number: int, pixels: Pixels) -> None:
     for role, picture in zip(_ROLES, (pixels.target, pixels.image, pixels.mask), strict=True):
         file = folder / _file_name(number, role)
-        with told_when_full(file):
+        with raise_disk_full(file):
             Image.fromarray(picture).save(file)
 
 

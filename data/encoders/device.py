@@ -9,7 +9,7 @@ from configs.errors import InputError
 
 
 @contextmanager
-def told_when_out_of_memory(device: torch.device, doing: str) -> Iterator[None]:
+def raise_out_of_memory(device: torch.device, doing: str) -> Iterator[None]:
     """Raises InputError where the device has no memory for what is done in the block: "encode 4 pictures at once"."""
     try:
         yield

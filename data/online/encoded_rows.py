@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from configs.errors import InputError, StorageFailed
 from configs.schema import DataConfig
-from data.batches.micro_batch import RowMemory, bytes_of
+from data.batches.micro_batch import BufferLease, bytes_of
 from data.batches.order import Batch
 from data.batches.row_filler import ReplacedRow, RowFiller
 from data.batches.row_source import PlannedMicroBatch
@@ -25,7 +25,7 @@ from data.online.batch_encoder import BatchEncoder, EncodedBatch
 from data.online.write_through import WriteThrough
 from data.samples.decode import in_batches, load_pixels
 from data.samples.geometry import Pixels
-from data.samples.shard_plan import PlannedSample, ShardPlan
+from data.samples.shard_plan import PlannedSample, PlannedShard
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class EncodedRows:
 
     def __init__(
         self,
-        plans: Sequence[ShardPlan],
+        plans: Sequence[PlannedShard],
         num_variants: Mapping[str, int],
         encoder: BatchEncoder,
         filler: RowFiller,
@@ -92,7 +92,7 @@ class EncodedRows:
         if self._written is not None:
             self._written.begin(batch.index)
 
-    def fill(self, planned: PlannedMicroBatch, memory: RowMemory) -> Future[None]:
+    def fill(self, planned: PlannedMicroBatch, memory: BufferLease) -> Future[None]:
         decoded = [self._decoding.submit(self._decode, planned, memory, place) for place in range(planned.width)]
         begun = _Begun(decoded, Future())
         self._group.append(begun)
@@ -105,7 +105,7 @@ class EncodedRows:
 
     # --- decoding
 
-    def _decode(self, planned: PlannedMicroBatch, memory: RowMemory, place: int) -> _DecodedRow | None:
+    def _decode(self, planned: PlannedMicroBatch, memory: BufferLease, place: int) -> _DecodedRow | None:
         rows = memory.rows()
         wanted = planned.at(place)
         if wanted is None:

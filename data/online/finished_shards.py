@@ -15,7 +15,7 @@ from data.batches.shard_reader import Buffers, DamagedShard, ShardReader
 from data.cache.manifest import Manifest, ShardTable
 from data.cache.open_cache import Cache
 from data.preprocessing.shard_queue import read_finished
-from data.samples.shard_plan import ShardPlan
+from data.samples.shard_plan import PlannedShard
 
 log = logging.getLogger("fluxfill")
 
@@ -29,7 +29,7 @@ class FinishedShards:
     million is not searched through. What is found is known from then on; what is not there is looked for now and then.
     """
 
-    def __init__(self, folder: Path, plans: Sequence[ShardPlan], manifest: Manifest, table: ShardTable) -> None:
+    def __init__(self, folder: Path, plans: Sequence[PlannedShard], manifest: Manifest, table: ShardTable) -> None:
         # Filled in as shards are found: before, nothing has their size and hash.
         self._table = replace(
             table,

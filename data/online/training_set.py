@@ -21,11 +21,11 @@ from configs.schema import Config
 from data.batches.micro_batch import bytes_of
 from data.batches.order import Order
 from data.batches.row_filler import ReplacedRow, RowFiller, RowPolicy
-from data.batches.training_set import WatchedSample
+from data.batches.training_set import ValidationSample
 from data.cache.build_manifest import describe_samples
 from data.cache.dropout_tensors import encode_blank, encode_empty_text
 from data.cache.manifest import ShardTable, parse_bucket
-from data.cache.node_cache import ShardCopies
+from data.cache.node_cache import NodeCache
 from data.cache.validation_items import choose_validation_items, num_watched
 from data.encoders.load import Encoders, cuda_devices, load_encoders
 from data.encoders.model_folder import encoder_fingerprints
@@ -37,7 +37,7 @@ from data.preprocessing.progress import open_progress
 from data.preprocessing.worker import Worker
 from data.samples.decode import in_batches, load_pixels
 from data.samples.geometry import Bucket, Pixels
-from data.samples.shard_plan import ShardPlan
+from data.samples.shard_plan import PlannedShard
 
 
 def encoder_device(config: Config, *, local_rank: int, own: torch.device) -> torch.device:
@@ -55,24 +55,24 @@ def encoder_device(config: Config, *, local_rank: int, own: torch.device) -> tor
     return torch.device(named[local_rank % len(named)]) if named else own
 
 
-def plan_online(config: Config, model: Path, console: Console) -> list[ShardPlan]:
+def plan_online(config: Config, model: Path, console: Console) -> list[PlannedShard]:
     """The shards that preprocessing would make. Raises InputError that lists what is wrong with the pictures."""
     with open_progress(console, Worker()) as progress:
         return make_plan(Job(config, model, encoder_fingerprints(model)), progress)
 
 
-class OnlineSamples:
+class OnlineTrainingSet:
     """Planned samples, encoded when they are needed. The encoders are loaded with the first of them.
 
     device: of the encoders, where data.encoders does not say otherwise.  worker: which of the processes this one is.
     """
 
     def __init__(
-        self, config: Config, model: Path, plans: Sequence[ShardPlan], *, device: torch.device, worker: Worker
+        self, config: Config, model: Path, plans: Sequence[PlannedShard], *, device: torch.device, worker: Worker
     ) -> None:
         self.manifest = describe_samples(config, model, encoder_fingerprints(model), plans, hole_fractions={})
         self.table = _table_of(plans)
-        self.copies: ShardCopies | None = None
+        self.copies: NodeCache | None = None
         self._config, self._model, self._plans = config, model, plans
         self._device, self._worker = device, worker
 
@@ -125,7 +125,7 @@ class OnlineSamples:
         mask = memoryview(b"\xff" * (bucket.height * bucket.width // 8))
         return _bytes_of(encode_blank(self._encoders, bucket)) | {"mask": mask}
 
-    def watched(self, *, split: str, count: int) -> list[WatchedSample]:
+    def validation_samples(self, *, split: str, count: int) -> list[ValidationSample]:
         """Raises InputError, naming the file, if one cannot be decoded."""
         chosen = [
             (item, sample)
@@ -146,7 +146,7 @@ class OnlineSamples:
                 )
                 tensors |= zip(run, batch.wait(), strict=True)
         return [
-            WatchedSample(item, pixels[place], sample.bucket, tensors[place])
+            ValidationSample(item, pixels[place], sample.bucket, tensors[place])
             for place, (item, sample) in enumerate(chosen)
         ]
 
@@ -164,7 +164,7 @@ def _bytes_of(tensors: Mapping[str, Tensor]) -> dict[str, memoryview]:
     return {name: bytes_of(tensor.cpu().contiguous()) for name, tensor in tensors.items()}
 
 
-def _table_of(plans: Sequence[ShardPlan]) -> ShardTable:
+def _table_of(plans: Sequence[PlannedShard]) -> ShardTable:
     """The shards as a cache would list them, without what only a written one has."""
     return ShardTable(
         path=np.array([plan.path for plan in plans]),

@@ -1,7 +1,7 @@
 """Shards of what a run encodes while it trains (data.write_through), made beside the training and read as soon as they
 are there.
 
-Each training process is a member of the cache's crew, as any `fluxfill preprocess` worker: it claims whole shards and
+Each training process is a member of the cache's group, as any `fluxfill preprocess` worker: it claims whole shards and
 makes them by the same code, from the same batches. So their bytes are the same, all processes and workers share them,
 and whoever is killed leaves nothing wrong. The encoders are those that encode for the training, and it comes first.
 """
@@ -22,14 +22,14 @@ from data.encoders.load import Encoders
 from data.online.batch_encoder import BatchEncoder
 from data.online.encoder_turns import TurnsOver, refuse_if_over
 from data.online.finished_shards import FinishedShards
-from data.preprocess import CREW_FOLDER, Job, complete, encode_what_is_left, manifest_stamp
+from data.preprocess import WORKERS_FOLDER, Job, complete, encode_what_is_left, manifest_stamp
 from data.preprocessing.plan_file import PlanFile
-from data.preprocessing.shard_queue import Backlog
+from data.preprocessing.shard_queue import ShardQueue
 from data.preprocessing.share_plan import agree_on_plan
 from data.preprocessing.worker import Worker
-from data.preprocessing.worker_group import Crew, TakenForDead, join_crew
-from data.samples.shard_plan import ShardHead, ShardPlan
-from data.storage.disk_full import told_when_full
+from data.preprocessing.worker_group import Evicted, WorkerGroup, join
+from data.samples.shard_plan import PlannedShard, ShardSpec
+from data.storage.disk_full import raise_disk_full
 
 log = logging.getLogger("fluxfill")
 
@@ -46,7 +46,7 @@ class WriteThrough:
     def __init__(
         self,
         job: Job,
-        plans: Sequence[ShardPlan],
+        plans: Sequence[PlannedShard],
         manifest: Manifest,
         table: ShardTable,
         order: Order,
@@ -88,7 +88,7 @@ class WriteThrough:
                 return  # closed meanwhile; or the run has failed, and says why itself
             is_input = isinstance(error, InputError)
             # What is wrong with pictures the first of the processes finds too; what befalls this one it does not.
-            told_by_the_first = is_input and not isinstance(error, StorageFailed | TakenForDead)
+            told_by_the_first = is_input and not isinstance(error, StorageFailed | Evicted)
             level = logging.INFO if told_by_the_first and self._worker.rank > 0 else logging.WARNING
             log.log(
                 level,
@@ -105,33 +105,33 @@ class WriteThrough:
             )
         self.finished.look_again()
 
-    def _take_part(self, soonest_first: tuple[ShardHead, ...]) -> None:
+    def _take_part(self, soonest_first: tuple[ShardSpec, ...]) -> None:
         """Be one of the cache's workers until it is complete. Raises as `preprocess` does, and TurnsOver."""
         job, worker = self._job, self._worker
         cache = job.config.data.cache_folder
-        with told_when_full(cache), join_crew(cache / CREW_FOLDER, job.settings) as crew:
+        with raise_disk_full(cache), join(cache / WORKERS_FOLDER, job.settings) as group:
             before = manifest_stamp(cache)
-            plan = self._share_plan(crew)
-            backlog = Backlog(cache, replace(plan, heads=soonest_first), crew, worker)
+            plan = self._share_plan(group)
+            backlog = ShardQueue(cache, replace(plan, heads=soonest_first), group, worker)
             try:
                 encode_what_is_left(
                     job,
                     plan,
                     backlog,
-                    crew,
+                    group,
                     lambda: self._encoders,
                     self._pause,
                     threads=max(1, worker.decode_threads // 2),  # the training's own need as many
                     turn=partial(self._encoder.turns.between, self._stop),
                 )
             except FileNotFoundError:
-                crew.touch()  # which tells if others took what it had half written for a dead worker's
+                group.touch()  # which tells if others took what it had half written for a dead worker's
                 raise
-            complete(job, plan, crew, worker, _NoBars(self._stop), self._pause, before=before)
+            complete(job, plan, group, worker, _NoBars(self._stop), self._pause, before=before)
 
-    def _share_plan(self, crew: Crew) -> PlanFile:
+    def _share_plan(self, group: WorkerGroup) -> PlanFile:
         """This run's plan, for all to work by. Raises InputError if others work by another."""
-        shared = agree_on_plan(crew, lambda: self._plans, help_planning=lambda: None, waiting=self._pause)
+        shared = agree_on_plan(group, lambda: self._plans, help_planning=lambda: None, waiting=self._pause)
         if [(head.path, head.plan) for head in shared.heads] != [(plan.path, plan.plan) for plan in self._plans]:
             raise InputError(
                 "another job is at work there by another plan: pictures changed since one of the two was started"
@@ -154,7 +154,7 @@ class _NoBars(Progress):
         refuse_if_over(self._stop)
 
 
-def _soonest_first(plans: Sequence[ShardPlan], order: Order, batch: int) -> tuple[ShardHead, ...]:
+def _soonest_first(plans: Sequence[PlannedShard], order: Order, batch: int) -> tuple[ShardSpec, ...]:
     """Shards in the order in which a run at this batch comes to them, as far as the horizon; the others behind."""
     needed: dict[int, None] = {}
     for index in range(batch, batch + _HORIZON):

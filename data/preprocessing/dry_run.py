@@ -13,18 +13,18 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.schema import DataConfig
-from data.encoders.device import told_when_out_of_memory
+from data.encoders.device import raise_out_of_memory
 from data.encoders.encode import collate_pixels, encode_captions, encode_pixels
 from data.encoders.load import Encoders
 from data.preprocessing.worker import Worker
 from data.samples.decode import load_pixels
 from data.samples.geometry import Bucket
-from data.samples.shard_plan import PlannedSample, ShardPlan
+from data.samples.shard_plan import PlannedSample, PlannedShard
 
 _REST_BYTES = 3072  # of a sample: headers of tar and safetensors, JSON
 
 
-def print_counts(console: Console, cache: Path, plans: Sequence[ShardPlan], todo: Sequence[ShardPlan]) -> None:
+def print_counts(console: Console, cache: Path, plans: Sequence[PlannedShard], todo: Sequence[PlannedShard]) -> None:
     """A row for each dataset, bucket and split: pictures and shards, and how many of them are still to be made."""
     numbers = ("pictures", "to encode", "shards", "to write")
     table = Table("dataset", "bucket", "split", *numbers, title=f"cache {cache}", title_justify="left")
@@ -40,7 +40,7 @@ def print_counts(console: Console, cache: Path, plans: Sequence[ShardPlan], todo
     console.print(table)
 
 
-def bytes_by_part(plans: Sequence[ShardPlan], *, text_bytes: int) -> dict[str, int]:
+def bytes_by_part(plans: Sequence[PlannedShard], *, text_bytes: int) -> dict[str, int]:
     """Bytes of a cache by what they hold.  text_bytes: of one caption."""
     parts: Counter[str] = Counter()
     for plan in plans:
@@ -69,7 +69,7 @@ class Estimate:
 
 
 def measure(
-    todo: Sequence[ShardPlan], encoders: Encoders, data: DataConfig, worker: Worker, console: Console
+    todo: Sequence[PlannedShard], encoders: Encoders, data: DataConfig, worker: Worker, console: Console
 ) -> Estimate:
     """Encode one batch of every size there is, of this very data on this very device, and scale by the counts.
 
@@ -107,9 +107,9 @@ def _hours(seconds: float) -> str:
     return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
 
 
-def _by_size(todo: Sequence[ShardPlan], data: DataConfig) -> list[list[ShardPlan]]:
+def _by_size(todo: Sequence[PlannedShard], data: DataConfig) -> list[list[PlannedShard]]:
     """Shards by the resolution whose area is nearest to theirs, and by the masks of a picture."""
-    sizes: dict[tuple[int, int], list[ShardPlan]] = defaultdict(list)
+    sizes: dict[tuple[int, int], list[PlannedShard]] = defaultdict(list)
     for plan in todo:
         side = (plan.bucket.height * plan.bucket.width) ** 0.5
         nearest = min(data.resolution, key=lambda resolution: abs(resolution - side))
@@ -131,7 +131,7 @@ def _time_pixels(samples: Sequence[PlannedSample], encoders: Encoders, data: Dat
     batch = collate_pixels([load_pixels(sample, data) for sample in samples])
     for _ in range(2):
         start = time.perf_counter()
-        with told_when_out_of_memory(encoders.vae.device, f"encode {len(samples)} pictures at once"):
+        with raise_out_of_memory(encoders.vae.device, f"encode {len(samples)} pictures at once"):
             encode_pixels(encoders.vae, batch)
             _wait_for(encoders.vae.device)
     return (time.perf_counter() - start) / len(samples)
@@ -142,7 +142,7 @@ def _time_captions(samples: Sequence[PlannedSample], encoders: Encoders, data: D
     captions = [sample.triple.caption for sample in samples]
     for _ in range(2):
         start = time.perf_counter()
-        with told_when_out_of_memory(encoders.text.t5.device, f"encode {len(captions)} captions at once"):
+        with raise_out_of_memory(encoders.text.t5.device, f"encode {len(captions)} captions at once"):
             encode_captions(encoders.text, captions, text_length=data.captions.text_length)
             _wait_for(encoders.text.t5.device)
     return (time.perf_counter() - start) / len(captions)

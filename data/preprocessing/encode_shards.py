@@ -19,14 +19,14 @@ from torch import Tensor
 
 from configs.schema import DataConfig
 from data.cache.shard_writer import NotFinite, SampleTensors, ShardWriter
-from data.encoders.device import told_when_out_of_memory
+from data.encoders.device import raise_out_of_memory
 from data.encoders.encode import HostCopy, PixelBatch, collate_pixels, encode_captions, encode_pixels
 from data.encoders.load import Encoders
 from data.encoders.stored_text import store_text
 from data.preprocessing.run_ahead import run_ahead
-from data.preprocessing.shard_queue import Backlog
+from data.preprocessing.shard_queue import ShardQueue
 from data.samples.decode import DecodedBatch, decode_batches, in_batches
-from data.samples.shard_plan import PlannedSample, ShardPlan
+from data.samples.shard_plan import PlannedSample, PlannedShard
 from data.sources.triples import listed
 
 Turn = Callable[[], AbstractContextManager[None]]
@@ -49,7 +49,7 @@ class _Texts:
 class _Place:
     """Where a batch stands.  texts: its shard's, if it is the first."""
 
-    plan: ShardPlan
+    plan: PlannedShard
     texts: Iterator[_Texts] | None
     is_last: bool
 
@@ -66,8 +66,8 @@ class _ReadyBatch:
 
 def encode_shards(
     cache: Path,
-    shards: Iterable[ShardPlan],
-    backlog: Backlog,
+    shards: Iterable[PlannedShard],
+    backlog: ShardQueue,
     encoders: Encoders,
     data: DataConfig,
     *,
@@ -93,7 +93,7 @@ def encode_shards(
             writing.add_problems(plan, batch.problems)
             if batch.pixels is not None and not writing.has_problems(plan):  # else only to find all that is wrong
                 doing = f"encode {len(batch.samples)} pictures at once"
-                with turn(), told_when_out_of_memory(encoders.vae.device, doing):
+                with turn(), raise_out_of_memory(encoders.vae.device, doing):
                     encoded = encode_pixels(encoders.vae, batch.pixels)
                     latents, masked = (HostCopy(t.bfloat16()) for t in (encoded.latents, encoded.masked_latents))
                 writing.add_samples(plan, batch.samples, batch.pixels.masks, latents, masked)
@@ -106,7 +106,7 @@ def encode_shards(
 
 
 def _ready_batches(
-    shards: Iterable[ShardPlan],
+    shards: Iterable[PlannedShard],
     encoders: Encoders,
     data: DataConfig,
     pool: ThreadPoolExecutor,
@@ -127,7 +127,7 @@ def _ready_batches(
 
 
 def _split_into_batches(
-    shards: Iterable[tuple[ShardPlan, Iterator[_Texts]]], size: int
+    shards: Iterable[tuple[PlannedShard, Iterator[_Texts]]], size: int
 ) -> Iterator[tuple[_Place, Sequence[PlannedSample]]]:
     for plan, texts in shards:
         count = len(plan.samples)
@@ -136,12 +136,12 @@ def _split_into_batches(
             yield place, plan.samples[first : first + size]
 
 
-def _encode_texts(plan: ShardPlan, encoders: Encoders, data: DataConfig, turn: Turn) -> Iterator[_Texts]:
+def _encode_texts(plan: PlannedShard, encoders: Encoders, data: DataConfig, turn: Turn) -> Iterator[_Texts]:
     """Each caption of a shard once."""
     captions = {sample.text: sample.triple.caption for sample in plan.samples}
     for names in in_batches(captions, data.encode_batch_size):
         batch, length = [captions[name] for name in names], data.captions.text_length
-        with turn(), told_when_out_of_memory(encoders.text.t5.device, f"encode {len(batch)} captions at once"):
+        with turn(), raise_out_of_memory(encoders.text.t5.device, f"encode {len(batch)} captions at once"):
             text = encode_captions(encoders.text, batch, text_length=length)
             stored = store_text(text.t5, text.pooled, data.captions.text_dtype)
             copies = {name: HostCopy(tensor) for name, tensor in stored.items()}
@@ -163,7 +163,7 @@ class _LostClaim(Exception):
 class _OpenShard:
     """A shard in the writing. Used by the writing thread alone, but for `problems`."""
 
-    def __init__(self, cache: Path, plan: ShardPlan) -> None:
+    def __init__(self, cache: Path, plan: PlannedShard) -> None:
         self.plan = plan
         self.writer = ShardWriter(cache / plan.path)
         self.tokens: dict[str, int] = {}
@@ -173,7 +173,7 @@ class _OpenShard:
 class _Writing:
     """A thread that writes what the device has encoded, in order and a bounded number of bytes behind it."""
 
-    def __init__(self, cache: Path, backlog: Backlog) -> None:
+    def __init__(self, cache: Path, backlog: ShardQueue) -> None:
         self._cache, self._backlog = cache, backlog
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="write")
         self._pending: deque[tuple[Future[None], int]] = deque()
@@ -218,24 +218,24 @@ class _Writing:
         self._bytes -= num_bytes
         written.result()
 
-    def _shard(self, plan: ShardPlan) -> _OpenShard:
+    def _shard(self, plan: PlannedShard) -> _OpenShard:
         if plan.path not in self._open:
             self._open[plan.path] = _OpenShard(self._cache, plan)
         return self._open[plan.path]
 
-    def add_problems(self, plan: ShardPlan, problems: Sequence[str]) -> None:
+    def add_problems(self, plan: PlannedShard, problems: Sequence[str]) -> None:
         self._shard(plan).problems += problems
 
-    def has_problems(self, plan: ShardPlan) -> bool:
+    def has_problems(self, plan: PlannedShard) -> bool:
         return bool(self._shard(plan).problems)
 
-    def add_texts(self, plan: ShardPlan, texts: _Texts) -> None:
+    def add_texts(self, plan: PlannedShard, texts: _Texts) -> None:
         num_bytes = sum(copy.num_bytes for copy in texts.tensors.values())
         self._submit(num_bytes, _write_texts, self._shard(plan), texts)
 
     def add_samples(
         self,
-        plan: ShardPlan,
+        plan: PlannedShard,
         samples: Sequence[PlannedSample],
         masks: Tensor,
         latents: HostCopy,
@@ -244,10 +244,10 @@ class _Writing:
         num_bytes = masks.nbytes + latents.num_bytes + masked_latents.num_bytes
         self._submit(num_bytes, _write_samples, self._shard(plan), samples, masks, latents, masked_latents)
 
-    def finish(self, plan: ShardPlan) -> None:
+    def finish(self, plan: PlannedShard) -> None:
         self._submit(0, self._finish, plan, self._shard(plan))
 
-    def _finish(self, plan: ShardPlan, shard: _OpenShard) -> None:
+    def _finish(self, plan: PlannedShard, shard: _OpenShard) -> None:
         with shard.writer:
             if shard.problems:
                 self._backlog.fail(plan, listed(shard.problems))
@@ -255,7 +255,7 @@ class _Writing:
                 self._publish(plan, shard.writer)
         del self._open[plan.path]
 
-    def _publish(self, plan: ShardPlan, writer: ShardWriter) -> None:
+    def _publish(self, plan: PlannedShard, writer: ShardWriter) -> None:
         if writer.num_samples != len(plan.samples):
             raise RuntimeError(f"{plan.path}: {writer.num_samples} of its {len(plan.samples)} samples were written")
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from data.samples.geometry import Bucket
-from data.samples.shard_plan import PlannedSample, ShardHead, ShardPlan
+from data.samples.shard_plan import PlannedSample, PlannedShard, ShardSpec
 from data.storage.atomic_write import write_atomically
-from data.storage.stale_files import read_anew_if_stale
+from data.storage.stale_files import retry_if_stale
 
 _SAMPLES = TypeAdapter(tuple[PlannedSample, ...])
 
@@ -28,15 +28,15 @@ class PlanFile:
     """heads: of all shards.  places: path of a shard -> offset and size of its samples in the file."""
 
     path: Path
-    heads: tuple[ShardHead, ...]
+    heads: tuple[ShardSpec, ...]
     places: dict[str, tuple[int, int]]
 
-    def load(self, head: ShardHead) -> ShardPlan:
+    def load(self, head: ShardSpec) -> PlannedShard:
         """A shard with its samples."""
-        samples = read_anew_if_stale(self.path, lambda: _read(self.path, *self.places[head.path]))
-        return ShardPlan(**{name: getattr(head, name) for name in _COLUMNS}, samples=_SAMPLES.validate_json(samples))
+        samples = retry_if_stale(self.path, lambda: _read(self.path, *self.places[head.path]))
+        return PlannedShard(**{name: getattr(head, name) for name in _COLUMNS}, samples=_SAMPLES.validate_json(samples))
 
-    def shards(self) -> Iterator[ShardPlan]:
+    def shards(self) -> Iterator[PlannedShard]:
         """All of them, one in memory at a time."""
         return map(self.load, self.heads)
 
@@ -44,7 +44,7 @@ class PlanFile:
 _COLUMNS = ("path", "dataset", "bucket", "split", "plan", "num_samples", "num_bytes")
 
 
-def write_plan(path: Path, plans: Iterable[ShardPlan]) -> None:
+def write_plan(path: Path, plans: Iterable[PlannedShard]) -> None:
     """Whole or not at all."""
 
     def write(temporary: Path) -> None:
@@ -74,10 +74,10 @@ def read_plan(path: Path) -> PlanFile:
 
     heads, places, buckets = [], {}, dict[tuple[int, ...], Bucket]()
     for name, dataset, sides, split, plan, num_samples, num_bytes, offset, size in json.loads(
-        read_anew_if_stale(path, read)
+        retry_if_stale(path, read)
     ):
         bucket = buckets.setdefault(tuple(sides), Bucket(*sides))  # one for all: there may be a million shards
-        heads.append(ShardHead(name, sys.intern(dataset), bucket, sys.intern(split), plan, num_samples, num_bytes))
+        heads.append(ShardSpec(name, sys.intern(dataset), bucket, sys.intern(split), plan, num_samples, num_bytes))
         places[name] = (offset, size)
     return PlanFile(path, tuple(heads), places)
 

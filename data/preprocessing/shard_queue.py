@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 
 from configs.errors import InputError
-from data.cache.shard_writer import FinishedShard, ShardIndex, index_path, read_index
+from data.cache.shard_writer import ShardIndex, ShardSummary, index_path, read_index
 from data.preprocessing.plan_file import PlanFile
 from data.preprocessing.worker import Worker
-from data.preprocessing.worker_group import Crew
-from data.samples.shard_plan import ShardHead, ShardPlan
-from data.storage.stale_files import read_anew_if_stale
+from data.preprocessing.worker_group import WorkerGroup
+from data.samples.shard_plan import PlannedShard, ShardSpec
+from data.storage.stale_files import retry_if_stale
 
 _LOOK_SECONDS = 20.0
 _READ_THREADS = 16
@@ -21,13 +21,13 @@ _READ_THREADS = 16
 SHARD_CLAIMS = "shards."  # what the names of their claims begin with
 
 
-def read_finished(cache: Path, plan: ShardHead) -> ShardIndex | None:
+def read_finished(cache: Path, plan: ShardSpec) -> ShardIndex | None:
     """The index of a shard that is there, whole, and made from this very plan; else None."""
     tar = cache / plan.path
-    return read_anew_if_stale(index_path(tar), partial(_read_finished, tar, plan))
+    return retry_if_stale(index_path(tar), partial(_read_finished, tar, plan))
 
 
-def _read_finished(tar: Path, plan: ShardHead) -> ShardIndex | None:
+def _read_finished(tar: Path, plan: ShardSpec) -> ShardIndex | None:
     try:
         index = read_index(index_path(tar))
         whole = tar.stat().st_size == index.tar_bytes and index.plan == plan.plan
@@ -36,26 +36,26 @@ def _read_finished(tar: Path, plan: ShardHead) -> ShardIndex | None:
     return index if whole and index.num_samples == plan.num_samples else None
 
 
-def read_finished_of(cache: Path, plans: Sequence[ShardHead]) -> list[FinishedShard | None]:
+def read_finished_of(cache: Path, plans: Sequence[ShardSpec]) -> list[ShardSummary | None]:
     """What a cache's head tells of each that is finished, read by threads: on a network's filesystem it is all
     waiting."""
 
-    def read(plan: ShardHead) -> FinishedShard | None:
+    def read(plan: ShardSpec) -> ShardSummary | None:
         index = read_finished(cache, plan)
-        return FinishedShard.of(index) if index is not None else None
+        return ShardSummary.of(index) if index is not None else None
 
     with ThreadPoolExecutor(_READ_THREADS) as pool:
         return list(pool.map(read, plans))
 
 
-class Backlog:
+class ShardQueue:
     """What is left, dealt by claims: whichever worker comes first takes a shard, so that a slow, late or dead one holds
     nobody up. Each begins at a place of its own, which keeps them out of each other's way.
 
     advance: told of every sample that is dealt with, here or elsewhere.
     """
 
-    def __init__(self, cache: Path, plan: PlanFile, crew: Crew, worker: Worker) -> None:
+    def __init__(self, cache: Path, plan: PlanFile, group: WorkerGroup, worker: Worker) -> None:
         finished = read_finished_of(cache, plan.heads)
         unfinished = [head for head, row in zip(plan.heads, finished, strict=True) if row is None]
         first = len(unfinished) * worker.index // worker.count
@@ -63,7 +63,7 @@ class Backlog:
         self.num_samples = sum(head.num_samples for head in unfinished)
         self.num_encoded = 0
         self.advance: Callable[[int], object] = lambda count: None
-        self._cache, self._plan, self._crew = cache, plan, crew
+        self._cache, self._plan, self._crew = cache, plan, group
         self._in_work: set[str] = set()
         self._problems: dict[str, str] = {}
         self._folders = sorted({(cache / head.path).parent for head in unfinished})
@@ -71,7 +71,7 @@ class Backlog:
 
     # --- taking
 
-    def claim_shards(self) -> Iterator[ShardPlan]:
+    def claim_shards(self) -> Iterator[PlannedShard]:
         """One pass over what is left: every shard that no living worker has, claimed when it is asked for."""
         held = self._crew.held(SHARD_CLAIMS)  # as of now; to ask for each again would be thousands of requests
         for plan in list(self.remaining.values()):
@@ -80,7 +80,7 @@ class Backlog:
             if free and self._claim(plan):
                 yield self._plan.load(plan)
 
-    def _claim(self, plan: ShardHead) -> bool:
+    def _claim(self, plan: ShardSpec) -> bool:
         name = _claim_name(plan)
         if problem := self._crew.failure(name):
             self._drop(plan)
@@ -103,7 +103,7 @@ class Backlog:
         (self._cache / "manifest.json").unlink(missing_ok=True)
         return True
 
-    def _drop(self, plan: ShardHead) -> None:
+    def _drop(self, plan: ShardSpec) -> None:
         if self.remaining.pop(plan.path, None):
             self.advance(plan.num_samples)
 
@@ -130,26 +130,26 @@ class Backlog:
 
     # --- giving back
 
-    def may_publish(self, plan: ShardHead) -> bool:
+    def may_publish(self, plan: ShardSpec) -> bool:
         """Whether a shard's claim still holds. Not if this process was stopped so long that it was taken for dead;
-        raises TakenForDead if others go by another plan since."""
+        raises Evicted if others go by another plan since."""
         return self._crew.holds(_claim_name(plan))
 
-    def finish(self, plan: ShardHead) -> None:
+    def finish(self, plan: ShardSpec) -> None:
         """A shard was published, or was lost to another worker, which shows in the next pass."""
         if read_finished(self._cache, plan):
             self.remaining.pop(plan.path, None)
             self.num_encoded += plan.num_samples
         self._give_back(plan)
 
-    def fail(self, plan: ShardHead, problem: str) -> None:
+    def fail(self, plan: ShardSpec, problem: str) -> None:
         """A shard cannot be made of the pictures there are: the others need not try."""
         self._crew.report_failure(_claim_name(plan), problem)
         self.remaining.pop(plan.path, None)
         self._problems[plan.path] = problem
         self._give_back(plan)
 
-    def _give_back(self, plan: ShardHead) -> None:
+    def _give_back(self, plan: ShardSpec) -> None:
         self._in_work.discard(plan.path)
         self._crew.release(_claim_name(plan))
 
@@ -166,5 +166,5 @@ class Backlog:
         return "another worker"
 
 
-def _claim_name(plan: ShardHead) -> str:
+def _claim_name(plan: ShardSpec) -> str:
     return plan.path.removesuffix(".tar").replace("/", ".")

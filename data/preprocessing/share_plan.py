@@ -10,15 +10,15 @@ from contextlib import suppress
 
 from configs.errors import InputError
 from data.preprocessing.plan_file import PlanFile, read_plan, write_plan
-from data.preprocessing.worker_group import Crew, Member
-from data.samples.shard_plan import ShardPlan
+from data.preprocessing.worker_group import WorkerGroup, WorkerInfo
+from data.samples.shard_plan import PlannedShard
 
 _CLAIM = "plan"
 
 
 def agree_on_plan(
-    crew: Crew,
-    make_plan: Callable[[], Sequence[ShardPlan]],
+    group: WorkerGroup,
+    make_plan: Callable[[], Sequence[PlannedShard]],
     *,
     help_planning: Callable[[], object],
     waiting: Callable[[str], object],
@@ -30,53 +30,53 @@ def agree_on_plan(
     """
     has_helped = False
     while True:
-        if (plan := _read_plan_of(crew)) is not None:
+        if (plan := _read_plan_of(group)) is not None:
             return plan
-        if problem := crew.failure(_CLAIM):
+        if problem := group.failure(_CLAIM):
             raise InputError(problem)
-        if silent := _unheard_with_plan(crew):
+        if silent := _unheard_with_plan(group):
             waiting(f"a sign of life of {silent}, whose plan is there")
             continue
-        if crew.claim(_CLAIM):
+        if group.claim(_CLAIM):
             try:
-                if (plan := _read_plan_of(crew)) is not None:  # made between our look and our claim
+                if (plan := _read_plan_of(group)) is not None:  # made between our look and our claim
                     return plan
-                if not _unheard_with_plan(crew):
-                    crew.bury_the_dead()
-                    return _make_and_share(crew, make_plan)
+                if not _unheard_with_plan(group):
+                    group.evict_dead()
+                    return _make_and_share(group, make_plan)
             finally:
-                crew.release(_CLAIM)
-        if crew.holder(_CLAIM) and not has_helped:
+                group.release(_CLAIM)
+        if group.holder(_CLAIM) and not has_helped:
             with suppress(InputError, OSError):  # who plans will find it too, and say so, or has finished meanwhile
                 help_planning()
             has_helped = True
             continue
-        waiting(f"{crew.holder(_CLAIM) or 'another worker'}, which plans")
+        waiting(f"{group.holder(_CLAIM) or 'another worker'}, which plans")
 
 
-def _read_plan_of(crew: Crew) -> PlanFile | None:
-    for name in sorted({member.plan for member in crew.others() if member.plan and crew.has_heard(member)}):
+def _read_plan_of(group: WorkerGroup) -> PlanFile | None:
+    for name in sorted({member.plan for member in group.others() if member.plan and group.is_confirmed_alive(member)}):
         try:
-            plan = read_plan(crew.folder / name)
+            plan = read_plan(group.folder / name)
         except FileNotFoundError:  # its last user left and cleared up
             continue
-        crew.adopt(name)
+        group.announce_plan(name)
         return plan
     return None
 
 
-def _unheard_with_plan(crew: Crew) -> Member | None:
+def _unheard_with_plan(group: WorkerGroup) -> WorkerInfo | None:
     """A member of whom it cannot be told yet whether its plan is that of a living one."""
-    return next((member for member in crew.others() if member.plan and not crew.has_heard(member)), None)
+    return next((member for member in group.others() if member.plan and not group.is_confirmed_alive(member)), None)
 
 
-def _make_and_share(crew: Crew, make_plan: Callable[[], Sequence[ShardPlan]]) -> PlanFile:
+def _make_and_share(group: WorkerGroup, make_plan: Callable[[], Sequence[PlannedShard]]) -> PlanFile:
     try:
         plans = make_plan()
     except InputError as error:
-        crew.report_failure(_CLAIM, str(error))
+        group.report_failure(_CLAIM, str(error))
         raise
-    name = f"plan-{crew.token}"
-    write_plan(crew.folder / name, plans)
-    crew.adopt(name)
-    return read_plan(crew.folder / name)  # the samples are let go of
+    name = f"plan-{group.token}"
+    write_plan(group.folder / name, plans)
+    group.announce_plan(name)
+    return read_plan(group.folder / name)  # the samples are let go of

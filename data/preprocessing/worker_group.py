@@ -29,14 +29,14 @@ from pathlib import Path
 
 from configs.errors import InputError
 from data.storage.atomic_write import write_text_atomically
-from data.storage.disk_full import DiskFull, told_when_full
-from data.storage.stale_files import read_anew_if_stale
+from data.storage.disk_full import DiskFull, raise_disk_full
+from data.storage.stale_files import retry_if_stale
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 180.0  # above heartbeat, an NFS client's 60 s of cached times, and some patience with a busy server
 
 
-class TakenForDead(InputError):
+class Evicted(InputError):
     """This process was, while it was stopped for minutes: others have gone on without it."""
 
 
@@ -44,7 +44,7 @@ _FOLDERS = ("workers", "claims", "failed")
 
 
 @dataclass(frozen=True)
-class Member:
+class WorkerInfo:
     """What a member's file says.  place: where `pid` is a process.  settings: of its job, by key.  plan: file, once
     it has one."""
 
@@ -60,13 +60,13 @@ class Member:
         return f"process {self.pid} on {self.host}"
 
 
-class Crew:
-    """Membership of the crew in a folder, from `join_crew`.  joined: the file server's time of it, in ns."""
+class WorkerGroup:
+    """Membership of the workers at one folder, from `join`.  joined: the file server's time of it, in ns."""
 
     def __init__(self, folder: Path, settings: Mapping[str, object]) -> None:
         self.folder = folder
         self.token = secrets.token_hex(8)
-        self._me = Member(
+        self._me = WorkerInfo(
             token=self.token,
             host=socket.gethostname(),
             place=_this_place(),
@@ -93,20 +93,20 @@ class Crew:
 
     # --- members
 
-    def others(self) -> list[Member]:
+    def others(self) -> list[WorkerInfo]:
         """The other members that are alive."""
         return self._others(self.touch())
 
-    def _others(self, now: int) -> list[Member]:
+    def _others(self, now: int) -> list[WorkerInfo]:
         tokens = [name.removesuffix(".json") for name in _names_in(self.folder / "workers") if name.endswith(".json")]
         found = (self._living(token, now) for token in tokens if token != self.token)
         return [member for member in found if member]
 
-    def _living(self, token: str, now: int) -> Member | None:
+    def _living(self, token: str, now: int) -> WorkerInfo | None:
         file = self._file_of(token)
         try:
-            text = read_anew_if_stale(file, lambda: file.read_text(encoding="utf-8"))  # it is replaced by `adopt`
-            member = Member(**json.loads(text))
+            text = retry_if_stale(file, lambda: file.read_text(encoding="utf-8"))  # it is replaced by `announce_plan`
+            member = WorkerInfo(**json.loads(text))
             age = now - file.stat().st_mtime_ns
         except (FileNotFoundError, ValueError, TypeError):
             return None
@@ -115,7 +115,7 @@ class Crew:
             return None
         return member if age < STALE_SECONDS * 1e9 else None
 
-    def has_heard(self, other: Member) -> bool:
+    def is_confirmed_alive(self, other: WorkerInfo) -> bool:
         """Whether a member is known to be alive, not only not known to be dead: it runs here, or its file was touched
         since this process joined."""
         if other.place == self._me.place and other.place != "":
@@ -125,7 +125,7 @@ class Crew:
         except FileNotFoundError:
             return False
 
-    def refuse_other_settings(self, other: Member) -> None:
+    def refuse_other_settings(self, other: WorkerInfo) -> None:
         """Raises InputError, naming the keys, if another member works by other settings."""
         mine, theirs = self._me.settings, other.settings
         if mine and theirs and not mine.keys() & theirs.keys():
@@ -139,26 +139,26 @@ class Crew:
             )
 
     def touch(self) -> int:
-        """Say that this process is alive; returns the file server's time in ns. Raises TakenForDead."""
+        """Say that this process is alive; returns the file server's time in ns. Raises Evicted."""
         try:
             os.utime(self._file)
             return self._file.stat().st_mtime_ns
         except FileNotFoundError:
             raise self._taken_for_dead() from None
 
-    def _taken_for_dead(self) -> TakenForDead:
-        return TakenForDead(
+    def _taken_for_dead(self) -> Evicted:
+        return Evicted(
             f"data.cache {self.folder.parent}: this worker ({self._me}) was silent for minutes and was taken for dead; "
             "others have gone on without it. Start the same command again: it does what is left."
         )
 
-    def adopt(self, plan: str) -> None:
-        """Tell the others which plan this one works by. Raises TakenForDead."""
+    def announce_plan(self, plan: str) -> None:
+        """Tell the others which plan this one works by. Raises Evicted."""
         self.touch()
         self._me = replace(self._me, plan=plan)
         self._write()
 
-    def bury_the_dead(self) -> None:
+    def evict_dead(self) -> None:
         """Have members that are taken for dead stop, should they be alive again."""
         now = self.touch()
         for name in _names_in(self.folder / "workers"):
@@ -170,13 +170,13 @@ class Crew:
     def claim(self, what: str) -> bool:
         """Whether `what` ([A-Za-z0-9_.-]+) is this process's own from now on. False: a living other has it.
 
-        Raises TakenForDead.
+        Raises Evicted.
         """
         self.touch()
         if self.holder(what):
             return False
         mine = self._claim_file(what)
-        with told_when_full(mine):
+        with raise_disk_full(mine):
             try:
                 mine.touch()
             except FileNotFoundError:  # the folder went with a member that took itself for the last one
@@ -187,7 +187,7 @@ class Crew:
             return False
         return True
 
-    def holder(self, what: str) -> Member | None:
+    def holder(self, what: str) -> WorkerInfo | None:
         """The living other that claims something."""
         return next((member for _, member in self._claims(f"{what}@")), None)
 
@@ -195,7 +195,7 @@ class Crew:
         """What living others have, of all whose names begin so."""
         return {what for what, _ in self._claims(prefix)}
 
-    def _claims(self, prefix: str) -> Iterator[tuple[str, Member]]:
+    def _claims(self, prefix: str) -> Iterator[tuple[str, WorkerInfo]]:
         """(what, who) of the claims of living others whose files begin so. Deletes the claims of the dead."""
         names = [name for name in _names_in(self.folder / "claims") if name.startswith(prefix)]
         owners = {name.rpartition("@")[2] for name in names} - {self.token}
@@ -209,12 +209,12 @@ class Crew:
                 (self.folder / "claims" / name).unlink(missing_ok=True)
 
     def holds(self, what: str) -> bool:
-        """Whether a claim is still this process's own: not after it was taken for dead. Raises TakenForDead."""
+        """Whether a claim is still this process's own: not after it was taken for dead. Raises Evicted."""
         self.touch()
         return self._claim_file(what).exists()
 
-    def make_sure_of(self, what: str) -> None:
-        """Raises TakenForDead if a claim is no longer this process's own."""
+    def require_claim(self, what: str) -> None:
+        """Raises Evicted if a claim is no longer this process's own."""
         if not self.holds(what):
             raise self._taken_for_dead()
 
@@ -237,7 +237,7 @@ class Crew:
         """A problem reported since this process joined. What was wrong before may have been mended."""
         file = self.folder / "failed" / f"{what}.txt"
         try:
-            text = read_anew_if_stale(file, lambda: file.read_text(encoding="utf-8"))
+            text = retry_if_stale(file, lambda: file.read_text(encoding="utf-8"))
             return text if file.stat().st_mtime_ns > self.joined else None
         except FileNotFoundError:
             return None
@@ -248,7 +248,7 @@ class Crew:
         """Give everything back; the last one alive clears up behind all of them."""
         try:
             now = self.touch()
-        except TakenForDead:
+        except Evicted:
             return  # by one that has cleared up, or will
         self._file.unlink(missing_ok=True)
         for name in _names_in(self.folder / "claims"):
@@ -269,14 +269,14 @@ class Crew:
 
 
 @contextmanager
-def join_crew(folder: Path, settings: Mapping[str, object]) -> Iterator[Crew]:
-    """Be a member of the crew in `folder` (made if need be), alive until the end of the block.
+def join(folder: Path, settings: Mapping[str, object]) -> Iterator[WorkerGroup]:
+    """Be one of the workers at `folder` (made if need be), alive until the end of the block.
 
     settings: what members must agree in, as JSON.  Raises InputError if a living member has others, or if the folder
     cannot be written to.
     """
     try:
-        crew = Crew(folder, json.loads(json.dumps(settings)))
+        group = WorkerGroup(folder, json.loads(json.dumps(settings)))
     except DiskFull:
         for empty in [*(folder / name for name in _FOLDERS), folder]:
             with suppress(OSError):  # others are there
@@ -291,24 +291,24 @@ def join_crew(folder: Path, settings: Mapping[str, object]) -> Iterator[Crew]:
 
     def beat() -> None:
         while not left.wait(HEARTBEAT_SECONDS):
-            with suppress(OSError, TakenForDead):  # a server that is away for a moment, the next beat tells; the work
-                crew.touch()  # itself finds out that it was taken for dead
+            with suppress(OSError, Evicted):  # a server that is away for a moment, the next beat tells; the work
+                group.touch()  # itself finds out that it was taken for dead
 
     heart = threading.Thread(target=beat, name="heartbeat", daemon=True)
     heart.start()
     try:
-        for other in crew.others():
-            crew.refuse_other_settings(other)
-        yield crew
+        for other in group.others():
+            group.refuse_other_settings(other)
+        yield group
     finally:
         left.set()
         heart.join()
-        crew.leave()
+        group.leave()
 
 
 def _names_in(folder: Path) -> list[str]:
     try:
-        return read_anew_if_stale(folder, lambda: os.listdir(folder))
+        return retry_if_stale(folder, lambda: os.listdir(folder))
     except FileNotFoundError:
         return []
 

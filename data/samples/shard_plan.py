@@ -46,7 +46,7 @@ class PlannedSample:
 
 
 @dataclass(frozen=True, slots=True)
-class ShardHead:
+class ShardSpec:
     """What can be told of a shard to be without its samples.
 
     path: below the cache folder.  plan: 32 hex digits over all that shapes its bytes.  num_bytes: about, of its tar.
@@ -62,7 +62,7 @@ class ShardHead:
 
 
 @dataclass(frozen=True, slots=True)
-class ShardPlan(ShardHead):
+class PlannedShard(ShardSpec):
     """One shard to be."""
 
     samples: tuple[PlannedSample, ...]
@@ -81,7 +81,7 @@ def sample_bytes(bucket: Bucket, *, num_variants: int) -> int:
 
 def plan_shards(
     samples: Sequence[PlannedSample], *, size_limit: int, text_bytes: int, encoding: Mapping[str, object]
-) -> list[ShardPlan]:
+) -> list[PlannedShard]:
     """Deal samples to shards of at most `size_limit` bytes (a single larger sample gets one of its own).
 
     text_bytes: of one caption's member.  encoding: what else shapes the stored tensors (encoders, text length): its
@@ -101,7 +101,7 @@ def plan_shards(
         for name, part in _deal(members, num_bytes, size_limit):
             part.sort(key=lambda sample: (sample.text, sample.key))
             plans.append(
-                ShardPlan(
+                PlannedShard(
                     f"{prefix}-{name}.tar",
                     dataset,
                     bucket,

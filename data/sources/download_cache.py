@@ -16,7 +16,7 @@ from data.storage.retry import with_retries
 
 
 @dataclass(frozen=True)
-class Copies:
+class DownloadCache:
     """A folder of copies, which all processes and machines of a job may share.
 
     limit: bytes that they may take together; what goes beyond it is deleted as soon as it was looked at, and single

@@ -30,16 +30,16 @@ from configs.errors import InputError, StorageFailed
 from configs.mask_recipe import recipe_of
 from configs.schema import DataConfig
 from configs.urls import is_url, shown
-from data.sources.download_cache import Copies
+from data.sources.download_cache import DownloadCache
 from data.sources.folders import list_folders, mask_folder, read_caption_file
 from data.sources.items import Item, listed
 from data.sources.picture_file import PictureFile
 from data.sources.pictures import load_mask, picture_size, read_picture
 from data.sources.scan_cache import (
     ITEM_COLUMNS,
-    Facts,
+    PictureInfo,
+    ScanCache,
     ScannedItem,
-    ScanResults,
     is_in_pack,
     item_of,
     row_of_facts,
@@ -49,7 +49,7 @@ from data.sources.scan_cache import (
 from data.sources.tables import find_tables, list_table, names_are_below
 from data.sources.tars import expand_tars, list_tar
 from data.storage.atomic_write import write_atomically
-from data.storage.disk_full import told_when_full
+from data.storage.disk_full import raise_disk_full
 from data.storage.remote_files import url_stamp
 from data.storage.retry import with_retries
 
@@ -162,8 +162,8 @@ class _Scanner:
         self.dataset = dataset
         self.max_megapixels = data.max_megapixels
         self.masks = not recipe_of(dataset).shares  # whether the dataset has its own
-        self.results = ScanResults(data.cache_folder, dataset.name)
-        self.copies = Copies(_copies_folder(data.cache_folder), int(data.copies_gib * 2**30))
+        self.results = ScanCache(data.cache_folder, dataset.name)
+        self.copies = DownloadCache(_copies_folder(data.cache_folder), int(data.copies_gib * 2**30))
         self.picture_pool = ThreadPoolExecutor(_PICTURE_THREADS)
 
     # --- listing ---
@@ -263,7 +263,7 @@ class _Scanner:
             raise InputError("\n".join(problems))
         return [outcome for outcome in outcomes if not isinstance(outcome, str)]
 
-    def _look(self, file: PictureFile, packed: "_Pack | None", *, is_mask: bool) -> Facts:
+    def _look(self, file: PictureFile, packed: "_Pack | None", *, is_mask: bool) -> PictureInfo:
         limit = self.max_megapixels
         picture = read_picture(file, max_megapixels=limit)
         width, height = picture_size(picture, max_megapixels=limit)
@@ -272,7 +272,7 @@ class _Scanner:
             levels = np.asarray(load_mask(picture, max_megapixels=limit))
             darkest, brightest = int(levels.min()), int(levels.max())
         copied = packed.add(picture.data) if packed is not None and is_url(file.place) else (0, 0)
-        return Facts(picture.content, width, height, darkest, brightest, *copied)
+        return PictureInfo(picture.content, width, height, darkest, brightest, *copied)
 
 
 class _Pack:
@@ -295,7 +295,7 @@ def _new_file(path: Path) -> Iterator[BinaryIO]:
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with told_when_full(path), temporary.open("wb") as file:
+        with raise_disk_full(path), temporary.open("wb") as file:
             yield file
             size = file.tell()
         if size:

@@ -19,7 +19,7 @@ from data.storage.atomic_write import write_text_atomically
 Row = list[Any]
 
 
-class Facts(NamedTuple):
+class PictureInfo(NamedTuple):
     """What was found out about one picture.
 
     content: hash of its bytes, 32 hex digits.  width, height: upright.  darkest, brightest: a mask's levels, else 0.
@@ -39,12 +39,12 @@ class ScannedItem(NamedTuple):
     """An item and the facts about its pictures: target, mask (None where masks are random), source (or None)."""
 
     item: Item
-    target: Facts
-    mask: Facts | None
-    source: Facts | None
+    target: PictureInfo
+    mask: PictureInfo | None
+    source: PictureInfo | None
 
 
-class ScanResults:
+class ScanCache:
     """A folder of results, each a list of rows under a key that names all that it hangs on."""
 
     def __init__(self, cache: Path, dataset: str) -> None:
@@ -123,9 +123,9 @@ def row_of_facts(scanned: ScannedItem) -> Row:
 
 def with_facts(item: Item, row: Row, pack: Path | None = None) -> ScannedItem:
     """An item with the facts of a row. pack: where copies of its remote pictures are, if there are any."""
-    target, mask, source = (None if facts is None else Facts(*facts) for facts in row)
+    target, mask, source = (None if facts is None else PictureInfo(*facts) for facts in row)
 
-    def copied(file: PictureFile, facts: Facts) -> PictureFile:
+    def copied(file: PictureFile, facts: PictureInfo) -> PictureFile:
         if not facts.size:
             return file
         return replace(file, size=facts.size, copy=str(pack), copy_offset=facts.copy_offset)

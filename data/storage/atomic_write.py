@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 
-from data.storage.disk_full import told_when_full
+from data.storage.disk_full import raise_disk_full
 
 
 def fsync_folder(folder: Path) -> None:
@@ -23,7 +23,7 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, num_bytes: 
     If `write` raises, nothing is left. Several processes may write one path at the same time: the last one's stays.
     num_bytes: of what is written, if known.  Raises DiskFull if there is no room for it.
     """
-    with told_when_full(path, needed=num_bytes):
+    with raise_disk_full(path, needed=num_bytes):
         _write_and_rename(path, write)
 
 

@@ -33,7 +33,7 @@ class DiskFull(StorageFailed, OSError):
 
 
 @contextmanager
-def told_when_full(path: Path, *, needed: int | None = None) -> Iterator[None]:
+def raise_disk_full(path: Path, *, needed: int | None = None) -> Iterator[None]:
     """Raises DiskFull, naming `path`, where its disk turns out to be full. Whatever else is raised stays as it is.
 
     needed: bytes of what is written, if known.

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 
-def give_usual_mode(folder: Path) -> None:
+def apply_umask(folder: Path) -> None:
     """Let the safetensors files directly in a folder be read by whom the user's umask allows.
 
     safetensors makes them readable by their owner alone: a team's other members could not load an adapter.

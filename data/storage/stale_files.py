@@ -14,7 +14,7 @@ _FIRST_WAIT_SECONDS = 0.05
 _T = TypeVar("_T")
 
 
-def read_anew_if_stale(path: Path, read: Callable[[], _T]) -> _T:
+def retry_if_stale(path: Path, read: Callable[[], _T]) -> _T:
     """The outcome of `read`, which opens `path` by its name, tried again where the file was replaced under it.
 
     Raises StorageFailed, naming the file, if that does not end.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from configs.schema import Config
     from data.batches.micro_batch import MicroBatch
-    from data.batches.training_set import CachedSamples
+    from data.batches.training_set import CachedTrainingSet
     from trainer.engines.engine import Engine
 
 TEXT_LENGTH = 64
@@ -120,12 +120,12 @@ def config(tiny_model: Path, triples: Path, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="session")
-def samples(config: "Config", tiny_model: Path) -> "CachedSamples":
+def samples(config: "Config", tiny_model: Path) -> "CachedTrainingSet":
     """Those of the config's cache."""
-    from data.batches.training_set import CachedSamples
+    from data.batches.training_set import CachedTrainingSet
     from data.cache.open_cache import open_cache
 
-    return CachedSamples(open_cache(config, tiny_model))
+    return CachedTrainingSet(open_cache(config, tiny_model))
 
 
 @pytest.fixture(scope="session")

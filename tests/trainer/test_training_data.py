@@ -7,8 +7,8 @@ from rich.console import Console
 
 from configs.errors import InputError, StorageFailed
 from configs.loading import dump_config, load_config
-from data.batches.training_set import CachedSamples
-from data.cache.node_cache import ShardCopies
+from data.batches.training_set import CachedTrainingSet
+from data.cache.node_cache import NodeCache
 from data.cache.open_cache import open_cache
 from data.cache.validation_items import read_validation_items
 from data.storage.disk_full import DiskFull
@@ -27,18 +27,18 @@ def test_blocks_are_as_large_as_the_nodes_copies_may_be(config, cache, tmp_path,
     """One pool of many shards: the block in use and the next one are held, in six tenths of the room."""
     train = cache.table.split == "train"
     table = replace(cache.table, **{name: column[train][:1].repeat(20) for name, column in vars(cache.table).items()})
-    copies = ShardCopies("https://host/cache", tmp_path, int(room * table.bytes[0]), table)
+    copies = NodeCache("https://host/cache", tmp_path, int(room * table.bytes[0]), table)
     remote = replace(cache, table=table, copies=copies)
-    assert choose_order(config, CachedSamples(remote)).block_shards == block_shards
-    assert choose_order(config, CachedSamples(replace(remote, copies=None))).block_shards == 8
+    assert choose_order(config, CachedTrainingSet(remote)).block_shards == block_shards
+    assert choose_order(config, CachedTrainingSet(replace(remote, copies=None))).block_shards == 8
 
 
 @pytest.mark.parametrize("streams, num_nodes, block_shards", [(1, 4, 8), (4, 4, 8), (4, 2, 4), (4, 1, 2), (5, 4, 4)])
 def test_a_node_has_room_for_the_streams_that_it_reads(config, cache, tmp_path, streams, num_nodes, block_shards):
     train = cache.table.split == "train"
     table = replace(cache.table, **{name: column[train][:1].repeat(80) for name, column in vars(cache.table).items()})
-    copies = ShardCopies("https://host/cache", tmp_path, int(16.5 / 0.6 * table.bytes[0]), table)
-    samples = CachedSamples(replace(cache, table=table, copies=copies))
+    copies = NodeCache("https://host/cache", tmp_path, int(16.5 / 0.6 * table.bytes[0]), table)
+    samples = CachedTrainingSet(replace(cache, table=table, copies=copies))
     config = config.model_copy(
         update={
             "data": config.data.model_copy(update={"streams": streams}),
@@ -49,12 +49,12 @@ def test_a_node_has_room_for_the_streams_that_it_reads(config, cache, tmp_path, 
 
 
 def test_a_run_that_goes_on_with_less_room_is_told(config, cache, engine, tmp_path, caplog):
-    roomy = ShardCopies("https://host/cache", tmp_path, 1 << 40, cache.table)
-    order = choose_order(config, CachedSamples(replace(cache, copies=roomy)))
+    roomy = NodeCache("https://host/cache", tmp_path, 1 << 40, cache.table)
+    order = choose_order(config, CachedTrainingSet(replace(cache, copies=roomy)))
     state = RunState(step=0, batch=0, skips=0, restarts=1, order=order)
-    tight = ShardCopies("https://host/cache", tmp_path, 1000, cache.table)
+    tight = NodeCache("https://host/cache", tmp_path, 1000, cache.table)
     for copies in (roomy, tight):
-        open_stream(config, engine, CachedSamples(replace(cache, copies=copies)), state).close()
+        open_stream(config, engine, CachedTrainingSet(replace(cache, copies=copies)), state).close()
         assert ("fetched more than once" in caplog.text) == (copies is tight)
 
 
@@ -75,11 +75,11 @@ def test_what_planning_fails_with_is_raised_as_what_it_is(config, engine, tiny_m
 
 
 def test_copies_without_room_for_the_least_are_refused(config, cache, tmp_path):
-    copies = ShardCopies("https://host/cache", tmp_path, 1000, cache.table)
+    copies = NodeCache("https://host/cache", tmp_path, 1000, cache.table)
     with pytest.raises(
         InputError, match=r"data\.local_cache_gib is .*e-07, but shards of .* GiB in \d+ buckets need at least"
     ):
-        choose_order(config, CachedSamples(replace(cache, copies=copies)))
+        choose_order(config, CachedTrainingSet(replace(cache, copies=copies)))
 
 
 def test_a_run_reads_a_cache_by_its_url(config, cache, engine, tiny_model, tmp_path, serve):
@@ -99,7 +99,7 @@ def test_a_run_reads_a_cache_by_its_url(config, cache, engine, tiny_model, tmp_p
     assert len(read_validation_items(opened.folder, split="holdout", count=4)) == 4
     found = []
     for each, its_cache in ((config, cache), (remote, opened)):
-        samples = CachedSamples(its_cache)
+        samples = CachedTrainingSet(its_cache)
         state = RunState(step=0, batch=0, skips=0, restarts=0, order=choose_order(each, samples))
         stream = open_stream(each, engine, samples, state)
         found.append([rows.latents.sum().item() + rows.mask.sum().item() for _ in range(6) for rows in next(stream)])

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from configs.errors import InputError
 from configs.schema import DoraConfig, LokrConfig, LoraConfig
-from data.storage.file_mode import give_usual_mode
-from trainer.adapters.dora import start_at_base, use_row_lengths
-from trainer.adapters.lokr import file_settings, lokr_misfits, lokr_settings, read_lokr, use_factors
+from data.storage.file_mode import apply_umask
+from trainer.adapters.dora import init_magnitude, patch_dora_forward
+from trainer.adapters.lokr import file_settings, lokr_misfits, lokr_settings, patch_lokr_forward, read_lokr
 
 AdapterConfig = LoraConfig | DoraConfig | LokrConfig
 
@@ -104,7 +104,7 @@ def add_adapter(transformer: FluxTransformer2DModel, method: AdapterConfig, *, e
     for parameter in transformer.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    start_at_base(transformer, ADAPTER)
+    init_magnitude(transformer, ADAPTER)
     prepare_layers(transformer, ADAPTER)
     if method.init_from is not None:
         load_adapter(transformer, method)
@@ -112,8 +112,8 @@ def add_adapter(transformer: FluxTransformer2DModel, method: AdapterConfig, *, e
 
 def prepare_layers(transformer: nn.Module, adapter: str) -> None:
     """Set peft's layers up for training: their arithmetic, and no copies of their input."""
-    use_row_lengths(transformer, adapter)
-    use_factors(transformer)
+    patch_dora_forward(transformer, adapter)
+    patch_lokr_forward(transformer)
     for module in transformer.modules():
         if isinstance(module, BaseTunerLayer):
             # Autocast casts the input to the compute dtype. peft would first make an fp32 copy of it for each adapter,
@@ -285,7 +285,7 @@ def save_adapter(
         transformer_lora_adapter_metadata=settings,
         weight_name=WEIGHTS_NAME,
     )
-    give_usual_mode(folder)
+    apply_umask(folder)
 
 
 def _of_scale_one(config: PeftConfig) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from trainer.model.quantize import whole_weight
 
 
-class RowLengths(DoraLinearLayer):
+class DoraMagnitude(DoraLinearLayer):
     """peft's layer with the same tensor, in the same place, and other arithmetic.
 
     peft takes the lengths in its input's dtype, so that in bf16 a new adapter is not yet the base's function (0.2 %
@@ -29,7 +29,7 @@ class RowLengths(DoraLinearLayer):
         adapter_name: str,
     ) -> Tensor:
         """What is added to `base_result`, the base layer's own output: [..., out]."""
-        lengths = row_lengths(whole_weight(base_layer), lora_A.weight, lora_B.weight, scaling)
+        lengths = row_norms(whole_weight(base_layer), lora_A.weight, lora_B.weight, scaling)
         # Where the engine hands out trained weights in bf16, the lengths are rounded alike: the quotient starts at 1.
         scale = self.weight.float() / lengths.to(self.weight.dtype)
         turned = base_result if base_layer.bias is None else base_result - base_layer.bias
@@ -38,7 +38,7 @@ class RowLengths(DoraLinearLayer):
 
 
 @torch.no_grad()
-def row_lengths(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """Euclidean length of each row of weight + scaling b a: fp32 [out]. No gradient flows through it (section 4.3).
 
     weight: [out, in].  a: [rank, in].  b: [out, rank].
@@ -48,17 +48,17 @@ def row_lengths(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     return torch.linalg.vector_norm(turned, dim=1, dtype=torch.float32)
 
 
-def use_row_lengths(transformer: nn.Module, adapter: str) -> None:
+def patch_dora_forward(transformer: nn.Module, adapter: str) -> None:
     """Give a loaded DoRA adapter this arithmetic."""
     for module in transformer.modules():
         if isinstance(module, LoraLayer) and adapter in module.lora_magnitude_vector:
-            layer = RowLengths(fan_in_fan_out=False)
+            layer = DoraMagnitude(fan_in_fan_out=False)
             layer.weight = module.lora_magnitude_vector[adapter].weight
             module.lora_magnitude_vector[adapter] = layer
 
 
 @torch.no_grad()
-def start_at_base(transformer: nn.Module, adapter: str) -> None:
+def init_magnitude(transformer: nn.Module, adapter: str) -> None:
     """Set the lengths of a new adapter to those of the base's rows, in fp32: the output is the base's.
 
     Where there are no weights nothing is set: rank 0 sends the lengths with the rest.
@@ -69,5 +69,5 @@ def start_at_base(transformer: nn.Module, adapter: str) -> None:
             if not weight.is_meta:
                 a: Any = module.lora_A[adapter].weight
                 b: Any = module.lora_B[adapter].weight
-                lengths = row_lengths(weight, a, b, module.scaling[adapter])
+                lengths = row_norms(weight, a, b, module.scaling[adapter])
                 module.lora_magnitude_vector[adapter].weight.data = lengths

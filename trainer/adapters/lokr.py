@@ -66,7 +66,7 @@ class Kronecker(PeftLinear):
         return x.transpose(-1, -2).flatten(-2) * self.scaling[adapter_name]  # -> [..., l k]
 
 
-def use_factors(transformer: nn.Module) -> None:
+def patch_lokr_forward(transformer: nn.Module) -> None:
     """Give every LoKr layer this arithmetic."""
     for module in transformer.modules():
         if type(module) is PeftLinear:

@@ -97,7 +97,7 @@ def step_of(folder: Path) -> int:
     return int(match[1])
 
 
-def damage_of(folder: Path, *, rank: int = 0, world_size: int = 1) -> str | None:
+def find_damage(folder: Path, *, rank: int = 0, world_size: int = 1) -> str | None:
     """What is wrong with a complete checkpoint's files, or None. Reads every byte.
 
     rank, world_size: of those who share the reading; the answer is then of this rank's share of the files.
@@ -117,18 +117,18 @@ def damage_of(folder: Path, *, rank: int = 0, world_size: int = 1) -> str | None
 
 def latest_checkpoint(run: Path) -> Path | None:
     """The newest checkpoint that is whole; damaged ones are named in the log and passed over."""
-    return newest_whole(complete_checkpoints(run), damage_of)
+    return newest_intact(complete_checkpoints(run), find_damage)
 
 
-def newest_whole(
-    folders: Sequence[Path], damage_of: Callable[[Path], str | None], *, aloud: bool = True
+def newest_intact(
+    folders: Sequence[Path], find_damage: Callable[[Path], str | None], *, log_skipped: bool = True
 ) -> Path | None:
-    """The last of the folders that `damage_of` finds nothing wrong with.  aloud: name those passed over in the log."""
+    """The last of the folders in which `find_damage` finds nothing.  log_skipped: name those passed over in the log."""
     for folder in reversed(folders):
-        damage = damage_of(folder)
+        damage = find_damage(folder)
         if damage is None:
             return folder
-        if aloud:
+        if log_skipped:
             log.warning("%s is damaged (%s); trying the checkpoint before it", folder, damage)
     return None
 

@@ -14,10 +14,10 @@ from configs.schema import Config
 from data.batches.batch_stream import BatchStream
 from data.batches.order import OrderSettings
 from data.batches.row_filler import ReplacedRow, refuse_too_many
-from trainer.checkpoints.folders import complete_checkpoints, damage_of, newest_whole
+from trainer.checkpoints.folders import complete_checkpoints, find_damage, newest_intact
 from trainer.checkpoints.tensor_files import StateFiles
 from trainer.engines.ema import Ema
-from trainer.engines.engine import WHOLE, Engine, LocalSlice, Update, movable
+from trainer.engines.engine import REPLICATED, Engine, LocalSlice, Update, elementwise_state
 from trainer.optimizers.state import eight_bit_moments, quantize, scale_of
 
 MAX_SKIPS = 5
@@ -137,7 +137,7 @@ def choose_checkpoint(config: Config, resume_from: str, engine: Engine) -> Path 
             )
         return None
     if resume_from == "auto":
-        return newest_whole(complete, partial(_damage_that_all_find, engine), aloud=engine.is_main)
+        return newest_intact(complete, partial(_damage_that_all_find, engine), log_skipped=engine.is_main)
     folder = Path(resume_from)
     if damage := _damage_that_all_find(engine, folder):
         raise InputError(f"--resume {folder}: {damage}. Give a whole checkpoint folder, or auto.")
@@ -151,11 +151,11 @@ def _damage_that_all_find(engine: Engine, folder: Path) -> str | None:
     Rank 0 reads again what another finds damaged. Raises InputError if it finds nothing: a machine that sees another
     run.dir must not send the run back to an older checkpoint.
     """
-    seen = engine.gather(damage_of(folder, rank=engine.rank, world_size=engine.world_size))
+    seen = engine.gather(find_damage(folder, rank=engine.rank, world_size=engine.world_size))
     finders = [rank for rank, damage in enumerate(seen) if damage]
     if not finders or finders[0] == 0:
         return seen[0]
-    own = damage_of(folder, rank=finders[0], world_size=engine.world_size) if engine.is_main else None
+    own = find_damage(folder, rank=finders[0], world_size=engine.world_size) if engine.is_main else None
     if damage := engine.gather(own)[0]:
         return damage
     raise InputError(
@@ -172,7 +172,7 @@ def load_tensors(folder: Path, engine: Engine, ema: Ema, saved_by: dict, *, requ
     whole, and quantize them anew.  Raises InputError if the trained tensors or the optimizer are not the checkpoint's,
     or, without `requantize`, the layout of an 8-bit one.
     """
-    engine.prime_optimizer()
+    engine.init_optimizer_state()
     slices = engine.local_slices()
     files = StateFiles(folder)
     own = {part.name: part.numel for part in slices}
@@ -184,8 +184,10 @@ def load_tensors(folder: Path, engine: Engine, ema: Ema, saved_by: dict, *, requ
             + ". model.base and method must stay as they were; start a new run (run.name) to change them."
         )
     states = {name: state for name, _, state in engine.optimizer_states()}
-    bound, same_layout = bound_state(engine), saved_by["layout"] == engine.state_layout
-    saved_bound = files.read_bound(0 if engine.state_layout == WHOLE else engine.rank) if bound and same_layout else {}
+    bound, same_layout = unreshardable_state(engine), saved_by["layout"] == engine.state_layout
+    saved_bound = (
+        files.read_bound(0 if engine.state_layout == REPLICATED else engine.rank) if bound and same_layout else {}
+    )
     kinds: set[str] = set().union(*(part.moments for part in slices))
     kinds |= {moment for state in states.values() for moment, _ in eight_bit_moments(state)}
     # Of all ranks: of small tensors, or of none, a rank has no such state.
@@ -246,7 +248,7 @@ def _requantize(files: StateFiles, slices: list[LocalSlice], states: dict[str, d
             state[scale_of(moment)].copy_(scales)
 
 
-def bound_state(engine: Engine) -> dict[str, Tensor]:
+def unreshardable_state(engine: Engine) -> dict[str, Tensor]:
     """Optimizer tensors that cannot be cut by element: 8-bit moments and their scales, Adafactor's rows and columns,
     what Prodigy has learned of all weights.
 
@@ -257,5 +259,5 @@ def bound_state(engine: Engine) -> dict[str, Tensor]:
         for name, owner, state in engine.optimizer_states()
         for key, value in state.items()
         if isinstance(value, Tensor) and key != "step" and not key.startswith("qmap")
-        if key not in dict(movable(state, owner))
+        if key not in dict(elementwise_state(state, owner))
     }

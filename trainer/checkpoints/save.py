@@ -21,7 +21,7 @@ from torch import Tensor
 from configs.loading import dump_config
 from configs.schema import CheckpointConfig, Config
 from data.batches.batch_stream import BatchStream
-from data.storage.file_mode import give_usual_mode
+from data.storage.file_mode import apply_umask
 from trainer.adapters.adapter import save_adapter
 from trainer.checkpoints.folders import (
     complete_checkpoints,
@@ -30,10 +30,10 @@ from trainer.checkpoints.folders import (
     save_checkpoint,
     step_of,
 )
-from trainer.checkpoints.run_state import RunState, bound_state, gather_replaced
+from trainer.checkpoints.run_state import RunState, gather_replaced, unreshardable_state
 from trainer.checkpoints.tensor_files import Span, rank_file, write_index, write_tensors
 from trainer.engines.ema import Ema
-from trainer.engines.engine import WHOLE, Engine
+from trainer.engines.engine import REPLICATED, Engine
 from trainer.optimizers.state import eight_bit_moments
 
 log = logging.getLogger("fluxfill")
@@ -139,7 +139,7 @@ class Saver:
             def fill(folder: Path) -> dict[str, str]:
                 for rank in range(len(everyone)):
                     (save.staging / rank_file(rank)).rename(folder / rank_file(rank))
-                give_usual_mode(folder)
+                apply_umask(folder)
                 write_index(folder, {rank: spans for rank, (_, spans, _) in enumerate(everyone)}, save.sizes)
                 (folder / "state.json").write_text(save.head, encoding="utf-8")
                 (folder / "config.yaml").write_text(dump_config(self._config), encoding="utf-8")
@@ -185,11 +185,13 @@ def snapshot(engine: Engine, ema: Ema, *, copy: bool) -> tuple[dict[str, Tensor]
     for name, start, values in pieces():
         tensors[name] = values.detach().to("cpu", copy=copy).contiguous()
         spans[name] = Span(start, start + values.numel())
-    if engine.state_layout != WHOLE or engine.is_main:  # where every rank holds the whole optimizer, one copy is enough
-        for name, value in bound_state(engine).items():
+    if (
+        engine.state_layout != REPLICATED or engine.is_main
+    ):  # where every rank holds the whole optimizer, one copy is enough
+        for name, value in unreshardable_state(engine).items():
             tensors[f"state/{name}"] = value.detach().to("cpu", copy=copy).contiguous()
         states = {name: state for name, _, state in engine.optimizer_states()}
-        for part in slices if engine.state_layout == WHOLE else owned:
+        for part in slices if engine.state_layout == REPLICATED else owned:
             for moment, _ in eight_bit_moments(states.get(part.of, {})):
                 stop = part.start + part.weight.numel()
                 spans[f"{moment}/{part.name}"] = Span(part.start, stop, part.of, part.at)
@@ -203,7 +205,9 @@ def describe_engine(engine: Engine) -> dict:
         "name": engine.name,
         "world_size": engine.world_size,
         "layout": engine.state_layout,
-        "bound": any(engine.gather(bool(bound_state(engine)))),  # small tensors have none, and a rank may hold no other
+        "bound": any(
+            engine.gather(bool(unreshardable_state(engine)))
+        ),  # small tensors have none, and a rank may hold no other
         "steps": steps,
     }
 

@@ -33,13 +33,13 @@ from configs.errors import InputError
 from configs.schema import Config
 from data.batches.micro_batch import MicroBatch
 from trainer.engines.build_lock import clear_stale_build_locks
-from trainer.model.check_quantized import check_against_twins, dequantized_twins
+from trainer.model.check_quantized import check_against_reference, reference_layers
 from trainer.model.quantize import QUANTIZED
 from trainer.process.stop_signals import stop_signal
 
 log = logging.getLogger("fluxfill")
 
-WHOLE = "whole tensors"
+REPLICATED = "whole tensors"
 
 # How long ranks wait for one of them that reads or writes tens of GiB; NCCL's own is 10 minutes. (A rank that fails is
 # heard long before: trainer/process/failed_ranks.py.)
@@ -173,7 +173,7 @@ class Engine:
     # --- the model ---------------------------------------------------------------------------------------------------
 
     @property
-    def holds_whole_model(self) -> bool:
+    def rank0_has_full_model(self) -> bool:
         """Whether rank 0 has every weight, and can run the model alone."""
         return True
 
@@ -183,10 +183,10 @@ class Engine:
         transformer: on rank 0 with its weights, elsewhere on the meta device; they are handed out here.  Asserts that
         the outcome is what the engine promises, and that a quantized base came through unharmed.
         """
-        twins = dequantized_twins(transformer)
+        twins = reference_layers(transformer)
         prepared = self._prepare(transformer, build_optimizer)
         if twins:
-            check_against_twins(prepared, self.plain_transformer, twins, self.device, self.autocast)
+            check_against_reference(prepared, self.plain_transformer, twins, self.device, self.autocast)
         return prepared
 
     def _prepare(self, transformer: nn.Module, build_optimizer: BuildOptimizer) -> nn.Module:
@@ -280,7 +280,7 @@ class Engine:
 
     # --- the state ---------------------------------------------------------------------------------------------------
 
-    def prime_optimizer(self) -> None:
+    def init_optimizer_state(self) -> None:
         """Make the optimizer's state exist before its first step, so that a checkpoint can be loaded into it: one step
         at rate 0 on gradients of 0, which changes no weight."""
         for parameter in trained(self._transformer):
@@ -296,7 +296,9 @@ class Engine:
         slices = []
         owners = _spread([p.numel() for p in trained(self._transformer)], self.world_size)
         for (name, parameter), owner in zip(trained_parameters(self.plain_transformer).items(), owners, strict=True):
-            moments = {key: moment.view(-1) for key, moment in movable(self._optimizer.state[parameter], parameter)}
+            moments = {
+                key: moment.view(-1) for key, moment in elementwise_state(self._optimizer.state[parameter], parameter)
+            }
             weight = parameter.detach().view(-1)
             slices.append(LocalSlice(name, 0, parameter.numel(), weight, moments, of=name, owned=owner == self.rank))
         return slices
@@ -314,13 +316,13 @@ class Engine:
     @property
     def state_layout(self) -> str:
         """Engines of one layout can exchange optimizer state that cannot be cut by element, as 8-bit moments are."""
-        return WHOLE
+        return REPLICATED
 
     def loaded(self) -> None:
         """Make the model agree with its fp32 state after the views of `local_slices` were written to."""
 
     @torch.no_grad()
-    def each_weight(self) -> Iterator[tuple[str, Tensor]]:
+    def iter_full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(name, fp32 tensor on the CPU) of every trained parameter, whole, one by one; on rank 0, nothing elsewhere.
 
         All ranks must go through it to its end: parts of a parameter come from all of them.
@@ -330,8 +332,8 @@ class Engine:
             yield name, torch.empty(parameter.shape).copy_(parameter.detach())
 
     def full_weights(self) -> dict[str, Tensor]:
-        """All of `each_weight` at once: of an adapter. All ranks call it."""
-        return dict(self.each_weight())
+        """All of `iter_full_weights` at once: of an adapter. All ranks call it."""
+        return dict(self.iter_full_weights())
 
     # --- the ranks ---------------------------------------------------------------------------------------------------
 
@@ -424,7 +426,7 @@ class FsdpEngine(Engine):
         return accelerator
 
     @property
-    def holds_whole_model(self) -> bool:
+    def rank0_has_full_model(self) -> bool:
         return False
 
     def _prepare(self, transformer: nn.Module, build_optimizer: BuildOptimizer) -> nn.Module:
@@ -457,7 +459,7 @@ class FsdpEngine(Engine):
         for shard in self._shards.values():
             shard.grad = None
 
-    def prime_optimizer(self) -> None:
+    def init_optimizer_state(self) -> None:
         for shard in self._shards.values():  # the model may hold its root whole
             shard.grad = torch.zeros_like(shard)
         for group in self._optimizer.param_groups:
@@ -489,7 +491,7 @@ class FsdpEngine(Engine):
             row = parameter.numel() // parameter.shape[0]
             start = min(rows * mesh.get_local_rank(shard_dim), parameter.shape[0]) * row
             state = self._optimizer.state.get(self._shards[parameter], {})
-            moments = {key: moment.view(-1) for key, moment in movable(state, local)}
+            moments = {key: moment.view(-1) for key, moment in elementwise_state(state, local)}
             owned = mesh.ndim == 1 or mesh.get_local_rank(0) == 0
             slices.append(LocalSlice(name, start, parameter.numel(), local.view(-1), moments, of=name, owned=owned))
         return slices
@@ -503,7 +505,7 @@ class FsdpEngine(Engine):
         return f"slices of {self.name} on {self.world_size} processes"
 
     @torch.no_grad()
-    def each_weight(self) -> Iterator[tuple[str, Tensor]]:
+    def iter_full_weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._named.items():
             whole = parameter.detach().full_tensor()
             if self.is_main:  # the copy waits for the gathering and leaves a plain tensor
@@ -576,7 +578,7 @@ class ZeroEngine(Engine):
         return transformer.module
 
     @property
-    def holds_whole_model(self) -> bool:
+    def rank0_has_full_model(self) -> bool:
         return self._stage < 3
 
     def _exchange_gradients(self, wanted: bool) -> None:
@@ -597,7 +599,7 @@ class ZeroEngine(Engine):
         zero = self._transformer.optimizer
         return zero.single_partition_of_fp32_groups if self._stage < 3 else zero.fp32_partitioned_groups_flat
 
-    def prime_optimizer(self) -> None:
+    def init_optimizer_state(self) -> None:
         zero = self._transformer.optimizer
         for group in zero.optimizer.param_groups:
             group["lr"] = 0.0
@@ -630,7 +632,7 @@ class ZeroEngine(Engine):
             first = size * self.rank
             count = max(0, min(size, numel - first))  # the last partitions are padded
         flat = self._partitions()[group]
-        moments = movable(zero.optimizer.state.get(flat, {}), flat)
+        moments = elementwise_state(zero.optimizer.state.get(flat, {}), flat)
         yield LocalSlice(
             name,
             first,
@@ -664,7 +666,7 @@ class ZeroEngine(Engine):
             parameter.ds_tensor.data.copy_(self._partitions()[group].narrow(0, offset, size))
 
     @torch.no_grad()
-    def each_weight(self) -> Iterator[tuple[str, Tensor]]:
+    def iter_full_weights(self) -> Iterator[tuple[str, Tensor]]:
         from deepspeed.utils import safe_get_full_fp32_param
 
         for name, parameter in trained_parameters(self._transformer.module).items():
@@ -734,7 +736,7 @@ def _span(address) -> tuple[int, int]:
     return address.start, address.numel
 
 
-def movable(state: Mapping[str, object], weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+def elementwise_state(state: Mapping[str, object], weight: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The optimizer state that can be cut and moved with its weight: one float per element."""
     for key, value in state.items():
         if isinstance(value, Tensor) and value.is_floating_point() and value.shape == weight.shape and value.ndim:

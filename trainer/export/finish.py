@@ -40,7 +40,7 @@ def _export_model(engine: Engine, model: Path, folder: Path) -> None:
 def _gathered(engine: Engine) -> Iterator[Iterator[tuple[str, Tensor]]]:
     """Every trained parameter, one at a time, on rank 0. The other ranks take part in gathering all of them, also
     those that rank 0 did not ask for because it failed."""
-    weights = engine.each_weight()
+    weights = engine.iter_full_weights()
     try:
         yield weights
     finally:
@@ -54,5 +54,5 @@ def _export_adapter(engine: Engine, model: Path, folder: Path) -> None:
         transformer = engine.plain_transformer
         save_adapter(transformer, folder, tensors=weights)
         verify_adapter_file(transformer, folder, weights)
-        if engine.holds_whole_model:
+        if engine.rank0_has_full_model:
             verify_adapter(transformer, model, folder)

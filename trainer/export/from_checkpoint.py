@@ -25,7 +25,7 @@ from configs.errors import InputError
 from configs.loading import load_config
 from data.encoders.model_folder import find_model, read_part_config
 from trainer.adapters.adapter import add_adapter, save_adapter
-from trainer.checkpoints.folders import COMPLETE, damage_of, latest_checkpoint
+from trainer.checkpoints.folders import COMPLETE, find_damage, latest_checkpoint
 from trainer.checkpoints.tensor_files import StateFiles
 from trainer.export.write import export_model, verify_adapter_file, verify_model
 from trainer.model.flux import DEV_CHANNELS, empty_transformer
@@ -74,7 +74,7 @@ def export_checkpoint(source: Path, out: Path, *, weights: str = "live", dtype: 
 def find_checkpoint(source: Path) -> Path:
     """The checkpoint that `source` is, or the newest whole one of the run that it is. Raises InputError if none is."""
     if (source / COMPLETE).is_file():
-        if damage := damage_of(source):
+        if damage := find_damage(source):
             raise InputError(f"{source}: {damage}. Export the checkpoint before it.")
         return source
     if (source / "checkpoints").is_dir() and (found := latest_checkpoint(source)) is not None:

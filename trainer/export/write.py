@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data.encoders.model_folder import PARTS
-from data.storage.file_mode import give_usual_mode
+from data.storage.file_mode import apply_umask
 from trainer.adapters.adapter import ADAPTER, WEIGHTS_NAME, adapter_tensors, is_lokr, prepare_layers
 
 log = logging.getLogger("fluxfill")
@@ -102,7 +102,7 @@ def export_model(
     exported.save_config(part)
     shapes = {name: tensor.shape for name, tensor in exported.state_dict().items()}
     _write_weights(part, plan_files(shapes, dtype, file_bytes), shapes, weights, dtype)
-    give_usual_mode(part)
+    apply_umask(part)
     for name in PARTS:
         if name != "transformer":
             shutil.copytree(model / name, temporary / name, copy_function=_link_or_copy)

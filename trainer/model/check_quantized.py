@@ -23,7 +23,7 @@ _FIRST_BLOCKS = ("transformer_blocks.0.", "single_transformer_blocks.0.")
 log = logging.getLogger("fluxfill")
 
 
-def dequantized_twins(transformer: nn.Module) -> dict[str, nn.Linear]:
+def reference_layers(transformer: nn.Module) -> dict[str, nn.Linear]:
     """Name of every quantized layer in the first block of each kind -> an ordinary layer of the same weights.
 
     Empty for a base that is not quantized.  To be made before the model is spread over the ranks.
@@ -36,7 +36,7 @@ def dequantized_twins(transformer: nn.Module) -> dict[str, nn.Linear]:
 
 
 @torch.no_grad()
-def check_against_twins(
+def check_against_reference(
     transformer: nn.Module,
     plain: nn.Module,
     twins: dict[str, nn.Linear],

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from configs.schema import Config
 from data.batches.micro_batch import MicroBatch
 from data.batches.noise import draw_noise
-from data.batches.training_set import Samples, WatchedSample
+from data.batches.training_set import TrainingSet, ValidationSample
 from data.cache.manifest import HOLDOUT, TRAIN
 from data.cache.validation_items import ValidationItem
 from data.encoders.encode import decode_latents, load_vae
@@ -77,7 +77,7 @@ def validation_is_due(config: Config, step: int) -> bool:
 class Validator:
     """Samples and measures the watched items; built once, before the first step. Holds nothing if validation is off."""
 
-    def __init__(self, config: Config, engine: Engine, model: Path, samples: Samples) -> None:
+    def __init__(self, config: Config, engine: Engine, model: Path, samples: TrainingSet) -> None:
         self._engine, self._flow, self._sampler_steps = engine, config.flow, config.validation.sampler_steps
         self._folder = config.run.folder / "samples"
         self._items: list[_Item] = []
@@ -90,7 +90,7 @@ class Validator:
         watched = [
             sample
             for split in (HOLDOUT, TRAIN)
-            for sample in samples.watched(split=split, count=config.validation.images)
+            for sample in samples.validation_samples(split=split, count=config.validation.images)
         ]
         self._items = [
             _Item(number, sample.item, sample.pixels, _rows_of(sample, number)) for number, sample in enumerate(watched)
@@ -236,7 +236,7 @@ def _noise_key(item: ValidationItem) -> int:
     return xxhash.xxh3_64_intdigest(item.key.encode()) >> 1
 
 
-def _rows_of(sample: WatchedSample, number: int) -> MicroBatch:
+def _rows_of(sample: ValidationSample, number: int) -> MicroBatch:
     """One sample as a micro-batch of one, with the item's fixed noise."""
     stored: dict[str, Any] = {name: tensor.unsqueeze(0) for name, tensor in sample.tensors.items()}
     noise = torch.empty(1, 16, *sample.bucket.latent_size)

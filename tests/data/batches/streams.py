@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from data.batches.batch_stream import BatchStream
-from data.batches.cached_rows import ShardRows
+from data.batches.cached_rows import CachedRows
 from data.batches.micro_batch import MicroBatch
 from data.batches.order import Order, OrderSettings, hash_shards
 from data.batches.shard_reader import ShardReader
@@ -43,7 +43,7 @@ def open_stream(
     return BatchStream(
         cache.manifest,
         order,
-        ShardRows(cache, order, **options),
+        CachedRows(cache, order, **options),
         rank=rank,
         world_size=world_size,
         micro_batch_size=micro,

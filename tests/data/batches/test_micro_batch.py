@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from data.batches.micro_batch import RowMemory, Slot, row_fields, unpack_mask
+from data.batches.micro_batch import BatchBuffer, BufferLease, row_fields, unpack_mask
 from data.samples.geometry import Bucket
 
 
@@ -17,9 +17,9 @@ def test_a_packed_mask_is_unpacked(make_sample):
 def test_memory_is_taken_when_it_is_filled_and_the_last_used_first(make_cache):
     bucket, manifest = Bucket(32, 32), make_cache([("a", "32x32", 1)]).manifest
     fields = row_fields(bucket, manifest)
-    slots = [Slot(sum(field.slot_bytes(2) for field in fields), pin=False) for _ in range(3)]
+    slots = [BatchBuffer(sum(field.slot_bytes(2) for field in fields), pin=False) for _ in range(3)]
     free = list(slots)
-    begun = [RowMemory(free, bucket, fields, 2) for _ in range(3)]
+    begun = [BufferLease(free, bucket, fields, 2) for _ in range(3)]
     assert free == slots, "nothing is filled yet"
     first = begun[0].rows().batch.latents.data_ptr()
     assert begun[0].rows().batch.latents.data_ptr() == first

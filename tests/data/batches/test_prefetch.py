@@ -6,7 +6,7 @@ import pytest
 
 from data.batches.order import Order, OrderSettings
 from data.batches.prefetch import Prefetcher
-from data.cache.node_cache import ShardCopies
+from data.cache.node_cache import NodeCache
 from tests.data.storage.remote_server import Remote
 
 
@@ -15,7 +15,7 @@ def test_shards_are_fetched_before_they_are_read_and_held_until_then(make_cache,
     cache = make_cache([("a", "32x32", 8)] * 12)
     server = Remote(cache.folder)
     size = int(cache.table.bytes[0])
-    copies = ShardCopies(serve(server.get), tmp_path / "node", 5 * size + 9, cache.table)
+    copies = NodeCache(serve(server.get), tmp_path / "node", 5 * size + 9, cache.table)
     settings = OrderSettings.current(seed=3, global_batch_size=4, weights={"a": 1.0}, shards="", block_shards=1)
     order = Order(cache.table.dataset, cache.table.bucket, cache.table.samples, settings)
     turns = [int(order.batch(2 * number).shards[0]) for number in range(12)]
@@ -42,7 +42,7 @@ def test_shards_are_fetched_before_they_are_read_and_held_until_then(make_cache,
 def test_what_found_no_room_is_fetched_when_there_is_some(make_cache, serve, tmp_path, monkeypatch):
     monkeypatch.setattr("data.batches.prefetch._LOOK_AGAIN_SECONDS", 0.05)
     cache = make_cache([("a", "32x32", 8)] * 4)
-    copies = ShardCopies(
+    copies = NodeCache(
         serve(Remote(cache.folder).get), tmp_path / "node", int(cache.table.bytes[:2].sum()) + 9, cache.table
     )
     settings = OrderSettings.current(seed=3, global_batch_size=4, weights={"a": 1.0}, shards="", block_shards=1)

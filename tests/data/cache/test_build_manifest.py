@@ -2,10 +2,10 @@ import pytest
 
 from data.cache.build_manifest import delete_unplanned
 from data.samples.geometry import Bucket
-from data.samples.shard_plan import ShardHead
+from data.samples.shard_plan import ShardSpec
 from tests.data.samples.test_shard_plan import many_samples, plan
 
-PLAN = ShardHead("shards/photos/512x512-000001.tar", "photos", Bucket(512, 512), "train", "plan", 0, 0)
+PLAN = ShardSpec("shards/photos/512x512-000001.tar", "photos", Bucket(512, 512), "train", "plan", 0, 0)
 
 
 def write(cache, *names):

@@ -10,7 +10,7 @@ from safetensors.torch import load
 from webdataset import WebDataset
 
 from data.batches.batch_stream import BatchStream
-from data.batches.cached_rows import ShardRows
+from data.batches.cached_rows import CachedRows
 from data.batches.order import Order, OrderSettings, hash_shards
 from data.batches.row_filler import RowPolicy
 from data.cache.manifest import parse_bucket, read_manifest, read_shard_table
@@ -57,7 +57,7 @@ def test_the_reader_gives_every_tensor_as_it_was(old):
     )
     order = Order(table.dataset, table.bucket, samples, settings)
     policy = RowPolicy(caption_dropout=0.2)
-    source = ShardRows(old, order, policy=policy)
+    source = CachedRows(old, order, policy=policy)
     stream = BatchStream(old.manifest, order, source, rank=0, world_size=1, micro_batch_size=1)
     seen, dropped = set(), 0
     for _ in range(80):

@@ -15,19 +15,19 @@ import torch
 import data.cache.node_cache
 from configs.errors import InputError, StorageFailed
 from data.batches.batch_stream import BatchStream
-from data.batches.cached_rows import ShardRows
+from data.batches.cached_rows import CachedRows
 from data.batches.order import Order, OrderSettings
 from data.batches.shard_reader import DamagedSample, DamagedShard, ShardReader
-from data.cache.node_cache import ShardCopies
+from data.cache.node_cache import NodeCache
 from data.cache.open_cache import Cache
-from data.cache.remote_manifest import fetch_head
+from data.cache.remote_manifest import fetch_manifest
 from data.cache.shard_writer import index_path, read_index, write_index
 
 GIB = 1 << 30
 
 
 def copies_of(url, cache, tmp_path, *, limit=GIB):
-    return ShardCopies(url, tmp_path / "node", limit, cache.table)
+    return NodeCache(url, tmp_path / "node", limit, cache.table)
 
 
 def held(copies, number, **options):
@@ -280,13 +280,13 @@ def test_threads_that_find_the_same_damage_read_the_same_new_copy(remote, tmp_pa
     copies.path(1).write_bytes(data)
     reader = ShardReader(replace(cache, copies=copies))
     reader.shard(1)
-    discard = ShardCopies.discard
+    discard = NodeCache.discard
 
     def discard_slowly(self, number, handle):
         time.sleep(0.3)
         discard(self, number, handle)
 
-    monkeypatch.setattr(ShardCopies, "discard", discard_slowly)
+    monkeypatch.setattr(NodeCache, "discard", discard_slowly)
     problems = []
 
     def read(row):
@@ -422,7 +422,7 @@ def open_stream(cache: Cache, *, rank=0, world_size=1, block_shards=8, start=0) 
         seed=3, global_batch_size=4, weights={"a": 1.0, "b": 1.0}, shards="", block_shards=block_shards
     )
     order = Order(cache.table.dataset, cache.table.bucket, cache.table.samples, settings)
-    source, shape = ShardRows(cache, order), {"rank": rank, "world_size": world_size, "micro_batch_size": 2}
+    source, shape = CachedRows(cache, order), {"rank": rank, "world_size": world_size, "micro_batch_size": 2}
     return BatchStream(cache.manifest, order, source, start=start, **shape)
 
 
@@ -440,7 +440,7 @@ def contents(stream: BatchStream, num_batches: int) -> list[tuple]:
 def test_a_remote_cache_trains_as_its_folder_does(remote, tmp_path, limit_shards):
     url, server, cache = remote
     expected = contents(open_stream(cache), 20)
-    head = fetch_head(url, tmp_path / "node")
+    head = fetch_manifest(url, tmp_path / "node")
     copies = copies_of(url, cache, tmp_path, limit=int(limit_shards * cache.table.bytes.max()))
     assert contents(open_stream(replace(cache, folder=head, copies=copies)), 20) == expected
     resumed = open_stream(replace(cache, folder=head, copies=copies), start=13)
@@ -482,14 +482,14 @@ def test_what_fails_in_fetching_ahead_stops_no_thread(remote, tmp_path, monkeypa
     """A reader that is closed just then ends too."""
     url, _, cache = remote
     expected = contents(open_stream(cache), 8)
-    opened = ShardCopies.open
+    opened = NodeCache.open
 
     def fail_ahead(self, number, *, stop, may_exceed=True, **options):
         if not may_exceed:
             raise OSError(24, "Too many open files")
         return opened(self, number, stop=stop, may_exceed=may_exceed, **options)
 
-    monkeypatch.setattr(ShardCopies, "open", fail_ahead)
+    monkeypatch.setattr(NodeCache, "open", fail_ahead)
     stream = open_stream(replace(cache, copies=copies_of(url, cache, tmp_path)))
     list(next(stream))
     assert all(thread.is_alive() for thread in threading.enumerate() if thread.name == "prefetch")

@@ -5,7 +5,7 @@ import pytest
 
 from configs.errors import InputError
 from data.cache.manifest import MANIFEST, SHARD_TABLE, hash_files, read_manifest, read_shard_table, write_manifest
-from data.cache.remote_manifest import fetch_head
+from data.cache.remote_manifest import fetch_manifest
 
 
 def test_the_head_is_fetched_whole_and_once(remote, tmp_path):
@@ -13,20 +13,20 @@ def test_the_head_is_fetched_whole_and_once(remote, tmp_path):
     (cache.folder / "validation").mkdir()
     (cache.folder / "validation" / "items.json").write_text("[]")
     write_manifest(cache.folder, cache.manifest, cache.table)
-    folder = fetch_head(url, tmp_path / "node")
+    folder = fetch_manifest(url, tmp_path / "node")
     assert read_manifest(folder).files == read_manifest(cache.folder).files
     assert len(read_shard_table(folder)) == 4
     assert (folder / "validation" / "items.json").read_text() == "[]"
     before = Counter(server.requests)
-    assert fetch_head(url, tmp_path / "node") == folder
+    assert fetch_manifest(url, tmp_path / "node") == folder
     assert server.requests - before == {MANIFEST: 1}, "whether it is still the same"
 
 
 def test_a_cache_that_has_changed_has_another_head(remote, tmp_path):
     url, _, cache = remote
-    before = fetch_head(url, tmp_path / "node")
+    before = fetch_manifest(url, tmp_path / "node")
     write_manifest(cache.folder, replace(cache.manifest, vae_scale=0.5), cache.table)
-    after = fetch_head(url, tmp_path / "node")
+    after = fetch_manifest(url, tmp_path / "node")
     assert (read_manifest(before).vae_scale, read_manifest(after).vae_scale) == (cache.manifest.vae_scale, 0.5)
 
 
@@ -34,17 +34,17 @@ def test_a_cache_that_has_changed_has_another_head(remote, tmp_path):
 def test_a_head_that_does_not_come_is_tried_again_and_named(remote, tmp_path, no_waits, fault):
     url, server, _ = remote
     server.faults[SHARD_TABLE] = [fault] * 3
-    fetch_head(url, tmp_path / "node")
+    fetch_manifest(url, tmp_path / "node")
     server.faults[SHARD_TABLE] = [fault] * 99
     with pytest.raises(InputError, match=rf"{url}/{SHARD_TABLE}: failed 8 time\(s\), at last with"):
-        fetch_head(url, tmp_path / "another-node")
+        fetch_manifest(url, tmp_path / "another-node")
 
 
 def test_a_page_in_the_place_of_the_manifest_is_named(remote, tmp_path):
     url, server, _ = remote
     server.faults[MANIFEST] = ["page"]
     with pytest.raises(InputError, match=rf"{url}/{MANIFEST}: damaged"):
-        fetch_head(url, tmp_path / "node")
+        fetch_manifest(url, tmp_path / "node")
 
 
 def test_a_manifest_that_names_files_elsewhere_writes_none(remote, tmp_path, monkeypatch):
@@ -56,7 +56,7 @@ def test_a_manifest_that_names_files_elsewhere_writes_none(remote, tmp_path, mon
     with pytest.raises(
         InputError, match=rf"{url}/{MANIFEST}: damaged \(names a file outside of the cache: \.\./outside"
     ):
-        fetch_head(url, tmp_path / "node")
+        fetch_manifest(url, tmp_path / "node")
     assert not (tmp_path / "node").exists()
 
 
@@ -66,4 +66,4 @@ def test_a_local_cache_that_cannot_be_written_to_is_named(remote, tmp_path):
     with pytest.raises(
         InputError, match=r"data.local_cache .*node: cannot be written to \(.*\)\. Point data.local_cache"
     ):
-        fetch_head(url, tmp_path / "node")
+        fetch_manifest(url, tmp_path / "node")

@@ -12,7 +12,7 @@ from data.batches.micro_batch import MicroBatch
 from data.batches.order import Order, OrderSettings, hash_shards
 from data.batches.row_filler import RowPolicy
 from data.cache.manifest import TRAIN
-from data.online.training_set import OnlineSamples, plan_online
+from data.online.training_set import OnlineTrainingSet, plan_online
 from data.preprocessing.worker import Worker
 from tests.data.batches.streams import copy_of
 
@@ -23,9 +23,9 @@ _WORKER = Worker(decode_threads=2)
 DRAWN = ("mask", "noise", "uniform", "weight", "position")
 
 
-def open_online(config, worker=_WORKER) -> OnlineSamples:
+def open_online(config, worker=_WORKER) -> OnlineTrainingSet:
     model = Path(config.model.base)
-    return OnlineSamples(config, model, plan_online(config, model, QUIET), device=CPU, worker=worker)
+    return OnlineTrainingSet(config, model, plan_online(config, model, QUIET), device=CPU, worker=worker)
 
 
 def settings_of(samples, size) -> OrderSettings:

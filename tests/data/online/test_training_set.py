@@ -18,13 +18,13 @@ import data.sources.picture_file as picture_files
 from configs.errors import InputError, StorageFailed
 from data.batches.order import Order
 from data.batches.row_filler import ReplacedRow, RowPolicy
-from data.batches.training_set import CachedSamples
+from data.batches.training_set import CachedTrainingSet
 from data.cache.manifest import TRAIN
 from data.cache.open_cache import open_cache
 from data.cache.shard_writer import NotFinite
 from data.encoders.encode import EncodedText, encode_captions, encode_pixels
 from data.online.caption_texts import CaptionTexts
-from data.online.training_set import OnlineSamples, encoder_device, plan_online
+from data.online.training_set import OnlineTrainingSet, encoder_device, plan_online
 from data.preprocess import preprocess
 from data.preprocessing.worker import Worker
 from data.storage.retry import ATTEMPTS
@@ -48,13 +48,13 @@ def config(demo_config, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def online(config) -> OnlineSamples:
+def online(config) -> OnlineTrainingSet:
     return open_online(config)
 
 
 @pytest.fixture(scope="module")
-def cached(cache) -> CachedSamples:
-    return CachedSamples(cache)
+def cached(cache) -> CachedTrainingSet:
+    return CachedTrainingSet(cache)
 
 
 # --- the same run as the cached one -----------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def few(demo_config, triples, tmp_path_factory):
 def test_tensors_are_bit_equal_where_the_encoders_get_the_same_batches(few, tmp_path):
     config = few(tmp_path / "cache", "data.encode_batch_size=1", "data.captions.text_dtype=int8")
     preprocess(config, QUIET)
-    cached = CachedSamples(open_cache(config, Path(config.model.base)))
+    cached = CachedTrainingSet(open_cache(config, Path(config.model.base)))
     for one, other in zip(take(open_online(config), 4), take(cached, 4), strict=True):
         for rows, expected in zip(one, other, strict=True):
             assert rows.t5.dtype == torch.int8
@@ -120,7 +120,7 @@ def test_variants_and_mirror_images_are_those_of_the_cache(few, tmp_path):
     masks += ["data.datasets.0.mask={random: {brush: 0.6, box: 0.4}, variants: 3}"]
     config = few(tmp_path / "cache", *masks)
     preprocess(config, QUIET)
-    cached, online = CachedSamples(open_cache(config, Path(config.model.base))), open_online(config)
+    cached, online = CachedTrainingSet(open_cache(config, Path(config.model.base))), open_online(config)
     for choice in ("random", "cycle"):
         policy = RowPolicy(mask_choice=choice)
         for one, other in zip(take(online, 6, policy=policy), take(cached, 6, policy=policy), strict=True):
@@ -130,7 +130,10 @@ def test_variants_and_mirror_images_are_those_of_the_cache(few, tmp_path):
 
 def test_watched_samples_are_those_of_the_cache(online, cached):
     for split, count in (("holdout", 10), ("train", 48)):
-        one, other = online.watched(split=split, count=count), cached.watched(split=split, count=count)
+        one, other = (
+            online.validation_samples(split=split, count=count),
+            cached.validation_samples(split=split, count=count),
+        )
         assert len(one) == len(other) == count
         for found, expected in zip(one, other, strict=True):
             assert (found.item, found.bucket) == (expected.item, expected.bucket)
@@ -459,7 +462,7 @@ def test_encoders_go_to_the_device_unless_they_have_one_of_their_own(demo_config
     )
     config = demo_config(tmp_path / "scan", "data.mode=online", "data.encoders.t5=cpu")
     model = Path(config.model.base)
-    samples = OnlineSamples(
+    samples = OnlineTrainingSet(
         config, model, plan_online(config, model, QUIET), device=torch.device("cuda:1"), worker=Worker()
     )
     assert placed == [], "nothing is loaded before it is needed"

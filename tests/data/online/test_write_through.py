@@ -20,17 +20,17 @@ import data.preprocessing.encode_shards
 from configs.errors import InputError
 from configs.loading import load_config
 from data.batches.row_filler import RowPolicy
-from data.batches.training_set import CachedSamples
+from data.batches.training_set import CachedTrainingSet
 from data.cache.manifest import read_shard_table
 from data.cache.open_cache import Cache, open_cache
 from data.cache.shard_writer import ShardWriter, index_path
 from data.encoders.load import Encoders
 from data.encoders.model_folder import encoder_fingerprints
-from data.preprocess import CREW_FOLDER, Job, preprocess
+from data.preprocess import WORKERS_FOLDER, Job, preprocess
 from data.preprocessing.share_plan import agree_on_plan
 from data.preprocessing.worker import Worker
-from data.preprocessing.worker_group import join_crew
-from data.samples.shard_plan import ShardPlan
+from data.preprocessing.worker_group import join
+from data.samples.shard_plan import PlannedShard
 from tests.data.batches.streams import copy_of
 from tests.data.online.online_streams import QUIET, assert_same, open_online, open_stream, take
 from tests.workers import preprocess_quietly, start_worker
@@ -164,7 +164,7 @@ def test_a_later_epoch_encodes_nothing_and_reads_the_cached_runs_rows(config_of,
         later = train(stream, EPOCH)
     again = take(open_online(config), EPOCH, start=start)
     assert encoded == {}
-    cached = CachedSamples(open_cache(config, Path(config.model.base)))
+    cached = CachedTrainingSet(open_cache(config, Path(config.model.base)))
     expected = take(cached, EPOCH, start=start)
     for batches in (later, again):
         for one, other in zip(batches, expected, strict=True):
@@ -182,7 +182,7 @@ def test_a_first_epoch_has_the_cached_runs_rows_whether_they_are_read_or_encoded
             while encoded["for shards"] < min(7 * index, 96) and time.monotonic() < deadline:
                 time.sleep(0.01)
     assert 7 < encoded["trained on"] < 2 * EPOCH * 7, "some were encoded, some were read"
-    for one, other in zip(mixed, take(CachedSamples(cache), 2 * EPOCH), strict=True):
+    for one, other in zip(mixed, take(CachedTrainingSet(cache), 2 * EPOCH), strict=True):
         for rows, same in zip(one, other, strict=True):
             assert_same(rows, same)
 
@@ -215,7 +215,7 @@ def test_another_plan_is_left_alone(config, caplog):
     samples = open_online(config)
     job = Job(config, Path(config.model.base), encoder_fingerprints(Path(config.model.base)))
     other = [replace(plan, plan=f"{number:032x}") for number, plan in enumerate(samples._plans)]
-    with join_crew(config.data.cache / CREW_FOLDER, job.settings) as crew:
+    with join(config.data.cache / WORKERS_FOLDER, job.settings) as crew:
         agree_on_plan(crew, lambda: other, help_planning=list, waiting=lambda _: None)
         with closing(open_stream(samples)) as stream:
             train(stream, 2)
@@ -279,13 +279,13 @@ def test_closed_in_the_middle_it_gives_back_what_is_not_finished(config, cache, 
     stream = open_stream(open_online(config))
     train(stream, 1)
     assert begun.wait(PATIENCE)
-    assert list(config.data.cache.rglob("*.part")) and (config.data.cache / CREW_FOLDER).is_dir()
+    assert list(config.data.cache.rglob("*.part")) and (config.data.cache / WORKERS_FOLDER).is_dir()
     threading.Timer(0.3, goes_on.set).start()
     start = time.monotonic()
     stream.close()
     assert time.monotonic() - start < 10
     assert not list(config.data.cache.rglob("*.part"))
-    assert not (config.data.cache / CREW_FOLDER).exists()
+    assert not (config.data.cache / WORKERS_FOLDER).exists()
     assert not list(config.data.cache.glob("manifest.json"))
     monkeypatch.undo()
     preprocess(config, QUIET)
@@ -378,7 +378,7 @@ def test_a_full_disk_stops_the_writing_and_not_the_training(config, cache, monke
     warned = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warned) == 1 and "No space left on device" in warned[0].message
     assert not list(config.data.cache.rglob("*.part")) and not list(config.data.cache.rglob("*.tar"))
-    for one, other in zip(batches, take(CachedSamples(cache), EPOCH + 1), strict=True):
+    for one, other in zip(batches, take(CachedTrainingSet(cache), EPOCH + 1), strict=True):
         for rows, same in zip(one, other, strict=True):
             assert_same(rows, same)
 
@@ -390,7 +390,7 @@ def written(config, cache):
     return config
 
 
-def largest(samples) -> ShardPlan:
+def largest(samples) -> PlannedShard:
     return max((plan for plan in samples._plans if plan.split == "train"), key=lambda plan: len(plan.samples))
 
 
@@ -405,7 +405,7 @@ def test_a_damaged_shard_is_told_and_its_samples_encoded(written, cache, encoded
         assert stream.replaced() == []
     assert 0 < encoded["trained on"] <= 2 * len(shard.samples)
     assert sum("does not match its checksum" in record.message for record in caplog.records) == 1
-    for one, other in zip(batches, take(CachedSamples(cache), EPOCH, policy=RowPolicy()), strict=True):
+    for one, other in zip(batches, take(CachedTrainingSet(cache), EPOCH, policy=RowPolicy()), strict=True):
         for rows, same in zip(one, other, strict=True):
             assert_same(rows, same)
 

@@ -21,8 +21,8 @@ from data.cache.validation_items import FOLDER, read_validation_items
 from data.encoders import encode
 from data.encoders.encode import encode_pixels
 from data.preprocess import main, preprocess
-from data.preprocessing.shard_queue import Backlog
-from data.preprocessing.worker_group import Crew
+from data.preprocessing.shard_queue import ShardQueue
+from data.preprocessing.worker_group import WorkerGroup
 from data.sources.pictures import load_mask
 from data.storage.disk_full import DiskFull
 
@@ -355,14 +355,14 @@ MEMORY = {
 
 def test_shards_that_vanish_at_the_end_are_named(make_pictures, config_of, monkeypatch):
     config = config_of(make_pictures(3))
-    held = Crew.held
+    held = WorkerGroup.held
 
-    def held_and_lost(crew, prefix):
+    def held_and_lost(group, prefix):
         for tar in config.data.cache.rglob("*.tar"):
             tar.unlink()
-        return held(crew, prefix)
+        return held(group, prefix)
 
-    monkeypatch.setattr(Backlog, "raise_problems", lambda _: monkeypatch.setattr(Crew, "held", held_and_lost))
+    monkeypatch.setattr(ShardQueue, "raise_problems", lambda _: monkeypatch.setattr(WorkerGroup, "held", held_and_lost))
     with pytest.raises(InputError, match=r"32x32-000001\.tar: was written and is gone,.*run the same command again"):
         preprocess(config, QUIET)
     monkeypatch.undo()

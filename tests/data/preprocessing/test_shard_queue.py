@@ -4,7 +4,7 @@ import pytest
 
 from data.preprocessing.shard_queue import read_finished
 from data.samples.geometry import Bucket, plan_crop
-from data.samples.shard_plan import PlannedSample, ShardPlan
+from data.samples.shard_plan import PlannedSample, PlannedShard
 from data.sources.picture_file import PictureFile
 from data.sources.triples import Triple
 
@@ -17,7 +17,7 @@ def planned(name):
 
 
 def shard_plan(path, samples, plan):
-    return ShardPlan(path, "cats", SQUARE, "train", plan, len(samples), num_bytes=10_000, samples=samples)
+    return PlannedShard(path, "cats", SQUARE, "train", plan, len(samples), num_bytes=10_000, samples=samples)
 
 
 @pytest.fixture

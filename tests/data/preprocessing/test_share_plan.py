@@ -7,7 +7,7 @@ import time
 import pytest
 
 from data.preprocessing.share_plan import agree_on_plan
-from data.preprocessing.worker_group import STALE_SECONDS, Crew, join_crew
+from data.preprocessing.worker_group import STALE_SECONDS, WorkerGroup, join
 
 SETTINGS = {"format": 1}
 
@@ -24,12 +24,12 @@ def touch_elsewhere(member, *, seconds_ago):
     os.utime(file, (time.time() - seconds_ago,) * 2)
 
 
-def agree(crew, *, waiting, planned):
+def agree(group, *, waiting, planned):
     def plan():
-        planned.append(crew.token)
+        planned.append(group.token)
         return ()
 
-    return agree_on_plan(crew, plan, help_planning=lambda: None, waiting=waiting)
+    return agree_on_plan(group, plan, help_planning=lambda: None, waiting=waiting)
 
 
 def never(for_whom):
@@ -40,26 +40,26 @@ def never(for_whom):
 @pytest.mark.parametrize("lives", [True, False])
 def test_of_a_worker_elsewhere_it_is_waited_to_hear(folder, last_heard, lives):
     """It may have been killed before this one came: then pictures may have changed since it planned."""
-    other, planned, waited_for = Crew(folder, SETTINGS), [], []
+    other, planned, waited_for = WorkerGroup(folder, SETTINGS), [], []
     agree(other, waiting=never, planned=planned)
     touch_elsewhere(other, seconds_ago=last_heard)
-    with join_crew(folder, SETTINGS) as crew:
+    with join(folder, SETTINGS) as group:
 
         def wait(for_whom):
             waited_for.append(for_whom)
             assert planned == [other.token]
             touch_elsewhere(other, seconds_ago=-0.1 if lives else STALE_SECONDS + 1)
 
-        agree(crew, waiting=wait, planned=planned)
-        assert planned == ([other.token] if lives else [other.token, crew.token])
+        agree(group, waiting=wait, planned=planned)
+        assert planned == ([other.token] if lives else [other.token, group.token])
         assert [line.split(", ")[0] for line in waited_for] == [f"a sign of life of process {os.getpid()} on node-7"]
 
 
 def test_a_worker_of_this_machine_is_believed_at_once(folder):
     """Whether it lives, the process list tells."""
     planned = []
-    with join_crew(folder, SETTINGS) as one:
+    with join(folder, SETTINGS) as one:
         agree(one, waiting=never, planned=planned)
-        with join_crew(folder, SETTINGS) as other:
+        with join(folder, SETTINGS) as other:
             agree(other, waiting=never, planned=planned)
         assert planned == [one.token]

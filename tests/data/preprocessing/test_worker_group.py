@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from configs.errors import InputError
-from data.preprocessing.worker_group import STALE_SECONDS, Crew, TakenForDead, join_crew
+from data.preprocessing.worker_group import STALE_SECONDS, Evicted, WorkerGroup, join
 
 SETTINGS = {"data.resolution": [512], "format": 1}
 
@@ -18,9 +18,9 @@ def folder(tmp_path):
     return tmp_path / "cache" / "crew"
 
 
-def move_elsewhere(crew, *, silent_seconds):
+def move_elsewhere(group, *, silent_seconds):
     """Make a member one of another machine, last heard of so long ago."""
-    file = crew.folder / "workers" / f"{crew.token}.json"
+    file = group.folder / "workers" / f"{group.token}.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"place": "another machine", "host": "node-7"}))
     then = time.time() - silent_seconds
     os.utime(file, (then, then))
@@ -31,17 +31,17 @@ def test_never_do_two_have_the_same_thing(folder):
     held, twice, taken = [threading.Lock() for _ in range(4)], [], [0] * 4
 
     def work(number):
-        with join_crew(folder, SETTINGS) as crew:
+        with join(folder, SETTINGS) as group:
             for turn in range(60):
                 thing = (number + turn) % 4
-                if crew.claim(f"thing-{thing}"):
+                if group.claim(f"thing-{thing}"):
                     if not held[thing].acquire(blocking=False):
                         twice.append(thing)
                         continue
                     taken[thing] += 1
                     time.sleep(0.001)
                     held[thing].release()
-                    crew.release(f"thing-{thing}")
+                    group.release(f"thing-{thing}")
 
     with ThreadPoolExecutor(12) as pool:
         list(pool.map(work, range(12)))
@@ -51,7 +51,7 @@ def test_never_do_two_have_the_same_thing(folder):
 
 
 def test_a_claim_is_kept_until_it_is_released(folder):
-    with join_crew(folder, SETTINGS) as one, join_crew(folder, SETTINGS) as other:
+    with join(folder, SETTINGS) as one, join(folder, SETTINGS) as other:
         assert one.claim("a.b")
         assert not other.claim("a.b")
         assert other.claim("a"), "not the same thing"
@@ -65,16 +65,16 @@ def test_a_claim_is_kept_until_it_is_released(folder):
 
 def test_however_they_leave_the_last_one_clears_up(folder):
     for _ in range(20):
-        crews = [Crew(folder, SETTINGS) for _ in range(4)]
+        crews = [WorkerGroup(folder, SETTINGS) for _ in range(4)]
         (folder / "plan-of-theirs.json.gz").write_text("")
         with ThreadPoolExecutor(4) as pool:
-            list(pool.map(Crew.leave, crews))
+            list(pool.map(WorkerGroup.leave, crews))
         assert not folder.exists()
 
 
 def test_a_member_that_left_holds_nothing(folder):
-    with join_crew(folder, SETTINGS) as one:
-        with join_crew(folder, SETTINGS) as other:
+    with join(folder, SETTINGS) as one:
+        with join(folder, SETTINGS) as other:
             assert other.claim("a")
         assert one.others() == []
         assert one.claim("a")
@@ -82,8 +82,8 @@ def test_a_member_that_left_holds_nothing(folder):
 
 
 def test_a_silent_member_of_another_machine_is_dead_after_a_while(folder):
-    with join_crew(folder, SETTINGS) as one:
-        remote = Crew(folder, SETTINGS)
+    with join(folder, SETTINGS) as one:
+        remote = WorkerGroup(folder, SETTINGS)
         assert remote.claim("a")
         move_elsewhere(remote, silent_seconds=STALE_SECONDS - 20)
         assert not one.claim("a")
@@ -102,28 +102,26 @@ def test_a_silent_member_of_another_machine_is_dead_after_a_while(folder):
 @pytest.mark.parametrize("by", ["one that plans", "one that clears up"])
 def test_who_was_buried_alive_stops(folder, by):
     """Stopped for minutes, it goes by a plan that nobody else goes by any more."""
-    remote = Crew(folder, SETTINGS)
+    remote = WorkerGroup(folder, SETTINGS)
     assert remote.claim("a")
     move_elsewhere(remote, silent_seconds=STALE_SECONDS + 1)
-    with join_crew(folder, SETTINGS) as one:
+    with join(folder, SETTINGS) as one:
         if by == "one that plans":
-            one.bury_the_dead()
+            one.evict_dead()
         else:
-            with join_crew(folder, SETTINGS) as other:
-                other.bury_the_dead()
-    started_again = Crew(folder, SETTINGS)
+            with join(folder, SETTINGS) as other:
+                other.evict_dead()
+    started_again = WorkerGroup(folder, SETTINGS)
     assert started_again.claim("a")
     calls = [
         lambda: remote.claim("b"),
         lambda: remote.holds("a"),
-        lambda: remote.make_sure_of("a"),
-        lambda: remote.adopt("plan-of-then"),
+        lambda: remote.require_claim("a"),
+        lambda: remote.announce_plan("plan-of-then"),
         lambda: remote.others(),
     ]
     for call in calls:
-        with pytest.raises(
-            TakenForDead, match=r"this worker \(process \d+ on .*taken for dead.*Start the same command"
-        ):
+        with pytest.raises(Evicted, match=r"this worker \(process \d+ on .*taken for dead.*Start the same command"):
             call()
     remote.leave()
     assert started_again.holds("a")
@@ -134,17 +132,17 @@ def test_who_was_buried_alive_stops(folder, by):
 
 def test_a_heart_that_finds_its_file_gone_beats_no_more(folder, monkeypatch):
     monkeypatch.setattr("data.preprocessing.worker_group.HEARTBEAT_SECONDS", 0.01)
-    with join_crew(folder, SETTINGS) as crew:
-        (folder / "workers" / f"{crew.token}.json").unlink()
+    with join(folder, SETTINGS) as group:
+        (folder / "workers" / f"{group.token}.json").unlink()
         time.sleep(0.1)
         assert list((folder / "workers").iterdir()) == []
-        with pytest.raises(TakenForDead):
-            crew.touch()
+        with pytest.raises(Evicted):
+            group.touch()
 
 
 def test_a_process_of_this_machine_is_dead_at_once(folder):
-    with join_crew(folder, SETTINGS) as one:
-        gone = Crew(folder, SETTINGS)
+    with join(folder, SETTINGS) as one:
+        gone = WorkerGroup(folder, SETTINGS)
         assert gone.claim("a")
         assert not one.claim("a")
         file = folder / "workers" / f"{gone.token}.json"
@@ -156,8 +154,8 @@ def test_a_process_of_this_machine_is_dead_at_once(folder):
 
 def test_a_clock_that_is_wrong_kills_nobody(folder, monkeypatch):
     """Ages are told by the file server's clock."""
-    with join_crew(folder, SETTINGS) as one:
-        remote = Crew(folder, SETTINGS)
+    with join(folder, SETTINGS) as one:
+        remote = WorkerGroup(folder, SETTINGS)
         remote.claim("a")
         move_elsewhere(remote, silent_seconds=1)
         monkeypatch.setattr("time.time", lambda: 2e9)
@@ -166,44 +164,44 @@ def test_a_clock_that_is_wrong_kills_nobody(folder, monkeypatch):
 
 
 def test_others_settings_are_refused_by_name_and_leave_nothing(folder):
-    with join_crew(folder, SETTINGS) as one:
+    with join(folder, SETTINGS) as one:
         with (
             pytest.raises(InputError, match=r"another job is encoding into it by other settings \(process \d+ on") as e,
-            join_crew(folder, SETTINGS | {"data.resolution": [768], "new": True}),
+            join(folder, SETTINGS | {"data.resolution": [768], "new": True}),
         ):
             pass
         assert "data.resolution is [768] here, [512] there\n  new is True here, None there" in str(e.value)
         assert one.others() == []
-    with join_crew(folder, {"data.resolution": [768]}):
+    with join(folder, {"data.resolution": [768]}):
         pass
     assert not folder.exists()
 
 
 def test_settings_of_the_dead_bind_nobody(folder):
-    gone = Crew(folder, SETTINGS)
+    gone = WorkerGroup(folder, SETTINGS)
     move_elsewhere(gone, silent_seconds=STALE_SECONDS + 1)
-    with join_crew(folder, {"data.resolution": [768]}) as crew:
-        assert crew.others() == []
+    with join(folder, {"data.resolution": [768]}) as group:
+        assert group.others() == []
     assert not folder.exists(), "what the dead left is cleared up too"
 
 
 def test_failures_are_told_to_those_who_were_there(folder):
-    with join_crew(folder, SETTINGS) as one, join_crew(folder, SETTINGS) as other:
+    with join(folder, SETTINGS) as one, join(folder, SETTINGS) as other:
         time.sleep(0.02)  # clocks of files tick in milliseconds
         one.report_failure("shards.a", "picture.png: cannot be decoded")
         assert other.failure("shards.a") == "picture.png: cannot be decoded"
         assert other.failure("shards.b") is None
         time.sleep(0.02)
-        with join_crew(folder, SETTINGS) as late:
+        with join(folder, SETTINGS) as late:
             assert late.failure("shards.a") is None, "it may have been mended since"
 
 
 def test_a_folder_that_vanishes_is_made_again(folder):
     """By a member that took itself for the last one."""
-    with join_crew(folder, SETTINGS) as crew:
+    with join(folder, SETTINGS) as group:
         for name in ("claims", "failed"):
             (folder / name).rmdir()
-        assert crew.claim("a")
-        crew.report_failure("a", "cannot be done")
-        with join_crew(folder, SETTINGS) as other:
+        assert group.claim("a")
+        group.report_failure("a", "cannot be done")
+        with join(folder, SETTINGS) as other:
             assert not other.claim("a")

@@ -9,15 +9,15 @@ from PIL import Image
 
 from configs.errors import InputError
 from configs.schema import DataConfig
-from data.sources.download_cache import Copies
+from data.sources.download_cache import DownloadCache
 from data.sources.scan import scan_dataset
 
 
 def test_a_copy_that_another_thread_deletes_meanwhile_counts_nothing(tmp_path):
     (tmp_path / "here.copy").write_bytes(b"x" * 100)
     (tmp_path / "gone.copy").symlink_to(tmp_path / "deleted")  # listed, and not there when it is looked at
-    assert Copies(tmp_path, 100).are_too_many()
-    assert not Copies(tmp_path, 101).are_too_many()
+    assert DownloadCache(tmp_path, 100).are_too_many()
+    assert not DownloadCache(tmp_path, 101).are_too_many()
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def served(serve_folder, tmp_path):
 @pytest.mark.parametrize("limit, kept", [(1001, True), (1000, False)])
 def test_a_copy_stays_where_there_is_room(served, tmp_path, limit, kept):
     url, requests = served
-    copies = Copies(tmp_path / "copies", limit)
+    copies = DownloadCache(tmp_path / "copies", limit)
     for _ in range(2):
         with copies.local(url, "1") as file:
             assert file.read_bytes() == b"x" * 1000
@@ -43,7 +43,7 @@ def test_a_copy_stays_where_there_is_room(served, tmp_path, limit, kept):
 
 def test_what_was_read_with_a_fault_is_fetched_again(served, tmp_path):
     url, requests = served
-    copies = Copies(tmp_path / "copies", 2000)
+    copies = DownloadCache(tmp_path / "copies", 2000)
     with pytest.raises(InputError), copies.local(url, "1"):
         raise InputError("damaged")
     with copies.local(url, "1"):
@@ -59,7 +59,7 @@ def test_what_was_read_with_a_fault_is_fetched_again(served, tmp_path):
 @pytest.mark.parametrize("limit", [0, 1500, 9999])
 def test_nobody_takes_the_copy_of_another(served, tmp_path, limit, first_to_leave):
     url, _ = served
-    copies = Copies(tmp_path / "copies", limit)
+    copies = DownloadCache(tmp_path / "copies", limit)
     blocks = [copies.local(url, "1"), copies.local(url, "1")]
     files = [block.__enter__() for block in blocks]
     for number in (first_to_leave, 1 - first_to_leave):

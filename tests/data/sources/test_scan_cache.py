@@ -3,12 +3,12 @@ from pathlib import Path
 
 import pytest
 
-from data.sources.scan_cache import ScanResults
+from data.sources.scan_cache import ScanCache
 
 
 @pytest.fixture
 def results(tmp_path):
-    return ScanResults(tmp_path / "cache", "cats")
+    return ScanCache(tmp_path / "cache", "cats")
 
 
 def test_what_was_found_is_read_again_and_what_is_unused_is_forgotten(results):
@@ -28,7 +28,7 @@ def test_a_damaged_result_is_none(results):
 
 def test_one_that_clears_up_disturbs_nobody_who_still_writes(results, monkeypatch):
     """A worker that helped to scan may be at it when another is done: what it found is only not kept."""
-    other, replace = ScanResults(results.folder.parents[1], "cats"), Path.replace
+    other, replace = ScanCache(results.folder.parents[1], "cats"), Path.replace
 
     def replace_after_the_other_cleared_up(file, target):
         assert os.listdir(results.folder) == [file.name]

@@ -13,12 +13,12 @@ from data.cache.manifest import write_manifest
 from data.cache.shard_writer import ShardWriter, read_index, write_index
 from data.cache.validation_items import ValidationItem, write_validation_items
 from data.preprocessing import share_plan
-from data.preprocessing.worker_group import Crew
+from data.preprocessing.worker_group import WorkerGroup
 from data.samples.geometry import Bucket, Pixels
 from data.sources.scan import _new_file
-from data.sources.scan_cache import ScanResults
+from data.sources.scan_cache import ScanCache
 from data.storage.atomic_write import write_atomically, write_text_atomically
-from data.storage.disk_full import DiskFull, told_when_full
+from data.storage.disk_full import DiskFull, raise_disk_full
 
 SQUARE = Bucket(64, 64)
 
@@ -32,8 +32,8 @@ def write_index_of_a_shard(disk, cache, make_sample, make_text):
 
 
 def write_plan(disk, *_):
-    crew = Crew(disk.parent / "crew", {})
-    share_plan._make_and_share(crew, list)
+    group = WorkerGroup(disk.parent / "crew", {})
+    share_plan._make_and_share(group, list)
 
 
 def write_pack(disk, *_):
@@ -62,7 +62,7 @@ WRITERS = {
     ),
     "index": write_index_of_a_shard,
     "constants": lambda disk, _, make_sample, make_text: constants._write(disk / "a.safetensors", make_text("a"), {}),
-    "scan result": lambda disk, *_: ScanResults(disk, "cats").write("a", [["a" * 8000]]),
+    "scan result": lambda disk, *_: ScanCache(disk, "cats").write("a", [["a" * 8000]]),
     "pack of remote pictures": write_pack,
     "validation pictures": write_pictures,
     "manifest": lambda disk, cache, *_: write_manifest(disk, cache.manifest, cache.table),
@@ -109,12 +109,12 @@ def test_what_was_there_before_stays(small_disk):
 
 def test_it_is_an_error_of_the_user_and_of_the_system(tmp_path):
     """A trainer that goes on without a save that failed asks for the second."""
-    with pytest.raises(InputError) as caught, told_when_full(tmp_path / "a"):
+    with pytest.raises(InputError) as caught, raise_disk_full(tmp_path / "a"):
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
     assert isinstance(caught.value, OSError) and caught.value.errno == errno.EDQUOT
     assert f"{tmp_path}/a: cannot be written (Disk quota exceeded)" in str(caught.value)
 
 
 def test_other_errors_stay_what_they_are(tmp_path):
-    with pytest.raises(PermissionError), told_when_full(tmp_path):
+    with pytest.raises(PermissionError), raise_disk_full(tmp_path):
         raise PermissionError(errno.EACCES, "no")

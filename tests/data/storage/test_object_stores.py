@@ -14,8 +14,8 @@ import fsspec
 import pytest
 
 from configs.errors import InputError, StorageFailed
-from data.cache.node_cache import ShardCopies
-from data.cache.remote_manifest import fetch_head
+from data.cache.node_cache import NodeCache
+from data.cache.remote_manifest import fetch_manifest
 from data.storage.remote_files import open_url, read_range, url_stamp
 from data.storage.retry import with_retries
 from tests.data.batches.streams import rows_by_position, take
@@ -147,8 +147,8 @@ def test_a_cache_trains_as_its_folder_does(store, make_cache, tmp_path):
     url, driver, _ = store
     cache = make_cache(SHARDS)
     driver.put(str(cache.folder), url, recursive=True)
-    copies = ShardCopies(url, tmp_path / "node", 1 << 30, cache.table)
-    far = replace(cache, folder=fetch_head(url, tmp_path / "node"), copies=copies)
+    copies = NodeCache(url, tmp_path / "node", 1 << 30, cache.table)
+    far = replace(cache, folder=fetch_manifest(url, tmp_path / "node"), copies=copies)
     assert [rows_by_position(b) for b in take(far, 6)] == [rows_by_position(b) for b in take(cache, 6)]
 
 
@@ -157,7 +157,7 @@ def test_a_store_that_is_down_for_a_while_is_waited_for(store, make_cache, tmp_p
     url, driver, proxy = store
     cache = make_cache(SHARDS)
     driver.put(str(cache.folder), url, recursive=True)
-    copies = ShardCopies(url, tmp_path / "node", 1 << 30, cache.table)
+    copies = NodeCache(url, tmp_path / "node", 1 << 30, cache.table)
     proxy.is_down.set()
     found = []
     opening = threading.Thread(
@@ -180,7 +180,7 @@ def test_a_store_that_stays_down_is_named(store, make_cache, tmp_path, no_waits)
     url, driver, proxy = store
     cache = make_cache(SHARDS)
     driver.put(str(cache.folder), url, recursive=True)
-    copies = ShardCopies(url, tmp_path / "node", 1 << 30, cache.table)
+    copies = NodeCache(url, tmp_path / "node", 1 << 30, cache.table)
     proxy.is_down.set()
     with pytest.raises(StorageFailed, match=rf"{url}/shards/a/32x32-000001\.tar: failed 1 time\(s\)"):
         copies.open(1, stop=threading.Event(), attempts=1)

@@ -9,7 +9,7 @@ import pytest
 from configs.errors import StorageFailed
 from data.cache.dropout_tensors import constants_are_there
 from data.preprocessing.shard_queue import read_finished
-from data.preprocessing.worker_group import join_crew
+from data.preprocessing.worker_group import join
 from data.samples.geometry import Bucket
 from tests.data.preprocessing.test_shard_queue import planned, shard_plan
 
@@ -40,7 +40,7 @@ def stale(monkeypatch):
 
 @pytest.mark.parametrize("part", ["workers/", "workers"])
 def test_a_member_whose_file_is_replaced_meanwhile_is_no_dead_one(tmp_path, stale, part):
-    with join_crew(tmp_path / "crew", {}) as one, join_crew(tmp_path / "crew", {}) as other:
+    with join(tmp_path / "crew", {}) as one, join(tmp_path / "crew", {}) as other:
         assert other.claim("a")
         stale(part, 2)
         assert not one.claim("a")
@@ -65,7 +65,7 @@ def test_what_stays_stale_is_named(tmp_path, cache, write_shard, stale, part):
     path = "shards/cats/32x32-000001.tar"
     index = write_shard(tmp_path / path, Bucket(32, 32), ["a"])
     plan = shard_plan(path, (planned("a"),), index.plan)
-    with join_crew(tmp_path / "crew", {}) as one, join_crew(tmp_path / "crew", {}):
+    with join(tmp_path / "crew", {}) as one, join(tmp_path / "crew", {}):
         calls = {
             "workers/": lambda: one.others(),
             "empty_text": lambda: constants_are_there(cache.folder, [], {}),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from configs.errors import InputError
 from configs.schema import DoraConfig, FlowConfig, LokrConfig, LoraConfig
 from trainer.adapters.adapter import ADAPTER, WEIGHTS_NAME, AdapterConfig, add_adapter, save_adapter
-from trainer.adapters.dora import RowLengths, row_lengths
+from trainer.adapters.dora import DoraMagnitude, row_norms
 from trainer.adapters.lokr import Kronecker
 from trainer.export.write import verify_adapter
 from trainer.model.flux import load_transformer, predict_velocity
@@ -87,7 +87,7 @@ def reloaded_velocity(model: Path, adapter: Path, rows) -> torch.Tensor:
         fresh.transformer.load_lora_adapter(adapter, use_safetensors=True)
     else:
         fresh.load_lora_weights(adapter)
-    assert not any(isinstance(module, RowLengths | Kronecker) for module in fresh.transformer.modules())
+    assert not any(isinstance(module, DoraMagnitude | Kronecker) for module in fresh.transformer.modules())
     after = velocity_of(fresh.transformer, rows)
     assert (after - before).abs().max() > 1e-2
     return after
@@ -130,8 +130,8 @@ def test_lengths_are_those_of_the_changed_rows():
     generator = torch.Generator().manual_seed(0)
     weight, a, b = (torch.randn(shape, generator=generator) for shape in ((6, 5), (2, 5), (6, 2)))
     expected = (weight.double() + 3 * b.double() @ a.double()).norm(dim=1)
-    torch.testing.assert_close(row_lengths(weight, a, b, 3).double(), expected)
-    assert row_lengths(weight.bfloat16(), a, b, 3).dtype == torch.float32
+    torch.testing.assert_close(row_norms(weight, a, b, 3).double(), expected)
+    assert row_norms(weight.bfloat16(), a, b, 3).dtype == torch.float32
 
 
 def test_a_lokrs_file_holds_its_scale_and_its_settings(tiny_model, tmp_path):
@@ -156,7 +156,7 @@ def test_init_from_takes_an_adapter_over(tiny_model, tmp_path, rows, method):
     train_a_little(first)
     save_adapter(first, tmp_path)
     second = adapted(tiny_model, method.model_copy(update={"init_from": tmp_path}))
-    assert any(isinstance(module, RowLengths | Kronecker) for module in second.modules())
+    assert any(isinstance(module, DoraMagnitude | Kronecker) for module in second.modules())
     torch.testing.assert_close(velocity_of(second, rows), velocity_of(first, rows), rtol=0, atol=1e-6)
     verify_adapter(second, tiny_model, tmp_path)
     assert [p.requires_grad for p in second.parameters()] == [p.requires_grad for p in first.parameters()]

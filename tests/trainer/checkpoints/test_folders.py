@@ -13,7 +13,7 @@ from trainer.checkpoints.folders import (
     COMPLETE,
     MANIFEST,
     complete_checkpoints,
-    damage_of,
+    find_damage,
     latest_checkpoint,
     prune_checkpoints,
     save_checkpoint,
@@ -45,7 +45,7 @@ def heard(caplog, monkeypatch):
 def test_a_saved_checkpoint_is_the_latest_and_whole(tmp_path, heard):
     for step in (3, 20, 100):
         folder = save_checkpoint(tmp_path, step, write)
-        assert damage_of(folder) is None
+        assert find_damage(folder) is None
     assert latest_checkpoint(tmp_path) == folder == tmp_path / "checkpoints" / "step-00000100"
     assert {name: (folder / name).read_bytes() for name in FILES} == FILES
     assert not heard.records
@@ -100,9 +100,9 @@ def test_hashes_given_by_write_are_taken_for_its_files(tmp_path):
         (folder / "rank-0").write_bytes(b"test")
         return {"rank-0": right}
 
-    assert damage_of(save_checkpoint(tmp_path, 1, write_and_hash)) is None
+    assert find_damage(save_checkpoint(tmp_path, 1, write_and_hash)) is None
     right = "0" * 64
-    assert "rank-0" in damage_of(save_checkpoint(tmp_path, 2, write_and_hash))
+    assert "rank-0" in find_damage(save_checkpoint(tmp_path, 2, write_and_hash))
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def test_a_file_that_is_missing_or_cut_is_found(tmp_path, name, how):
         (folder / name).unlink()
     else:
         os.truncate(folder / name, 0 if how == "empty" else (folder / name).stat().st_size - 1)
-    damage = damage_of(folder)
+    damage = find_damage(folder)
     assert damage is not None
     if how == "missing":
         assert damage == f"{Path(name).name} is missing"
@@ -176,7 +176,7 @@ def test_a_damaged_checkpoint_is_written_anew(tmp_path):
     (folder / "state.json").write_text("{}")
     (folder / "stray").touch()
     assert save_checkpoint(tmp_path, 2, write) == folder
-    assert damage_of(folder) is None
+    assert find_damage(folder) is None
     assert not (folder / "stray").exists()
 
 

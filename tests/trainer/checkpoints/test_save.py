@@ -199,7 +199,7 @@ def save_with_one_rank_slow(arguments: list[str]) -> int:
 def test_a_checkpoint_waits_for_its_slowest_rank(config, tmp_path):
     """Ranks that finish apart: nothing is whole before all are, nothing hangs, and every checkpoint is right."""
     from configs.loading import dump_config
-    from trainer.checkpoints.folders import complete_checkpoints, damage_of, step_of
+    from trainer.checkpoints.folders import complete_checkpoints, find_damage, step_of
 
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(config), encoding="utf-8")
@@ -209,5 +209,5 @@ def test_a_checkpoint_waits_for_its_slowest_rank(config, tmp_path):
     run_ranks("fsdp2", 2, save_with_one_rank_slow, ["--config", str(path), *settings])
     found = complete_checkpoints(tmp_path / "slow")
     assert [step_of(folder) for folder in found] == [3, 6, 7]
-    assert [damage_of(folder) for folder in found] == [None] * 3
+    assert [find_damage(folder) for folder in found] == [None] * 3
     shutil.rmtree(tmp_path / "slow")

@@ -698,7 +698,7 @@ def test_at_a_small_rate_bf16_weights_learn_as_fp32_does_and_only_if_rounded_at_
 OPTIMIZERS = {"adafactor": ("train.optimizer=adafactor",), "prodigy": ("train.optimizer=prodigy", "train.lr=1")}
 
 
-def bound_state(run: Path, step: int) -> dict[str, torch.Tensor]:
+def unreshardable_state(run: Path, step: int) -> dict[str, torch.Tensor]:
     """What a checkpoint holds of an optimizer that has not one number per element."""
     from trainer.checkpoints.tensor_files import StateFiles
 
@@ -711,7 +711,7 @@ def test_adafactor_and_prodigy_are_those_of_one_process_and_go_on_exactly(launch
     """Their rows and columns, and what they learned of all weights, are saved by one process and read by three."""
     settings = OPTIMIZERS[optimizer]
     whole = launch(*SINGLE, optimizer, *settings)
-    saved = bound_state(whole, HALF)
+    saved = unreshardable_state(whole, HALF)
     kinds = {name.rpartition("//")[2] for name in saved}
     assert kinds >= ({"exp_avg_sq_row", "exp_avg_sq_col"} if optimizer == "adafactor" else {"s", "p0", "learned"})
     checkpoint = Path("checkpoints", f"step-{HALF:08d}")
@@ -722,7 +722,7 @@ def test_adafactor_and_prodigy_are_those_of_one_process_and_go_on_exactly(launch
         launch(*engine, halves.name, *settings)
         assert read_losses(halves) == pytest.approx(read_losses(whole), abs=allowed)
         assert furthest(read_tensors(halves), read_tensors(whole)) <= allowed
-        assert furthest(bound_state(halves, STEPS), bound_state(whole, STEPS)) <= allowed
+        assert furthest(unreshardable_state(halves, STEPS), unreshardable_state(whole, STEPS)) <= allowed
 
 
 @pytest.mark.slow
