@@ -105,6 +105,7 @@ class Job:
 _FREE_KEYS: Any = {
     "cache": True,
     "mode": True,
+    "preprocess": True,
     "write_through": True,
     "encoder_devices": True,
     "local_cache": True,
