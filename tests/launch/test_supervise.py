@@ -155,7 +155,7 @@ def test_work_is_done_when_one_of_its_workers_says_so_and_else_ends_with_their_c
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_stop_signal_ends_all_workers_at_once_and_is_resumable(number: signal.Signals, tmp_path: Path) -> None:
     code = "import os, pathlib, time; pathlib.Path(os.environ['READY']).touch(); time.sleep(60)"
-    sender = send_when_ready(tmp_path, number, number, ranks=2)
+    sender = send_when_ready(tmp_path, number, ranks=2)
     began = time.monotonic()
     outcome = run_workers(
         [sys.executable, "-c", code], [{"READY": str(tmp_path / f"ready.{rank}")} for rank in range(2)]
