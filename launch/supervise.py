@@ -7,10 +7,12 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 BAD_INPUT = 2  # exit codes: what the user gave is wrong;
@@ -18,6 +20,7 @@ RESUMABLE = 75  # stopped on purpose, and the same command goes on
 
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
+_STDERR = 2
 
 
 @dataclass(frozen=True)
@@ -49,18 +52,31 @@ def run_workers(command: Sequence[str], environments: Sequence[Mapping[str, str]
     """Run the command once with each environment, all at once, and wait for all: workers that share what is to be done,
     and end with code 0 when all of it is done, by whomever.
 
-    So one such end is a success, whatever befell the others. A stop signal to this process ends the workers by TERM,
-    at once: what they have not finished has no name yet.
+    So one such end is a success, whatever befell the others. What several have to say of the same thing on standard
+    error is printed once. A stop signal to this process ends the workers by TERM, at once: what they have not finished
+    has no name yet.
     """
     relay = _SignalRelay(sends=signal.SIGTERM)
-    with relay.installed():
-        workers = [relay.start(command, environment) for environment in environments]
+    stderr = subprocess.PIPE if len(environments) > 1 else None
+    with relay.installed(), ThreadPoolExecutor(len(environments)) as readers:
+        workers = [relay.start(command, environment, stderr) for environment in environments]
+        said: dict[bytes, int] = {}
+        for worker in workers:
+            if worker.stderr is not None:
+                readers.submit(_forward_new_lines, worker.stderr, worker.pid, said)
         codes = [worker.wait() for worker in workers]
     if relay.first is not None:
         return Outcome(RESUMABLE, f"stopped by {signal.Signals(relay.first).name}; the same command goes on")
     if 0 in codes:
         return Outcome(0, "finished")
     return Outcome(BAD_INPUT if BAD_INPUT in codes else 1, "not finished; what is wrong stands above")
+
+
+def _forward_new_lines(lines: IO[bytes], worker: int, said: dict[bytes, int]) -> None:
+    """Print to standard error what no other worker has said.  said: line -> who was the first, of all workers."""
+    for line in lines:
+        if said.setdefault(line, worker) == worker:
+            os.write(_STDERR, line)
 
 
 class _SignalRelay:
@@ -84,9 +100,12 @@ class _SignalRelay:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def start(self, command: Sequence[str], environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+    def start(
+        self, command: Sequence[str], environment: Mapping[str, str], stderr: int | None = None
+    ) -> "subprocess.Popen[bytes]":
         child = subprocess.Popen(
             command,
+            stderr=stderr,
             env={**os.environ, **environment},
             start_new_session=True,  # Ctrl-C then comes once, through here, not also from the terminal
             preexec_fn=_stop_with_parent,

@@ -115,13 +115,13 @@ def test_pictures_that_were_added_are_encoded_before_the_next_run(
     (tmp_path / "trainer" / "main.py").touch()  # which trains nothing
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.setattr(launch_command, "REPO_ROOT", tmp_path)
+    monkeypatch.setattr("launch.cli.count_gpus", lambda environment: 2)
     for name in ("first", "second"):
-        add_picture(pictures, triples, NUM_PICTURES)  # nothing new the second time
-        assert CliRunner().invoke(app, ["train", str(config_file), f"run.name={name}"]).exit_code == 0
-        assert num_samples(tmp_path / "cache") == NUM_PICTURES + 1
-    add_picture(pictures, triples, NUM_PICTURES + 1)
-    assert CliRunner().invoke(app, ["train", str(config_file), "run.name=third"]).exit_code == 0
-    assert num_samples(tmp_path / "cache") == NUM_PICTURES + 2
+        result = CliRunner().invoke(app, ["train", str(config_file), f"run.name={name}"])
+        assert result.exit_code == 0, result.stderr
+        assert result.stdout.startswith(f"fluxfill preprocess {config_file} run.name={name}  # workers: 2\n")
+        assert num_samples(tmp_path / "cache") == NUM_PICTURES + (name == "second")
+        add_picture(pictures, triples, NUM_PICTURES)
 
 
 def test_bad_pictures_end_it_with_2_before_anything_is_trained(config_file: Path, pictures: Path) -> None:

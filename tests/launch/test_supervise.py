@@ -152,6 +152,14 @@ def test_work_is_done_when_one_of_its_workers_says_so_and_else_ends_with_their_c
     assert run_codes(9, 9) == 1
 
 
+def test_what_workers_say_alike_is_printed_once(capfd: pytest.CaptureFixture) -> None:
+    says = "for line in ('no mask', 'disk full', os.environ['NAME'], 'no mask'): print(line, file=sys.stderr)"
+    code = f"import os, sys\n{says}\nsys.exit(2)"
+    assert run_workers([sys.executable, "-c", code], [{"NAME": name} for name in "abc"]).code == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert sorted(lines) == ["a", "b", "c", "disk full", "no mask", "no mask"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_stop_signal_ends_all_workers_at_once_and_is_resumable(number: signal.Signals, tmp_path: Path) -> None:
     code = "import os, pathlib, time; pathlib.Path(os.environ['READY']).touch(); time.sleep(60)"
