@@ -30,8 +30,10 @@ class FsdpEngine(TorchEngine):
 
     @final
     def _start_accelerator(self, config: Config) -> Accelerator:
+        parallelism = self._plan_mesh()
         cpu = not torch.cuda.is_available()
-        # First: on a CPU accelerate would take each process for the only one. It makes the group, too.
+        # Before all else of accelerate: on a CPU it would take each process for the only
+        # one. It makes the group, too.
         PartialState(cpu=cpu, timeout=self.patience)
         dtype = compute_dtype(config, PartialState().device)
         plugin = FullyShardedDataParallelPlugin(  # the rest comes from the engine file
@@ -41,7 +43,6 @@ class FsdpEngine(TorchEngine):
             # A quantized base is on every rank already when it is cut.
             cpu_ram_efficient_loading=config.model.precision not in QUANTIZED,
         )
-        parallelism = self._plan_mesh()
         if cpu:
             return _start_accelerator_on_cpu(plugin, parallelism)
         return Accelerator(fsdp_plugin=plugin, parallelism_config=parallelism)
