@@ -32,8 +32,9 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from configs.data_schema import EncodersConfig
 from configs.loading import load_config
-from configs.schema import Config, EncodersConfig
+from configs.schema import Config
 from data.cache.shard_writer import SampleTensors, ShardWriter
 from data.encoders.encode import collate_pixels, encode_captions, encode_pixels
 from data.encoders.load import Encoders, load_encoders

@@ -24,7 +24,6 @@ from functools import cache as once
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from configs.library_warnings import quiet_libraries
 
@@ -34,6 +33,7 @@ if __name__ == "__main__":
 from rich.console import Console
 from rich.progress import Progress
 
+from configs.cache_settings import tensor_settings, worker_settings
 from configs.errors import InputError
 from configs.loading import load_config
 from configs.schema import Config
@@ -81,17 +81,13 @@ class Job:
     @property
     def encoding(self) -> dict[str, object]:
         """What shapes the tensors besides the pictures and captions."""
-        data = self.config.data
-        int8 = {"t5_precision": "int8"} if data.encoders.t5_precision == "int8" else {}
-        text = {"text_length": data.captions.text_length, "text_dtype": data.captions.text_dtype}
-        return {"encoders": dict(self.encoders), **text, **int8}
+        return {"encoders": dict(self.encoders), **tensor_settings(self.config.data)}
 
     @property
     def settings(self) -> dict[str, object]:
         """What workers on one cache must agree in: all that shapes the plan."""
-        data = self.config.data.model_dump(mode="json", exclude=_FREE_KEYS)
-        keys = {f"data.{key}": value for key, value in data.items()}
-        return {"format": FORMAT_VERSION, **{f"model's {part}": print for part, print in self.encoders.items()}, **keys}
+        encoders = {f"model's {part}": print for part, print in self.encoders.items()}
+        return {"format": FORMAT_VERSION, **encoders, **worker_settings(self.config.data)}
 
     @property
     def text_bytes(self) -> int:
@@ -99,26 +95,6 @@ class Job:
         t5_width = int(read_part_number(self.model, "text_encoder_2", "d_model"))
         captions = self.config.data.captions
         return text_bytes(captions.text_length, t5_width, captions.text_dtype)
-
-
-# Of the data section, what each worker may have as it likes, and what concerns training alone.
-_FREE_KEYS: Any = {
-    "cache": True,
-    "mode": True,
-    "write_through": True,
-    "encoder_devices": True,
-    "local_cache": True,
-    "local_cache_gib": True,
-    "copies_gib": True,
-    "encode_batch_size": True,
-    "encoders": {"vae", "clip", "t5"},
-    "reader_threads": True,
-    "streams": True,
-    "mask_choice": True,
-    "mask_dropout": True,
-    "captions": {"dropout"},
-    "datasets": {"__all__": {"weight"}},
-}
 
 
 def preprocess(config: Config, console: Console, worker: Worker = _ALONE) -> None:

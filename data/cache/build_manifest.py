@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from configs.cache_settings import manifest_settings
 from configs.errors import InputError
 from configs.mask_recipe import recipe_of
 from configs.schema import Config
@@ -21,7 +22,6 @@ from data.cache.manifest import (
     TRAIN,
     Manifest,
     ShardTable,
-    cached_settings,
     hash_files,
     read_manifest,
     read_shard_table,
@@ -72,7 +72,7 @@ def describe_samples(
     return Manifest(
         format_version=FORMAT_VERSION,
         order_version=ORDER_VERSION,
-        settings=cached_settings(config),
+        settings=manifest_settings(config.data),
         encoders=encoders,
         vae_shift=read_part_number(model, "vae", "shift_factor"),
         vae_scale=read_part_number(model, "vae", "scaling_factor"),

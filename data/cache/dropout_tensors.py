@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from configs.schema import CaptionsConfig
+from configs.data_schema import CaptionsConfig
 from data.cache.manifest import EMPTY_TEXT, blank_name
 from data.cache.shard_writer import NotFinite
 from data.encoders.device import raise_out_of_memory

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from configs.cache_settings import manifest_settings
 from configs.errors import InputError
-from configs.mask_recipe import recipe_of
 from configs.schema import Config
 from data.encoders.model_folder import encoder_fingerprints
 from data.samples.geometry import Bucket
@@ -52,7 +52,7 @@ class ShardTable:
 class Manifest:
     """What is true of all shards of a cache.
 
-    settings: the config's keys that shape cached tensors (`cached_settings`).  encoders: part -> fingerprint.
+    settings: `manifest_settings` of the config.  encoders: part -> fingerprint.
     vae_shift, vae_scale: latents = (z - shift) * scale.  text_width, pooled_width: numbers per T5 token and of CLIP.
     mask_variants: per dataset.  samples: dataset -> split -> count.  hole_fractions: dataset -> masks, all variants,
     per tenth of the area that is painted.
@@ -73,26 +73,6 @@ class Manifest:
     samples: dict[str, dict[str, int]]
     hole_fractions: dict[str, list[int]]
     files: dict[str, str] = field(default_factory=dict)
-
-
-def cached_settings(config: Config) -> dict:
-    """The keys of a config that shape cached tensors, dotted. All others may change without encoding again."""
-    data = config.data
-    return {
-        "data.datasets": sorted(dataset.name for dataset in data.datasets),
-        "data.resolution": sorted(data.resolution),
-        "data.resolution_policy": data.resolution_policy,
-        "data.captions.default": data.captions.default,
-        "data.captions.trigger": data.captions.trigger,
-        "data.captions.text_length": data.captions.text_length,
-        "data.captions.text_dtype": data.captions.text_dtype,
-        "data.encoders.t5_precision": data.encoders.t5_precision,
-        "data.holdout": data.holdout,
-    } | {
-        f"data.datasets.{dataset.name}.{key}": value
-        for dataset in data.datasets
-        for key, value in (("mask", str(recipe_of(dataset))), ("flip", dataset.flip))
-    }
 
 
 def write_manifest(cache: Path, manifest: Manifest, table: ShardTable) -> Manifest:
@@ -211,7 +191,7 @@ def parse_bucket(text: str) -> Bucket:
 
 def refuse_other_settings(config: Config, model: Path, manifest: Manifest) -> None:
     """Raise InputError that lists every setting and encoder in which a config and its model differ from a cache's."""
-    encoders, wanted = encoder_fingerprints(model), cached_settings(config)
+    encoders, wanted = encoder_fingerprints(model), manifest_settings(config.data)
     problems = [
         f"{part} of model.base {config.model.base} is not the one that encoded the cache "
         f"({encoders[part][:12]}, not {manifest.encoders.get(part, 'none')[:12]})"

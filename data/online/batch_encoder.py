@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.schema import CaptionsConfig
+from configs.data_schema import CaptionsConfig
 from data.cache.shard_writer import NotFinite
 from data.encoders.device import no_memory
 from data.encoders.encode import HostCopy, collate_pixels, encode_pixels

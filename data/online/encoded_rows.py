@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+from configs.data_schema import DataConfig
 from configs.errors import InputError, StorageFailed
-from configs.schema import DataConfig
 from data.batches.micro_batch import BufferLease, bytes_of
 from data.batches.order import Batch
 from data.batches.row_filler import ReplacedRow, RowFiller

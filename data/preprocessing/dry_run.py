@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from configs.schema import DataConfig
+from configs.data_schema import DataConfig
 from data.encoders.device import raise_out_of_memory
 from data.encoders.encode import collate_pixels, encode_captions, encode_pixels
 from data.encoders.load import Encoders

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from configs.schema import DataConfig
+from configs.data_schema import DataConfig
 from data.cache.shard_writer import NotFinite, SampleTensors, ShardWriter
 from data.encoders.device import raise_out_of_memory
 from data.encoders.encode import HostCopy, PixelBatch, collate_pixels, encode_captions, encode_pixels

@@ -4,8 +4,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from configs.data_schema import CaptionsConfig
 from configs.errors import InputError
-from configs.schema import CaptionsConfig
 from data.sources.picture_file import PictureFile
 
 

@@ -25,10 +25,10 @@ from typing import BinaryIO
 import numpy as np
 import xxhash
 
+from configs.data_schema import DataConfig
 from configs.dataset_schema import DatasetConfig
 from configs.errors import InputError, StorageFailed
 from configs.mask_recipe import recipe_of
-from configs.schema import DataConfig
 from configs.urls import is_url, shown
 from data.sources.download_cache import DownloadCache
 from data.sources.folders import list_folders, mask_folder, read_caption_file

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import xxhash
 
+from configs.data_schema import DataConfig
 from configs.dataset_schema import DatasetConfig
 from configs.errors import InputError
-from configs.schema import DataConfig
 from data.sources.items import finish_caption, listed
 from data.sources.picture_file import PictureFile
 from data.sources.scan import ScannedItem, scan_dataset

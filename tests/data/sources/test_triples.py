@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs.data_schema import CaptionsConfig, DataConfig
+from configs.dataset_schema import DatasetConfig
 from configs.errors import InputError
-from configs.schema import CaptionsConfig, DataConfig, DatasetConfig
 from data.sources.items import listed
 from data.sources.triples import Triple, held_out, list_triples
 
