@@ -46,6 +46,7 @@ from data.cache.validation_items import (
     num_watched,
     write_validation_items,
 )
+from data.cache_layout import CREW, MANIFEST
 from data.encoders.load import Encoders, load_encoders
 from data.encoders.model_folder import encoder_fingerprints, find_model, read_part_number
 from data.encoders.stored_text import text_bytes
@@ -64,7 +65,6 @@ from data.samples.shard_plan import PlannedShard, plan_shards
 from data.sources.scan import delete_copies, scan_dataset
 from data.storage.disk_full import DiskFull, raise_disk_full
 
-WORKERS_FOLDER = "crew"  # in the cache, while somebody works on it
 _CONSTANTS, _HEAD = "constants", "head"  # what can be claimed, besides shards
 
 _ALONE = Worker()
@@ -110,7 +110,7 @@ def preprocess(config: Config, console: Console, worker: Worker = _ALONE) -> Non
     try:
         with (
             raise_disk_full(cache),
-            join(cache / WORKERS_FOLDER, job.settings) as group,
+            join(cache / CREW, job.settings) as group,
             open_progress(console, worker) as progress,
         ):
             try:
@@ -209,7 +209,7 @@ def encode_what_is_left(
         if not constants and group.claim(_CONSTANTS):
             encoders = load()
             group.require_claim(_CONSTANTS)
-            (data.cache_folder / "manifest.json").unlink(missing_ok=True)
+            (data.cache_folder / MANIFEST).unlink(missing_ok=True)
             still_mine = partial(group.require_claim, _CONSTANTS)
             write_constants(data.cache_folder, encoders, buckets, job.encoding, data.captions, still_mine, turn=turn)
             group.release(_CONSTANTS)
@@ -252,7 +252,7 @@ def complete(
 def manifest_stamp(cache: Path) -> tuple[int, int] | None:
     """What tells one manifest from another; None if there is none."""
     try:
-        status = (cache / "manifest.json").stat()
+        status = (cache / MANIFEST).stat()
     except (FileNotFoundError, NotADirectoryError):
         return None
     return status.st_ino, status.st_mtime_ns
@@ -273,7 +273,7 @@ def _write_head(job: Job, plan: PlanFile, group: WorkerGroup, worker: Worker, pr
     if is_current(cache, *head):
         return delete_copies(cache)
     group.require_claim(_HEAD)
-    (cache / "manifest.json").unlink(missing_ok=True)
+    (cache / MANIFEST).unlink(missing_ok=True)
     delete_unplanned(cache, plan.heads)
     chosen = choose_validation_items(plan.shards(), count=num_watched(config.data.holdout))
     bar = progress.add_task("validation pictures", total=len(chosen))

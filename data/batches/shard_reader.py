@@ -22,7 +22,8 @@ from data.cache.manifest import parse_bucket
 from data.cache.members import MAX_HEADER, Tensors, num_bytes, parse_header, sample_tensors
 from data.cache.node_cache import FileHandle
 from data.cache.open_cache import Cache
-from data.cache.shard_writer import ShardIndex, index_path, read_index, rebuild_index
+from data.cache.shard_writer import ShardIndex, read_index, rebuild_index
+from data.cache_layout import index_path
 from data.storage.retry import with_retries
 
 log = logging.getLogger("fluxfill")

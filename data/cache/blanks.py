@@ -5,9 +5,9 @@ from safetensors.torch import load
 
 from configs.errors import InputError
 from data.batches.micro_batch import bytes_of
-from data.cache.manifest import EMPTY_TEXT, blank_name
 from data.cache.members import Tensors, num_bytes, parse_header, sample_tensors, text_tensors
 from data.cache.open_cache import Cache
+from data.cache_layout import EMPTY_TEXT, blank_name
 from data.samples.geometry import Bucket
 
 

@@ -12,19 +12,13 @@ import xxhash
 from configs.cache_settings import manifest_settings
 from configs.errors import InputError
 from configs.schema import Config
+from data.cache_layout import MANIFEST, SHARD_TABLE, SHARDS, VALIDATION
 from data.encoders.model_folder import encoder_fingerprints
 from data.samples.geometry import Bucket
 from data.storage.atomic_write import write_atomically, write_text_atomically
 
 FORMAT_VERSION = 1
 TRAIN, HOLDOUT = "train", "holdout"
-MANIFEST, SHARD_TABLE = "manifest.json", "shards.npz"
-EMPTY_TEXT = "empty_text.safetensors"  # beside the manifest: t5 and pooled of the empty caption
-
-
-def blank_name(bucket: str) -> str:
-    """File beside the manifest: masked_latents of a bucket's picture that is all hole."""
-    return f"blank_{bucket}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -89,7 +83,7 @@ def write_manifest(cache: Path, manifest: Manifest, table: ShardTable) -> Manife
             np.savez_compressed(file, **columns)
 
     write_atomically(cache / SHARD_TABLE, write_table)
-    beside = [cache / SHARD_TABLE, *cache.glob("*.safetensors"), *(cache / "validation").glob("*")]
+    beside = [cache / SHARD_TABLE, *cache.glob("*.safetensors"), *(cache / VALIDATION).glob("*")]
     written = replace(manifest, files=hash_files(cache, [path.relative_to(cache).as_posix() for path in beside]))
     fields = asdict(written)
     text = json.dumps(fields | {"checksum": _checksum(fields)}, indent=2, sort_keys=True)
@@ -121,8 +115,7 @@ def read_manifest(cache: Path) -> Manifest:
     path = cache / MANIFEST
     if not path.is_file():
         raise InputError(
-            f"data.cache {cache}: no manifest.json, so no finished cache is there. "
-            "Run `fluxfill preprocess CONFIG` first."
+            f"data.cache {cache}: no {MANIFEST}, so no finished cache is there. Run `fluxfill preprocess CONFIG` first."
         )
     return parse_manifest(path.read_bytes(), path)
 
@@ -170,7 +163,7 @@ def read_shard_table(cache: Path) -> ShardTable:
 def _refuse_names(table: ShardTable) -> None:
     """Raise ValueError unless paths are below shards/ and hashes are hashes: both become names of files. By columns:
     there may be a million rows."""
-    outside = ~np.strings.startswith(table.path, "shards/") | (np.strings.find(table.path, "..") >= 0)
+    outside = ~np.strings.startswith(table.path, f"{SHARDS}/") | (np.strings.find(table.path, "..") >= 0)
     if outside.any():
         raise ValueError(f"names a file outside of the cache: {table.path[outside][0]}")
     strange = (np.strings.str_len(table.sha256) != 64) | (np.strings.strip(table.sha256, "0123456789abcdef") != "")

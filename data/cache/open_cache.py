@@ -6,18 +6,10 @@ from pathlib import Path
 
 from configs.errors import InputError
 from configs.schema import Config
-from data.cache.manifest import (
-    MANIFEST,
-    SHARD_TABLE,
-    Manifest,
-    ShardTable,
-    hash_files,
-    read_manifest,
-    read_shard_table,
-    refuse_other_settings,
-)
+from data.cache.manifest import Manifest, ShardTable, hash_files, read_manifest, read_shard_table, refuse_other_settings
 from data.cache.node_cache import NodeCache
 from data.cache.remote_manifest import fetch_manifest
+from data.cache_layout import MANIFEST, SHARD_TABLE
 from data.sources.items import listed
 
 _PARALLEL, _CHUNK = 16, 256  # threads that look at shards, shards that one looks at in a go

@@ -10,7 +10,8 @@ import numpy as np
 from configs.errors import InputError
 from data.cache.manifest import Manifest, ShardTable, parse_bucket
 from data.cache.members import num_bytes, sample_tensors
-from data.cache.shard_writer import ShardIndex, count_hole_fractions, index_path, read_index
+from data.cache.shard_writer import ShardIndex, count_hole_fractions, read_index
+from data.cache_layout import index_path
 
 _THREADS = 16  # that wait for small files
 

@@ -30,6 +30,7 @@ from configs.dataset_schema import DatasetConfig
 from configs.errors import InputError, StorageFailed
 from configs.mask_recipe import recipe_of
 from configs.urls import is_url, shown
+from data.cache_layout import COPIES, OWN_FOLDERS
 from data.sources.download_cache import DownloadCache
 from data.sources.folders import list_folders, mask_folder, read_caption_file
 from data.sources.items import Item, listed
@@ -103,15 +104,12 @@ def scan_dataset(dataset: DatasetConfig, data: DataConfig, advance: Callable[[in
     return scanned
 
 
-_OWN_FOLDERS = ("shards", "validation", "scan", "copies", "crew")
-
-
 def _refuse_the_caches_own(dataset: DatasetConfig, tars: Sequence[str], cache: Path) -> None:
     """Raise InputError if a dataset's pictures lie in a folder of the cache from which it deletes."""
     places = {place for place in (dataset.target, mask_folder(dataset), dataset.source) if place is not None}
     places |= {Path(tar).parent for tar in tars if not is_url(tar)}
     places |= {Path(table) for table in [dataset.table] if table is not None and not is_url(table)}
-    own = [(cache / name).resolve() for name in _OWN_FOLDERS]
+    own = [(cache / name).resolve() for name in OWN_FOLDERS]
     for place in sorted(places):
         if any(place.resolve().is_relative_to(folder) for folder in own):
             raise InputError(
@@ -143,7 +141,7 @@ def _age_seconds(file: Path) -> float:
 
 
 def _copies_folder(cache: Path) -> Path:
-    return cache / "copies"
+    return cache / COPIES
 
 
 def _deal(items: Sequence[Item]) -> list[list[Item]]:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from configs.errors import InputError
 from data.cache.members import Tensors
-from data.cache.shard_writer import ShardIndex, count_hole_fractions, index_path, read_index
+from data.cache.shard_writer import ShardIndex, count_hole_fractions, read_index
+from data.cache_layout import index_path
 from data.verify.tar import Problem, TarWalk
 
 _READ_AHEAD = 1 << 20

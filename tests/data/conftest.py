@@ -11,19 +11,10 @@ import xxhash
 from safetensors.torch import save_file
 
 from data.batches.order import ORDER_VERSION
-from data.cache.manifest import (
-    EMPTY_TEXT,
-    FORMAT_VERSION,
-    HOLDOUT,
-    TRAIN,
-    Manifest,
-    ShardTable,
-    blank_name,
-    parse_bucket,
-    write_manifest,
-)
+from data.cache.manifest import FORMAT_VERSION, HOLDOUT, TRAIN, Manifest, ShardTable, parse_bucket, write_manifest
 from data.cache.open_cache import Cache
 from data.cache.shard_writer import SampleTensors, ShardIndex, ShardWriter, count_hole_fractions
+from data.cache_layout import EMPTY_TEXT, blank_name
 from data.encoders.stored_text import store_text
 from data.samples.geometry import Bucket
 from tests.data.storage.remote_server import SHARDS, Remote

@@ -9,7 +9,7 @@ import torch
 from configs.errors import InputError
 from data.batches.shard_reader import DamagedSample, DamagedShard, ShardReader
 from data.cache.manifest import parse_bucket
-from data.cache.shard_writer import index_path
+from data.cache_layout import index_path
 from data.samples.geometry import Bucket
 from tests.data.batches.streams import open_tars
 

@@ -10,8 +10,9 @@ from PIL import Image
 
 from configs.errors import InputError
 from data.cache.manifest import parse_bucket
-from data.cache.shard_writer import index_path, read_index
+from data.cache.shard_writer import read_index
 from data.cache.validation_items import read_validation_items
+from data.cache_layout import index_path
 from data.show.sample_sheet import DecodedSample, decode_samples, load_cache_vae, save_page, save_sheet
 from data.show.statistics import count_cache
 from data.show.stored_samples import read_samples, spread_samples

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from configs.errors import InputError
 from data.cache.manifest import parse_bucket
-from data.cache.shard_writer import index_path
+from data.cache_layout import index_path
 from data.show.statistics import count_cache, find_shards
 from data.show.statistics_report import print_statistics
 

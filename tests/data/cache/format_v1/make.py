@@ -14,18 +14,10 @@ import torch
 import xxhash
 from safetensors.torch import save_file
 
-from data.cache.manifest import (
-    EMPTY_TEXT,
-    HOLDOUT,
-    TRAIN,
-    Manifest,
-    ShardTable,
-    blank_name,
-    parse_bucket,
-    write_manifest,
-)
+from data.cache.manifest import HOLDOUT, TRAIN, Manifest, ShardTable, parse_bucket, write_manifest
 from data.cache.shard_writer import SampleTensors, ShardIndex, ShardWriter, count_hole_fractions
 from data.cache.validation_items import ValidationItem, write_validation_items
+from data.cache_layout import EMPTY_TEXT, blank_name
 from data.encoders.stored_text import store_text
 from data.samples.geometry import Bucket, Pixels
 
