@@ -182,6 +182,7 @@ def make_plan(job: Job, progress: Progress) -> list[PlannedShard]:
         size_limit=job.config.data.shard_size_mib << 20,
         text_bytes=job.text_bytes,
         encoding=job.encoding,
+        format_version=FORMAT_VERSION,
     )
 
 

@@ -12,21 +12,12 @@ from configs.cache_settings import manifest_settings
 from configs.errors import InputError
 from configs.mask_recipe import recipe_of
 from configs.schema import Config
-from data.batches.order import ORDER_VERSION
-from data.cache.manifest import (
-    FORMAT_VERSION,
-    HOLDOUT,
-    TRAIN,
-    Manifest,
-    ShardTable,
-    hash_files,
-    read_manifest,
-    read_shard_table,
-)
+from data.cache.manifest import FORMAT_VERSION, Manifest, ShardTable, hash_files, read_manifest, read_shard_table
 from data.cache.shard_writer import ShardSummary
 from data.cache.validation_items import validation_items_are_there
 from data.cache_layout import EMPTY_TEXT, blank_name, files_of_plans, index_path
 from data.encoders.model_folder import read_part_number
+from data.samples.plan import HOLDOUT, TRAIN
 from data.samples.shard_plan import ShardSpec
 
 
@@ -63,7 +54,7 @@ def describe_samples(
     names = [dataset.name for dataset in config.data.datasets]
     return Manifest(
         format_version=FORMAT_VERSION,
-        order_version=ORDER_VERSION,
+        order_version=1,  # of format 1; a run's own state says by which order it goes
         settings=manifest_settings(config.data),
         encoders=encoders,
         vae_shift=read_part_number(model, "vae", "shift_factor"),

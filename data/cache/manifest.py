@@ -14,11 +14,9 @@ from configs.errors import InputError
 from configs.schema import Config
 from data.cache_layout import MANIFEST, SHARD_TABLE, SHARDS, VALIDATION
 from data.encoders.model_folder import encoder_fingerprints
-from data.samples.geometry import Bucket
 from data.storage.atomic_write import write_atomically, write_text_atomically
 
 FORMAT_VERSION = 1
-TRAIN, HOLDOUT = "train", "holdout"
 
 
 @dataclass(frozen=True)
@@ -174,12 +172,6 @@ def _refuse_names(table: ShardTable) -> None:
 def _compact(column: np.ndarray) -> np.ndarray:
     """Text in a byte a character where npz has four: a million shards are 200 MiB of every rank, not 700."""
     return column.astype(np.dtypes.StringDType()) if column.dtype.kind == "U" else column
-
-
-def parse_bucket(text: str) -> Bucket:
-    """Text as `str(bucket)` writes it -> Bucket: "512x768" is 512 high and 768 wide."""
-    height, width = text.split("x")
-    return Bucket(int(height), int(width))
 
 
 def refuse_other_settings(config: Config, model: Path, manifest: Manifest) -> None:

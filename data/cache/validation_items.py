@@ -18,10 +18,10 @@ import numpy as np
 from PIL import Image
 
 from configs.errors import InputError
-from data.cache.manifest import HOLDOUT, TRAIN
 from data.cache_layout import VALIDATION
 from data.samples.geometry import Pixels
-from data.samples.shard_plan import PlannedSample, PlannedShard
+from data.samples.plan import HOLDOUT, TRAIN, PlannedSample
+from data.samples.shard_plan import PlannedShard
 from data.storage.atomic_write import write_text_atomically
 from data.storage.disk_full import raise_disk_full
 

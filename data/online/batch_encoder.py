@@ -15,7 +15,7 @@ from data.encoders.load import Encoders
 from data.online.caption_texts import CaptionTensors, CaptionTexts
 from data.online.encoder_turns import EncoderTurns
 from data.samples.geometry import Pixels
-from data.samples.shard_plan import PlannedSample
+from data.samples.plan import PlannedSample
 
 
 @dataclass(frozen=True)

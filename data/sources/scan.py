@@ -27,13 +27,13 @@ import xxhash
 
 from configs.data_schema import DataConfig
 from configs.dataset_schema import DatasetConfig
-from configs.errors import InputError, StorageFailed
-from configs.mask_recipe import recipe_of
+from configs.errors import InputError, StorageFailed, list_problems
+from configs.mask_recipe import mask_folder, recipe_of
 from configs.urls import is_url, shown
 from data.cache_layout import COPIES, OWN_FOLDERS
 from data.sources.download_cache import DownloadCache
-from data.sources.folders import list_folders, mask_folder, read_caption_file
-from data.sources.items import Item, listed
+from data.sources.folders import list_folders, read_caption_file
+from data.sources.items import Item
 from data.sources.picture_file import PictureFile
 from data.sources.pictures import load_mask, picture_size, read_picture
 from data.sources.scan_cache import (
@@ -89,7 +89,7 @@ def scan_dataset(dataset: DatasetConfig, data: DataConfig, advance: Callable[[in
         outcomes = list(pool.map(run, units))
     problems = sorted(line for outcome in outcomes if isinstance(outcome, str) for line in outcome.splitlines())
     if problems:
-        raise InputError(listed(problems))
+        raise InputError(list_problems(problems))
     scanned = [entry for outcome in outcomes if not isinstance(outcome, str) for entry in outcome]
     scanned.sort(key=lambda entry: entry.item.name)
     for first, second in pairwise(scanned):
@@ -99,7 +99,7 @@ def scan_dataset(dataset: DatasetConfig, data: DataConfig, advance: Callable[[in
                 f"{first.item.name}. Rename one; in a table, say in columns.name which column has names of their own."
             )
     if problems:
-        raise InputError(listed(problems))
+        raise InputError(list_problems(problems))
     scanner.results.delete_unused()
     return scanned
 
@@ -202,7 +202,7 @@ class _Scanner:
                 scanned = self._scan(list_tar(tar, file, self.dataset, masks=self.masks), packed=None)
             rows = [[*row_of_item(entry.item, tar), *row_of_facts(entry)] for entry in scanned]
             self.results.write(key, rows)
-        # Of the rows even if the items were just listed: those have their copy where it was while they were.
+        # Of the rows even if the items were just list_problems: those have their copy where it was while they were.
         return [with_facts(item_of(row, tar, copy), row[ITEM_COLUMNS:]) for row in rows]
 
     def scan_files(self, items: Sequence[Item]) -> list[ScannedItem]:

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from configs.errors import InputError
-from data.cache.manifest import Manifest, ShardTable, hash_files, parse_bucket, read_manifest, read_shard_table
+from data.cache.manifest import Manifest, ShardTable, hash_files, read_manifest, read_shard_table
 from data.cache.members import sample_tensors
 from data.cache_layout import MANIFEST, SHARD_TABLE, SHARDS, index_path
+from data.samples.geometry import Bucket
 from data.verify.shard import CheckedShard, ExpectedShard, WholeTar, check_shard
 from data.verify.tar import Problem
 
@@ -134,7 +135,7 @@ def _expected_shards(manifest: Manifest | None, table: ShardTable) -> list[Expec
     """What the head says of every shard."""
     tensors = {}
     if manifest is not None:
-        tensors = {name: sample_tensors(parse_bucket(name), manifest) for name in np.unique(table.bucket).tolist()}
+        tensors = {name: sample_tensors(Bucket.parse(name), manifest) for name in np.unique(table.bucket).tolist()}
     variants = manifest.mask_variants if manifest is not None else {}
     return [
         ExpectedShard(path, sha256, size, samples, variants.get(dataset), plan, tensors.get(bucket))

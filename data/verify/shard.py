@@ -19,7 +19,7 @@ class ExpectedShard:
     """What a cache's head says of a shard.
 
     path: below the cache folder.  sha256, size: of the tar, or None without a head: the shard's index tells them.
-    samples, variants, plan: None without a head.  tensors: kind of member ("latents", "masked", "text") -> what it
+    samples, variants, plan: None without a head.  tensors: kind of member (LATENTS, MASKED, TEXT) -> what it
     holds; empty without a head.
     """
 

@@ -9,15 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configs.errors import InputError
-from data.cache.manifest import (
-    FORMAT_VERSION,
-    parse_bucket,
-    read_manifest,
-    read_shard_table,
-    write_manifest,
-)
+from data.cache.manifest import FORMAT_VERSION, read_manifest, read_shard_table, write_manifest
 from data.cache.open_cache import open_cache
-from data.samples.geometry import Bucket
 
 # --- the head alone ---------------------------------------------------------------------------------------------------
 
@@ -150,11 +143,6 @@ def test_a_manifest_names_nothing_outside_of_the_cache(made_up, monkeypatch, nam
     write_manifest(made_up.folder, made_up.manifest, made_up.table)
     with pytest.raises(InputError, match=r"manifest.json: damaged \(names a file outside of the cache: .*outside.txt"):
         read_manifest(made_up.folder)
-
-
-def test_a_buckets_name_is_read_back():
-    for bucket in (Bucket(48, 80), Bucket(1024, 1024)):
-        assert parse_bucket(str(bucket)) == bucket
 
 
 # --- a cache against a config and its model ---------------------------------------------------------------------------

@@ -13,7 +13,8 @@ from data.cache.validation_items import (
 )
 from data.cache_layout import VALIDATION
 from data.samples.geometry import Bucket, Pixels, plan_crop
-from data.samples.shard_plan import PlannedSample, plan_shards
+from data.samples.plan import PlannedSample
+from data.samples.shard_plan import plan_shards
 from data.sources.triples import Triple
 
 BUCKET = Bucket(32, 48)
@@ -28,7 +29,7 @@ def planned(number, split):
 @pytest.fixture
 def plans_and_indexes(tmp_path, write_shard):
     samples = [planned(number, "holdout" if number % 4 == 0 else "train") for number in range(24)]
-    plans = plan_shards(samples, size_limit=20_000, text_bytes=500, encoding={})
+    plans = plan_shards(samples, size_limit=20_000, text_bytes=500, encoding={}, format_version=1)
     assert len(plans) > 4
     indexes = [write_shard(tmp_path / p.path, BUCKET, [s.triple.key for s in p.samples]) for p in plans]
     return plans, indexes

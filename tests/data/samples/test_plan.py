@@ -85,7 +85,8 @@ def plan_of(folder, key: str = "", value: object = None) -> dict[str, str]:
         }
     )
     samples = plan_samples(config, Progress(disable=True))
-    plans = plan_shards(samples, size_limit=1 << 20, text_bytes=1000, encoding=tensor_settings(config.data))
+    encoding = tensor_settings(config.data)
+    plans = plan_shards(samples, size_limit=1 << 20, text_bytes=1000, encoding=encoding, format_version=1)
     return {plan.path: plan.plan for plan in plans}
 
 
