@@ -21,7 +21,7 @@ from data.encoders.load import Encoders
 from data.encoders.stored_text import store_text
 from data.samples.geometry import Bucket
 from data.storage.atomic_write import write_bytes_atomically
-from data.storage.stale_files import retry_if_stale
+from data.storage.retry import retry_if_stale
 
 
 def _paths(cache: Path, buckets: Iterable[Bucket]) -> list[Path]:

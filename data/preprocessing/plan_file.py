@@ -19,7 +19,7 @@ from data.samples.geometry import Bucket
 from data.samples.plan import PlannedSample
 from data.samples.shard_plan import PlannedShard, ShardSpec
 from data.storage.atomic_write import write_atomically
-from data.storage.stale_files import retry_if_stale
+from data.storage.retry import retry_if_stale
 
 _SAMPLES = TypeAdapter(tuple[PlannedSample, ...])
 

@@ -14,7 +14,7 @@ from data.preprocessing.plan_file import PlanFile
 from data.preprocessing.worker import Worker
 from data.preprocessing.worker_group import WorkerGroup
 from data.samples.shard_plan import PlannedShard, ShardSpec
-from data.storage.stale_files import retry_if_stale
+from data.storage.retry import retry_if_stale
 
 _LOOK_SECONDS = 20.0
 _READ_THREADS = 16
