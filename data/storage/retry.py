@@ -58,8 +58,8 @@ def with_retries(
 
 
 def retry_if_stale(path: Path, read: Callable[[], _T]) -> _T:
-    """The outcome of `read`, which opens `path` by its name, tried again where the file was replaced under it (ESTALE of
-    NFS: what was opened is gone before it is read).
+    """The outcome of `read`, which opens `path` by its name, tried again where the file was replaced under it (NFS'
+    ESTALE: what was opened is gone before it is read).
 
     Raises StorageFailed, naming the file, if that does not end.
     """
