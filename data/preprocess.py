@@ -62,7 +62,8 @@ from data.samples.decode import DecodedBatch, decode_batches
 from data.samples.geometry import Pixels
 from data.samples.plan import plan_samples
 from data.samples.shard_plan import PlannedShard, plan_shards
-from data.sources.scan import delete_copies, scan_dataset
+from data.sources.download_cache import delete_copies
+from data.sources.scan import scan_dataset
 from data.storage.disk_full import DiskFull, raise_disk_full
 
 _CONSTANTS, _HEAD = "constants", "head"  # what can be claimed, besides shards

@@ -18,7 +18,8 @@ from PIL import Image
 
 from configs.data_schema import DataConfig
 from configs.errors import InputError, StorageFailed
-from data.sources.scan import delete_copies, scan_dataset
+from data.sources.download_cache import delete_copies
+from data.sources.scan import scan_dataset
 
 NAMES = [f"{letter}/{number:02d}" for letter in "ab" for number in range(10)]
 
