@@ -8,11 +8,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from configs.dataset_schema import DatasetConfig, MaskConfig
 from configs.errors import InputError
+from configs.mask_recipe import mask_folder
 from configs.schema import Config
 from configs.urls import is_url
-from data.cache.manifest import MANIFEST, read_manifest, refuse_other_settings
+from data.cache.manifest import read_manifest, refuse_other_settings
+from data.cache_layout import MANIFEST
 from data.encoders.model_folder import find_model
 
 
@@ -56,12 +57,8 @@ def _has_checkpoint(run: Path) -> bool:
 def _places(config: Config) -> Iterator[Path]:
     """Every folder and file on this machine that the datasets' pictures come from; of tars their folders."""
     for dataset in config.data.datasets:
-        yield from (place for place in (dataset.target, dataset.source, _mask_folder(dataset)) if place is not None)
+        yield from (place for place in (dataset.target, dataset.source, mask_folder(dataset)) if place is not None)
         if dataset.table is not None and not is_url(dataset.table):
             yield Path(dataset.table)
         # Of photos-{000..127}.tar the part before the braces; one that is missing alone is preprocessing's to name.
         yield from (Path(os.path.dirname(tar.partition("{")[0])) for tar in dataset.tars or [] if not is_url(tar))
-
-
-def _mask_folder(dataset: DatasetConfig) -> Path | None:
-    return dataset.mask.folder if isinstance(dataset.mask, MaskConfig) else dataset.mask

@@ -21,12 +21,12 @@ from configs.schema import Config
 from data.batches.micro_batch import MicroBatch
 from data.batches.noise import draw_noise
 from data.batches.training_set import TrainingSet, ValidationSample
-from data.cache.manifest import HOLDOUT, TRAIN
 from data.cache.validation_items import ValidationItem
 from data.encoders.encode import decode_latents, load_vae
 from data.samples.geometry import Bucket, Pixels
+from data.samples.plan import HOLDOUT, TRAIN
 from data.show.picture_grid import save_grid
-from trainer.engines.engine import Engine
+from trainer.engines.base import Engine
 from trainer.model.flow import flow_loss, mix_noise
 from trainer.model.flux import pack_latents, predict_velocity
 from trainer.validation.metrics import color_shift, hole_psnr, keep_psnr, paste_back, seam_error
@@ -133,8 +133,8 @@ class Validator:
                     if item.number in shown:
                         pictures[item.number] = fill.mul(255).round().byte()
         transformer.train(was_training)
-        everyones = _merge(self._engine.gather(figures))
-        if (of_all := self._engine.gather_to_main(pictures)) is not None:
+        everyones = _merge(self._engine.ranks.all_gather(figures))
+        if (of_all := self._engine.ranks.gather(pictures)) is not None:
             self._save_grids(everyones, _merge(of_all), step)
         return {"step": step} | {split: self._summary(everyones, split) for split in (HOLDOUT, TRAIN)}
 
@@ -239,7 +239,7 @@ def _noise_key(item: ValidationItem) -> int:
 def _rows_of(sample: ValidationSample, number: int) -> MicroBatch:
     """One sample as a micro-batch of one, with the item's fixed noise."""
     stored: dict[str, Any] = {name: tensor.unsqueeze(0) for name, tensor in sample.tensors.items()}
-    noise = torch.empty(1, 16, *sample.bucket.latent_size)
+    noise = torch.empty(1, *sample.bucket.latent_shape)
     draw_noise(_NOISE_SEED, _noise_key(sample.item), noise.numpy())
     return MicroBatch(
         sample.bucket,
