@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from configs.errors import InputError
 from configs.schema import DoraConfig, LokrConfig, LoraConfig
-from data.storage.file_mode import apply_umask
+from data.storage.atomic_write import apply_umask
 from trainer.adapters.dora import init_magnitude, patch_dora_forward
 from trainer.adapters.lokr import file_settings, lokr_misfits, lokr_settings, patch_lokr_forward, read_lokr
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from configs.loading import dump_config
 from configs.schema import CheckpointConfig, Config
 from data.batches.batch_stream import BatchStream
-from data.storage.file_mode import apply_umask
+from data.storage.atomic_write import apply_umask
 from trainer.adapters.adapter import save_adapter
 from trainer.checkpoints.folders import (
     complete_checkpoints,

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data.encoders.model_folder import PARTS
-from data.storage.file_mode import apply_umask
+from data.storage.atomic_write import apply_umask
 from trainer.adapters.adapter import ADAPTER, WEIGHTS_NAME, adapter_tensors, is_lokr, prepare_layers
 
 log = logging.getLogger("fluxfill")
