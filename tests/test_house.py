@@ -44,7 +44,6 @@ NOT_YET = {  # their rooms are being put in order
     "data/cache/dropout_tensors.py",
     "data/cache/members.py",
     "data/cache/open_cache.py",
-    "data/encoders/device.py",
     "data/online/batch_encoder.py",
     "data/online/caption_texts.py",
     "data/online/encoded_rows.py",

@@ -13,10 +13,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from configs.data_schema import CaptionsConfig
-from data.cache.shard_writer import NotFinite
 from data.cache_layout import EMPTY_TEXT, blank_name
 from data.encoders.device import raise_out_of_memory
-from data.encoders.encode import encode_captions, encode_images
+from data.encoders.encode import NotFinite, encode_captions, encode_images
 from data.encoders.load import Encoders
 from data.encoders.stored_text import store_text
 from data.samples.geometry import Bucket

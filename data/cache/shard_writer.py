@@ -32,14 +32,11 @@ from webdataset import TarWriter
 
 from configs.errors import InputError
 from data.cache_layout import index_path
+from data.encoders.encode import NotFinite
 from data.storage.atomic_write import fsync_folder, write_bytes_atomically
 from data.storage.disk_full import DiskFull, raise_disk_full
 
 _BLOCK = 512  # tar's unit: one header block per member, data padded to whole blocks
-
-
-class NotFinite(InputError):
-    """An encoder gave NaN or infinity: trained on, it would be in every weight a step later."""
 
 
 @dataclass(frozen=True)
