@@ -25,6 +25,9 @@ ACROSS_MODULES = {
     "tests/configs/test_recipes.py": "the YAML files of configs/",
     "tests/data/cache/test_format_v1.py": "a cache of format 1, kept as files",
     "tests/data/storage/test_object_stores.py": "S3 and GCS through every module that opens URLs",
+    "tests/trainer/engines/test_adapter_runs.py": "adapters under every engine",
+    "tests/trainer/engines/test_optimizer_runs.py": "optimizers under every engine",
+    "tests/trainer/engines/test_resumed_launches.py": "checkpoints handed from one launch to the next, under every engine",
 }
 
 NOT_YET = {  # their rooms are being put in order
