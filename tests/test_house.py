@@ -27,7 +27,7 @@ ACROSS_MODULES = {
     "tests/data/storage/test_object_stores.py": "S3 and GCS through every module that opens URLs",
     "tests/trainer/engines/test_adapter_runs.py": "adapters under every engine",
     "tests/trainer/engines/test_optimizer_runs.py": "optimizers under every engine",
-    "tests/trainer/engines/test_resumed_launches.py": "checkpoints handed from one launch to the next, under every engine",
+    "tests/trainer/engines/test_resumed_launches.py": "checkpoints handed from launch to launch, under every engine",
 }
 
 NOT_YET = {  # their rooms are being put in order

@@ -13,7 +13,7 @@ from configs.errors import InputError
 from configs.mask_recipe import recipe_of
 from configs.schema import Config
 from data.cache.manifest import FORMAT_VERSION, Manifest, ShardTable, hash_files, read_manifest, read_shard_table
-from data.cache.shard_writer import ShardSummary
+from data.cache.shard_index import ShardSummary
 from data.cache.validation_items import validation_items_are_there
 from data.cache_layout import EMPTY_TEXT, blank_name, files_of_plans, index_path
 from data.encoders.model_folder import read_part_number

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from data.batches.order import ORDER_VERSION
 from data.cache.manifest import FORMAT_VERSION, Manifest, ShardTable, write_manifest
 from data.cache.open_cache import Cache
-from data.cache.shard_writer import SampleTensors, ShardIndex, ShardWriter, count_hole_fractions
+from data.cache.shard_index import ShardIndex, count_hole_fractions
+from data.cache.shard_writer import SampleTensors, ShardWriter
 from data.cache_layout import EMPTY_TEXT, blank_name
 from data.encoders.stored_text import store_text
 from data.samples.geometry import Bucket

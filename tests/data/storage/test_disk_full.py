@@ -10,7 +10,8 @@ import pytest
 from configs.errors import InputError
 from data.cache import dropout_tensors as constants
 from data.cache.manifest import write_manifest
-from data.cache.shard_writer import ShardWriter, read_index, write_index
+from data.cache.shard_index import read_index, write_index
+from data.cache.shard_writer import ShardWriter
 from data.cache.validation_items import ValidationItem, write_validation_items
 from data.preprocessing import share_plan
 from data.preprocessing.worker_group import WorkerGroup

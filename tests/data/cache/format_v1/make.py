@@ -15,7 +15,8 @@ import xxhash
 from safetensors.torch import save_file
 
 from data.cache.manifest import Manifest, ShardTable, write_manifest
-from data.cache.shard_writer import SampleTensors, ShardIndex, ShardWriter, count_hole_fractions
+from data.cache.shard_index import ShardIndex, count_hole_fractions
+from data.cache.shard_writer import SampleTensors, ShardWriter
 from data.cache.validation_items import ValidationItem, write_validation_items
 from data.cache_layout import EMPTY_TEXT, blank_name
 from data.encoders.stored_text import store_text
