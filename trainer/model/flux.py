@@ -137,6 +137,8 @@ def expand_to_fill(transformer: FluxTransformer2DModel) -> None:
     """Give FLUX.1-dev Fill's 320 further inputs per token, with weights 0: its output does not change yet.
 
     out_channels is written into the config: it defaults to in_channels, and a reload would build another proj_out.
+    Neither key stays among those that config.json left to its defaults (FLUX.1-dev's names no out_channels), for
+    diffusers' from_config passes those over, whatever value they have by now.
     """
     old = transformer.x_embedder
     new = nn.Linear(FILL_CHANNELS, old.out_features, device=old.weight.device, dtype=old.weight.dtype)
@@ -145,4 +147,6 @@ def expand_to_fill(transformer: FluxTransformer2DModel) -> None:
         new.weight[:, : old.in_features] = old.weight
         new.bias.copy_(old.bias)
     transformer.x_embedder = new
-    transformer.register_to_config(in_channels=FILL_CHANNELS, out_channels=transformer.out_channels)
+    channels = {"in_channels": FILL_CHANNELS, "out_channels": transformer.out_channels}
+    defaults = [key for key in transformer.config.get("_use_default_values", []) if key not in channels]
+    transformer.register_to_config(**channels, _use_default_values=defaults)
