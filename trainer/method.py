@@ -9,7 +9,7 @@ from diffusers import FluxTransformer2DModel
 from configs.combinations import notes_of
 from configs.schema import Config
 from data.encoders.model_folder import read_part_config
-from trainer.adapters.adapter import add_adapter
+from trainer.adapters.build import add_adapter
 from trainer.engines.engine import Engine
 from trainer.model.flux import DEV_CHANNELS, empty_transformer, load_transformer
 from trainer.model.quantize import QUANTIZED, quantize_base

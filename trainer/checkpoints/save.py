@@ -22,7 +22,7 @@ from configs.loading import dump_config
 from configs.schema import CheckpointConfig, Config
 from data.batches.batch_stream import BatchStream
 from data.storage.file_mode import apply_umask
-from trainer.adapters.adapter import save_adapter
+from trainer.adapters.files import save_adapter
 from trainer.checkpoints.folders import (
     complete_checkpoints,
     flush_and_hash,

@@ -7,10 +7,11 @@ from pathlib import Path
 from torch import Tensor
 
 from configs.schema import Config
-from trainer.adapters.adapter import save_adapter
+from trainer.adapters.files import save_adapter
 from trainer.engines.ema import Ema
 from trainer.engines.engine import Engine
-from trainer.export.write import export_model, verify_adapter, verify_adapter_file, verify_model
+from trainer.export.verify import verify_adapter, verify_adapter_file, verify_model
+from trainer.export.write import export_model
 
 
 def export_and_verify(config: Config, engine: Engine, model: Path, ema: Ema) -> None:

@@ -24,10 +24,12 @@ from torch import Tensor
 from configs.errors import InputError
 from configs.loading import load_config
 from data.encoders.model_folder import find_model, read_part_config
-from trainer.adapters.adapter import add_adapter, save_adapter
+from trainer.adapters.build import add_adapter
+from trainer.adapters.files import save_adapter
 from trainer.checkpoints.folders import COMPLETE, find_damage, latest_checkpoint
 from trainer.checkpoints.tensor_files import StateFiles
-from trainer.export.write import export_model, verify_adapter_file, verify_model
+from trainer.export.verify import verify_adapter_file, verify_model
+from trainer.export.write import export_model
 from trainer.model.flux import DEV_CHANNELS, empty_transformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
