@@ -8,22 +8,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
+from typing import get_args
 
 from configs.errors import InputError
-from configs.schema import Config
+from configs.schema import Config, EngineName
 
 ADAPTERS = ("lora", "dora", "lokr")
 QUANTIZED = ("int8", "nf4", "fp8")
-FSDP = ("fsdp2", "fsdp2-offload", "hsdp")
-ZERO = ("zero1", "zero2", "zero3", "zero3-offload")
-ZERO3 = ("zero3", "zero3-offload")
+ENGINES: tuple[EngineName, ...] = get_args(EngineName)
+FSDP = tuple(engine for engine in ENGINES if engine.startswith(("fsdp2", "hsdp")))
+ZERO = tuple(engine for engine in ENGINES if engine.startswith("zero"))
+ZERO3 = tuple(engine for engine in ZERO if engine.startswith("zero3"))
 
 # The values of each key, those first that are offered first in the place of one that does not work. Keys too are in
 # that order: another optimizer is a smaller change than another engine, and far smaller than another method.
 CHOICES: dict[str, tuple[str, ...]] = {
     "compile": ("off", "regional"),
     "optimizer": ("adamw8bit", "adamw", "adafactor", "prodigy"),
-    "engine": ("fsdp2", "ddp", "zero2", "hsdp", "zero1", "zero3", "fsdp2-offload", "zero3-offload", "single"),
+    "engine": tuple(dict.fromkeys(("fsdp2", "ddp", "zero2", *reversed(ENGINES)))),  # single comes last
     "precision": ("int8", "nf4", "bf16", "fp8", "fp32", "auto"),
     "weights": ("fp32_master", "bf16_stochastic"),
     "method": ("lora", "dora", "lokr", "full"),

@@ -384,12 +384,14 @@ class FlowConfig(Section):
         return keep_weight
 
 
+# Each has its file in configs/engines/ and its class in trainer/engines/start.py.
+EngineName = Literal["single", "ddp", "fsdp2", "fsdp2-offload", "hsdp", "zero1", "zero2", "zero3", "zero3-offload"]
+
+
 class ParallelConfig(Section):
     """How the work is spread over GPUs."""
 
-    engine: Literal[
-        "auto", "single", "ddp", "fsdp2", "fsdp2-offload", "hsdp", "zero1", "zero2", "zero3", "zero3-offload"
-    ] = "auto"
+    engine: Literal["auto", EngineName] = "auto"
     """single: one process; ddp: a copy of the model on each GPU; fsdp2: sharded over all GPUs; hsdp: sharded within a
     node, copied across; zero1, zero2, zero3: DeepSpeed. auto: ddp when there is more than one GPU."""
 

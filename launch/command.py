@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Literal
 
 from configs.errors import InputError
-
-Engine = Literal["single", "ddp", "fsdp2", "fsdp2-offload", "hsdp", "zero1", "zero2", "zero3", "zero3-offload"]
+from configs.schema import EngineName
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 SHUTDOWN_SECONDS = 600  # what the trainer is given to save before it is killed
 
 
-def choose_engine(asked: Literal["auto"] | Engine, num_processes: int | None, num_gpus: int) -> tuple[Engine, int]:
+def choose_engine(
+    asked: Literal["auto", EngineName], num_processes: int | None, num_gpus: int
+) -> tuple[EngineName, int]:
     """The engine and the number of processes for `parallel.engine` and --num-processes (None: one per GPU).
 
     auto is ddp for more than one process, else single. Raises InputError when single is asked for several processes.
@@ -31,7 +32,7 @@ def choose_engine(asked: Literal["auto"] | Engine, num_processes: int | None, nu
 
 
 def render_command(
-    config_path: str, overrides: Sequence[str], engine: Engine, num_processes: int, port: int
+    config_path: str, overrides: Sequence[str], engine: EngineName, num_processes: int, port: int
 ) -> list[str]:
     """The `accelerate launch` line of a run on this machine, as an argument list.
 

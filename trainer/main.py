@@ -19,7 +19,7 @@ from data.encoders.model_folder import find_model
 from trainer.checkpoints.run_state import resume
 from trainer.checkpoints.save import Saver
 from trainer.engines.ema import Ema
-from trainer.engines.engine import start_engine
+from trainer.engines.start import start_engine
 from trainer.export.finish import export_and_verify
 from trainer.method import build_transformer
 from trainer.model.flow import flow_loss, mix_noise, region_weight, sample_sigma
@@ -47,7 +47,7 @@ def train(arguments: list[str] | None = None) -> int:
         saver = Saver(config, engine, ema, stream)
         validator = Validator(config, engine, model, samples)
         if validation_is_due(config, 0) and state.step == 0:
-            log.validation(validator.run(engine.plain_transformer, 0))
+            log.validation(validator.run(engine.unwrap(), 0))
 
         while state.step < config.train.steps:  # step = one optimizer update
             for rows in engine.micro_steps(next(stream)):  # this rank's rows of the global batch
@@ -65,7 +65,7 @@ def train(arguments: list[str] | None = None) -> int:
             state = state.after(update)
             log.step(state, update, lr, stream)
             if validation_is_due(config, state.step):
-                log.validation(validator.run(engine.plain_transformer, state.step))
+                log.validation(validator.run(engine.unwrap(), state.step))
             saver.save_if_due(state, stopping=update.stop)
             if update.stop and state.step < config.train.steps:
                 raise Stopped(state.step, stop_signal())

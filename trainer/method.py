@@ -10,7 +10,7 @@ from configs.combinations import notes_of
 from configs.schema import Config
 from data.encoders.model_folder import read_part_config
 from trainer.adapters.build import add_adapter
-from trainer.engines.engine import Engine
+from trainer.engines.base import Engine
 from trainer.model.flux import DEV_CHANNELS, empty_transformer, load_transformer
 from trainer.model.quantize import QUANTIZED, quantize_base
 
@@ -32,7 +32,7 @@ def build_transformer(config: Config, model: Path, engine: Engine) -> FluxTransf
     # Rank 0 alone reads the weights: eight ranks would hold eight copies of them in their node's memory.
     transformer = (load_transformer if engine.is_main else empty_transformer)(model, dtype=dtype)
     if config.model.precision in QUANTIZED:
-        quantize_base(transformer, config.model.precision, engine.from_main)
+        quantize_base(transformer, config.model.precision, engine.ranks.broadcast)
     if method.type != "full":
         expanded = read_part_config(model, "transformer").get("in_channels", DEV_CHANNELS) == DEV_CHANNELS
         add_adapter(transformer, method, expanded=expanded, seed=config.run.seed)

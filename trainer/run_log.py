@@ -19,7 +19,7 @@ from configs.schema import Config
 from data.batches.batch_stream import BatchStream
 from data.storage.atomic_write import write_text_atomically
 from trainer.checkpoints.run_state import RunState
-from trainer.engines.engine import Engine, Update
+from trainer.engines.base import Engine, Update
 
 log = logging.getLogger("fluxfill")
 

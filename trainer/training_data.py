@@ -19,7 +19,7 @@ from data.cache.open_cache import open_cache
 from data.online.training_set import OnlineTrainingSet, encoder_device, plan_online
 from data.preprocessing.worker import which_worker
 from trainer.checkpoints.run_state import RunState
-from trainer.engines.engine import Engine
+from trainer.engines.base import Engine
 
 log = logging.getLogger("fluxfill")
 
@@ -41,7 +41,7 @@ def open_samples(config: Config, model: Path, engine: Engine, console: Console) 
             planned = plan_online(config, model, console)
         except InputError as error:
             planned = (StorageFailed if isinstance(error, StorageFailed) else InputError)(str(error))
-    planned = engine.share(planned)
+    planned = engine.ranks.broadcast_object(planned)
     if isinstance(planned, InputError):
         raise planned
     log.info("data.mode online: pictures are encoded on %s%s", device, " too" if device == engine.device else "")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from configs.schema import Config
     from data.batches.micro_batch import MicroBatch
     from data.batches.training_set import CachedTrainingSet
-    from trainer.engines.engine import Engine
+    from trainer.engines.base import Engine
 
 TEXT_LENGTH = 64
 
@@ -131,6 +131,6 @@ def samples(config: "Config", tiny_model: Path) -> "CachedTrainingSet":
 @pytest.fixture(scope="session")
 def engine(config: "Config") -> "Engine":
     """The engine of this process alone, on the CPU."""
-    from trainer.engines.engine import start_engine
+    from trainer.engines.start import start_engine
 
     return start_engine(config)

@@ -16,9 +16,10 @@ from data.batches.order import OrderSettings
 from data.batches.row_filler import ReplacedRow, refuse_too_many
 from trainer.checkpoints.folders import complete_checkpoints, find_damage, newest_intact
 from trainer.checkpoints.tensor_files import StateFiles
+from trainer.engines.base import Engine, Update
 from trainer.engines.ema import Ema
-from trainer.engines.engine import REPLICATED, Engine, LocalSlice, Update, elementwise_state
-from trainer.optimizers.state import eight_bit_moments, quantize, scale_of
+from trainer.engines.slices import REPLICATED, LocalSlice
+from trainer.optimizers.state import eight_bit_moments, quantize, scale_of, unreshardable_state
 
 MAX_SKIPS = 5
 
@@ -60,7 +61,7 @@ def gather_replaced(config: Config, engine: Engine, state: RunState, stream: Bat
 
     Raises InputError, on all of them, if together they are more than guard.max_bad_samples: each alone counts its own.
     """
-    replaced = tuple(sorted(set().union(*engine.gather(stream.replaced()))))
+    replaced = tuple(sorted(set().union(*engine.ranks.all_gather(stream.replaced()))))
     refuse_too_many(replaced, config.guard.max_bad_samples)
     return replace(state, replaced=replaced)
 
@@ -75,7 +76,7 @@ def resume(config: Config, resume_from: str, engine: Engine, ema: Ema, order: Or
     folder.  order: of a run that would start now.  Raises InputError if it cannot be: another order of the samples,
     another method, a damaged folder.
     """
-    _refuse_ranks_that_differ(engine.gather(order))
+    _refuse_ranks_that_differ(engine.ranks.all_gather(order))
     folder = choose_checkpoint(config, resume_from, engine)
     if folder is None:
         return RunState(step=0, batch=0, skips=0, restarts=0, order=order)
@@ -129,7 +130,7 @@ def choose_checkpoint(config: Config, resume_from: str, engine: Engine) -> Path 
     """
     run = config.run.folder
     # Rank 0's list is everyone's: ranks that chose differently would drift apart in silence.
-    complete = engine.gather(complete_checkpoints(run) if engine.is_main else None)[0]
+    complete = engine.ranks.all_gather(complete_checkpoints(run) if engine.is_main else None)[0]
     if resume_from == "never":
         if complete:
             raise InputError(
@@ -151,12 +152,12 @@ def _damage_that_all_find(engine: Engine, folder: Path) -> str | None:
     Rank 0 reads again what another finds damaged. Raises InputError if it finds nothing: a machine that sees another
     run.dir must not send the run back to an older checkpoint.
     """
-    seen = engine.gather(find_damage(folder, rank=engine.rank, world_size=engine.world_size))
+    seen = engine.ranks.all_gather(find_damage(folder, rank=engine.rank, world_size=engine.world_size))
     finders = [rank for rank, damage in enumerate(seen) if damage]
     if not finders or finders[0] == 0:
         return seen[0]
     own = find_damage(folder, rank=finders[0], world_size=engine.world_size) if engine.is_main else None
-    if damage := engine.gather(own)[0]:
+    if damage := engine.ranks.all_gather(own)[0]:
         return damage
     raise InputError(
         f"{folder}: rank {finders[0]} finds that {seen[finders[0]]}, rank 0 finds it whole. Look whether all machines "
@@ -184,14 +185,14 @@ def load_tensors(folder: Path, engine: Engine, ema: Ema, saved_by: dict, *, requ
             + ". model.base and method must stay as they were; start a new run (run.name) to change them."
         )
     states = {name: state for name, _, state in engine.optimizer_states()}
-    bound, same_layout = unreshardable_state(engine), saved_by["layout"] == engine.state_layout
+    bound, same_layout = unreshardable_state(engine.optimizer_states()), saved_by["layout"] == engine.state_layout
     saved_bound = (
         files.read_bound(0 if engine.state_layout == REPLICATED else engine.rank) if bound and same_layout else {}
     )
     kinds: set[str] = set().union(*(part.moments for part in slices))
     kinds |= {moment for state in states.values() for moment, _ in eight_bit_moments(state)}
     # Of all ranks: of small tensors, or of none, a rank has no such state.
-    told = engine.gather((kinds, bool(bound)))
+    told = engine.ranks.all_gather((kinds, bool(bound)))
     kinds, any_bound = set[str]().union(*(of_rank for of_rank, _ in told)), any(flag for _, flag in told)
     shapes, saved_shapes = ({name: value.shape for name, value in kept.items()} for kept in (bound, saved_bound))
     if (
@@ -231,7 +232,7 @@ def load_tensors(folder: Path, engine: Engine, ema: Ema, saved_by: dict, *, requ
     for _, _, state in engine.optimizer_states():
         step = state.get("step")
         state["step"] = torch.full_like(step, saved_by["steps"]) if isinstance(step, Tensor) else saved_by["steps"]
-    engine.loaded()
+    engine.sync_after_load()
 
 
 def _requantize(files: StateFiles, slices: list[LocalSlice], states: dict[str, dict]) -> None:
@@ -246,18 +247,3 @@ def _requantize(files: StateFiles, slices: list[LocalSlice], states: dict[str, d
             new_codes, scales = quantize(numbers, moment)
             codes.copy_(new_codes.view_as(codes))
             state[scale_of(moment)].copy_(scales)
-
-
-def unreshardable_state(engine: Engine) -> dict[str, Tensor]:
-    """Optimizer tensors that cannot be cut by element: 8-bit moments and their scales, Adafactor's rows and columns,
-    what Prodigy has learned of all weights.
-
-    Not bitsandbytes' qmaps: the code book is a constant that all parameters share.
-    """
-    return {
-        f"{name}//{key}": value
-        for name, owner, state in engine.optimizer_states()
-        for key, value in state.items()
-        if isinstance(value, Tensor) and key != "step" and not key.startswith("qmap")
-        if key not in dict(elementwise_state(state, owner))
-    }

@@ -30,11 +30,12 @@ from trainer.checkpoints.folders import (
     save_checkpoint,
     step_of,
 )
-from trainer.checkpoints.run_state import RunState, gather_replaced, unreshardable_state
+from trainer.checkpoints.run_state import RunState, gather_replaced
 from trainer.checkpoints.tensor_files import Span, rank_file, write_index, write_tensors
+from trainer.engines.base import Engine
 from trainer.engines.ema import Ema
-from trainer.engines.engine import REPLICATED, Engine
-from trainer.optimizers.state import eight_bit_moments
+from trainer.engines.slices import REPLICATED
+from trainer.optimizers.state import eight_bit_moments, unreshardable_state
 
 log = logging.getLogger("fluxfill")
 
@@ -88,7 +89,7 @@ class Saver:
         if not in_background:
             self.finish()
             # A rank that left now would have its launcher end the others, rank 0 in the middle of its part.
-            self._engine.wait()
+            self._engine.ranks.barrier()
 
     def finish(self) -> None:
         """Wait for the save that has begun, if one has."""
@@ -104,18 +105,18 @@ class Saver:
             return False
         # Rank 0's clock, for all: ranks that disagreed would wait for each other for ever.
         late = self._engine.is_main and time.monotonic() - self._last_save >= 60 * minutes
-        return self._engine.sum(late) > 0
+        return self._engine.ranks.all_reduce_sum(late) > 0
 
     def _all_written(self) -> bool:
         assert self._pending is not None
-        return self._engine.sum(self._pending.written.done()) == self._engine.world_size
+        return self._engine.ranks.all_reduce_sum(self._pending.written.done()) == self._engine.world_size
 
     def _begin(self, state: RunState, *, in_background: bool) -> _Save:
         engine = self._engine
         staging = self._config.run.folder / "checkpoints" / f"step-{state.step:08d}.staging"
         if engine.is_main:
             shutil.rmtree(staging, ignore_errors=True)
-        engine.wait()
+        engine.ranks.barrier()
         tensors, spans = snapshot(engine, self._ema, copy=in_background)
         head = json.dumps({"state": asdict(state), "engine": describe_engine(engine)}, indent=1)
         adapter = engine.full_weights() if self._config.method.type != "full" else {}
@@ -129,7 +130,7 @@ class Saver:
         failure = save.written.exception()  # whatever it is (safetensors has its own for a full disk), others must know
         sha256 = None if failure else save.written.result()
         told = (failure and f"{failure} on rank {self._engine.rank}", save.spans, sha256)
-        everyone = self._engine.gather(told)
+        everyone = self._engine.ranks.all_gather(told)
         if not self._engine.is_main:
             return
         try:
@@ -144,7 +145,7 @@ class Saver:
                 (folder / "state.json").write_text(save.head, encoding="utf-8")
                 (folder / "config.yaml").write_text(dump_config(self._config), encoding="utf-8")
                 if save.adapter:
-                    save_adapter(self._engine.plain_transformer, folder / "adapter", tensors=save.adapter)
+                    save_adapter(self._engine.unwrap(), folder / "adapter", tensors=save.adapter)
                 return {rank_file(rank): sha256 for rank, (_, _, sha256) in enumerate(everyone)}
 
             log.info("saved %s", save_checkpoint(self._config.run.folder, save.step, fill))
@@ -170,7 +171,8 @@ def snapshot(engine: Engine, ema: Ema, *, copy: bool) -> tuple[dict[str, Tensor]
     slices = engine.local_slices()
     owned = [part for part in slices if part.owned and part.weight.numel()]
     bad = [part.name for part in owned if not torch.isfinite(part.weight).all()]
-    if named := [f"{name} (rank {rank})" for rank, names in enumerate(engine.gather(bad[:1])) for name in names]:
+    of_ranks = enumerate(engine.ranks.all_gather(bad[:1]))
+    if named := [f"{name} (rank {rank})" for rank, names in of_ranks for name in names]:
         raise FloatingPointError(f"weights are not finite and are not saved: {', '.join(named)}")
 
     def pieces() -> Iterator[tuple[str, int, Tensor]]:
@@ -188,7 +190,7 @@ def snapshot(engine: Engine, ema: Ema, *, copy: bool) -> tuple[dict[str, Tensor]
     if (
         engine.state_layout != REPLICATED or engine.is_main
     ):  # where every rank holds the whole optimizer, one copy is enough
-        for name, value in unreshardable_state(engine).items():
+        for name, value in unreshardable_state(engine.optimizer_states()).items():
             tensors[f"state/{name}"] = value.detach().to("cpu", copy=copy).contiguous()
         states = {name: state for name, _, state in engine.optimizer_states()}
         for part in slices if engine.state_layout == REPLICATED else owned:
@@ -205,9 +207,8 @@ def describe_engine(engine: Engine) -> dict:
         "name": engine.name,
         "world_size": engine.world_size,
         "layout": engine.state_layout,
-        "bound": any(
-            engine.gather(bool(unreshardable_state(engine)))
-        ),  # small tensors have none, and a rank may hold no other
+        # Of all ranks: small tensors have none, and a rank may hold no other.
+        "bound": any(engine.ranks.all_gather(bool(unreshardable_state(engine.optimizer_states())))),
         "steps": steps,
     }
 

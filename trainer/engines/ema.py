@@ -5,7 +5,8 @@ from contextlib import contextmanager
 
 import torch
 
-from trainer.engines.engine import Engine, LocalSlice
+from trainer.engines.base import Engine
+from trainer.engines.slices import LocalSlice
 
 
 class Ema:
@@ -48,4 +49,4 @@ class Ema:
     def _exchange(self, values: dict[str, torch.Tensor], engine: Engine) -> None:
         for name, weight in self._weights.items():
             weight.copy_(values[name])
-        engine.loaded()
+        engine.sync_after_load()

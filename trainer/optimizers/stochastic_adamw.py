@@ -70,10 +70,10 @@ class StochasticAdamW(torch.optim.Optimizer):
         torch._foreach_addcdiv_(weights, first, root, -lr / (1 - beta1**step))
         for targets, values in ((parameters, weights), (kept[0], first), (kept[1], second)):
             for target, value in zip(targets, values, strict=True):
-                target.copy_(round_at_random_(value, generator))
+                target.copy_(stochastic_round_(value, generator))
 
 
-def round_at_random_(values: Tensor, generator: torch.Generator) -> Tensor:
+def stochastic_round_(values: Tensor, generator: torch.Generator) -> Tensor:
     """Round fp32 numbers, in place, to one of the two nearest bf16 numbers, so that the mean over many roundings is the
     value itself. A number that bf16 holds stays as it is.
 

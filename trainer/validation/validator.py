@@ -26,7 +26,7 @@ from data.cache.validation_items import ValidationItem
 from data.encoders.encode import decode_latents, load_vae
 from data.samples.geometry import Bucket, Pixels
 from data.show.picture_grid import save_grid
-from trainer.engines.engine import Engine
+from trainer.engines.base import Engine
 from trainer.model.flow import flow_loss, mix_noise
 from trainer.model.flux import pack_latents, predict_velocity
 from trainer.validation.metrics import color_shift, hole_psnr, keep_psnr, paste_back, seam_error
@@ -133,8 +133,8 @@ class Validator:
                     if item.number in shown:
                         pictures[item.number] = fill.mul(255).round().byte()
         transformer.train(was_training)
-        everyones = _merge(self._engine.gather(figures))
-        if (of_all := self._engine.gather_to_main(pictures)) is not None:
+        everyones = _merge(self._engine.ranks.all_gather(figures))
+        if (of_all := self._engine.ranks.gather(pictures)) is not None:
             self._save_grids(everyones, _merge(of_all), step)
         return {"step": step} | {split: self._summary(everyones, split) for split in (HOLDOUT, TRAIN)}
 

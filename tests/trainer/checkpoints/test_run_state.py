@@ -9,6 +9,7 @@ from data.batches.row_filler import ReplacedRow
 from trainer.checkpoints.folders import save_checkpoint
 from trainer.checkpoints.run_state import RunState, choose_checkpoint, gather_replaced, resume
 from trainer.engines.ema import Ema
+from trainer.engines.ranks import Ranks
 from trainer.training_data import choose_order
 
 REPLACED = tuple(
@@ -53,7 +54,7 @@ def test_ranks_that_see_different_caches_are_refused(config, samples):
     order = choose_order(config, samples)
     orders = [order, order, replace(order, shards="0" * 32), order]
     with pytest.raises(InputError, match=r"rank 2 sees another data\.cache than rank 0 .*0{32}"):
-        resume(config, "never", Ranks(gathered=orders), Ema([], None), order)
+        resume(config, "never", SeveralRanks(gathered=orders), Ema([], None), order)
 
 
 def test_a_run_keeps_its_streams_and_blocks(config, samples, engine, saved, monkeypatch):
@@ -73,7 +74,7 @@ def test_a_run_keeps_its_streams_and_blocks(config, samples, engine, saved, monk
 def test_a_machine_that_sees_another_folder_does_not_send_the_run_back(config, samples, engine, saved, monkeypatch):
     """Its half of the files is missing there, and whole where rank 0 looks."""
     run, folder = saved(choose_order(config, samples))
-    monkeypatch.setattr(type(engine), "gather", lambda self, item: [item, "rank-00001.safetensors is missing"])
+    monkeypatch.setattr(Ranks, "all_gather", lambda self, item: [item, "rank-00001.safetensors is missing"])
     monkeypatch.setattr(engine, "world_size", 2)
     with pytest.raises(
         InputError, match=rf"{folder}: rank 1 finds that rank-00001.* is missing, rank 0 finds it whole"
@@ -84,29 +85,30 @@ def test_a_machine_that_sees_another_folder_does_not_send_the_run_back(config, s
 # --- replaced rows ----------------------------------------------------------------------------------------------------
 
 
-class Ranks:
+class SeveralRanks:
     """An engine and a stream in one: this rank's replaced rows, and what all ranks tell."""
 
     def __init__(self, *of_each: Iterable[ReplacedRow], gathered: Sequence = ()) -> None:
         self.of_each = gathered or [list(rows) for rows in of_each]
+        self.ranks = self
 
     def replaced(self):
         return self.of_each[0]
 
-    def gather(self, mine):
+    def all_gather(self, mine):
         assert mine == self.of_each[0]
         return self.of_each
 
 
 def test_replaced_rows_of_all_ranks_are_told_once_and_in_order(config, samples):
     state = RunState(step=3, batch=3, skips=0, restarts=1, order=choose_order(config, samples), replaced=REPLACED[:1])
-    ranks = Ranks([REPLACED[0], REPLACED[3]], [REPLACED[0], REPLACED[2]], [REPLACED[0], REPLACED[1]])
+    ranks = SeveralRanks([REPLACED[0], REPLACED[3]], [REPLACED[0], REPLACED[2]], [REPLACED[0], REPLACED[1]])
     assert gather_replaced(config, ranks, state, ranks) == replace(state, replaced=REPLACED)
 
 
 def test_ranks_that_together_replaced_too_many_stop_together(config, samples):
     state = RunState(step=3, batch=3, skips=0, restarts=0, order=choose_order(config, samples))
-    ranks = Ranks(
+    ranks = SeveralRanks(
         [ReplacedRow(n, "a.tar", n, n + 1) for n in range(9)], [ReplacedRow(50, "b.tar", n, 9) for n in range(8)]
     )
     with pytest.raises(

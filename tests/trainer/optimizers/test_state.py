@@ -1,14 +1,19 @@
-"""8-bit moments: read back as numbers, whatever tensor of whatever rank they lie in."""
+"""Which state reshards; and 8-bit moments, read back as numbers whatever tensor of whatever rank they lie in."""
 
 import json
 
 import pytest
 import torch
 
-from configs.errors import InputError
 from trainer.checkpoints.tensor_files import INDEX, Span, StateFiles, rank_file, write_index, write_tensors
-from trainer.engines.engine import EIGHT_BIT_LIMIT, check_eight_bit_partition
-from trainer.optimizers.state import BLOCK, dequantize, eight_bit_moments, quantize
+from trainer.optimizers.state import (
+    BLOCK,
+    dequantize,
+    eight_bit_moments,
+    elementwise_state,
+    quantize,
+    unreshardable_state,
+)
 
 
 @pytest.fixture
@@ -82,14 +87,40 @@ def test_moments_that_leave_a_gap_are_not_saved(tmp_path, state):
         write_index(tmp_path, spans, {"b": 200})
 
 
-def test_a_partition_that_bitsandbytes_cannot_count_is_refused_with_the_processes_that_it_takes():
-    """All of FLUX.1's 11.9e9 elements; the optimizer would be told the length modulo 2**32."""
-    flux = 11_902_587_968
-    with pytest.raises(InputError, match=r"engine zero2 on 4 process.* 2,975,646,992 elements.*or 6 processes or more"):
-        check_eight_bit_partition(flux, 4, "zero2")
-    with pytest.raises(InputError, match=r"engine zero1 on 5 process"):
-        check_eight_bit_partition(flux, 5, "zero1")
-    check_eight_bit_partition(flux, 6, "zero2")
-    with pytest.raises(InputError, match=r"on 2 process.*or 3 processes or more"):
-        check_eight_bit_partition(2 * EIGHT_BIT_LIMIT, 2, "zero2")
-    check_eight_bit_partition(2 * EIGHT_BIT_LIMIT - 2, 2, "zero2")
+# --- what reshards ----------------------------------------------------------------------------------------------------
+
+
+def step(make, weight: torch.nn.Parameter) -> dict:
+    """The state of an optimizer, made by `make([weight])`, after a step."""
+    optimizer = make([weight])
+    weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    return optimizer.state[weight]
+
+
+def test_adamws_moments_reshard_and_nothing_of_it_does_not():
+    weight = torch.nn.Parameter(torch.randn(40, 256))
+    state = step(torch.optim.AdamW, weight)
+    assert [key for key, _ in elementwise_state(state, weight)] == ["exp_avg", "exp_avg_sq"]
+    assert unreshardable_state([("w", weight, state)]) == {}
+
+
+def test_a_scalars_step_count_is_no_moment():
+    weight = torch.nn.Parameter(torch.tensor(1.0))
+    assert dict(elementwise_state(step(torch.optim.AdamW, weight), weight)) == {}
+
+
+def test_8_bit_codes_and_scales_do_not_reshard_and_the_code_book_is_not_saved(state):
+    weight = torch.empty(40, 256)
+    assert dict(elementwise_state(state, weight)) == {}
+    kept = unreshardable_state([("w", weight, state)])
+    assert kept.keys() == {"w//state1", "w//absmax1", "w//state2", "w//absmax2"}
+    assert kept["w//state1"] is state["state1"]
+
+
+def test_adafactors_rows_and_columns_do_not_reshard():
+    from transformers.optimization import Adafactor
+
+    weight = torch.nn.Parameter(torch.randn(4, 6))
+    state = step(lambda weights: Adafactor(weights, lr=0.1, scale_parameter=False, relative_step=False), weight)
+    assert unreshardable_state([("w", weight, state)]).keys() >= {"w//exp_avg_sq_row", "w//exp_avg_sq_col"}

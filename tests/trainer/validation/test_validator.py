@@ -161,12 +161,12 @@ class _OneOfMany:
     def __init__(self, engine, rank: int, world_size: int) -> None:
         self.rank, self.world_size, self.is_main = rank, world_size, False
         self.device, self.compute_dtype, self.autocast = engine.device, engine.compute_dtype, engine.autocast
-        self.sent: dict = {}
+        self.ranks, self.sent = self, {}
 
-    def gather(self, item):
+    def all_gather(self, item):
         return [item]
 
-    def gather_to_main(self, item):
+    def gather(self, item):
         self.sent = item
 
 
