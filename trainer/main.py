@@ -16,7 +16,7 @@ if __name__ == "__main__":
 
 from data.batches.micro_batch import unpack_mask
 from data.encoders.model_folder import find_model
-from trainer.checkpoints.run_state import resume
+from trainer.checkpoints.resume import resume
 from trainer.checkpoints.save import Saver
 from trainer.engines.ema import Ema
 from trainer.engines.start import start_engine

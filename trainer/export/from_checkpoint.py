@@ -48,7 +48,7 @@ def export_checkpoint(source: Path, out: Path, *, weights: str = "live", dtype: 
     if out.exists():
         raise InputError(f"--out {out}: is there already. Give another, or remove it.")
     folder = find_checkpoint(source)
-    config = load_config(folder / "config.yaml")
+    config = load_config(folder / "config.yaml", saved_by_a_run=True)
     method = config.method
     model = find_model(config.model.base)
     files = StateFiles(folder)
