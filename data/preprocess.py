@@ -37,6 +37,7 @@ from rich.progress import Progress
 from configs.errors import InputError
 from configs.loading import load_config
 from configs.schema import Config
+from configs.supervision import BAD_INPUT
 from data.cache.build_manifest import delete_unplanned, describe_cache, is_current
 from data.cache.dropout_tensors import constants_are_there, write_constants
 from data.cache.manifest import FORMAT_VERSION, read_shard_table, write_manifest
@@ -332,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run(load_config(options.config, options.overrides), Console(), worker)
     except InputError as error:
         Console(stderr=True, soft_wrap=True).print(str(error), style="red", markup=False, highlight=False)
-        return 2
+        return BAD_INPUT
     return 0
 
 

@@ -13,13 +13,12 @@ from typer.core import TyperGroup
 from configs.errors import InputError
 from configs.library_warnings import quiet_libraries
 from configs.loading import json_schema, load_config
+from configs.supervision import BAD_INPUT
 from data.preprocessing.worker import which_worker
 from launch import shards
 from launch.command import choose_engine, render_command, render_environment, render_export, render_shell_line
 from launch.gpus import count_gpus, count_training_gpus
 from launch.supervise import run_supervised
-
-BAD_INPUT = 2  # exit code
 
 
 class _Commands(TyperGroup):

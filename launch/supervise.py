@@ -1,6 +1,5 @@
 """Run one training command to its end: signals go through, the exit code is the trainer's own."""
 
-import ctypes
 import json
 import os
 import signal
@@ -11,11 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-RESUMABLE = 75  # exit code of a run that was stopped on purpose and can go on
-
-_LIBC = ctypes.CDLL(None)
-_PR_SET_PDEATHSIG = 1
+from configs.supervision import STOP_SIGNALS, STOPPED, stop_with_parent
 
 
 @dataclass(frozen=True)
@@ -42,7 +37,7 @@ def run_supervised(command: Sequence[str], environment: Mapping[str, str], outco
             command,
             env={**os.environ, **environment},
             start_new_session=True,  # Ctrl-C then comes once, through here, not also from the terminal
-            preexec_fn=_stop_with_parent,
+            preexec_fn=stop_with_parent,
         )
         relay.connect(child)
         returned = child.wait()
@@ -80,11 +75,6 @@ class _SignalRelay:
             self._child.send_signal(number)
 
 
-def _stop_with_parent() -> None:
-    """In the child: get a TERM should this process die without passing anything on (kill -9, a closed terminal)."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
 def _read_outcome(outcome_file: Path) -> Outcome | None:
     """What rank 0 wrote; None when there is no file, or half of one."""
     try:
@@ -99,7 +89,7 @@ def _guess_outcome(returned: int, stopped_by: int | None) -> Outcome:
         return Outcome(0, "finished")
     if stopped_by is not None:
         name = signal.Signals(stopped_by).name
-        return Outcome(RESUMABLE, f"stopped by {name} before the trainer could say where")
+        return Outcome(STOPPED, f"stopped by {name} before the trainer could say where")
     return Outcome(
         1, f"the launcher ended with code {returned} and the trainer left no outcome; its messages are above"
     )

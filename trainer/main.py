@@ -6,7 +6,8 @@ accelerate launch trainer/main.py --config configs/fill_lora.yaml [--resume auto
 import sys
 from functools import partial
 
-from trainer.process.command_line import Stopped, check_command_line, read_command_line, run_and_report
+from trainer.process.command_line import check_command_line, read_command_line
+from trainer.process.outcome import Stopped, run_and_report
 from trainer.process.stop_signals import install_stop_signals, stop_signal
 
 if __name__ == "__main__":

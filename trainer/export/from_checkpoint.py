@@ -23,6 +23,7 @@ from torch import Tensor
 
 from configs.errors import InputError
 from configs.loading import load_config
+from configs.supervision import BAD_INPUT
 from data.encoders.model_folder import find_model, read_part_config
 from trainer.adapters.build import add_adapter
 from trainer.adapters.files import save_adapter
@@ -116,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
         export_checkpoint(options.source, options.out, weights=options.weights, dtype=options.dtype)
     except InputError as error:
         print(error, file=sys.stderr)
-        return 2
+        return BAD_INPUT
     print(options.out)
     return 0
 
