@@ -86,7 +86,7 @@ REFUSED: tuple[Rule, ...] = (
     ),
     Rule(
         {"weights": ("bf16_stochastic",), "optimizer": ("adamw8bit", "adafactor", "prodigy")},
-        "what is rounded at random is AdamW, its two moments too",
+        "stochastic rounding is part of AdamW here, and rounds its two moments too",
     ),
     Rule(
         {"weights": ("bf16_stochastic",), "precision": ("fp32",)},

@@ -24,7 +24,6 @@ from functools import cache as once
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from configs.library_warnings import quiet_libraries
 
@@ -34,6 +33,7 @@ if __name__ == "__main__":
 from rich.console import Console
 from rich.progress import Progress
 
+from configs.cache_settings import tensor_settings, worker_settings
 from configs.errors import InputError
 from configs.loading import load_config
 from configs.schema import Config
@@ -47,6 +47,7 @@ from data.cache.validation_items import (
     num_watched,
     write_validation_items,
 )
+from data.cache_layout import CREW, MANIFEST
 from data.encoders.load import Encoders, load_encoders
 from data.encoders.model_folder import encoder_fingerprints, find_model, read_part_number
 from data.encoders.stored_text import text_bytes
@@ -62,10 +63,10 @@ from data.samples.decode import DecodedBatch, decode_batches
 from data.samples.geometry import Pixels
 from data.samples.plan import plan_samples
 from data.samples.shard_plan import PlannedShard, plan_shards
-from data.sources.scan import delete_copies, scan_dataset
+from data.sources.download_cache import delete_copies
+from data.sources.scan import scan_dataset
 from data.storage.disk_full import DiskFull, raise_disk_full
 
-WORKERS_FOLDER = "crew"  # in the cache, while somebody works on it
 _CONSTANTS, _HEAD = "constants", "head"  # what can be claimed, besides shards
 
 _ALONE = Worker()
@@ -82,17 +83,13 @@ class Job:
     @property
     def encoding(self) -> dict[str, object]:
         """What shapes the tensors besides the pictures and captions."""
-        data = self.config.data
-        int8 = {"t5_precision": "int8"} if data.encoders.t5_precision == "int8" else {}
-        text = {"text_length": data.captions.text_length, "text_dtype": data.captions.text_dtype}
-        return {"encoders": dict(self.encoders), **text, **int8}
+        return {"encoders": dict(self.encoders), **tensor_settings(self.config.data)}
 
     @property
     def settings(self) -> dict[str, object]:
         """What workers on one cache must agree in: all that shapes the plan."""
-        data = self.config.data.model_dump(mode="json", exclude=_FREE_KEYS)
-        keys = {f"data.{key}": value for key, value in data.items()}
-        return {"format": FORMAT_VERSION, **{f"model's {part}": print for part, print in self.encoders.items()}, **keys}
+        encoders = {f"model's {part}": print for part, print in self.encoders.items()}
+        return {"format": FORMAT_VERSION, **encoders, **worker_settings(self.config.data)}
 
     @property
     def text_bytes(self) -> int:
@@ -100,26 +97,6 @@ class Job:
         t5_width = int(read_part_number(self.model, "text_encoder_2", "d_model"))
         captions = self.config.data.captions
         return text_bytes(captions.text_length, t5_width, captions.text_dtype)
-
-
-# Of the data section, what each worker may have as it likes, and what concerns training alone.
-_FREE_KEYS: Any = {
-    "cache": True,
-    "mode": True,
-    "write_through": True,
-    "encoder_devices": True,
-    "local_cache": True,
-    "local_cache_gib": True,
-    "copies_gib": True,
-    "encode_batch_size": True,
-    "encoders": {"vae", "clip", "t5"},
-    "reader_threads": True,
-    "streams": True,
-    "mask_choice": True,
-    "mask_dropout": True,
-    "captions": {"dropout"},
-    "datasets": {"__all__": {"weight"}},
-}
 
 
 def preprocess(config: Config, console: Console, worker: Worker = _ALONE) -> None:
@@ -135,7 +112,7 @@ def preprocess(config: Config, console: Console, worker: Worker = _ALONE) -> Non
     try:
         with (
             raise_disk_full(cache),
-            join(cache / WORKERS_FOLDER, job.settings) as group,
+            join(cache / CREW, job.settings) as group,
             open_progress(console, worker) as progress,
         ):
             try:
@@ -207,6 +184,7 @@ def make_plan(job: Job, progress: Progress) -> list[PlannedShard]:
         size_limit=job.config.data.shard_size_mib << 20,
         text_bytes=job.text_bytes,
         encoding=job.encoding,
+        format_version=FORMAT_VERSION,
     )
 
 
@@ -234,7 +212,7 @@ def encode_what_is_left(
         if not constants and group.claim(_CONSTANTS):
             encoders = load()
             group.require_claim(_CONSTANTS)
-            (data.cache_folder / "manifest.json").unlink(missing_ok=True)
+            (data.cache_folder / MANIFEST).unlink(missing_ok=True)
             still_mine = partial(group.require_claim, _CONSTANTS)
             write_constants(data.cache_folder, encoders, buckets, job.encoding, data.captions, still_mine, turn=turn)
             group.release(_CONSTANTS)
@@ -277,7 +255,7 @@ def complete(
 def manifest_stamp(cache: Path) -> tuple[int, int] | None:
     """What tells one manifest from another; None if there is none."""
     try:
-        status = (cache / "manifest.json").stat()
+        status = (cache / MANIFEST).stat()
     except (FileNotFoundError, NotADirectoryError):
         return None
     return status.st_ino, status.st_mtime_ns
@@ -298,7 +276,7 @@ def _write_head(job: Job, plan: PlanFile, group: WorkerGroup, worker: Worker, pr
     if is_current(cache, *head):
         return delete_copies(cache)
     group.require_claim(_HEAD)
-    (cache / "manifest.json").unlink(missing_ok=True)
+    (cache / MANIFEST).unlink(missing_ok=True)
     delete_unplanned(cache, plan.heads)
     chosen = choose_validation_items(plan.shards(), count=num_watched(config.data.holdout))
     bar = progress.add_task("validation pictures", total=len(chosen))

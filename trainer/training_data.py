@@ -14,10 +14,10 @@ from data.batches.batch_stream import BatchStream
 from data.batches.order import BLOCK_SHARDS, Order, OrderSettings, hash_shards
 from data.batches.row_filler import RowPolicy
 from data.batches.training_set import CachedTrainingSet, TrainingSet
-from data.cache.manifest import TRAIN
 from data.cache.open_cache import open_cache
 from data.online.training_set import OnlineTrainingSet, encoder_device, plan_online
 from data.preprocessing.worker import which_worker
+from data.samples.plan import TRAIN
 from trainer.checkpoints.run_state import RunState
 from trainer.engines.base import Engine
 

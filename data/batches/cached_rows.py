@@ -15,8 +15,8 @@ from data.batches.row_filler import ReplacedRow, RowFiller, RowPolicy
 from data.batches.row_source import PlannedMicroBatch, PlannedRow
 from data.batches.shard_reader import ShardReader
 from data.cache.blanks import read_blank, read_empty_text
-from data.cache.manifest import parse_bucket
 from data.cache.open_cache import Cache
+from data.samples.geometry import Bucket
 
 
 class _Filling:
@@ -61,7 +61,7 @@ class CachedRows:
         threads: int = 2,
     ) -> None:
         self._reader = ShardReader(cache)
-        buckets = [parse_bucket(name) for name in order.buckets] if policy.mask_dropout else []
+        buckets = [Bucket.parse(name) for name in order.buckets] if policy.mask_dropout else []
         self._filler = RowFiller(
             order.settings.seed,
             policy,

@@ -4,10 +4,9 @@ import xxhash
 from safetensors.torch import load
 
 from configs.errors import InputError
-from data.batches.micro_batch import bytes_of
-from data.cache.manifest import EMPTY_TEXT, blank_name
-from data.cache.members import Tensors, num_bytes, parse_header, sample_tensors, text_tensors
+from data.cache.members import MASKED, Tensors, bytes_of, num_bytes, parse_header, sample_tensors, text_tensors
 from data.cache.open_cache import Cache
+from data.cache_layout import EMPTY_TEXT, blank_name
 from data.samples.geometry import Bucket
 
 
@@ -18,7 +17,7 @@ def read_empty_text(cache: Cache) -> dict[str, memoryview]:
 
 def read_blank(cache: Cache, bucket: Bucket) -> dict[str, memoryview]:
     """Bytes of `masked_latents` and `mask` of a bucket's picture that is all hole. Raises InputError likewise."""
-    masked = sample_tensors(bucket, cache.manifest)["masked"]
+    masked = sample_tensors(bucket, cache.manifest)[MASKED]
     latents = _read(cache, blank_name(str(bucket)), {"masked_latents": masked["masked_latents"]})
     return latents | {"mask": memoryview(b"\xff" * num_bytes({"mask": masked["mask"]}))}
 

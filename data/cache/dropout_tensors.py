@@ -12,24 +12,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from configs.schema import CaptionsConfig
-from data.cache.manifest import EMPTY_TEXT, blank_name
+from configs.data_schema import CaptionsConfig
 from data.cache.shard_writer import NotFinite
+from data.cache_layout import EMPTY_TEXT, blank_name
 from data.encoders.device import raise_out_of_memory
 from data.encoders.encode import encode_captions, encode_images
 from data.encoders.load import Encoders
 from data.encoders.stored_text import store_text
 from data.samples.geometry import Bucket
 from data.storage.atomic_write import write_bytes_atomically
-from data.storage.stale_files import retry_if_stale
-
-
-def blank_path(cache: Path, bucket: str) -> Path:
-    return cache / blank_name(bucket)
+from data.storage.retry import retry_if_stale
 
 
 def _paths(cache: Path, buckets: Iterable[Bucket]) -> list[Path]:
-    return [cache / EMPTY_TEXT, *(blank_path(cache, str(bucket)) for bucket in buckets)]
+    return [cache / EMPTY_TEXT, *(cache / blank_name(str(bucket)) for bucket in buckets)]
 
 
 def _made_by(encoding: Mapping[str, object], tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -81,7 +77,7 @@ def write_constants(
         with turn():
             blank = encode_blank(encoders, bucket)
         check()
-        _write(blank_path(cache, str(bucket)), blank, encoding)
+        _write(cache / blank_name(str(bucket)), blank, encoding)
 
 
 def encode_empty_text(encoders: Encoders, captions: CaptionsConfig) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ from torch import Tensor
 from webdataset import TarWriter
 
 from configs.errors import InputError
+from data.cache_layout import index_path
 from data.storage.atomic_write import fsync_folder, write_bytes_atomically
 from data.storage.disk_full import DiskFull, raise_disk_full
 
@@ -283,10 +284,6 @@ class ShardWriter:
             self.path.unlink(missing_ok=True)  # of no use without it, and nothing is as large
             raise
         return index
-
-
-def index_path(tar: Path) -> Path:
-    return tar.with_suffix(".index")
 
 
 def write_index(path: Path, index: ShardIndex) -> None:

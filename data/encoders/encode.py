@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import InputError
-from data.samples.geometry import Pixels
+from data.samples.geometry import LATENT_CHANNELS, Pixels
 
 _CPU = torch.device("cpu")
 
@@ -37,10 +37,10 @@ def load_vae(model: Path, *, device: torch.device, dtype: torch.dtype):
     with _reading(folder):
         vae, report = AutoencoderKL.from_pretrained(model, subfolder="vae", torch_dtype=dtype, output_loading_info=True)
         _refuse_gaps(folder, report["missing_keys"])
-    if vae.config.latent_channels != 16 or vae.config.shift_factor is None:
+    if vae.config.latent_channels != LATENT_CHANNELS or vae.config.shift_factor is None:
         raise InputError(
             f"{folder}: {vae.config.latent_channels} latent channels, shift_factor {vae.config.shift_factor}; "
-            "FLUX.1 has 16 channels and a shift. Point model.base at a FLUX.1 model."
+            f"FLUX.1 has {LATENT_CHANNELS} channels and a shift. Point model.base at a FLUX.1 model."
         )
     return vae.to(device).eval().requires_grad_(False)
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from configs.data_schema import EncodersConfig
 from configs.errors import InputError
-from configs.schema import EncodersConfig
 from data.encoders.encode import TextEncoders, load_clip, load_t5, load_vae
 
 

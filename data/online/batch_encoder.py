@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.schema import CaptionsConfig
+from configs.data_schema import CaptionsConfig
 from data.cache.shard_writer import NotFinite
 from data.encoders.device import no_memory
 from data.encoders.encode import HostCopy, collate_pixels, encode_pixels
@@ -15,7 +15,7 @@ from data.encoders.load import Encoders
 from data.online.caption_texts import CaptionTensors, CaptionTexts
 from data.online.encoder_turns import EncoderTurns
 from data.samples.geometry import Pixels
-from data.samples.shard_plan import PlannedSample
+from data.samples.plan import PlannedSample
 
 
 @dataclass(frozen=True)

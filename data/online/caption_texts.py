@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from configs.schema import CaptionsConfig
+from configs.data_schema import CaptionsConfig
 from data.cache.shard_writer import NotFinite
 from data.encoders.encode import HostCopy, TextEncoders, encode_captions
 from data.encoders.stored_text import store_text

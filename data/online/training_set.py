@@ -18,13 +18,13 @@ from torch import Tensor
 
 from configs.errors import InputError
 from configs.schema import Config
-from data.batches.micro_batch import bytes_of
 from data.batches.order import Order
 from data.batches.row_filler import ReplacedRow, RowFiller, RowPolicy
 from data.batches.training_set import ValidationSample
 from data.cache.build_manifest import describe_samples
 from data.cache.dropout_tensors import encode_blank, encode_empty_text
-from data.cache.manifest import ShardTable, parse_bucket
+from data.cache.manifest import ShardTable
+from data.cache.members import bytes_of
 from data.cache.node_cache import NodeCache
 from data.cache.validation_items import choose_validation_items, num_watched
 from data.encoders.load import Encoders, cuda_devices, load_encoders
@@ -157,7 +157,7 @@ def _copy(pixels: Pixels) -> Pixels:
 
 
 def _buckets_of(order: Order) -> list[Bucket]:
-    return [parse_bucket(name) for name in order.buckets]
+    return [Bucket.parse(name) for name in order.buckets]
 
 
 def _bytes_of(tensors: Mapping[str, Tensor]) -> dict[str, memoryview]:

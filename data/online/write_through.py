@@ -18,11 +18,12 @@ from rich.progress import Progress
 from configs.errors import InputError, StorageFailed
 from data.batches.order import Order
 from data.cache.manifest import Manifest, ShardTable
+from data.cache_layout import CREW
 from data.encoders.load import Encoders
 from data.online.batch_encoder import BatchEncoder
 from data.online.encoder_turns import TurnsOver, refuse_if_over
 from data.online.finished_shards import FinishedShards
-from data.preprocess import WORKERS_FOLDER, Job, complete, encode_what_is_left, manifest_stamp
+from data.preprocess import Job, complete, encode_what_is_left, manifest_stamp
 from data.preprocessing.plan_file import PlanFile
 from data.preprocessing.shard_queue import ShardQueue
 from data.preprocessing.share_plan import agree_on_plan
@@ -109,7 +110,7 @@ class WriteThrough:
         """Be one of the cache's workers until it is complete. Raises as `preprocess` does, and TurnsOver."""
         job, worker = self._job, self._worker
         cache = job.config.data.cache_folder
-        with raise_disk_full(cache), join(cache / WORKERS_FOLDER, job.settings) as group:
+        with raise_disk_full(cache), join(cache / CREW, job.settings) as group:
             before = manifest_stamp(cache)
             plan = self._share_plan(group)
             backlog = ShardQueue(cache, replace(plan, heads=soonest_first), group, worker)

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from configs.schema import DataConfig
+from configs.data_schema import DataConfig
+from configs.errors import list_problems
 from data.cache.shard_writer import NotFinite, SampleTensors, ShardWriter
 from data.encoders.device import raise_out_of_memory
 from data.encoders.encode import HostCopy, PixelBatch, collate_pixels, encode_captions, encode_pixels
@@ -26,8 +27,8 @@ from data.encoders.stored_text import store_text
 from data.preprocessing.run_ahead import run_ahead
 from data.preprocessing.shard_queue import ShardQueue
 from data.samples.decode import DecodedBatch, decode_batches, in_batches
-from data.samples.shard_plan import PlannedSample, PlannedShard
-from data.sources.triples import listed
+from data.samples.plan import PlannedSample
+from data.samples.shard_plan import PlannedShard
 
 Turn = Callable[[], AbstractContextManager[None]]
 
@@ -250,7 +251,7 @@ class _Writing:
     def _finish(self, plan: PlannedShard, shard: _OpenShard) -> None:
         with shard.writer:
             if shard.problems:
-                self._backlog.fail(plan, listed(shard.problems))
+                self._backlog.fail(plan, list_problems(shard.problems))
             else:
                 self._publish(plan, shard.writer)
         del self._open[plan.path]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from data.cache.members import Tensors, parse_header
+from data.cache.members import LATENTS, MASKED, TEXT, Tensors, parse_header
 from data.cache.shard_writer import ShardIndex
 
 _BLOCK = 512  # tar's unit
@@ -51,7 +51,7 @@ class TarWalk:
 
     sha256: of all that was read.  position: bytes read so far.  misfits: whole members that hold other tensors than the
     manifest says.  path: what problems call it.  tensors: kind of member
-    ("latents", "masked", "text") -> what it has to hold.  advance: told the bytes that were read.
+    (LATENTS, MASKED, TEXT) -> what it has to hold.  advance: told the bytes that were read.
     """
 
     def __init__(
@@ -218,13 +218,13 @@ class TarWalk:
 def _members(index: ShardIndex) -> Iterator[_Member]:
     """Every member that an index knows."""
     for row, (offset, size) in enumerate(index.texts.tolist()):
-        yield _Member("text", None, row, offset, size, int(index.texts_xxh3[row]))
+        yield _Member(TEXT, None, row, offset, size, int(index.texts_xxh3[row]))
     for row, key in enumerate(index.keys):
         offset, size = index.latents[row].tolist()
-        yield _Member("latents", f"{key}.safetensors", row, offset, size, int(index.latents_xxh3[row]))
+        yield _Member(LATENTS, f"{key}.safetensors", row, offset, size, int(index.latents_xxh3[row]))
         for variant, (offset, size) in enumerate(index.masked[row].tolist()):
             xxh3 = int(index.masked_xxh3[row, variant])
-            yield _Member("masked", f"{key}.m{variant}.safetensors", row, offset, size, xxh3)
+            yield _Member(MASKED, f"{key}.m{variant}.safetensors", row, offset, size, xxh3)
         offset, size = index.metas[row].tolist()
         yield _Member("meta", f"{key}.json", row, offset, size, int(index.metas_xxh3[row]))
 
@@ -235,7 +235,7 @@ def _name_of(member: _Member) -> str:
 
 def _use_of(member: _Member, index: ShardIndex) -> str:
     """Whose text a text member is: that many samples are lost with it."""
-    if member.kind != "text":
+    if member.kind != TEXT:
         return ""
     rows = np.flatnonzero(index.text_row == member.row)
     more = ", ..." if len(rows) > 2 else ""

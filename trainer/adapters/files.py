@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from configs.errors import InputError
-from data.storage.file_mode import apply_umask
+from data.storage.atomic_write import apply_umask
 from trainer.adapters.lokr import file_settings, lokr_misfits, read_lokr
 
 ADAPTER = "default"

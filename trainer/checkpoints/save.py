@@ -20,7 +20,7 @@ from torch import Tensor
 from configs.loading import dump_config
 from configs.schema import Config
 from data.batches.batch_stream import BatchStream
-from data.storage.file_mode import apply_umask
+from data.storage.atomic_write import apply_umask
 from trainer.adapters.files import save_adapter
 from trainer.checkpoints.folders import flush_and_hash, save_checkpoint
 from trainer.checkpoints.keep import remove_old

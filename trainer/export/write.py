@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.encoders.model_folder import PARTS
-from data.storage.file_mode import apply_umask
+from data.storage.atomic_write import apply_umask
 
 FILE_BYTES = 4 * 2**30  # of one file of a transformer's weights, and so of what an export holds in memory
 

@@ -14,9 +14,10 @@ from configs.errors import InputError
 from configs.schema import FlowConfig
 from data.batches.micro_batch import MicroBatch, unpack_mask
 from data.encoders.model_folder import read_part_config
+from data.samples.geometry import LATENT_CHANNELS, VAE_FACTOR
 
 FILL_CHANNELS = 384  # per token: 64 noisy latents + 64 masked-image latents + 256 mask pixels
-DEV_CHANNELS = 64
+DEV_CHANNELS = 4 * LATENT_CHANNELS
 
 log = logging.getLogger("fluxfill")
 
@@ -41,10 +42,10 @@ def pack_mask(mask: Tensor) -> Tensor:
     mask: [B, 1, H, W], sides multiples of 16.  Returns [B, L, 256].
     """
     batch, _, height, width = mask.shape
-    h, w = height // 8, width // 8
-    pixels = mask[:, 0].reshape(batch, h, 8, w, 8)
+    h, w = height // VAE_FACTOR, width // VAE_FACTOR
+    pixels = mask[:, 0].reshape(batch, h, VAE_FACTOR, w, VAE_FACTOR)
     # [B, h, 8, w, 8] -> [B, 8, 8, h, w] -> [B, 64, h, w]
-    return pack_latents(pixels.permute(0, 2, 4, 1, 3).reshape(batch, 64, h, w))
+    return pack_latents(pixels.permute(0, 2, 4, 1, 3).reshape(batch, VAE_FACTOR**2, h, w))
 
 
 def pack_fill_condition(masked_latents: Tensor, mask: Tensor) -> Tensor:

@@ -21,10 +21,10 @@ from configs.schema import Config
 from data.batches.micro_batch import MicroBatch
 from data.batches.noise import draw_noise
 from data.batches.training_set import TrainingSet, ValidationSample
-from data.cache.manifest import HOLDOUT, TRAIN
 from data.cache.validation_items import ValidationItem
 from data.encoders.encode import decode_latents, load_vae
 from data.samples.geometry import Bucket, Pixels
+from data.samples.plan import HOLDOUT, TRAIN
 from data.show.picture_grid import save_grid
 from trainer.engines.base import Engine
 from trainer.model.flow import flow_loss, mix_noise
@@ -239,7 +239,7 @@ def _noise_key(item: ValidationItem) -> int:
 def _rows_of(sample: ValidationSample, number: int) -> MicroBatch:
     """One sample as a micro-batch of one, with the item's fixed noise."""
     stored: dict[str, Any] = {name: tensor.unsqueeze(0) for name, tensor in sample.tensors.items()}
-    noise = torch.empty(1, 16, *sample.bucket.latent_size)
+    noise = torch.empty(1, *sample.bucket.latent_shape)
     draw_noise(_NOISE_SEED, _noise_key(sample.item), noise.numpy())
     return MicroBatch(
         sample.bucket,

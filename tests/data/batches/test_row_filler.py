@@ -11,7 +11,7 @@ from data.batches.micro_batch import unpack_mask
 from data.batches.noise import draw_dropout, draw_whole_hole
 from data.batches.row_filler import ReplacedRow, RowPolicy
 from data.batches.shard_reader import DamagedShard
-from data.cache.manifest import EMPTY_TEXT, blank_name
+from data.cache_layout import EMPTY_TEXT, blank_name
 from tests.data.batches.streams import SEED, SHARDS, damage, open_stream, take
 
 # --- captions ---------------------------------------------------------------------------------------------------------

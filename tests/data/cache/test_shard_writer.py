@@ -11,7 +11,8 @@ import webdataset
 from safetensors.torch import load
 
 from configs.errors import InputError
-from data.cache.shard_writer import NotFinite, ShardWriter, file_sha256, index_path, read_index, rebuild_index
+from data.cache.shard_writer import NotFinite, ShardWriter, file_sha256, read_index, rebuild_index
+from data.cache_layout import index_path
 from data.samples.geometry import Bucket
 from data.sources.triples import Triple
 

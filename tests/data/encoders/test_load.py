@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from configs.data_schema import EncodersConfig
 from configs.errors import InputError
-from configs.schema import EncodersConfig
 from data.encoders.encode import encode_captions
 from data.encoders.load import _find_device, load_encoders
 

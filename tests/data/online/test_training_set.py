@@ -19,7 +19,6 @@ from configs.errors import InputError, StorageFailed
 from data.batches.order import Order
 from data.batches.row_filler import ReplacedRow, RowPolicy
 from data.batches.training_set import CachedTrainingSet
-from data.cache.manifest import TRAIN
 from data.cache.open_cache import open_cache
 from data.cache.shard_writer import NotFinite
 from data.encoders.encode import EncodedText, encode_captions, encode_pixels
@@ -27,6 +26,7 @@ from data.online.caption_texts import CaptionTexts
 from data.online.training_set import OnlineTrainingSet, encoder_device, plan_online
 from data.preprocess import preprocess
 from data.preprocessing.worker import Worker
+from data.samples.plan import TRAIN
 from data.storage.retry import ATTEMPTS
 from tests.data.batches.streams import copy_of
 from tests.data.online.online_streams import (

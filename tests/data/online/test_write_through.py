@@ -23,10 +23,11 @@ from data.batches.row_filler import RowPolicy
 from data.batches.training_set import CachedTrainingSet
 from data.cache.manifest import read_shard_table
 from data.cache.open_cache import Cache, open_cache
-from data.cache.shard_writer import ShardWriter, index_path
+from data.cache.shard_writer import ShardWriter
+from data.cache_layout import CREW, index_path
 from data.encoders.load import Encoders
 from data.encoders.model_folder import encoder_fingerprints
-from data.preprocess import WORKERS_FOLDER, Job, preprocess
+from data.preprocess import Job, preprocess
 from data.preprocessing.share_plan import agree_on_plan
 from data.preprocessing.worker import Worker
 from data.preprocessing.worker_group import join
@@ -215,7 +216,7 @@ def test_another_plan_is_left_alone(config, caplog):
     samples = open_online(config)
     job = Job(config, Path(config.model.base), encoder_fingerprints(Path(config.model.base)))
     other = [replace(plan, plan=f"{number:032x}") for number, plan in enumerate(samples._plans)]
-    with join(config.data.cache / WORKERS_FOLDER, job.settings) as crew:
+    with join(config.data.cache / CREW, job.settings) as crew:
         agree_on_plan(crew, lambda: other, help_planning=list, waiting=lambda _: None)
         with closing(open_stream(samples)) as stream:
             train(stream, 2)
@@ -279,13 +280,13 @@ def test_closed_in_the_middle_it_gives_back_what_is_not_finished(config, cache, 
     stream = open_stream(open_online(config))
     train(stream, 1)
     assert begun.wait(PATIENCE)
-    assert list(config.data.cache.rglob("*.part")) and (config.data.cache / WORKERS_FOLDER).is_dir()
+    assert list(config.data.cache.rglob("*.part")) and (config.data.cache / CREW).is_dir()
     threading.Timer(0.3, goes_on.set).start()
     start = time.monotonic()
     stream.close()
     assert time.monotonic() - start < 10
     assert not list(config.data.cache.rglob("*.part"))
-    assert not (config.data.cache / WORKERS_FOLDER).exists()
+    assert not (config.data.cache / CREW).exists()
     assert not list(config.data.cache.glob("manifest.json"))
     monkeypatch.undo()
     preprocess(config, QUIET)

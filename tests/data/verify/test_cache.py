@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from configs.errors import InputError
-from data.cache.manifest import EMPTY_TEXT, MANIFEST, SHARD_TABLE, read_manifest, read_shard_table, write_manifest
-from data.cache.shard_writer import ShardIndex, index_path, read_index, write_index
+from data.cache.manifest import read_manifest, read_shard_table, write_manifest
+from data.cache.shard_writer import ShardIndex, read_index, write_index
+from data.cache_layout import EMPTY_TEXT, MANIFEST, SHARD_TABLE, index_path
 from data.verify.cache import CheckedCache, verify_cache
 
 SHARDS = [("photos", "48x64", 5), ("photos", "48x64", 5), ("photos", "32x32", 4, "holdout"), ("removal", "48x64", 1)]

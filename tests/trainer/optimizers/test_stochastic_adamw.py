@@ -1,4 +1,4 @@
-"""Rounding at random: unbiased, exact where it can be, the same twice; and an AdamW that loses no update to it."""
+"""Stochastic rounding: unbiased, exact where it can be, the same twice; and an AdamW that loses no update to it."""
 
 import pytest
 import torch
