@@ -32,7 +32,7 @@ from trainer.validation.validator import Validator, validation_is_due
 
 
 def train(arguments: list[str] | None = None) -> int:
-    """One run, from its first or resumed step to its last; returns the step it reached."""
+    """Train from the first or resumed step to the last; returns the step that was reached."""
     config, resume_from = read_command_line(arguments)
     engine = start_engine(config)  # the processes; the engine that was asked for, or an error
     console = configure_logging(engine)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.command import Engine, render_command, render_environment
+from configs.schema import EngineName
+from launch.command import render_command, render_environment
 from launch.supervise import Outcome, run_supervised
 
 # Says that it runs, waits for signals for a while, notes each, and leaves an outcome once one has come.
@@ -125,7 +126,7 @@ def test_trainer_is_told_to_stop_when_the_supervisor_is_killed(tmp_path: Path) -
 
 @pytest.mark.parametrize("engine, count", [("single", 1), ("ddp", 2)])
 def test_accelerate_passes_usr1_to_every_rank_and_waits_for_the_save(
-    engine: Engine, count: int, tmp_path: Path
+    engine: EngineName, count: int, tmp_path: Path
 ) -> None:
     script = tmp_path / "trainer.py"
     script.write_text(TRAINER)

@@ -1,4 +1,4 @@
-"""Adapter files: a LoRA, DoRA or LoKr to start from, read or refused, and a trained one in the format of diffusers."""
+"""Adapter files: a LoRA, DoRA or LoKr to start from is read or refused; a trained one is written as diffusers does."""
 
 import math
 import re
@@ -96,7 +96,7 @@ def _find_adapter_file(source: Path) -> Path:
 
 
 def _misfits(transformer: FluxTransformer2DModel, saved: Mapping[str, Tensor]) -> list[str]:
-    """Why a LoRA's tensors do not belong to the adapter that is there; empty if they do."""
+    """Reasons why a LoRA's tensors do not fit the adapter that is there; empty if they do."""
     own = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
     layers, theirs = {_layer(name) for name in own}, {_layer(name) for name in saved}
     problems = []

@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest `keep_last`, and the best validated one."""
+"""Checkpoints that stay: the newest `keep_last`, and the best validated one."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Resuming a run: the checkpoint to go on from, checked by all ranks, and its tensors into any engine."""
+"""Resuming: the checkpoint to go on from, chosen and checked by all ranks together, and its tensors into any engine."""
 
 import logging
 from dataclasses import replace
@@ -23,9 +23,9 @@ log = logging.getLogger("fluxfill")
 
 
 def resume(config: Config, resume_from: str, engine: Engine, ema: Ema, order: OrderSettings) -> RunState:
-    """Where the run goes on, with weights, optimizer and average loaded; all zero for a fresh start.
+    """The state that the run goes on from, weights, optimizer and average loaded; all zero for a fresh start.
 
-    resume_from: "auto" (the newest whole checkpoint of the run folder, if there is one), "never", or a checkpoint's
+    resume_from: "auto" (the newest intact checkpoint of the run folder, if there is one), "never", or a checkpoint's
     folder.  order: of a run that would start now.  Raises InputError if it cannot be: another order of the samples,
     another method, a damaged folder.
     """
@@ -96,7 +96,7 @@ def choose_checkpoint(config: Config, resume_from: str, engine: Engine) -> Path 
 
 
 def _damage_that_all_find(engine: Engine, folder: Path) -> str | None:
-    """What is wrong with a checkpoint, alike on every rank: each reads its share of it, since one alone would read
+    """Damage of a checkpoint, the same answer on every rank: each reads its share of it, since one alone would read
     190 GiB for longer than the others wait.
 
     Rank 0 reads again what another finds damaged. Raises InputError if it finds nothing: a machine that sees another
@@ -185,7 +185,7 @@ def load_tensors(folder: Path, engine: Engine, ema: Ema, saved_by: dict) -> None
 
 
 def _requantize(files: StateFiles, slices: list[LocalSlice], states: dict[str, dict]) -> None:
-    """Fill 8-bit moments from a checkpoint whose slices were cut otherwise."""
+    """Quantize moments that a checkpoint holds in other slices into this rank's 8-bit tensors."""
     for of, state in states.items():
         for moment, codes in eight_bit_moments(state):
             numbers = torch.zeros(codes.numel(), device=codes.device)

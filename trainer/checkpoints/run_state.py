@@ -1,4 +1,4 @@
-"""Where a run stands: step, place in the order, skips, restarts, replaced rows; the record in state.json."""
+"""The state of a run (step, place in the order, skips, restarts, replaced rows), and its record in state.json."""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +21,7 @@ _FILE = "state.json"
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands.
+    """Progress of a run and what its order depends on.
 
     step: updates done.  batch: global batches taken from the order.  skips: updates in a row that were not applied.
     restarts: times the run was resumed.  order: what the order depends on; a resumed run keeps it.

@@ -1,8 +1,8 @@
-"""When and how a run saves: a copy of the state is taken between two steps and written while the next ones run.
+"""Asynchronous checkpoints: a copy of the state is taken between two steps and written while the next ones run.
 
 Each rank writes the slices it owns (tensor_files.py); when every rank has told that its file is on disk, rank 0 makes a
-whole checkpoint of them (folders.py).  Ranks tell each other between steps, from the thread that trains: collectives of
-two threads would get into each other's way.
+complete checkpoint of them (folders.py).  Ranks tell each other between steps, from the thread that trains: collectives
+of two threads would get into each other's way.
 """
 
 import logging
@@ -53,7 +53,7 @@ class _Save:
 
 
 class Saver:
-    """Saves when it is due. All ranks call its methods together."""
+    """Checkpoints of one run, when they are due. All ranks call its methods together."""
 
     def __init__(self, config: Config, engine: Engine, ema: Ema, stream: BatchStream) -> None:
         self._config, self._engine, self._ema, self._stream = config, engine, ema, stream
@@ -119,7 +119,7 @@ class Saver:
         return _Save(state, described, staging, spans, engine.trained_sizes, adapter, written)
 
     def _commit(self) -> None:
-        """Make a whole checkpoint of what all ranks have written; rank 0 does it, the others go on."""
+        """Make a complete checkpoint of what all ranks have written; rank 0 does it, the others go on."""
         assert self._pending is not None
         save, self._pending = self._pending, None
         failure = save.written.exception()  # whatever it is (safetensors has its own for a full disk), others must know
@@ -197,7 +197,7 @@ def snapshot(engine: Engine, ema: Ema, *, copy: bool) -> tuple[dict[str, Tensor]
 
 
 def describe_engine(engine: Engine) -> dict:
-    """What `resume.load_tensors` needs to know of the engine that saved. All ranks call it."""
+    """The engine that saves, as `resume.load_tensors` needs to know it. All ranks call it."""
     steps = next((int(s["step"]) for _, _, s in engine.optimizer_states() if "step" in s), 0)
     return {
         "name": engine.name,

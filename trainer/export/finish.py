@@ -1,4 +1,4 @@
-"""The end of a run: its weights gathered, exported, read back."""
+"""Export at the end of a run: weights gathered, written, read back and compared."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""From a checkpoint to what others load: an adapter, or a whole FLUX.1-Fill folder. By one process, without a GPU.
+"""Export of a checkpoint: an adapter or a FLUX.1-Fill folder, by one process without a GPU.
 
 python -m trainer.export.from_checkpoint CHECKPOINT_OR_RUN --out DIR [--weights live|ema] [--dtype fp32|bf16]
 
@@ -40,9 +40,9 @@ log = logging.getLogger("fluxfill")
 
 
 def export_checkpoint(source: Path, out: Path, *, weights: str = "live", dtype: str | None = None) -> None:
-    """Write what a run's `final` or `final-ema` would hold, had it ended at a checkpoint, and read it back.
+    """Write the `final` or `final-ema` of a run that had ended at a checkpoint, and read it back.
 
-    source: a checkpoint, or a run, whose newest whole one is taken.  weights: "live", or "ema", their average.  dtype:
+    source: a checkpoint, or a run, whose newest intact one is taken.  weights: "live", or "ema", their average.  dtype:
     of DTYPES; None: adapters in fp32, models in bf16.  Raises InputError if the checkpoint is damaged or holds no such
     weights, or `out` is there already.
     """
@@ -75,7 +75,7 @@ def export_checkpoint(source: Path, out: Path, *, weights: str = "live", dtype: 
 
 
 def find_checkpoint(source: Path) -> Path:
-    """The checkpoint that `source` is, or the newest whole one of the run that it is. Raises InputError if none is."""
+    """The checkpoint at `source`, or the newest intact one of the run there. Raises InputError if there is none."""
     if (source / COMPLETE).is_file():
         if damage := find_damage(source):
             raise InputError(f"{source}: {damage}. Export the checkpoint before it.")

@@ -1,4 +1,4 @@
-"""A whole FLUX.1-Fill folder: the trained transformer in files of a few gigabytes, every other part from the base."""
+"""A FLUX.1-Fill folder: the trained transformer in files of a few gigabytes, every other part from the base."""
 
 import json
 import os
@@ -29,9 +29,9 @@ def export_model(
     dtype: torch.dtype,
     file_bytes: int = FILE_BYTES,
 ) -> None:
-    """Write a whole FLUX.1-Fill folder: the trained transformer in `dtype`, every other part from the base.
+    """Write a FLUX.1-Fill folder: the trained transformer in `dtype`, every other part from the base.
 
-    transformer: of which only the settings are looked at.  weights: (parameter's name, tensor) of every parameter, in
+    transformer: only its config is used.  weights: (parameter's name, tensor) of every parameter, in
     the model's order; no more than one file of them is held at a time.  The other parts are hard links where the disk
     allows it.  Raises RuntimeError if the weights are not those of the model.
     """

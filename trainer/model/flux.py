@@ -49,7 +49,7 @@ def pack_mask(mask: Tensor) -> Tensor:
 
 
 def pack_fill_condition(masked_latents: Tensor, mask: Tensor) -> Tensor:
-    """What the model is told of the hole: masked latents [B, 16, h, w] and mask [B, 1, H, W] -> [B, L, 64 + 256]."""
+    """Fill's condition, packed: masked latents [B, 16, h, w] and mask [B, 1, H, W] -> [B, L, 64 + 256]."""
     return torch.cat([pack_latents(masked_latents), pack_mask(mask).to(masked_latents.dtype)], dim=-1)
 
 
@@ -111,7 +111,7 @@ def load_transformer(model: Path, *, dtype: torch.dtype) -> FluxTransformer2DMod
 
 
 def empty_transformer(model: Path, *, dtype: torch.dtype) -> FluxTransformer2DModel:
-    """The same model on the meta device, for a rank that gets the values from another. Raises InputError likewise."""
+    """`load_transformer`'s model on the meta device, for a rank that gets the values from another."""
     config = _read_config(model)
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(config)

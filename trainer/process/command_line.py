@@ -1,4 +1,4 @@
-"""The trainer's command line, and what is wrong with it or its config, said before ten seconds of imports."""
+"""The trainer's command line, read and checked before ten seconds of imports."""
 
 import argparse
 from pathlib import Path

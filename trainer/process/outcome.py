@@ -1,4 +1,4 @@
-"""How a training process ends: its exit code, outcome.json for whoever started it, and the reason for the launcher.
+"""The outcome of a training process: exit code, outcome.json for its supervisor, the reason for its launcher.
 
 `accelerate launch` turns every exit code into 1 and prints some forty lines of its own after the trainer's last one;
 nothing here can keep those away. torch's launcher (several processes, or a --config_file of configs/engines/) ends
@@ -80,7 +80,7 @@ def _rank() -> int:
 
 
 def _who() -> str:
-    """Begins what a rank says that is not expected to speak."""
+    """Prefix of what a rank other than 0 says."""
     return f"rank {_rank()}: " if _rank() else ""
 
 

@@ -1,4 +1,4 @@
-"""Being told to stop: a signal only sets a flag, which the ranks look at together between two steps.
+"""Stop signals: one only sets a flag, which the ranks look at together between two steps.
 
 Imports nothing heavy: it is in force before torch is imported, which takes ten seconds in which a signal would kill.
 """
