@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from configs.errors import InputError
 from configs.library_warnings import quiet_libraries
 from configs.loading import json_schema, load_config
+from configs.supervision import BAD_INPUT
 from data.preprocessing.worker import which_worker
 from launch import shards
 from launch.command import (
@@ -27,7 +28,7 @@ from launch.command import (
 )
 from launch.gpus import count_gpus, count_training_gpus
 from launch.preprocess_first import reason_to_train_at_once
-from launch.supervise import BAD_INPUT, Outcome, run_supervised, run_workers
+from launch.supervise import Outcome, run_supervised, run_workers
 
 
 class _Commands(TyperGroup):

@@ -1,7 +1,6 @@
 """Run a training command, or the workers that preprocess before it, to its end: signals go through, and the exit code
 is their own."""
 
-import ctypes
 import json
 import os
 import signal
@@ -14,12 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-BAD_INPUT = 2  # exit codes: what the user gave is wrong;
-RESUMABLE = 75  # stopped on purpose, and the same command goes on
+from configs.supervision import BAD_INPUT, STOP_SIGNALS, STOPPED, stop_with_parent
 
-_LIBC = ctypes.CDLL(None)
-_PR_SET_PDEATHSIG = 1
 _STDERR = 2
 
 
@@ -66,7 +61,7 @@ def run_workers(command: Sequence[str], environments: Sequence[Mapping[str, str]
                 readers.submit(_forward_new_lines, worker.stderr, worker.pid, said)
         codes = [worker.wait() for worker in workers]
     if relay.first is not None:
-        return Outcome(RESUMABLE, f"stopped by {signal.Signals(relay.first).name}; the same command goes on")
+        return Outcome(STOPPED, f"stopped by {signal.Signals(relay.first).name}; the same command goes on")
     if 0 in codes:
         return Outcome(0, "finished")
     return Outcome(BAD_INPUT if BAD_INPUT in codes else 1, "not finished; what is wrong stands above")
@@ -108,7 +103,7 @@ class _SignalRelay:
             stderr=stderr,
             env={**os.environ, **environment},
             start_new_session=True,  # Ctrl-C then comes once, through here, not also from the terminal
-            preexec_fn=_stop_with_parent,
+            preexec_fn=stop_with_parent,
         )
         self._children.append(child)
         if self.first is not None and child not in self._told:
@@ -122,11 +117,6 @@ class _SignalRelay:
         self._told = list(self._children)
         for child in self._told:
             child.send_signal(self._sends or number)
-
-
-def _stop_with_parent() -> None:
-    """In the child: get a TERM should this process die without passing anything on (kill -9, a closed terminal)."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _read_outcome(outcome_file: Path) -> Outcome | None:
@@ -143,7 +133,7 @@ def _guess_outcome(returned: int, stopped_by: int | None) -> Outcome:
         return Outcome(0, "finished")
     if stopped_by is not None:
         name = signal.Signals(stopped_by).name
-        return Outcome(RESUMABLE, f"stopped by {name} before the trainer could say where")
+        return Outcome(STOPPED, f"stopped by {name} before the trainer could say where")
     return Outcome(
         1, f"the launcher ended with code {returned} and the trainer left no outcome; its messages are above"
     )
