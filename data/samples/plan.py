@@ -54,10 +54,11 @@ def plan_samples(config: Config, progress: Progress) -> list[PlannedSample]:
     """
     data, policy = config.data, config.data.resolution_policy
     bar = progress.add_task("reading pictures", total=None)
+    warn = partial(progress.console.print, style="yellow", markup=False, highlight=False, soft_wrap=True)
     found = [
         (dataset, triple, size)
         for dataset in data.datasets
-        for triple, size in list_triples(dataset, data, advance=partial(progress.advance, bar))
+        for triple, size in list_triples(dataset, data, advance=partial(progress.advance, bar), warn=warn)
     ]
     progress.update(bar, total=len(found), completed=len(found))
     kept = held_out((triple.target_content for _, triple, _ in found), data.holdout)

@@ -5,11 +5,14 @@ import os
 import struct
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
+from configs.dataset_schema import Label
 from configs.errors import InputError
+from data.sources.mask_levels import select_label
 from data.sources.picture_file import PictureBytes, PictureFile, byte_limit
 
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
@@ -30,7 +33,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_QUARTER_TURNS = frozenset({5, 6, 7, 8})  # the stored width is the upright height
+QUARTER_TURNS = frozenset({5, 6, 7, 8})  # the stored width is the upright height
 _PNG_METADATA = frozenset({b"eXIf", b"tEXt", b"zTXt", b"iTXt"})  # where Pillow looks for EXIF and XMP
 
 
@@ -111,15 +114,30 @@ def _says_more_behind_its_pixels(png: bytes) -> bool:
 
 def picture_size(picture_file: Picture, *, max_megapixels: float) -> tuple[int, int]:
     """Upright (width, height) of a picture, from its header. Raises InputError as `load_picture` does."""
+    header = read_header(picture_file, max_megapixels=max_megapixels)
+    return header.width, header.height
+
+
+class Header(NamedTuple):
+    """width, height: upright.  orientation: EXIF's, by which it is turned to stand so; 1 = not at all."""
+
+    width: int
+    height: int
+    orientation: int = 1
+
+
+def read_header(picture_file: Picture, *, max_megapixels: float) -> Header:
+    """Size of a picture, not decoded. Raises InputError as `load_picture` does."""
     read = read_picture(picture_file, max_megapixels=max_megapixels)
     with _open(read, max_megapixels) as picture:
         if picture.format == "PNG" and _says_more_behind_its_pixels(read.data):
             _decode(picture, read)
         width, height = picture.size
-        return (height, width) if _orientation(picture) in _QUARTER_TURNS else (width, height)
+        orientation = _orientation(picture)
+        return Header(*((height, width) if orientation in QUARTER_TURNS else (width, height)), orientation)
 
 
-def _load(picture_file: Picture, max_megapixels: float) -> Image.Image:
+def load_stored(picture_file: Picture, *, max_megapixels: float) -> Image.Image:
     """A decoded, upright picture of 8 bits per channel, in whatever mode it is stored."""
     read = read_picture(picture_file, max_megapixels=max_megapixels)
     with _open(read, max_megapixels) as picture:
@@ -140,21 +158,46 @@ def load_picture(picture_file: Picture, *, max_megapixels: float) -> Image.Image
     Raises InputError, naming the file, if it is missing, unreadable, has more than `max_megapixels` pixels or is above
     LONGEST_ASPECT (then it is refused before decoding: a file of some kilobytes can hold gigapixels).
     """
-    picture = _to_srgb(_load(picture_file, max_megapixels))
+    picture = _to_srgb(load_stored(picture_file, max_megapixels=max_megapixels))
     if _has_alpha(picture):
         rgba = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return picture.convert("RGB")
 
 
-def load_mask(picture_file: Picture, *, max_megapixels: float) -> Image.Image:
-    """A decoded, upright mask in mode L: white (255) = repaint, black (0) = keep.
+def load_preview(picture_file: Picture, cell: int, *, max_megapixels: float) -> np.ndarray:
+    """A grey, upright picture in which every pixel is the mean of cell x cell ones: uint8 [ceil(H / cell), ceil(W /
+    cell)]. Raises as `load_picture` does.
+
+    cell: a power of two.  A JPEG is decoded at that size, up to an eighth, and colour profiles are passed over: two
+    pictures can be compared by it that have the same one.
+    """
+    read = read_picture(picture_file, max_megapixels=max_megapixels)
+    with _open(read, max_megapixels) as picture:
+        width, height = picture.size
+        orientation = _orientation(picture)
+        if picture.mode in ("L", "RGB") and (orientation == 1 or not (width % cell or height % cell)):
+            picture.draft("L", (max(1, width // cell), max(1, height // cell)))
+            _decode(picture, read)
+            rest = cell * picture.width // width or 1
+            small = picture.reduce(rest) if rest > 1 else picture
+            grey = small.convert("L")
+            upright = grey.transpose(_TURNS[orientation]) if orientation in _TURNS else grey
+            return np.asarray(upright)
+    return np.asarray(load_picture(read, max_megapixels=max_megapixels).reduce(cell).convert("L"))
+
+
+def load_mask(picture_file: Picture, *, max_megapixels: float, label: Label | None = None) -> Image.Image:
+    """A decoded, upright mask in mode L: white (255) = repaint, black (0) = keep. label: which value of its pixels is
+    the hole, where they are labels.
 
     Raises as `load_picture` does, and where transparency says other than the colours. Some programs mean by it what is
     to be painted, some what is not; only a person can tell.
     """
     read = read_picture(picture_file, max_megapixels=max_megapixels)
-    picture = _load(read, max_megapixels)
+    picture = load_stored(read, max_megapixels=max_megapixels)
+    if label is not None:
+        return select_label(picture, label)
     # Pillow knows the way from Lab to RGB, but none to grey.
     mask = (picture.convert("RGB") if picture.mode == "LAB" else picture).convert("L")
     if _has_alpha(picture) and not _agree(np.asarray(mask), np.asarray(picture.convert("RGBA").getchannel("A"))):

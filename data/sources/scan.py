@@ -16,8 +16,8 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import xxhash
+from PIL import Image
 
 from configs.data_schema import DataConfig
 from configs.dataset_schema import DatasetConfig
@@ -29,8 +29,9 @@ from data.sources.download_cache import DownloadCache, Pack, open_new_file
 from data.sources.file_stamps import outwait_the_clock, stamp_of
 from data.sources.folders import list_folders, read_caption_file
 from data.sources.items import Item
-from data.sources.picture_file import PictureFile
-from data.sources.pictures import load_mask, picture_size, read_picture
+from data.sources.mask_checks import Fault, find_fault_of_mask, find_fault_of_pair
+from data.sources.picture_file import PictureBytes, PictureFile
+from data.sources.pictures import load_mask, read_header, read_picture
 from data.sources.scan_cache import (
     ITEM_COLUMNS,
     PictureInfo,
@@ -45,7 +46,7 @@ from data.sources.scan_cache import (
 from data.sources.tables import find_tables, list_table, names_are_below
 from data.sources.tars import expand_tars, list_tar
 
-_SCAN_VERSION = 2
+_SCAN_VERSION = 3
 _UNIT_THREADS, _PICTURE_THREADS = 4, 8  # they wait for disks and networks, and decode masks
 _UNIT_ITEMS = 1024
 
@@ -122,7 +123,10 @@ class _Scanner:
     def __init__(self, dataset: DatasetConfig, data: DataConfig) -> None:
         self.dataset = dataset
         self.max_megapixels = data.max_megapixels
-        self.masks = not recipe_of(dataset).shares  # whether the dataset has its own
+        recipe = recipe_of(dataset)
+        self.masks = not recipe.shares  # whether the dataset has its own
+        self.label = recipe.label
+        self.checks = dataset.check_masks != "off"
         self.results = ScanCache(data.cache_folder, dataset.name)
         self.copies = DownloadCache(data.cache_folder / COPIES, int(data.copies_gib * 2**30))
         self.picture_pool = ThreadPoolExecutor(_PICTURE_THREADS)
@@ -200,19 +204,14 @@ class _Scanner:
         return path.name if path.parent == self.copies.folder else stamp_of(place)
 
     def _key(self, *parts: object) -> str:
-        return self.results.key(_SCAN_VERSION, self.max_megapixels, self.masks, *parts)
+        return self.results.key(_SCAN_VERSION, self.max_megapixels, self.masks, self.label, self.checks, *parts)
 
     def _scan(self, items: Sequence[Item], packed: Pack | None) -> list[ScannedItem]:
         """Read every picture. Raises one InputError that lists those at fault."""
 
         def scan(item: Item) -> ScannedItem | str:
             try:
-                return ScannedItem(
-                    item,
-                    self._look(item.target, packed, is_mask=False),
-                    None if item.mask is None else self._look(item.mask, packed, is_mask=True),
-                    None if item.source is None else self._look(item.source, packed, is_mask=False),
-                )
+                return self._scan_item(item, packed)
             except StorageFailed:
                 raise
             except InputError as error:
@@ -224,13 +223,41 @@ class _Scanner:
             raise InputError("\n".join(problems))
         return [outcome for outcome in outcomes if not isinstance(outcome, str)]
 
-    def _look(self, file: PictureFile, packed: Pack | None, *, is_mask: bool) -> PictureInfo:
+    def _scan_item(self, item: Item, packed: Pack | None) -> ScannedItem:
+        """Each picture is read once, for its hash, header and pixels."""
         limit = self.max_megapixels
-        picture = read_picture(file, max_megapixels=limit)
-        width, height = picture_size(picture, max_megapixels=limit)
-        darkest, brightest = 0, 0
-        if is_mask:
-            levels = np.asarray(load_mask(picture, max_megapixels=limit))
-            darkest, brightest = int(levels.min()), int(levels.max())
+        target = read_picture(item.target, max_megapixels=limit)
+        scanned = ScannedItem(item, self._look(item.target, target, packed), None, None)
+        source = None if item.source is None else read_picture(item.source, max_megapixels=limit)
+        if item.source is not None and source is not None:
+            scanned = scanned._replace(source=self._look(item.source, source, packed))
+        if item.mask is None:
+            return scanned
+        mask = read_picture(item.mask, max_megapixels=limit)
+        facts, levels = self._look(item.mask, mask, packed), load_mask(mask, max_megapixels=limit, label=self.label)
+        darkest, brightest = levels.getextrema()
+        scanned = scanned._replace(mask=facts._replace(darkest=int(darkest), brightest=int(brightest)))
+        return scanned._replace(fault=self._find_fault(scanned, target, mask, levels, source) if self.checks else None)
+
+    def _look(self, file: PictureFile, picture: PictureBytes, packed: Pack | None) -> PictureInfo:
+        header = read_header(picture, max_megapixels=self.max_megapixels)
         copied = packed.add(picture.data) if packed is not None and is_url(file.place) else (0, 0)
-        return PictureInfo(picture.content, width, height, darkest, brightest, *copied)
+        return PictureInfo(picture.content, header.width, header.height, 0, 0, *copied, header.orientation)
+
+    def _find_fault(
+        self,
+        scanned: ScannedItem,
+        target: PictureBytes,
+        mask: PictureBytes,
+        levels: Image.Image,
+        source: PictureBytes | None,
+    ) -> Fault | None:
+        limit = self.max_megapixels
+        if self.label is None and (fault := find_fault_of_mask(target, mask, levels, max_megapixels=limit)):
+            return fault
+        pictures = (scanned.target, scanned.mask, scanned.source)
+        of_one_size = len({(facts.width, facts.height) for facts in pictures if facts is not None}) == 1
+        has_both = scanned.mask is not None and scanned.mask.darkest < 128 <= scanned.mask.brightest
+        if source is None or not of_one_size or not has_both:
+            return None
+        return find_fault_of_pair(target, source, levels, max_megapixels=limit)

@@ -14,7 +14,9 @@ import xxhash
 from configs.errors import InputError
 from data.cache_layout import SCAN
 from data.sources.items import Item
+from data.sources.mask_checks import Fault
 from data.sources.picture_file import PictureFile
+from data.sources.pictures import Header
 from data.storage.atomic_write import write_text_atomically
 
 Row = list[Any]
@@ -24,7 +26,8 @@ class PictureInfo(NamedTuple):
     """What was found out about one picture.
 
     content: hash of its bytes, 32 hex digits.  width, height: upright.  darkest, brightest: a mask's levels, else 0.
-    copy_offset, size: where its bytes are in a pack of remote pictures; size 0 = nowhere.
+    copy_offset, size: where its bytes are in a pack of remote pictures; size 0 = nowhere.  orientation: EXIF's, by
+    which it was turned upright; 1 = not at all.
     """
 
     content: str
@@ -34,15 +37,29 @@ class PictureInfo(NamedTuple):
     brightest: int = 0
     copy_offset: int = 0
     size: int = 0
+    orientation: int = 1
+
+    @property
+    def header(self) -> Header:
+        return Header(self.width, self.height, self.orientation)
 
 
 class ScannedItem(NamedTuple):
-    """An item and the facts about its pictures: target, mask (None where masks are random), source (or None)."""
+    """An item and the facts about its pictures: target, mask (None where masks are random), source (or None).
+
+    fault: what its mask, or its pair of source and target, was seen to be wrong in.
+    """
 
     item: Item
     target: PictureInfo
     mask: PictureInfo | None
     source: PictureInfo | None
+    fault: Fault | None = None
+
+    @property
+    def contents(self) -> list[str]:
+        """Hashes of its pictures: target, mask, source; of those it has."""
+        return [facts.content for facts in (self.target, self.mask, self.source) if facts is not None]
 
 
 class ScanCache:
@@ -118,13 +135,14 @@ def item_of(row: Row, file: str = "", copy: str = "") -> Item:
 
 
 def row_of_facts(scanned: ScannedItem) -> Row:
-    """The facts of an item as a row of three."""
-    return [facts and list(facts) for facts in (scanned.target, scanned.mask, scanned.source)]
+    """The facts of an item as a row of four: of its pictures, and its fault."""
+    return [facts and list(facts) for facts in (scanned.target, scanned.mask, scanned.source, scanned.fault)]
 
 
 def with_facts(item: Item, row: Row, pack: Path | None = None) -> ScannedItem:
     """An item with the facts of a row. pack: where copies of its remote pictures are, if there are any."""
-    target, mask, source = (None if facts is None else PictureInfo(*facts) for facts in row)
+    *pictures, fault = row
+    target, mask, source = (None if facts is None else PictureInfo(*facts) for facts in pictures)
 
     def copied(file: PictureFile, facts: PictureInfo) -> PictureFile:
         if not facts.size:
@@ -138,4 +156,4 @@ def with_facts(item: Item, row: Row, pack: Path | None = None) -> ScannedItem:
         mask=item.mask and mask and copied(item.mask, mask),
         source=item.source and source and copied(item.source, source),
     )
-    return ScannedItem(item, target, mask, source)
+    return ScannedItem(item, target, mask, source, fault and Fault(*fault))

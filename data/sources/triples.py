@@ -10,6 +10,7 @@ from configs.data_schema import DataConfig
 from configs.dataset_schema import DatasetConfig
 from configs.errors import InputError, list_problems
 from data.sources.items import finish_caption
+from data.sources.mask_checks import LABELS, Fault, find_turn, stop_run
 from data.sources.picture_file import PictureFile
 from data.sources.scan import ScannedItem, scan_dataset
 
@@ -49,20 +50,25 @@ def content_of(picture_contents: Iterable[str]) -> str:
 
 
 def list_triples(
-    dataset: DatasetConfig, data: DataConfig, advance: Callable[[int], None]
+    dataset: DatasetConfig, data: DataConfig, advance: Callable[[int], None], warn: Callable[[str], object] = print
 ) -> list[tuple[Triple, tuple[int, int]]]:
     """All triples of one dataset with their upright (width, height), sorted by name; each is checked to be whole.
 
-    advance: told how many more were read.  Raises one InputError that lists every triple at fault.
+    advance: told how many more were read.  warn: told of masks that look wrong, where they stop nothing.  Raises one
+    InputError that lists every triple at fault.
     """
     triples, problems = [], []
+    faults: list[tuple[PictureFile, Fault]] = []
+    num_pairs = 0
     found = scan_dataset(dataset, data, advance)
     found.reverse()
     while found:  # what is used up is let go: of millions, twice is too much
         scanned = found.pop()
         problems += _problems_of(scanned)
+        faults += _faults_of(scanned)
+        num_pairs += scanned.source is not None
         item = scanned.item
-        contents = [facts.content for facts in scanned[1:] if facts is not None]
+        contents = scanned.contents
         triple = Triple(
             dataset.name,
             item.name,
@@ -74,9 +80,29 @@ def list_triples(
             content_of(contents),
         )
         triples.append((triple, (scanned.target.width, scanned.target.height)))
+    of_pairs = sum(fault.is_of_pair for _, fault in faults)
+    if dataset.check_masks != "off":
+        for where, fault in faults:
+            stops = stop_run(fault, num_of_pairs=of_pairs, num_pairs=num_pairs, policy=dataset.check_masks)
+            tell = problems.append if stops else warn
+            tell(f"{where}: {fault.what}. {fault.cure}")
     if problems:
         raise InputError(list_problems(problems))
     return triples
+
+
+def _faults_of(scanned: ScannedItem) -> list[tuple[PictureFile, Fault]]:
+    """What is wrong with its mask, or its pair of source and target, and the picture to which that is to blame."""
+    item, mask, fault = scanned.item, scanned.mask, scanned.fault
+    if item.mask is None or mask is None:
+        return []
+    of_one_size = (mask.width, mask.height) == (scanned.target.width, scanned.target.height)
+    # Where a source shows that the mask lies right, it was made of the upright target.
+    if of_one_size and (fault.is_of_pair if fault else scanned.source is None):
+        fault = find_turn(scanned.target.header, mask.header, "mask") or fault
+    if fault is None:
+        return []
+    return [(item.source if fault.is_of_source and item.source else item.mask, fault)]
 
 
 def _problems_of(scanned: ScannedItem) -> list[str]:
@@ -84,12 +110,15 @@ def _problems_of(scanned: ScannedItem) -> list[str]:
     item, target, problems = scanned.item, scanned.target, []
     for role, file, facts in (("mask", item.mask, scanned.mask), ("source", item.source, scanned.source)):
         if facts is not None and (facts.width, facts.height) != (target.width, target.height):
+            turn = find_turn(target.header, facts.header, role)
             problems.append(
-                f"{file}: the {role} is {facts.width}x{facts.height}, its target {item.target} is "
+                f"{file}: {turn.what}. {turn.cure}"
+                if turn
+                else f"{file}: the {role} is {facts.width}x{facts.height}, its target {item.target} is "
                 f"{target.width}x{target.height}. Make the {role} anew at the target's size: stretching it would shift "
                 "the hole."
             )
-    if not problems and scanned.mask is not None:
+    if not problems and scanned.mask is not None and not (scanned.fault and scanned.fault.kind == LABELS):
         darkest, brightest = scanned.mask.darkest, scanned.mask.brightest
         if brightest < 128:
             problems.append(
