@@ -1,8 +1,8 @@
 """How fast the scan of a dataset sees that its masks fit, beside the plain way and a scan that decodes masks alone.
 
-    python benchmarks/scan.py [--out benchmarks/results/scan.jsonl] [--triples 2000] [--pictures jpeg] [--before CHECKOUT]
+    python benchmarks/scan.py [--out benchmarks/results/scan.jsonl] [--triples 2000] [--pictures png] [--before DIR]
 
-Triples of 1024 px from photographs: target and source as JPEG of quality 90 (or PNG), the mask as PNG, from a warm page
+Triples of 1024 px from photographs: target and source as JPEG (or PNG), the mask as PNG, from a warm page
 cache, on two cores. The plain way is one thread that opens, decodes and compares the three whole pictures by Pillow and
 numpy. Masks alone are decoded by `check_masks: off`, or by an earlier checkout. Each run is a process of its own, timed
 behind its imports; they alternate; medians.
@@ -20,18 +20,18 @@ import time
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = 1024
 DISTINCT = 40  # triples; the others are links to them
 
 
-def write_triples(folder: Path, count: int, pictures: str) -> dict[str, str]:
-    """`count` triples of target, source and mask; returns what a config says of them, and how large a picture is."""
+def write_triples(folder: Path, count: int, pictures: str, quality: int) -> dict[str, str]:
+    """`count` triples of target, source and mask; returns what a config says of them."""
     from demo.photographs import draw_hole, load_photographs
 
-    photographs = [photograph for photograph in load_photographs().values() if min(photograph.size) >= SIZE // 3]
+    photographs = list(load_photographs().values())
     roles = {"target": pictures, "source": pictures, "mask": "png"}
     for role in roles:
         (folder / role).mkdir(parents=True)
@@ -42,44 +42,42 @@ def write_triples(folder: Path, count: int, pictures: str) -> dict[str, str]:
                 os.link(folder / role / f"{number % DISTINCT:05d}{path.suffix}", path)
             continue
         generator = np.random.default_rng(number)
-        target, other = (mosaic(photographs, generator) for _ in range(2))
+        target, other = (cut_square(photographs, generator) for _ in range(2))
         hole = Image.fromarray(draw_hole(generator, 128, 128).astype(np.uint8) * 255).resize((SIZE, SIZE))
         hole = hole.point(lambda level: 255 * (level >= 128))
         for role, picture in (("target", target), ("source", Image.composite(other, target, hole)), ("mask", hole)):
-            picture.save(paths[role], **({"quality": 90} if roles[role] == "jpg" else {}))
+            picture.save(paths[role], quality=quality)  # which PNG passes over
     return {"name": "pairs"} | {role: str(folder / role) for role in roles}
 
 
-def mosaic(photographs: list[Image.Image], generator: np.random.Generator) -> Image.Image:
-    """Pieces of photographs in their own size, side by side: as much detail per pixel as they have."""
-    picture, piece = Image.new("RGB", (SIZE, SIZE)), SIZE // 4
-    for left in range(0, SIZE, piece):
-        for top in range(0, SIZE, piece):
-            photograph = photographs[generator.integers(len(photographs))]
-            x, y = (int(generator.integers(side - piece + 1)) for side in photograph.size)
-            picture.paste(photograph.crop((x, y, x + piece, y + piece)), (left, top))
-    return picture
+def cut_square(photographs: list[Image.Image], generator: np.random.Generator) -> Image.Image:
+    """The largest square of a photograph or its mirror image, somewhere in it, enlarged to SIZE."""
+    photograph = photographs[generator.integers(len(photographs))]
+    side = min(photograph.size)
+    left, top = (int(generator.integers(length - side + 1)) for length in photograph.size)
+    square = photograph.crop((left, top, left + side, top + side)).resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+    return ImageOps.mirror(square) if generator.random() < 0.5 else square
 
 
-def compare_plainly(dataset: dict[str, str]) -> float:
-    """Seconds of one thread that decodes and compares every whole picture."""
+def compare_plainly(dataset: dict[str, str]) -> tuple[float, float, float]:
+    """Seconds of one thread that decodes and compares every whole picture, as `scan` gives them."""
     names = sorted(os.listdir(dataset["target"]))
     wrong = 0
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     for name in names:
         target = np.asarray(Image.open(f"{dataset['target']}/{name}").convert("RGB"))
         source = np.asarray(Image.open(f"{dataset['source']}/{name}").convert("RGB"))
         mask = np.asarray(Image.open(f"{dataset['mask']}/{Path(name).stem}.png").convert("L")) >= 128
         difference = np.abs(target.astype(np.int16) - source).max(axis=2)
         wrong += not difference[mask].mean() > difference[~mask].mean()
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
     if wrong:
         raise RuntimeError(f"{wrong} right triples look wrong")
-    return seconds
+    return seconds, 0.0, cpu
 
 
-def scan(dataset: dict[str, str], cache: Path) -> tuple[float, float]:
-    """Seconds of a scan, and of the next one of the same files."""
+def scan(dataset: dict[str, str], cache: Path) -> tuple[float, float, float]:
+    """Seconds of a scan, of the next one of the same files, and of processors in the first."""
     from configs.loading import load_config
     from data.sources.scan import scan_dataset
 
@@ -87,12 +85,12 @@ def scan(dataset: dict[str, str], cache: Path) -> tuple[float, float]:
     data = load_config(ROOT / "configs" / "demo.yaml", overrides).data
     seconds = []
     for _ in range(2):
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         found = scan_dataset(data.datasets[0], data, lambda _: None)
-        seconds.append(time.perf_counter() - start)
+        seconds += [time.perf_counter() - start, time.process_time() - cpu_start]
         if any(getattr(scanned, "fault", None) for scanned in found):
             raise RuntimeError("right triples look wrong")
-    return seconds[0], seconds[1]
+    return seconds[0], seconds[2], seconds[1]
 
 
 def run_once(kind: str, dataset: dict[str, str], checkout: Path) -> list[float]:
@@ -107,6 +105,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="file that the result is appended to, as a JSON line")
     parser.add_argument("--triples", type=int, default=2000)
     parser.add_argument("--pictures", choices=("jpeg", "png"), default="jpeg", help="of targets and sources")
+    parser.add_argument("--quality", type=int, default=85, help="of JPEGs")
     parser.add_argument("--before", type=Path, help="an earlier checkout, whose scan is timed too")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where to write; by default the system's folder for such files")
@@ -115,7 +114,7 @@ def main() -> None:
     if options.once:
         kind, dataset = options.once[0], json.loads(options.once[1])
         if kind == "plain":
-            print(json.dumps([compare_plainly(dataset)]))
+            print(json.dumps(compare_plainly(dataset)))
             return
         with tempfile.TemporaryDirectory(prefix="scan-", dir=options.folder) as cache:
             print(json.dumps(scan(dataset, Path(cache))))
@@ -123,7 +122,9 @@ def main() -> None:
 
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
     with tempfile.TemporaryDirectory(prefix="scan-", dir=options.folder) as folder:
-        dataset = write_triples(Path(folder, "pairs"), options.triples, {"jpeg": "jpg"}.get(options.pictures, "png"))
+        dataset = write_triples(
+            Path(folder, "pairs"), options.triples, {"jpeg": "jpg"}.get(options.pictures, "png"), options.quality
+        )
         sizes = [path.stat().st_size for path in list(Path(dataset["target"]).iterdir())[:DISTINCT]]
         kinds = {
             "plain": (dataset, ROOT),
@@ -143,6 +144,10 @@ def main() -> None:
         "triples": options.triples,
         "kib_a_picture": round(statistics.mean(sizes) / 1024),
         "triples_a_second": {kind: round(options.triples / median) for kind, median in first.items()},
+        "processor_ms_a_triple": {
+            kind: round(statistics.median(runs[2] for runs in of_kind) / options.triples * 1e3, 1)
+            for kind, of_kind in seconds.items()
+        },
         "times_plain": round(first["plain"] / first["scan"], 2),
         "of_masks_alone": round(first["masks_alone"] / first["scan"], 2),
         **({"of_before": round(first["before"] / first["scan"], 2)} if options.before else {}),

@@ -70,7 +70,7 @@ def find_fault_of_mask(
     """What the mask alone shows. levels: the mask, decoded, in mode L."""
     if mask.data == target.data:
         return Fault(NO_MASK, "is the target's own file, no mask")
-    if found := find_no_mask(np.asarray(levels), lambda: load_stored(mask, max_megapixels=max_megapixels)):
+    if found := find_no_mask(levels, lambda: load_stored(mask, max_megapixels=max_megapixels)):
         return Fault(LABELS if found.labels else NO_MASK, found.what)
     return None
 
@@ -85,12 +85,14 @@ def find_fault_of_pair(
     if target.data == source.data:
         return Fault(SAME, "source and target are the same file")
     cell = preview_cell(*mask.size)
-    previews = (load_preview(picture, cell, max_megapixels=max_megapixels) for picture in (target, source))
-    if looks_right(*previews, _reduced(mask, cell)):
+    before, after = (load_preview(picture, cell, max_megapixels=max_megapixels) for picture in (source, target))
+    if looks_right(after, before, _reduced(mask, cell)):
         return None
     cell = fine_cell(*mask.size)
-    pictures = (load_picture(picture, max_megapixels=max_megapixels) for picture in (target, source))
-    found = compare(*(_reduced(picture, cell) for picture in pictures), _reduced(mask, cell), cell)
+    before, after = (
+        _reduced(load_picture(picture, max_megapixels=max_megapixels), cell) for picture in (source, target)
+    )
+    found = compare(after, before, _reduced(mask, cell), cell)
     return found and Fault(*found)
 
 

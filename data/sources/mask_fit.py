@@ -23,6 +23,16 @@ _GREY = np.array([0.299, 0.587, 0.114], np.float32)
 _STEP_IN_SOURCE = 0.15  # share of the difference: less is no step
 
 
+_Window = tuple[slice, slice]
+_ALL = slice(None)
+_NEIGHBOURS: list[tuple[_Window, _Window]] = [
+    ((slice(1, None), _ALL), (slice(None, -1), _ALL)),
+    ((slice(None, -1), _ALL), (slice(1, None), _ALL)),
+    ((_ALL, slice(1, None)), (_ALL, slice(None, -1))),
+    ((_ALL, slice(None, -1)), (_ALL, slice(1, None))),
+]  # every cell and the one above, below, to the left and to the right
+
+
 class MaskFit(NamedTuple):
     """What is wrong between a mask and its pictures. kind: of the words above.  what: the sentence's end."""
 
@@ -87,7 +97,8 @@ def stands_in_target(target: np.ndarray, source: np.ndarray, changed: np.ndarray
 
     At the edge of what differs the picture with the object has a step as high as the difference, and the one without
     goes on as if nothing was there. Only said where it is plain: the difference has one sign along the edge (that of
-    texture has both) and well above noise, and the source is no smoother there than around (else it is blurred or painted over).
+    texture has both) and is well above noise, and the source is no smoother there than around (else it is blurred, or
+    painted over).
     """
     rows, columns = np.flatnonzero(changed.any(axis=1)), np.flatnonzero(changed.any(axis=0))
     if not rows.size:
@@ -110,14 +121,6 @@ def stands_in_target(target: np.ndarray, source: np.ndarray, changed: np.ndarray
     slope = np.abs(np.diff(source, axis=0, append=source[-1:])) + np.abs(np.diff(source, axis=1, append=source[:, -1:]))
     inside, outside = slope[region & changed], slope[~region]
     return bool(outside.size and inside.mean() >= 0.5 * outside.mean())
-
-
-_NEIGHBOURS = [
-    (np.s_[1:], np.s_[:-1]),
-    (np.s_[:-1], np.s_[1:]),
-    (np.s_[:, 1:], np.s_[:, :-1]),
-    (np.s_[:, :-1], np.s_[:, 1:]),
-]
 
 
 def _is_same(colours: np.ndarray, cell: int) -> bool:
@@ -161,7 +164,7 @@ def _explain(grey: np.ndarray, changed: np.ndarray, mask: np.ndarray, cell: int)
     filled = _share(changed, covered)
     rows, columns, overlap = _best_shift(changed, covered)
     if outside > 0.9 * total and filled < 0.1:
-        inverted = np.count_nonzero(changed & black) / np.count_nonzero(changed | black)
+        inverted = int(np.count_nonzero(changed & black)) / int(np.count_nonzero(changed | black))
         if np.count_nonzero(covered) > 0.5 * covered.size or inverted >= overlap:
             return MaskFit(INVERTED, "the mask is inverted: source and target differ only where it is black")
     said = f"the mask lies elsewhere: {outside / total:.0%} of what differs between source and target is outside it"
@@ -186,7 +189,7 @@ def _explain(grey: np.ndarray, changed: np.ndarray, mask: np.ndarray, cell: int)
 
 
 def _share(changed: np.ndarray, region: np.ndarray) -> float:
-    return np.count_nonzero(changed & region) / max(1, np.count_nonzero(region))
+    return int(np.count_nonzero(changed & region)) / max(1, int(np.count_nonzero(region)))
 
 
 def _best_shift(changed: np.ndarray, covered: np.ndarray) -> tuple[int, int, float]:

@@ -12,7 +12,7 @@ _NEAR = 8  # levels around the black and the white of a mask that compression ma
 _MOST_GREY = (
     1 / 3
 )  # share of pixels of another level: a soft edge of a tenth of the side is below it, photographs above
-_FEW_PIXELS = 1 << 16  # that a histogram is made of
+_FEW_PIXELS = 1 << 14  # that a histogram is made of
 _LABEL_SHARE = 0.0005  # of the pixels, in the midst of others of their level
 
 
@@ -23,10 +23,12 @@ class NoMask(NamedTuple):
     what: str
 
 
-def find_no_mask(levels: np.ndarray, load_stored: Callable[[], Image.Image]) -> NoMask | None:
-    """Why these levels, uint8 [H, W], are no mask of black and white, or None. load_stored: gives the picture in the mode it is saved in."""
-    step = max(1, round((levels.size / _FEW_PIXELS) ** 0.5))
-    histogram = np.bincount(levels[::step, ::step].ravel(), minlength=256)
+def find_no_mask(mask: Image.Image, load_stored: Callable[[], Image.Image]) -> NoMask | None:
+    """Why a decoded mask, mode L, is none of black and white, or None. load_stored: gives it in the mode it is saved
+    in."""
+    step = max(1, round((mask.width * mask.height / _FEW_PIXELS) ** 0.5))
+    few = mask.resize((-(-mask.width // step), -(-mask.height // step)), Image.Resampling.NEAREST)
+    histogram = np.bincount(np.asarray(few).ravel(), minlength=256)
     black, white = int(histogram[:128].argmax()), 128 + int(histogram[128:].argmax())
     is_grey = np.ones(256, bool)
     for level in (black, white):
@@ -36,7 +38,7 @@ def find_no_mask(levels: np.ndarray, load_stored: Callable[[], Image.Image]) -> 
     one_side = not histogram[:128].any() or not histogram[128:].any()
     if not one_side and grey < _LABEL_SHARE:
         return None
-    labels = _flat_levels(levels)
+    labels = _flat_levels(np.asarray(mask))
     if (len(labels) > 1 and one_side) or is_grey[labels].any():
         return NoMask(True, f"its pixels are labels, not brightness: {describe_labels(load_stored())}")
     if grey > _MOST_GREY:

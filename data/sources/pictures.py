@@ -199,7 +199,9 @@ def load_mask(picture_file: Picture, *, max_megapixels: float, label: Label | No
     if label is not None:
         return select_label(picture, label)
     # Pillow knows the way from Lab to RGB, but none to grey.
-    mask = (picture.convert("RGB") if picture.mode == "LAB" else picture).convert("L")
+    mask = (
+        picture if picture.mode == "L" else (picture.convert("RGB") if picture.mode == "LAB" else picture).convert("L")
+    )
     if _has_alpha(picture) and not _agree(np.asarray(mask), np.asarray(picture.convert("RGBA").getchannel("A"))):
         raise InputError(
             f"{read}: the mask is partly transparent, and its colours do not say which part is the hole. Save it "

@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 import xxhash
 from PIL import Image
@@ -235,8 +236,8 @@ class _Scanner:
             return scanned
         mask = read_picture(item.mask, max_megapixels=limit)
         facts, levels = self._look(item.mask, mask, packed), load_mask(mask, max_megapixels=limit, label=self.label)
-        darkest, brightest = levels.getextrema()
-        scanned = scanned._replace(mask=facts._replace(darkest=int(darkest), brightest=int(brightest)))
+        darkest, brightest = cast(tuple[int, int], levels.getextrema())  # of the one channel
+        scanned = scanned._replace(mask=facts._replace(darkest=darkest, brightest=brightest))
         return scanned._replace(fault=self._find_fault(scanned, target, mask, levels, source) if self.checks else None)
 
     def _look(self, file: PictureFile, picture: PictureBytes, packed: Pack | None) -> PictureInfo:
