@@ -26,7 +26,8 @@ from torch import Tensor
 
 from data.batches.order import ORDER_VERSION
 from data.cache.manifest import FORMAT_VERSION, Manifest, ShardTable
-from data.cache.shard_writer import SampleTensors, ShardIndex, ShardWriter, count_hole_fractions
+from data.cache.shard_index import ShardIndex, count_hole_fractions
+from data.cache.shard_writer import SampleTensors, ShardWriter
 from data.cache_layout import index_path
 from data.encoders.stored_text import store_text, text_bytes
 from data.samples.geometry import Bucket

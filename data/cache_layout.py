@@ -26,8 +26,8 @@ _SHARD_FILE = re.compile(rf"(holdout-)?\d+x\d+(-[0-9a-f]{{16}})?-\d{{6,}}\.(tar|
 _BESIDE_MANIFEST = re.compile(rf"blank_\d+x\d+\.safetensors|.+{_PART}")
 
 
-def blank_name(bucket: str) -> str:
-    """The file of a bucket's full-mask latents, beside the manifest."""
+def full_mask_name(bucket: str) -> str:
+    """The file of a bucket's full-mask latents."""
     return f"blank_{bucket}.safetensors"
 
 

@@ -39,7 +39,7 @@ from configs.loading import load_config
 from configs.schema import Config
 from configs.supervision import BAD_INPUT
 from data.cache.build_manifest import delete_unplanned, describe_cache, is_current
-from data.cache.dropout_tensors import constants_are_there, write_constants
+from data.cache.dropout_tensors import dropout_tensors_are_current, write_dropout_tensors
 from data.cache.manifest import FORMAT_VERSION, read_shard_table, write_manifest
 from data.cache.validation_items import (
     ValidationItem,
@@ -208,13 +208,15 @@ def encode_what_is_left(
     data = job.config.data
     buckets = sorted({head.bucket for head in plan.heads})
     while True:
-        constants = constants_are_there(data.cache_folder, buckets, job.encoding)
+        constants = dropout_tensors_are_current(data.cache_folder, buckets, job.encoding)
         if not constants and group.claim(_CONSTANTS):
             encoders = load()
             group.require_claim(_CONSTANTS)
             (data.cache_folder / MANIFEST).unlink(missing_ok=True)
             still_mine = partial(group.require_claim, _CONSTANTS)
-            write_constants(data.cache_folder, encoders, buckets, job.encoding, data.captions, still_mine, turn=turn)
+            write_dropout_tensors(
+                data.cache_folder, encoders, buckets, job.encoding, data.captions, still_mine, turn=turn
+            )
             group.release(_CONSTANTS)
             constants = True
         shards = backlog.claim_shards()

@@ -14,7 +14,7 @@ from data.batches.prefetch import Prefetcher
 from data.batches.row_filler import ReplacedRow, RowFiller, RowPolicy
 from data.batches.row_source import PlannedMicroBatch, PlannedRow
 from data.batches.shard_reader import ShardReader
-from data.cache.blanks import read_blank, read_empty_text
+from data.cache.dropout_tensors import read_empty_caption, read_full_mask
 from data.cache.open_cache import Cache
 from data.samples.geometry import Bucket
 
@@ -65,8 +65,8 @@ class CachedRows:
         self._filler = RowFiller(
             order.settings.seed,
             policy,
-            empty_text=read_empty_text(cache) if policy.caption_dropout else {},
-            blanks={bucket: read_blank(cache, bucket) for bucket in buckets},
+            empty_text=read_empty_caption(cache) if policy.caption_dropout else {},
+            blanks={bucket: read_full_mask(cache, bucket) for bucket in buckets},
             replaced=replaced,
         )
         self._cache, self._order, self._threads = cache, order, threads

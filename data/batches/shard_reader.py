@@ -21,7 +21,7 @@ from configs.errors import InputError
 from data.cache.members import LATENTS, MASKED, MAX_HEADER, TEXT, Tensors, num_bytes, parse_header, sample_tensors
 from data.cache.node_cache import FileHandle
 from data.cache.open_cache import Cache
-from data.cache.shard_writer import ShardIndex, read_index, rebuild_index
+from data.cache.shard_index import ShardIndex, read_index, rebuild_index
 from data.cache_layout import index_path
 from data.samples.geometry import Bucket
 from data.storage.retry import with_retries

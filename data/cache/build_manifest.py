@@ -13,9 +13,9 @@ from configs.errors import InputError
 from configs.mask_recipe import recipe_of
 from configs.schema import Config
 from data.cache.manifest import FORMAT_VERSION, Manifest, ShardTable, hash_files, read_manifest, read_shard_table
-from data.cache.shard_writer import ShardSummary
+from data.cache.shard_index import ShardSummary
 from data.cache.validation_items import validation_items_are_there
-from data.cache_layout import EMPTY_TEXT, blank_name, files_of_plans, index_path
+from data.cache_layout import EMPTY_TEXT, files_of_plans, full_mask_name, index_path
 from data.encoders.model_folder import read_part_number
 from data.samples.plan import HOLDOUT, TRAIN
 from data.samples.shard_plan import ShardSpec
@@ -25,7 +25,7 @@ def delete_unplanned(cache: Path, plans: Sequence[ShardSpec]) -> None:
     """Remove shards that no plan names (their pictures went elsewhere) and what an interrupted job left."""
     planned = {cache / plan.path for plan in plans}
     planned |= {index_path(tar) for tar in planned}
-    planned |= {cache / blank_name(str(plan.bucket)) for plan in plans}
+    planned |= {cache / full_mask_name(str(plan.bucket)) for plan in plans}
     for path in files_of_plans(cache):
         if path not in planned:
             path.unlink()
@@ -75,7 +75,7 @@ def is_current(cache: Path, manifest: Manifest, table: ShardTable) -> bool:
         found, found_table = read_manifest(cache), read_shard_table(cache)
     except InputError:
         return False
-    constants = [cache / EMPTY_TEXT, *(cache / blank_name(bucket) for bucket in np.unique(table.bucket))]
+    constants = [cache / EMPTY_TEXT, *(cache / full_mask_name(bucket) for bucket in np.unique(table.bucket))]
     return (
         found == replace(manifest, files=hash_files(cache, found.files))
         and all(np.array_equal(column, vars(found_table)[name]) for name, column in vars(table).items())

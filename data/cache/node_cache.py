@@ -16,7 +16,7 @@ from pathlib import Path
 
 from configs.errors import InputError
 from data.cache.manifest import ShardTable
-from data.cache.shard_writer import read_index
+from data.cache.shard_index import read_index
 from data.cache_layout import SHARDS, index_path
 from data.storage.atomic_write import fsync_folder, write_atomically
 from data.storage.remote_files import open_url

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from configs.data_schema import CaptionsConfig
-from data.cache.shard_writer import NotFinite
-from data.encoders.device import no_memory
-from data.encoders.encode import HostCopy, collate_pixels, encode_pixels
+from data.encoders.device import HostCopy, no_memory
+from data.encoders.encode import NotFinite, collate_pixels, encode_pixels
 from data.encoders.load import Encoders
 from data.online.caption_texts import CaptionTensors, CaptionTexts
 from data.online.encoder_turns import EncoderTurns

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from configs.data_schema import CaptionsConfig
-from data.cache.shard_writer import NotFinite
-from data.encoders.encode import HostCopy, TextEncoders, encode_captions
+from data.encoders.device import HostCopy
+from data.encoders.encode import NotFinite, encode_captions
+from data.encoders.load import TextEncoders
 from data.encoders.stored_text import store_text
 
 _KEPT_BYTES = 512 << 20  # in the host's memory: about 128 captions of FLUX's 512 tokens in bf16

@@ -22,7 +22,7 @@ from data.batches.order import Order
 from data.batches.row_filler import ReplacedRow, RowFiller, RowPolicy
 from data.batches.training_set import ValidationSample
 from data.cache.build_manifest import describe_samples
-from data.cache.dropout_tensors import encode_blank, encode_empty_text
+from data.cache.dropout_tensors import encode_empty_caption, encode_full_mask
 from data.cache.manifest import ShardTable
 from data.cache.members import bytes_of
 from data.cache.node_cache import NodeCache
@@ -95,7 +95,7 @@ class OnlineTrainingSet:
         filler = RowFiller(
             order.settings.seed,
             policy,
-            empty_text=_bytes_of(encode_empty_text(self._encoders, captions)) if policy.caption_dropout else {},
+            empty_text=_bytes_of(encode_empty_caption(self._encoders, captions)) if policy.caption_dropout else {},
             blanks={bucket: self._blank(bucket) for bucket in _buckets_of(order)} if policy.mask_dropout else {},
             replaced=replaced,
         )
@@ -123,7 +123,7 @@ class OnlineTrainingSet:
 
     def _blank(self, bucket: Bucket) -> dict[str, memoryview]:
         mask = memoryview(b"\xff" * (bucket.height * bucket.width // 8))
-        return _bytes_of(encode_blank(self._encoders, bucket)) | {"mask": mask}
+        return _bytes_of(encode_full_mask(self._encoders, bucket)) | {"mask": mask}
 
     def validation_samples(self, *, split: str, count: int) -> list[ValidationSample]:
         """Raises InputError, naming the file, if one cannot be decoded."""

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from configs.data_schema import DataConfig
 from configs.errors import list_problems
-from data.cache.shard_writer import NotFinite, SampleTensors, ShardWriter
-from data.encoders.device import raise_out_of_memory
-from data.encoders.encode import HostCopy, PixelBatch, collate_pixels, encode_captions, encode_pixels
+from data.cache.shard_writer import SampleTensors, ShardWriter
+from data.encoders.device import HostCopy, raise_out_of_memory
+from data.encoders.encode import NotFinite, PixelBatch, collate_pixels, encode_captions, encode_pixels
 from data.encoders.load import Encoders
 from data.encoders.stored_text import store_text
 from data.preprocessing.run_ahead import run_ahead

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from configs.errors import InputError
-from data.cache.shard_writer import ShardIndex, ShardSummary, read_index
+from data.cache.shard_index import ShardIndex, ShardSummary, read_index
 from data.cache_layout import MANIFEST, index_path
 from data.preprocessing.plan_file import PlanFile
 from data.preprocessing.worker import Worker

@@ -10,7 +10,7 @@ import numpy as np
 from configs.errors import InputError
 from data.cache.manifest import Manifest, ShardTable
 from data.cache.members import LATENTS, MASKED, TEXT, num_bytes, sample_tensors
-from data.cache.shard_writer import ShardIndex, count_hole_fractions, read_index
+from data.cache.shard_index import ShardIndex, count_hole_fractions, read_index
 from data.cache_layout import index_path
 from data.samples.geometry import Bucket
 

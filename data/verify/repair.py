@@ -14,7 +14,7 @@ from rich.console import Console
 from configs.errors import InputError
 from configs.schema import Config
 from data.cache.manifest import ShardTable, read_manifest, read_shard_table, refuse_other_settings
-from data.cache.shard_writer import rebuild_index
+from data.cache.shard_index import rebuild_index
 from data.cache_layout import CREW, index_path
 from data.encoders.model_folder import find_model
 from data.preprocess import preprocess

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from configs.errors import InputError
 from data.cache.members import Tensors
-from data.cache.shard_writer import ShardIndex, count_hole_fractions, read_index
+from data.cache.shard_index import ShardIndex, count_hole_fractions, read_index
 from data.cache_layout import index_path
 from data.verify.tar import Problem, TarWalk
 

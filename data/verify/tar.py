@@ -15,9 +15,9 @@ import numpy as np
 import xxhash
 
 from data.cache.members import LATENTS, MASKED, TEXT, Tensors, parse_header
-from data.cache.shard_writer import ShardIndex
+from data.cache.shard_index import ShardIndex
+from data.storage.tar_members import BLOCK, padded
 
-_BLOCK = 512  # tar's unit
 _READ_AHEAD = 1 << 20
 _ADVANCE_BYTES = 8 << 20  # told at once: a bar that is drawn for every member of small pictures costs more than hashing
 
@@ -71,7 +71,7 @@ class TarWalk:
         self._index = index
         self._advance = advance
         self._not_told = 0
-        self._buffer = bytearray(_BLOCK)
+        self._buffer = bytearray(BLOCK)
         self._problems: list[Problem] = []
         self._texts: dict[int, str] = {}  # row -> name, as the tar has them
 
@@ -110,8 +110,8 @@ class TarWalk:
         name = ""
         while True:
             start = self.position
-            header = bytes(self._read(_BLOCK))
-            if not any(header) and len(header) == _BLOCK:
+            header = bytes(self._read(BLOCK))
+            if not any(header) and len(header) == BLOCK:
                 self._check_end(len(header))
                 return
             try:
@@ -121,7 +121,7 @@ class TarWalk:
                 self._note("", f"no tar header at byte {start}, {after} ({error}); what follows cannot be told apart")
                 return
             name = info.name
-            end = self.position + _padded(info.size)
+            end = self.position + padded(info.size)
             while self.position < end and self._read(min(_READ_AHEAD, end - self.position)):
                 pass
             if self.position < end:
@@ -132,17 +132,17 @@ class TarWalk:
         """With an index: every member is looked at, whatever stands before it."""
         members = sorted(_members(index), key=lambda member: member.offset)
         for number, member in enumerate(members):
-            start = self.position + _BLOCK
+            start = self.position + BLOCK
             if member.offset != start or start + member.size > index.tar_bytes:
                 self._note(_name_of(member), f"the index places {member.size} bytes at {member.offset}, not at {start}")
                 return
-            header = bytes(self._read(_BLOCK))
-            if len(header) < _BLOCK:
+            header = bytes(self._read(BLOCK))
+            if len(header) < BLOCK:
                 where = "inside its header" if header else "before its header"
                 self._note_cut(member, where, members[number + 1 :], index)
                 return
             name = self._check_header(header, member)
-            data = self._read(_padded(member.size))
+            data = self._read(padded(member.size))
             if len(data) < member.size:
                 self._note_cut(member, "inside it", members[number + 1 :], index)
                 return
@@ -211,7 +211,7 @@ class TarWalk:
                 self._note("", f"something stands after its end, at byte {start + zeros}")
                 return
             zeros += len(data)
-        if zeros < 2 * _BLOCK:
+        if zeros < 2 * BLOCK:
             self._note("", f"the file ends at byte {self.position}, without the two blocks that end a tar")
 
 
@@ -240,7 +240,3 @@ def _use_of(member: _Member, index: ShardIndex) -> str:
     rows = np.flatnonzero(index.text_row == member.row)
     more = ", ..." if len(rows) > 2 else ""
     return f" (the text of {len(rows)} samples, {', '.join(index.keys[row] for row in rows[:2])}{more})"
-
-
-def _padded(size: int) -> int:
-    return -(-size // _BLOCK) * _BLOCK

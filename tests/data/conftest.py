@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from data.batches.order import ORDER_VERSION
 from data.cache.manifest import FORMAT_VERSION, Manifest, ShardTable, write_manifest
 from data.cache.open_cache import Cache
-from data.cache.shard_writer import SampleTensors, ShardIndex, ShardWriter, count_hole_fractions
-from data.cache_layout import EMPTY_TEXT, blank_name
+from data.cache.shard_index import ShardIndex, count_hole_fractions
+from data.cache.shard_writer import SampleTensors, ShardWriter
+from data.cache_layout import EMPTY_TEXT, full_mask_name
 from data.encoders.stored_text import store_text
 from data.samples.geometry import Bucket
 from data.samples.plan import HOLDOUT, TRAIN
@@ -153,7 +154,7 @@ def make_cache(tmp_path: Path) -> Callable[..., Cache]:
         save_file(_make_text("the empty caption", text_dtype), folder / EMPTY_TEXT)
         for name in set(table.bucket.tolist()):
             blank = torch.randn(Bucket.parse(name).latent_shape, generator=_generator_of(f"blank {name}"))
-            save_file({"masked_latents": blank.bfloat16()}, folder / blank_name(name))
+            save_file({"masked_latents": blank.bfloat16()}, folder / full_mask_name(name))
         return Cache(folder, write_manifest(folder, manifest, table), table)
 
     return make

@@ -1,9 +1,14 @@
-from data.cache_layout import MANIFEST, OWN_FOLDERS, SHARD_TABLE, blank_name, files_of_plans, index_path
+from data.cache_layout import MANIFEST, OWN_FOLDERS, SHARD_TABLE, files_of_plans, full_mask_name, index_path
 
 
 def test_a_users_own_files_are_not_among_those_that_may_be_deleted(tmp_path):
     shard = tmp_path / "shards/photos/holdout-48x64-0123456789abcdef-000003.tar"
-    ours = [shard, index_path(shard), shard.with_name(f"{shard.name}.0a1b2c3d.part"), tmp_path / blank_name("48x64")]
+    ours = [
+        shard,
+        index_path(shard),
+        shard.with_name(f"{shard.name}.0a1b2c3d.part"),
+        tmp_path / full_mask_name("48x64"),
+    ]
     ours += [tmp_path / f"{SHARD_TABLE}.0a1b2c3d.part"]
     users = [tmp_path / name for name in ("notes.txt", "blank_page.safetensors", "my.part", "shards/photos/old.tar")]
     users += [tmp_path / MANIFEST, *(tmp_path / folder / "48x64-000001.tar" for folder in OWN_FOLDERS)]

@@ -22,7 +22,8 @@ from data.batches.micro_batch import MicroBatch
 from data.batches.noise import draw_noise
 from data.batches.training_set import TrainingSet, ValidationSample
 from data.cache.validation_items import ValidationItem
-from data.encoders.encode import decode_latents, load_vae
+from data.encoders.encode import decode_latents
+from data.encoders.load import load_vae
 from data.samples.geometry import Bucket, Pixels
 from data.samples.plan import HOLDOUT, TRAIN
 from data.show.picture_grid import save_grid

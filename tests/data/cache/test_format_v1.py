@@ -15,7 +15,7 @@ from data.batches.order import Order, OrderSettings, hash_shards
 from data.batches.row_filler import RowPolicy
 from data.cache.manifest import read_manifest, read_shard_table
 from data.cache.open_cache import Cache
-from data.cache.shard_writer import read_index, rebuild_index
+from data.cache.shard_index import read_index, rebuild_index
 from data.cache.validation_items import read_validation_items
 from data.samples.geometry import Bucket
 from data.show.statistics import count_cache

@@ -20,8 +20,7 @@ from data.batches.order import Order
 from data.batches.row_filler import ReplacedRow, RowPolicy
 from data.batches.training_set import CachedTrainingSet
 from data.cache.open_cache import open_cache
-from data.cache.shard_writer import NotFinite
-from data.encoders.encode import EncodedText, encode_captions, encode_pixels
+from data.encoders.encode import EncodedText, NotFinite, encode_captions, encode_pixels
 from data.online.caption_texts import CaptionTexts
 from data.online.training_set import OnlineTrainingSet, encoder_device, plan_online
 from data.preprocess import preprocess

@@ -16,7 +16,7 @@ from configs.errors import InputError
 from configs.loading import dump_config
 from data.cache.manifest import read_manifest
 from data.cache.open_cache import open_cache
-from data.cache.shard_writer import read_index
+from data.cache.shard_index import read_index
 from data.cache.validation_items import read_validation_items
 from data.cache_layout import EMPTY_TEXT, VALIDATION, index_path
 from data.encoders import encode

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from configs.errors import InputError
-from data.cache.shard_writer import read_index
+from data.cache.shard_index import read_index
 from data.cache.validation_items import read_validation_items
 from data.cache_layout import index_path
 from data.samples.geometry import Bucket

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import InputError, StorageFailed
-from data.cache.dropout_tensors import constants_are_there
+from data.cache.dropout_tensors import dropout_tensors_are_current
 from data.preprocessing.shard_queue import read_finished
 from data.preprocessing.worker_group import join
 from data.samples.geometry import Bucket
@@ -130,7 +130,7 @@ def test_a_shard_whose_index_is_replaced_meanwhile_is_read(tmp_path, write_shard
 
 def test_constants_that_are_replaced_meanwhile_are_read(cache, stale):
     stale("empty_text", 1)
-    assert not constants_are_there(cache.folder, [], {"of": "others"})
+    assert not dropout_tensors_are_current(cache.folder, [], {"of": "others"})
 
 
 @pytest.mark.parametrize("part", ["workers/", "empty_text", ".index"])
@@ -141,7 +141,7 @@ def test_what_stays_stale_is_named(tmp_path, cache, write_shard, stale, part):
     with join(tmp_path / "crew", {}) as one, join(tmp_path / "crew", {}):
         calls = {
             "workers/": lambda: one.others(),
-            "empty_text": lambda: constants_are_there(cache.folder, [], {}),
+            "empty_text": lambda: dropout_tensors_are_current(cache.folder, [], {}),
             ".index": lambda: read_finished(tmp_path, plan),
         }
         stale(part, STALE_ATTEMPTS)

@@ -12,7 +12,7 @@ import pytest
 
 from configs.errors import InputError
 from data.cache.manifest import read_manifest, read_shard_table, write_manifest
-from data.cache.shard_writer import ShardIndex, read_index, write_index
+from data.cache.shard_index import ShardIndex, read_index, write_index
 from data.cache_layout import EMPTY_TEXT, MANIFEST, SHARD_TABLE, index_path
 from data.verify.cache import CheckedCache, verify_cache
 

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from configs.errors import InputError
-from data.cache.shard_writer import read_index
+from data.cache.shard_index import read_index
 from data.cache_layout import CREW, EMPTY_TEXT, MANIFEST, SHARD_TABLE, index_path
 from data.preprocess import preprocess
 from data.preprocessing.worker_group import join

@@ -15,9 +15,10 @@ import xxhash
 from safetensors.torch import save_file
 
 from data.cache.manifest import Manifest, ShardTable, write_manifest
-from data.cache.shard_writer import SampleTensors, ShardIndex, ShardWriter, count_hole_fractions
+from data.cache.shard_index import ShardIndex, count_hole_fractions
+from data.cache.shard_writer import SampleTensors, ShardWriter
 from data.cache.validation_items import ValidationItem, write_validation_items
-from data.cache_layout import EMPTY_TEXT, blank_name
+from data.cache_layout import EMPTY_TEXT, full_mask_name
 from data.encoders.stored_text import store_text
 from data.samples.geometry import Bucket, Pixels
 from data.samples.plan import HOLDOUT, TRAIN
@@ -88,7 +89,7 @@ def make(folder: Path, text_dtype: str) -> None:
     save_file(text_of("", text_dtype), folder / EMPTY_TEXT)
     for bucket in sorted({shard[2] for shard in SHARDS}):
         blank = {"masked_latents": numbers(bucket, 16, *Bucket.parse(bucket).latent_size).bfloat16()}
-        save_file(blank, folder / blank_name(bucket))
+        save_file(blank, folder / full_mask_name(bucket))
     path, dataset, bucket, split, _ = SHARDS[2]
     item = ValidationItem(f"{keys_of(path, 1)[0]}", split, dataset, path, 0, "a caption")
     grey = np.full((*hole("", Bucket.parse(bucket)).shape, 3), 90, dtype=np.uint8)
