@@ -20,6 +20,7 @@ TESTED_ELSEWHERE = {
 
 # Test files that hold a property of several modules, and which.
 ACROSS_MODULES = {
+    "tests/test_contributing.py": "CONTRIBUTING.md",
     "tests/test_house.py": "all files",
     "tests/test_imports.py": "all imports",
     "tests/configs/test_recipes.py": "the YAML files of configs/",
