@@ -106,13 +106,13 @@ REFUSED: tuple[Rule, ...] = (
 NOTES: tuple[Rule, ...] = (
     Rule(
         {"optimizer": ("adamw8bit",), "engine": FSDP},
-        "bitsandbytes works on the local shards, whose 8-bit state only the same engine and number of processes can "
-        "go on with",
+        "bitsandbytes works on the local shards, whose 8-bit state is quantized again where another engine or number "
+        "of processes goes on",
     ),
     Rule(
         {"optimizer": ("adamw8bit",), "engine": ZERO},
-        "bitsandbytes works on each process's flat partition, whose 8-bit state only the same engine and number of "
-        "processes can go on with",
+        "bitsandbytes works on each process's flat partition, whose 8-bit state is quantized again where another "
+        "engine or number of processes goes on",
     ),
     Rule(
         {"method": ("dora",), "engine": ZERO},

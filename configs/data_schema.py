@@ -73,6 +73,12 @@ class DataConfig(Section):
     """cached: train from what `fluxfill preprocess` encoded. online: encode pictures and captions while training, with
     the same outcome; nothing has to be preprocessed, and every epoch encodes anew (but see write_through)."""
 
+    preprocess: Annotated[Literal["auto", "never"], Shapes.NOTHING] = "auto"
+    """With mode cached, what `fluxfill train` does first. auto: what `fluxfill preprocess` does, on the GPUs that are
+    to train, so a cache that is missing or behind its pictures is brought up to date; a run that goes on keeps the
+    pictures that it began with. never: the cache is taken as it is, and one that is missing is an error; for clusters,
+    where preprocessing is a job of its own."""
+
     encoder_devices: Annotated[
         Annotated[list[NamedDevice], Field(min_length=1)] | None,
         BeforeValidator(

@@ -246,10 +246,6 @@ class CheckpointConfig(Section):
     """Never remove the best one so far, by this figure of validations at the steps that were saved: hole_psnr, or loss
     (the mean over noise levels); of held-out pictures if there are any. null: it is removed like the others."""
 
-    requantize: Annotated[bool, Field(strict=True)] = False
-    """8-bit optimizer state fits the engine and the number of processes that saved it. true: on others it is quantized
-    anew, which changes it a little; false: they are refused."""
-
     asynchronous: Annotated[bool, Field(strict=True, alias="async")] = True
     """Write checkpoints while training goes on, from a copy in the host's memory (as large as the checkpoint)."""
 

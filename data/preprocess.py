@@ -37,6 +37,7 @@ from configs.cache_settings import tensor_settings, worker_settings
 from configs.errors import InputError
 from configs.loading import load_config
 from configs.schema import Config
+from configs.supervision import BAD_INPUT
 from data.cache.build_manifest import delete_unplanned, describe_cache, is_current
 from data.cache.dropout_tensors import dropout_tensors_are_current, write_dropout_tensors
 from data.cache.manifest import FORMAT_VERSION, read_shard_table, write_manifest
@@ -312,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run(load_config(options.config, options.overrides), Console(), worker)
     except InputError as error:
         Console(stderr=True, soft_wrap=True).print(str(error), style="red", markup=False, highlight=False)
-        return 2
+        return BAD_INPUT
     return 0
 
 

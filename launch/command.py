@@ -50,6 +50,24 @@ def render_command(
     ]
 
 
+def render_preprocess(config_path: str, overrides: Sequence[str]) -> list[str]:
+    """The command of each worker that encodes what a config's cache lacks, as an argument list."""
+    return [sys.executable, "-P", "-m", "data.preprocess", "--config", config_path, *overrides]
+
+
+def render_worker_environments(num_workers: int, num_cores: int, inherited: Mapping[str, str]) -> list[dict[str, str]]:
+    """The variables of each worker, as `accelerate launch data/preprocess.py` would set them: a GPU for each, one bar
+    for all, and the cores shared."""
+    return [
+        {
+            **{"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            **{"WORLD_SIZE": str(num_workers), "LOCAL_WORLD_SIZE": str(num_workers)},
+            "OMP_NUM_THREADS": _threads_each(num_workers, num_cores, inherited),
+        }
+        for rank in range(num_workers)
+    ]
+
+
 def render_export(source: Path, out: Path, weights: str, dtype: str | None) -> list[str]:
     """The command that exports a checkpoint, as an argument list; trainer/export/from_checkpoint.py explains each."""
     line = [sys.executable, "-P", "-m", "trainer.export.from_checkpoint", str(source), "--out", str(out)]
@@ -69,8 +87,12 @@ def render_environment(
         "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR1,SIGUSR2",
         "PET_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS),
         "FLUXFILL_OUTCOME": str(outcome_file),
-        "OMP_NUM_THREADS": inherited.get("OMP_NUM_THREADS") or str(max(num_cores // num_processes, 1)),
+        "OMP_NUM_THREADS": _threads_each(num_processes, num_cores, inherited),
     }
+
+
+def _threads_each(num_processes: int, num_cores: int, inherited: Mapping[str, str]) -> str:
+    return inherited.get("OMP_NUM_THREADS") or str(max(num_cores // num_processes, 1))
 
 
 def render_shell_line(command: Sequence[str], environment: Mapping[str, str]) -> str:

@@ -20,12 +20,14 @@ TESTED_ELSEWHERE = {
 
 # Test files that hold a property of several modules, and which.
 ACROSS_MODULES = {
+    "tests/test_contributing.py": "CONTRIBUTING.md",
     "tests/test_house.py": "all files",
     "tests/test_imports.py": "all imports",
     "tests/configs/test_recipes.py": "the YAML files of configs/",
     "tests/data/cache/test_format_v1.py": "a cache of format 1, kept as files",
     "tests/data/samples/test_variants.py": "recipes and sources, from the config to the bytes of the shards",
     "tests/data/storage/test_object_stores.py": "S3 and GCS through every module that opens URLs",
+    "tests/trainer/checkpoints/test_version_1.py": "a checkpoint of version 1, kept as files",
     "tests/trainer/engines/test_adapter_runs.py": "adapters under every engine",
     "tests/trainer/engines/test_optimizer_runs.py": "optimizers under every engine",
     "tests/trainer/engines/test_resumed_launches.py": "checkpoints handed from launch to launch, under every engine",

@@ -6,7 +6,8 @@ accelerate launch trainer/main.py --config configs/fill_lora.yaml [--resume auto
 import sys
 from functools import partial
 
-from trainer.process.command_line import Stopped, check_command_line, read_command_line, run_and_report
+from trainer.process.command_line import check_command_line, read_command_line
+from trainer.process.outcome import Stopped, run_and_report
 from trainer.process.stop_signals import install_stop_signals, stop_signal
 
 if __name__ == "__main__":
@@ -16,7 +17,7 @@ if __name__ == "__main__":
 
 from data.batches.micro_batch import unpack_mask
 from data.encoders.model_folder import find_model
-from trainer.checkpoints.run_state import resume
+from trainer.checkpoints.resume import resume
 from trainer.checkpoints.save import Saver
 from trainer.engines.ema import Ema
 from trainer.engines.start import start_engine
@@ -31,7 +32,7 @@ from trainer.validation.validator import Validator, validation_is_due
 
 
 def train(arguments: list[str] | None = None) -> int:
-    """One run, from its first or resumed step to its last; returns the step it reached."""
+    """Train from the first or resumed step to the last; returns the step that was reached."""
     config, resume_from = read_command_line(arguments)
     engine = start_engine(config)  # the processes; the engine that was asked for, or an error
     console = configure_logging(engine)

@@ -1,4 +1,4 @@
-"""What trains: all of the transformer, or an adapter on it."""
+"""The transformer of a run, ready to train: all of its weights, or an adapter on it."""
 
 import logging
 from pathlib import Path
@@ -9,7 +9,7 @@ from diffusers import FluxTransformer2DModel
 from configs.combinations import notes_of
 from configs.schema import Config
 from data.encoders.model_folder import read_part_config
-from trainer.adapters.adapter import add_adapter
+from trainer.adapters.build import add_adapter
 from trainer.engines.base import Engine
 from trainer.model.flux import DEV_CHANNELS, empty_transformer, load_transformer
 from trainer.model.quantize import QUANTIZED, quantize_base
@@ -49,8 +49,8 @@ def build_transformer(config: Config, model: Path, engine: Engine) -> FluxTransf
 
 
 def checkpoints_activations(config: Config, engine: Engine) -> bool:
-    """Whether the backward pass computes activations again. auto: on a GPU, where 41 GiB of them per 1024 px sample
-    decide what fits, yes; on a CPU no."""
+    """Whether activations are checkpointed. auto: on a GPU, where 41 GiB of them per 1024 px sample decide what fits,
+    yes; on a CPU no."""
     chosen = config.train.activation_checkpointing
     if chosen == "auto":
         chosen = engine.device.type == "cuda"

@@ -1,4 +1,4 @@
-"""The run folder's records and what a person sees while it trains. Rank 0 writes, the others keep silent."""
+"""Logs of a run: the folder's JSON lines, TensorBoard, and the console. Rank 0 writes, the others keep silent."""
 
 import atexit
 import json
@@ -149,7 +149,7 @@ def _append(path: Path, line: dict) -> None:
 
 
 def _finite(figure: object) -> object:
-    """JSON has no word for nan and inf: null."""
+    """A figure as JSON has it: null for nan and inf."""
     if isinstance(figure, dict):
         return {name: _finite(inner) for name, inner in figure.items()}
     return None if isinstance(figure, float) and not math.isfinite(figure) else figure

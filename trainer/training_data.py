@@ -25,7 +25,7 @@ log = logging.getLogger("fluxfill")
 
 
 def open_samples(config: Config, model: Path, engine: Engine, console: Console) -> TrainingSet:
-    """What the run trains on: its cache, or with data.mode online its pictures; all ranks call it.
+    """The run's training set: its cache, or with data.mode online its pictures; all ranks call it.
 
     Raises InputError if the cache is not there or not that of the config; or of pictures and devices.
     """
@@ -49,7 +49,7 @@ def open_samples(config: Config, model: Path, engine: Engine, console: Console) 
 
 
 def choose_order(config: Config, samples: TrainingSet, *, num_nodes: int = 1) -> OrderSettings:
-    """What the order of a run that starts now depends on; one that is resumed keeps its own.
+    """Settings of the order of a run that starts now; one that is resumed keeps its own.
 
     num_nodes: that the run's processes are on; only how many shards are shuffled together hangs on it, where copies
     have little room.  Raises InputError if data.streams cannot share a global batch, or if copies have too little.

@@ -139,3 +139,9 @@ def test_dumped_config_reads_back_equal(config_file: Path, tmp_path: Path) -> No
     again = tmp_path / "again.yaml"
     again.write_text(dump_config(config), encoding="utf-8")
     assert load_config(again) == config
+
+
+def test_keys_of_earlier_releases_are_passed_over_in_a_checkpoints_config(config_file: Path) -> None:
+    config = load_config(config_file)
+    config_file.write_text(config_file.read_text() + "checkpoint: {requantize: true}\n")
+    assert load_config(config_file, saved_by_a_run=True) == config

@@ -2,6 +2,9 @@ from pathlib import Path
 
 import pytest
 
+from configs.loading import json_schema
+from configs.problems import dotted_keys
+from configs.suggest import REMOVED
 from tests.configs.run_file import problems_of
 
 
@@ -24,8 +27,13 @@ from tests.configs.run_file import problems_of
         ("every_steps", "Did you mean validation.every_steps or checkpoint.every_steps?"),
         ("flow.qqqqqqq", "Keys of flow: timestep_sampling, shift"),
         ("qqqqqqq", "Sections: version, run, model"),
+        ("checkpoint.requantize", "Remove it: 8-bit optimizer state"),
     ],
 )
 def test_unknown_key_is_answered_with_the_real_one(config_file: Path, key: str, suggestion: str) -> None:
     (problem,) = problems_of(config_file, f"{key}=1")
     assert f"{key} is 1, but there is no such key." in problem and suggestion in problem
+
+
+def test_no_key_of_earlier_releases_is_one_of_todays() -> None:
+    assert not REMOVED.keys() & set(dotted_keys(json_schema()))

@@ -1,17 +1,16 @@
-"""When and how a run saves: a copy of the state is taken between two steps and written while the next ones run.
+"""Asynchronous checkpoints: a copy of the state is taken between two steps and written while the next ones run.
 
 Each rank writes the slices it owns (tensor_files.py); when every rank has told that its file is on disk, rank 0 makes a
-whole checkpoint of them (folders.py).  Ranks tell each other between steps, from the thread that trains: collectives of
-two threads would get into each other's way.
+complete checkpoint of them (folders.py).  Ranks tell each other between steps, from the thread that trains: collectives
+of two threads would get into each other's way.
 """
 
-import json
 import logging
 import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,18 +18,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from configs.loading import dump_config
-from configs.schema import CheckpointConfig, Config
+from configs.schema import Config
 from data.batches.batch_stream import BatchStream
 from data.storage.atomic_write import apply_umask
-from trainer.adapters.adapter import save_adapter
-from trainer.checkpoints.folders import (
-    complete_checkpoints,
-    flush_and_hash,
-    prune_checkpoints,
-    save_checkpoint,
-    step_of,
-)
-from trainer.checkpoints.run_state import RunState, gather_replaced
+from trainer.adapters.files import save_adapter
+from trainer.checkpoints.folders import flush_and_hash, save_checkpoint
+from trainer.checkpoints.keep import remove_old
+from trainer.checkpoints.run_state import RunState, gather_replaced, write_state
 from trainer.checkpoints.tensor_files import Span, rank_file, write_index, write_tensors
 from trainer.engines.base import Engine
 from trainer.engines.ema import Ema
@@ -44,21 +38,22 @@ log = logging.getLogger("fluxfill")
 class _Save:
     """A save that has begun.
 
-    spans: which elements of which tensors this rank writes.  sizes: elements of each trained parameter.  head: text of
-    state.json.  adapter: on rank 0, of a run that trains one.  written: sha256 of this rank's file, or the error.
+    engine: what `describe_engine` tells.  spans: which elements of which tensors this rank writes.  sizes: elements of
+    each trained parameter.  adapter: on rank 0, of a run that trains one.  written: sha256 of this rank's file, or the
+    error.
     """
 
-    step: int
+    state: RunState
+    engine: dict
     staging: Path
     spans: dict[str, Span]
     sizes: dict[str, int]
-    head: str
     adapter: dict[str, Tensor]
     written: "Future[str]"
 
 
 class Saver:
-    """Saves when it is due. All ranks call its methods together."""
+    """Checkpoints of one run, when they are due. All ranks call its methods together."""
 
     def __init__(self, config: Config, engine: Engine, ema: Ema, stream: BatchStream) -> None:
         self._config, self._engine, self._ema, self._stream = config, engine, ema, stream
@@ -118,13 +113,13 @@ class Saver:
             shutil.rmtree(staging, ignore_errors=True)
         engine.ranks.barrier()
         tensors, spans = snapshot(engine, self._ema, copy=in_background)
-        head = json.dumps({"state": asdict(state), "engine": describe_engine(engine)}, indent=1)
+        described = describe_engine(engine)
         adapter = engine.full_weights() if self._config.method.type != "full" else {}
         written = self._pool.submit(_write, staging / rank_file(engine.rank), tensors)
-        return _Save(state.step, staging, spans, engine.trained_sizes, head, adapter, written)
+        return _Save(state, described, staging, spans, engine.trained_sizes, adapter, written)
 
     def _commit(self) -> None:
-        """Make a whole checkpoint of what all ranks have written; rank 0 does it, the others go on."""
+        """Make a complete checkpoint of what all ranks have written; rank 0 does it, the others go on."""
         assert self._pending is not None
         save, self._pending = self._pending, None
         failure = save.written.exception()  # whatever it is (safetensors has its own for a full disk), others must know
@@ -142,16 +137,17 @@ class Saver:
                     (save.staging / rank_file(rank)).rename(folder / rank_file(rank))
                 apply_umask(folder)
                 write_index(folder, {rank: spans for rank, (_, spans, _) in enumerate(everyone)}, save.sizes)
-                (folder / "state.json").write_text(save.head, encoding="utf-8")
+                write_state(folder, save.state, save.engine)
                 (folder / "config.yaml").write_text(dump_config(self._config), encoding="utf-8")
                 if save.adapter:
                     save_adapter(self._engine.unwrap(), folder / "adapter", tensors=save.adapter)
                 return {rank_file(rank): sha256 for rank, (_, _, sha256) in enumerate(everyone)}
 
-            log.info("saved %s", save_checkpoint(self._config.run.folder, save.step, fill))
+            log.info("saved %s", save_checkpoint(self._config.run.folder, save.state.step, fill))
             remove_old(self._config.run.folder, self._config.checkpoint)
         except (OSError, SafetensorError) as error:  # a full disk is the one to Python, the other to safetensors
-            log.error("step %d was not saved (%s); the run goes on, earlier checkpoints are whole", save.step, error)
+            step = save.state.step
+            log.error("step %d was not saved (%s); the run goes on, earlier checkpoints are whole", step, error)
         shutil.rmtree(save.staging, ignore_errors=True)
 
 
@@ -201,7 +197,7 @@ def snapshot(engine: Engine, ema: Ema, *, copy: bool) -> tuple[dict[str, Tensor]
 
 
 def describe_engine(engine: Engine) -> dict:
-    """What `run_state.load_tensors` needs to know of the engine that saved. All ranks call it."""
+    """The engine that saves, as `resume.load_tensors` needs to know it. All ranks call it."""
     steps = next((int(s["step"]) for _, _, s in engine.optimizer_states() if "step" in s), 0)
     return {
         "name": engine.name,
@@ -211,35 +207,3 @@ def describe_engine(engine: Engine) -> dict:
         "bound": any(engine.ranks.all_gather(bool(unreshardable_state(engine.optimizer_states())))),
         "steps": steps,
     }
-
-
-def remove_old(run: Path, checkpoint: CheckpointConfig) -> None:
-    """Delete what `keep_last` lets go, but never the best one so far if `keep_best` names its figure."""
-    if checkpoint.keep_last is None:
-        return
-    best = best_checkpoint(run, checkpoint.keep_best) if checkpoint.keep_best is not None else None
-    prune_checkpoints(run, keep_last=checkpoint.keep_last, best=best)
-
-
-def best_checkpoint(run: Path, figure: str) -> Path | None:
-    """The complete checkpoint whose step was validated best: on held-out pictures if there are any, else on those of
-    the training. None if no checkpoint's step was validated.
-
-    figure: "hole_psnr" (higher is better) or "loss" (mean over the noise levels, lower is better).
-    """
-    scores = dict(_scores(run / "validation.jsonl", figure))
-    validated = [folder for folder in complete_checkpoints(run) if step_of(folder) in scores]
-    return max(validated, key=lambda folder: scores[step_of(folder)], default=None)
-
-
-def _scores(path: Path, figure: str) -> Iterator[tuple[int, float]]:
-    """(step, score) of each validation, higher is better."""
-    if not path.is_file():
-        return
-    for text in path.read_text(encoding="utf-8").splitlines():
-        line = json.loads(text)
-        figures = line.get("holdout") or line.get("train") or {}
-        sign, prefix = (1, "hole_psnr") if figure == "hole_psnr" else (-1, "loss_sigma")
-        values = [value for name, value in figures.items() if name == prefix or name.startswith(f"{prefix}_0")]
-        if values and None not in values:  # null stands for a figure that was not finite
-            yield line["step"], sign * sum(values) / len(values)

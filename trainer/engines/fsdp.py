@@ -32,8 +32,7 @@ class FsdpEngine(TorchEngine):
     def _start_accelerator(self, config: Config) -> Accelerator:
         parallelism = self._plan_mesh()
         cpu = not torch.cuda.is_available()
-        # Before all else of accelerate: on a CPU it would take each process for the only
-        # one. It makes the group, too.
+        # Before the Accelerator, which on a CPU would take each process for the only one. It makes the group, too.
         PartialState(cpu=cpu, timeout=self.patience)
         dtype = compute_dtype(config, PartialState().device)
         plugin = FullyShardedDataParallelPlugin(  # the rest comes from the engine file

@@ -1,4 +1,4 @@
-"""The end of a run: its weights gathered, exported, read back."""
+"""Export at the end of a run: weights gathered, written, read back and compared."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,10 +7,11 @@ from pathlib import Path
 from torch import Tensor
 
 from configs.schema import Config
-from trainer.adapters.adapter import save_adapter
+from trainer.adapters.files import save_adapter
 from trainer.engines.base import Engine
 from trainer.engines.ema import Ema
-from trainer.export.write import export_model, verify_adapter, verify_adapter_file, verify_model
+from trainer.export.verify import verify_adapter, verify_adapter_file, verify_model
+from trainer.export.write import export_model
 
 
 def export_and_verify(config: Config, engine: Engine, model: Path, ema: Ema) -> None:

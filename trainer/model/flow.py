@@ -1,4 +1,4 @@
-"""Flow matching as FLUX.1 was trained: which sigmas, and the loss.
+"""Flow matching as FLUX.1 was trained: the sigmas and the loss.
 
 sigma in (0, 1): 0 is the clean picture, 1 is noise; x_sigma = (1 - sigma) x + sigma noise; the model predicts the
 velocity d x_sigma / d sigma = noise - x.

@@ -49,7 +49,7 @@ def pack_mask(mask: Tensor) -> Tensor:
 
 
 def pack_fill_condition(masked_latents: Tensor, mask: Tensor) -> Tensor:
-    """What the model is told of the hole: masked latents [B, 16, h, w] and mask [B, 1, H, W] -> [B, L, 64 + 256]."""
+    """Fill's condition, packed: masked latents [B, 16, h, w] and mask [B, 1, H, W] -> [B, L, 64 + 256]."""
     return torch.cat([pack_latents(masked_latents), pack_mask(mask).to(masked_latents.dtype)], dim=-1)
 
 
@@ -111,7 +111,7 @@ def load_transformer(model: Path, *, dtype: torch.dtype) -> FluxTransformer2DMod
 
 
 def empty_transformer(model: Path, *, dtype: torch.dtype) -> FluxTransformer2DModel:
-    """The same model on the meta device, for a rank that gets the values from another. Raises InputError likewise."""
+    """`load_transformer`'s model on the meta device, for a rank that gets the values from another."""
     config = _read_config(model)
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(config)
@@ -138,6 +138,8 @@ def expand_to_fill(transformer: FluxTransformer2DModel) -> None:
     """Give FLUX.1-dev Fill's 320 further inputs per token, with weights 0: its output does not change yet.
 
     out_channels is written into the config: it defaults to in_channels, and a reload would build another proj_out.
+    Neither key stays among those that config.json left to its defaults (FLUX.1-dev's names no out_channels), for
+    diffusers' from_config passes those over, whatever value they have by now.
     """
     old = transformer.x_embedder
     new = nn.Linear(FILL_CHANNELS, old.out_features, device=old.weight.device, dtype=old.weight.dtype)
@@ -146,4 +148,6 @@ def expand_to_fill(transformer: FluxTransformer2DModel) -> None:
         new.weight[:, : old.in_features] = old.weight
         new.bias.copy_(old.bias)
     transformer.x_embedder = new
-    transformer.register_to_config(in_channels=FILL_CHANNELS, out_channels=transformer.out_channels)
+    channels = {"in_channels": FILL_CHANNELS, "out_channels": transformer.out_channels}
+    defaults = [key for key in transformer.config.get("_use_default_values", []) if key not in channels]
+    transformer.register_to_config(**channels, _use_default_values=defaults)

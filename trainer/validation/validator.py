@@ -1,4 +1,4 @@
-"""Watching a run: the real FluxFillPipeline with the live weights, on held-out pictures and a few trained ones.
+"""Validation of a run: FluxFillPipeline with the live weights, on held-out pictures and a few trained ones.
 
 Text comes with the samples, so neither text encoder is needed here. All ranks sample in lockstep, the same number of
 calls each; every item has noise of its own, so a picture does not depend on who samples it.
@@ -44,7 +44,7 @@ _GRID_ROWS = 12
 
 @dataclass(frozen=True)
 class _Item:
-    """A watched picture as the model takes it. number: its place among all items."""
+    """A validation sample as the model takes it.  number: its place among all items."""
 
     number: int
     item: ValidationItem
@@ -76,7 +76,7 @@ def validation_is_due(config: Config, step: int) -> bool:
 
 
 class Validator:
-    """Samples and measures the watched items; built once, before the first step. Holds nothing if validation is off."""
+    """The sampler and its validation samples, built once, before the first step. Holds nothing if validation is off."""
 
     def __init__(self, config: Config, engine: Engine, model: Path, samples: TrainingSet) -> None:
         self._engine, self._flow, self._sampler_steps = engine, config.flow, config.validation.sampler_steps
@@ -188,7 +188,7 @@ class Validator:
         }
 
     def _vae_figures(self) -> dict[int, dict[str, float]]:
-        """What the VAE alone reaches on each item: nothing sampled can be better."""
+        """Figures of the VAE's round trip of each item, the ceiling of anything sampled."""
         ceilings = {}
         with torch.no_grad():
             for chunk in self._chunks:

@@ -13,6 +13,7 @@ from tests.trainer.engines.runs import (
     slow,
     train,
 )
+from trainer.engines.fsdp import mixed_precision
 from trainer.engines.start import start_engine
 
 
@@ -73,6 +74,14 @@ def test_a_number_that_the_trainer_reads_off_a_dtensor_is_caught(read):
     """It would be this rank's part of a sum or a norm alone. All runs of these tests are watched for it."""
     with pytest.raises(RankFailure, match=r"a number was read off a DTensor: call full_tensor\(\) first"):
         run_ranks("fsdp2", 1, read_a_number_off_a_dtensor, read)
+
+
+def test_bf16_is_for_weights_and_sums_stay_in_fp32():
+    """Inputs are not cast: a timestep of 0.4567 would become 0.457, and a position of 257 another's, 256."""
+    policy = mixed_precision(torch.bfloat16)
+    assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+    assert policy.cast_forward_inputs is False
+    assert mixed_precision(torch.float32).param_dtype is None
 
 
 def test_hsdp_on_one_node_is_refused(config, monkeypatch):

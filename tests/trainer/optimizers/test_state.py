@@ -1,11 +1,8 @@
-"""Which state reshards; and 8-bit moments, read back as numbers whatever tensor of whatever rank they lie in."""
-
-import json
+"""Which state reshards; and 8-bit moments as numbers."""
 
 import pytest
 import torch
 
-from trainer.checkpoints.tensor_files import INDEX, Span, StateFiles, rank_file, write_index, write_tensors
 from trainer.optimizers.state import (
     BLOCK,
     dequantize,
@@ -58,33 +55,6 @@ def test_along_other_blocks_a_number_moves_by_a_code_at_most(state):
     # The code book's widest gap is a tenth of a decade: 1/70 of the block's largest number.
     assert (moved <= scales.repeat_interleave(BLOCK)[: len(numbers)] / 70).all()
     assert moved.max() > 0
-
-
-def test_a_parameter_is_read_out_of_the_tensors_of_several_ranks(tmp_path, state):
-    """Rank 0 holds b's start behind a in one flat partition, rank 1 the rest of b in a small tensor kept in fp32."""
-    numbers = dequantize(state["state1"], state["absmax1"], "state1").view(-1)
-    small = torch.randn(24)
-    codes = {"state/partition 0//state1": state["state1"], "state/partition 0//absmax1": state["absmax1"]}
-    write_tensors(tmp_path / rank_file(0), codes)
-    write_tensors(tmp_path / rank_file(1), {"state1/b": small})
-    spans = {
-        0: {"state1/a": Span(0, 240, "partition 0", 0), "state1/b": Span(0, 10000, "partition 0", 240)},
-        1: {"state1/b": Span(10000, 10024)},
-    }
-    write_index(tmp_path, spans, {"a": 240, "b": 10024})
-    files = StateFiles(tmp_path)
-    assert files.kinds() == {"state1"}
-    assert torch.equal(files.read("state1", "a", 0, 240), numbers[:240])
-    assert torch.equal(files.read("state1", "b", 9990, 30), torch.cat([numbers[10230:10240], small[:20]]))
-    assert json.loads((tmp_path / INDEX).read_text())["tensors"]["state1/a"] == [
-        [0, 240, rank_file(0), "partition 0", 0]
-    ]
-
-
-def test_moments_that_leave_a_gap_are_not_saved(tmp_path, state):
-    spans = {0: {"state1/b": Span(0, 100, "b", 0)}, 1: {"state1/b": Span(120, 200, "b", 0)}}
-    with pytest.raises(RuntimeError, match=r"state1/b has 200 elements, saved are \[\[0, 100\], \[120, 200\]\]"):
-        write_index(tmp_path, spans, {"b": 200})
 
 
 # --- what reshards ----------------------------------------------------------------------------------------------------
