@@ -90,4 +90,4 @@ def test_every_shard_that_is_missing_or_cut_is_named(copied, cache):
         f"{paths[2]}: 33 bytes, the manifest says {sizes[2]}",
         f"{paths[3]}: {sizes[3] - 1} bytes, the manifest says {sizes[3]}",
     ]
-    assert "only those are encoded anew" in lines[-1]
+    assert "only those are encoded again" in lines[-1]
