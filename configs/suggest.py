@@ -1,4 +1,4 @@
-"""Which key someone meant who wrote one that does not exist."""
+"""The key that was meant by one that does not exist."""
 
 import difflib
 from collections.abc import Iterable

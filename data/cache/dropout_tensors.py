@@ -1,4 +1,4 @@
-"""The dropout tensors: the empty-caption embedding, and per bucket the full-mask latents: a picture all hole.
+"""The dropout tensors: the empty-caption embedding, and per bucket the full-mask latents (all of the picture is hole).
 
 Training takes them for the samples whose caption (captions.dropout) or mask (mask_dropout) is dropped.
 """

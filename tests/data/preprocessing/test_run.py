@@ -518,7 +518,7 @@ BAD_PICTURES = {
     ),
     "mask of another size": (
         lambda folder: Image.new("L", (32, 40)).save(folder / "mask" / "picture-01.png"),
-        r"mask/picture-01\.png: the mask is 32x40, its target \S+target/picture-01\.png is 32x32\. Make the mask anew",
+        r"mask/picture-01\.png: the mask is 32x40, its target \S+target/picture-01\.png is 32x32\. Make the mask at",
     ),
     "black mask": (
         lambda folder: write_triple(folder, "picture-01", hole=None),
