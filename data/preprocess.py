@@ -64,6 +64,7 @@ from data.samples.geometry import Pixels
 from data.samples.plan import plan_samples
 from data.samples.shard_plan import PlannedShard, plan_shards
 from data.sources.download_cache import delete_copies
+from data.sources.problems import ProblemsFound, print_problems
 from data.sources.scan import scan_dataset
 from data.storage.disk_full import DiskFull, raise_disk_full
 
@@ -311,6 +312,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         worker = which_worker(os.environ, worker=options.worker, workers=options.workers)
         run = dry_run if options.dry_run else preprocess
         run(load_config(options.config, options.overrides), Console(), worker)
+    except ProblemsFound as error:
+        title = f"{len(error.problems)} problems" if len(error.problems) > 1 else "1 problem"
+        print_problems(Console(stderr=True), error.problems, title=title, listed_in=error.listed_in)
+        return BAD_INPUT
     except InputError as error:
         Console(stderr=True, soft_wrap=True).print(str(error), style="red", markup=False, highlight=False)
         return BAD_INPUT
