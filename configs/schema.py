@@ -152,7 +152,8 @@ class DataConfig(Section):
 
     mode: Literal["cached", "online"] = "cached"
     """cached: train from what `fluxfill preprocess` encoded. online: encode pictures and captions while training, with
-    the same outcome; nothing has to be preprocessed, and every epoch encodes anew (but see write_through)."""
+    the same outcome; nothing has to be preprocessed. Shards that are finished in `cache` are read, so that `fluxfill
+    preprocess` may run before or beside it; without them every epoch encodes again."""
 
     encoder_devices: Annotated[
         Annotated[list[NamedDevice], Field(min_length=1)] | None,
@@ -164,16 +165,10 @@ class DataConfig(Section):
     train` trains on the GPUs before the first of them: cuda:0 where it is [cuda:1]. null: each process encodes on the
     GPU that it trains on."""
 
-    write_through: Annotated[bool, Field(strict=True)] = False
-    """With mode online: while the encoders have nothing to do for the training, they make the shards that `fluxfill
-    preprocess` would make, and rows of a finished shard are read, not encoded. For runs of several epochs whose steps
-    take longer than encoding a batch. Whether a row is read or encoded depends on time, and may be one step of bf16 in
-    its tensors: such a run can be repeated up to that."""
-
     cache: Annotated[FolderOrUrl, Field(examples=["/data/cache/removal"])]
     """Folder of the encoded samples: written by `fluxfill preprocess`, read by the trainer. For training also an
-    https://, s3:// or gs:// URL of such a folder. With mode online only what was found out about the pictures is kept
-    there, unless write_through is set."""
+    https://, s3:// or gs:// URL of such a folder. A run with mode online keeps there what it found out about the
+    pictures, and writes no shards."""
 
     local_cache: PathText | None = None
     """With a URL as `cache`: folder on each node that shards are copied to, shared by the node's processes."""
@@ -237,13 +232,6 @@ class DataConfig(Section):
         if devices is not None and info.data.get("mode") == "cached":
             raise ValueError("with mode cached nothing is encoded while training: set data.mode=online, or remove it")
         return devices
-
-    @field_validator("write_through")
-    @classmethod
-    def _something_is_encoded_to_be_written(cls, write_through: bool, info: ValidationInfo) -> bool:
-        if write_through and info.data.get("mode") == "cached":
-            raise ValueError("with mode cached nothing is encoded while training: set data.mode=online, or remove it")
-        return write_through
 
     @property
     def cache_folder(self) -> Path:

@@ -86,8 +86,10 @@ _ADVICE = {
     "epochs": _EPOCHS,
     "num_epochs": _EPOCHS,
     "num_train_epochs": _EPOCHS,
+    "write_through": "Remove it: with data.mode online every finished shard of data.cache is read, and `fluxfill "
+    "preprocess` beside the run makes them (docs/online.md).",
 }
-"""Other trainers' words for what no single key here says."""
+"""Other trainers' words for what no single key here says, and keys of earlier versions."""
 
 _ALIKE = 0.6  # difflib ratio from which two names are taken for the same one, misspelt
 _NEAR = 0.1  # added for names of the same section

@@ -18,7 +18,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache as once
 from functools import partial
@@ -50,7 +50,7 @@ from data.encoders.load import Encoders, load_encoders
 from data.encoders.model_folder import encoder_fingerprints, find_model, read_part_number
 from data.encoders.stored_text import text_bytes
 from data.preprocessing.dry_run import bytes_by_part, measure, print_bytes, print_counts, print_hours
-from data.preprocessing.encode_shards import Turn, encode_shards
+from data.preprocessing.encode_shards import encode_shards
 from data.preprocessing.plan_file import PlanFile
 from data.preprocessing.progress import Waiting, advancing, open_progress, print_report
 from data.preprocessing.shard_queue import SHARD_CLAIMS, ShardQueue, read_finished_of
@@ -105,7 +105,6 @@ class Job:
 _FREE_KEYS: Any = {
     "cache": True,
     "mode": True,
-    "write_through": True,
     "encoder_devices": True,
     "local_cache": True,
     "local_cache_gib": True,
@@ -218,12 +217,11 @@ def encode_what_is_left(
     waiting: Callable[[str], object],
     *,
     threads: int,
-    turn: Turn = nullcontext,
 ) -> None:
     """Take part until every shard is there, and the constants. Waits for what others have in work: they may die.
 
     load: gives the encoders, once there is something to encode: T5 takes a minute.  waiting: waits a moment, told for
-    whom.  threads: that decode.  turn: entered for each batch that is encoded.
+    whom.  threads: that decode.
     Raises one InputError that lists all pictures at fault, once every shard without one is written.
     """
     data = job.config.data
@@ -235,13 +233,13 @@ def encode_what_is_left(
             group.require_claim(_CONSTANTS)
             (data.cache_folder / "manifest.json").unlink(missing_ok=True)
             still_mine = partial(group.require_claim, _CONSTANTS)
-            write_constants(data.cache_folder, encoders, buckets, job.encoding, data.captions, still_mine, turn=turn)
+            write_constants(data.cache_folder, encoders, buckets, job.encoding, data.captions, still_mine)
             group.release(_CONSTANTS)
             constants = True
         shards = backlog.claim_shards()
         if first := next(shards, None):
             claimed = chain([first], shards)
-            encode_shards(data.cache_folder, claimed, backlog, load(), data, threads=threads, turn=turn)
+            encode_shards(data.cache_folder, claimed, backlog, load(), data, threads=threads)
         elif constants and not backlog.remaining:
             break
         else:

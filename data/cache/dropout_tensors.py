@@ -3,7 +3,6 @@ that is all hole."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -68,18 +67,13 @@ def write_constants(
     encoding: Mapping[str, object],
     captions: CaptionsConfig,
     check: Callable[[], object],
-    *,
-    turn: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> None:
-    """Write all of them, each whole or not at all.  check: called before each is; raises if it must not be.  turn:
-    entered for each that is encoded."""
-    with turn():
-        empty = encode_empty_text(encoders, captions)
+    """Write all of them, each whole or not at all.  check: called before each is; raises if it must not be."""
+    empty = encode_empty_text(encoders, captions)
     check()
     _write(cache / EMPTY_TEXT, empty, encoding)
     for bucket in buckets:
-        with turn():
-            blank = encode_blank(encoders, bucket)
+        blank = encode_blank(encoders, bucket)
         check()
         _write(blank_path(cache, str(bucket)), blank, encoding)
 

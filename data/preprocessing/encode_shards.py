@@ -10,7 +10,7 @@ A shard's batches are a matter of its plan and the batch size alone, so its byte
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +28,6 @@ from data.preprocessing.shard_queue import ShardQueue
 from data.samples.decode import DecodedBatch, decode_batches, in_batches
 from data.samples.shard_plan import PlannedSample, PlannedShard
 from data.sources.triples import listed
-
-Turn = Callable[[], AbstractContextManager[None]]
 
 _BATCHES_AHEAD = 2  # decoded and collated, besides those in the decoding threads
 _BYTES_BEHIND = 512 << 20  # of tensors that wait to be written: while a shard is flushed, the next goes on
@@ -72,17 +70,16 @@ def encode_shards(
     data: DataConfig,
     *,
     threads: int,
-    turn: Turn = nullcontext,
 ) -> None:
     """Make every shard of `shards`, which are claimed from `backlog` as they are asked for.
 
-    threads: that decode.  turn: entered for each batch that is queued, by whichever thread queues it.
+    threads: that decode.
     A picture that cannot be decoded is told to the backlog and stops its shard alone; anything else that is raised
     (DiskFull, InputError where a device has no memory) leaves no part of a shard behind.
     """
     with (
         ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool,
-        closing(_ready_batches(shards, encoders, data, pool, threads, turn)) as batches,
+        closing(_ready_batches(shards, encoders, data, pool, threads)) as batches,
         _Writing(cache, backlog) as writing,
     ):
         for batch in batches:
@@ -93,7 +90,7 @@ def encode_shards(
             writing.add_problems(plan, batch.problems)
             if batch.pixels is not None and not writing.has_problems(plan):  # else only to find all that is wrong
                 doing = f"encode {len(batch.samples)} pictures at once"
-                with turn(), raise_out_of_memory(encoders.vae.device, doing):
+                with raise_out_of_memory(encoders.vae.device, doing):
                     encoded = encode_pixels(encoders.vae, batch.pixels)
                     latents, masked = (HostCopy(t.bfloat16()) for t in (encoded.latents, encoded.masked_latents))
                 writing.add_samples(plan, batch.samples, batch.pixels.masks, latents, masked)
@@ -111,16 +108,13 @@ def _ready_batches(
     data: DataConfig,
     pool: ThreadPoolExecutor,
     threads: int,
-    turn: Turn,
 ) -> Generator[_ReadyBatch]:
     """All batches of all shards in order, decoded and collated ahead of their use."""
     if encoders.text_has_its_own_device:
         # There a shard's text is encoded while the VAE is busy with the shard before.
-        with_texts = run_ahead(
-            ((plan, iter(list(_encode_texts(plan, encoders, data, turn)))) for plan in shards), depth=1
-        )
+        with_texts = run_ahead(((plan, iter(list(_encode_texts(plan, encoders, data)))) for plan in shards), depth=1)
     else:
-        with_texts = ((plan, _encode_texts(plan, encoders, data, turn)) for plan in shards)
+        with_texts = ((plan, _encode_texts(plan, encoders, data)) for plan in shards)
     ahead = -(-2 * threads // data.encode_batch_size)
     decoded = decode_batches(_split_into_batches(with_texts, data.encode_batch_size), data, pool, ahead=ahead)
     return run_ahead((_make_ready(batch, encoders.vae.device) for batch in decoded), _BATCHES_AHEAD)
@@ -136,12 +130,12 @@ def _split_into_batches(
             yield place, plan.samples[first : first + size]
 
 
-def _encode_texts(plan: PlannedShard, encoders: Encoders, data: DataConfig, turn: Turn) -> Iterator[_Texts]:
+def _encode_texts(plan: PlannedShard, encoders: Encoders, data: DataConfig) -> Iterator[_Texts]:
     """Each caption of a shard once."""
     captions = {sample.text: sample.triple.caption for sample in plan.samples}
     for names in in_batches(captions, data.encode_batch_size):
         batch, length = [captions[name] for name in names], data.captions.text_length
-        with turn(), raise_out_of_memory(encoders.text.t5.device, f"encode {len(batch)} captions at once"):
+        with raise_out_of_memory(encoders.text.t5.device, f"encode {len(batch)} captions at once"):
             text = encode_captions(encoders.text, batch, text_length=length)
             stored = store_text(text.t5, text.pooled, data.captions.text_dtype)
             copies = {name: HostCopy(tensor) for name, tensor in stored.items()}

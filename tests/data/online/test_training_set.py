@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import data.online.batch_encoder as batch_encoder
-import data.online.caption_texts as caption_texts
 import data.sources.picture_file as picture_files
 from configs.errors import InputError, StorageFailed
 from data.batches.order import Order
@@ -23,7 +22,7 @@ from data.cache.manifest import TRAIN
 from data.cache.open_cache import open_cache
 from data.cache.shard_writer import NotFinite
 from data.encoders.encode import EncodedText, encode_captions, encode_pixels
-from data.online.caption_texts import CaptionTexts
+from data.online.batch_encoder import CaptionTexts
 from data.online.training_set import OnlineTrainingSet, encoder_device, plan_online
 from data.preprocess import preprocess
 from data.preprocessing.worker import Worker
@@ -105,11 +104,16 @@ def few(demo_config, triples, tmp_path_factory):
     return lambda cache, *overrides: demo_config(cache, *folders, "data.holdout=1", *overrides)
 
 
+def elsewhere(config, folder):
+    """The same config with nothing in its cache: finished shards would be read."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"cache": folder / "empty"})})
+
+
 def test_tensors_are_bit_equal_where_the_encoders_get_the_same_batches(few, tmp_path):
     config = few(tmp_path / "cache", "data.encode_batch_size=1", "data.captions.text_dtype=int8")
     preprocess(config, QUIET)
     cached = CachedTrainingSet(open_cache(config, Path(config.model.base)))
-    for one, other in zip(take(open_online(config), 4), take(cached, 4), strict=True):
+    for one, other in zip(take(open_online(elsewhere(config, tmp_path)), 4), take(cached, 4), strict=True):
         for rows, expected in zip(one, other, strict=True):
             assert rows.t5.dtype == torch.int8
             assert_same(rows, expected, exactly=True)
@@ -120,7 +124,8 @@ def test_variants_and_mirror_images_are_those_of_the_cache(few, tmp_path):
     masks += ["data.datasets.0.mask={random: {brush: 0.6, box: 0.4}, variants: 3}"]
     config = few(tmp_path / "cache", *masks)
     preprocess(config, QUIET)
-    cached, online = CachedTrainingSet(open_cache(config, Path(config.model.base))), open_online(config)
+    cached = CachedTrainingSet(open_cache(config, Path(config.model.base)))
+    online = open_online(elsewhere(config, tmp_path))
     for choice in ("random", "cycle"):
         policy = RowPolicy(mask_choice=choice)
         for one, other in zip(take(online, 6, policy=policy), take(cached, 6, policy=policy), strict=True):
@@ -213,13 +218,13 @@ def test_a_caption_is_encoded_once_while_there_is_room(online, monkeypatch):
         seen.update(captions)
         return encode_captions(encoders, captions, text_length=text_length)
 
-    monkeypatch.setattr(caption_texts, "encode_captions", counted)
+    monkeypatch.setattr(batch_encoder, "encode_captions", counted)
     texts = CaptionTexts(online._encoders.text, online._config.data.captions)
     one = texts.get("a cat").wait()
     for caption in ("a dog", "a cat", "a cow", "a cat"):
         texts.get(caption)
     assert seen == {"a cat": 1, "a dog": 1, "a cow": 1}
-    monkeypatch.setattr(caption_texts, "_KEPT_BYTES", 2 * sum(tensor.nbytes for tensor in one.values()))
+    monkeypatch.setattr(batch_encoder, "CAPTION_CACHE_BYTES", 2 * sum(tensor.nbytes for tensor in one.values()))
     texts.get("a hen")  # room for two: goes with what was not asked for longest
     texts.get("a cat")
     texts.get("a dog")
@@ -234,7 +239,7 @@ def test_dropped_captions_are_not_encoded(online, monkeypatch):
         captions.extend(given)
         return encode_captions(encoders, given, text_length=text_length)
 
-    monkeypatch.setattr(caption_texts, "encode_captions", counted)
+    monkeypatch.setattr(batch_encoder, "encode_captions", counted)
     take(open_online(online._config), 2, policy=RowPolicy(caption_dropout=1.0))
     assert captions == []
 
@@ -254,7 +259,7 @@ def test_an_encoder_that_fails_is_told_with_the_sample(online, monkeypatch):
         text.t5[0, 2, 1] = float("inf")
         return text
 
-    monkeypatch.setattr(caption_texts, "encode_captions", broken_text)
+    monkeypatch.setattr(batch_encoder, "encode_captions", broken_text)
     texts = CaptionTexts(online._encoders.text, online._config.data.captions)
     with pytest.raises(NotFinite, match=r"the text of 'a cat' holds NaN or infinity"):
         texts.get("a cat").wait()
@@ -289,26 +294,6 @@ def test_an_error_stays_in_its_place_and_a_stream_closes_behind_it(online, monke
     stream.close()
     assert time.monotonic() - start < 5
     assert threading.active_count() <= before
-
-
-def test_a_stream_that_closes_needs_the_encoders_no_more(online, monkeypatch):
-    """Whoever waits until it needs nothing would wait in vain for what it gave up."""
-    begun, goes_on = threading.Event(), threading.Event()
-
-    def held_up(vae, batch):
-        begun.set()
-        assert goes_on.wait(20)
-        return encode_pixels(vae, batch)
-
-    monkeypatch.setattr(batch_encoder, "encode_pixels", held_up)
-    stream = open_stream(online, micro=1)
-    stream._begin_ahead()
-    assert begun.wait(20)
-    turns = online._encoder.turns
-    assert turns._needed > 2, "of several groups of micro-batches, and for the one that is being encoded"
-    threading.Timer(0.2, goes_on.set).start()
-    stream.close()
-    assert turns._needed == 0
 
 
 # --- pictures that cannot be decoded ----------------------------------------------------------------------------------
