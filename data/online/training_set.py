@@ -32,7 +32,7 @@ from data.encoders.model_folder import encoder_fingerprints
 from data.online.batch_encoder import BatchEncoder
 from data.online.encoded_rows import EncodedRows
 from data.online.finished_shards import FinishedShards
-from data.preprocess import Job, make_plan
+from data.preprocessing.job import Job, make_plan
 from data.preprocessing.progress import open_progress
 from data.preprocessing.worker import Worker
 from data.samples.decode import in_batches, load_pixels

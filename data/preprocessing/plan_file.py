@@ -25,20 +25,20 @@ _SAMPLES = TypeAdapter(tuple[PlannedSample, ...])
 
 @dataclass(frozen=True)
 class PlanFile:
-    """heads: of all shards.  places: path of a shard -> offset and size of its samples in the file."""
+    """specs: of all shards.  places: path of a shard -> offset and size of its samples in the file."""
 
     path: Path
-    heads: tuple[ShardSpec, ...]
+    specs: tuple[ShardSpec, ...]
     places: dict[str, tuple[int, int]]
 
-    def load(self, head: ShardSpec) -> PlannedShard:
+    def load(self, spec: ShardSpec) -> PlannedShard:
         """A shard with its samples."""
-        samples = retry_if_stale(self.path, lambda: _read(self.path, *self.places[head.path]))
-        return PlannedShard(**{name: getattr(head, name) for name in _COLUMNS}, samples=_SAMPLES.validate_json(samples))
+        samples = retry_if_stale(self.path, lambda: _read(self.path, *self.places[spec.path]))
+        return PlannedShard(**{name: getattr(spec, name) for name in _COLUMNS}, samples=_SAMPLES.validate_json(samples))
 
     def shards(self) -> Iterator[PlannedShard]:
         """All of them, one in memory at a time."""
-        return map(self.load, self.heads)
+        return map(self.load, self.specs)
 
 
 _COLUMNS = ("path", "dataset", "bucket", "split", "plan", "num_samples", "num_bytes")
@@ -72,14 +72,14 @@ def read_plan(path: Path) -> PlanFile:
             footer = file.read()
         return _read(path, int.from_bytes(footer[:8], "little"), int.from_bytes(footer[8:], "little"))
 
-    heads, places, buckets = [], {}, dict[tuple[int, ...], Bucket]()
+    specs, places, buckets = [], {}, dict[tuple[int, ...], Bucket]()
     for name, dataset, sides, split, plan, num_samples, num_bytes, offset, size in json.loads(
         retry_if_stale(path, read)
     ):
         bucket = buckets.setdefault(tuple(sides), Bucket(*sides))  # one for all: there may be a million shards
-        heads.append(ShardSpec(name, sys.intern(dataset), bucket, sys.intern(split), plan, num_samples, num_bytes))
+        specs.append(ShardSpec(name, sys.intern(dataset), bucket, sys.intern(split), plan, num_samples, num_bytes))
         places[name] = (offset, size)
-    return PlanFile(path, tuple(heads), places)
+    return PlanFile(path, tuple(specs), places)
 
 
 def _read(path: Path, offset: int, size: int) -> bytes:

@@ -56,14 +56,14 @@ class ShardQueue:
     """
 
     def __init__(self, cache: Path, plan: PlanFile, group: WorkerGroup, worker: Worker) -> None:
-        finished = read_finished_of(cache, plan.heads)
-        unfinished = [head for head, row in zip(plan.heads, finished, strict=True) if row is None]
+        finished = read_finished_of(cache, plan.specs)
+        unfinished = [head for head, row in zip(plan.specs, finished, strict=True) if row is None]
         first = len(unfinished) * worker.index // worker.count
         self.remaining = {head.path: head for head in [*unfinished[first:], *unfinished[:first]]}
         self.num_samples = sum(head.num_samples for head in unfinished)
         self.num_encoded = 0
         self.advance: Callable[[int], object] = lambda count: None
-        self._cache, self._plan, self._crew = cache, plan, group
+        self._cache, self._plan, self._group = cache, plan, group
         self._in_work: set[str] = set()
         self._problems: dict[str, str] = {}
         self._folders = sorted({(cache / head.path).parent for head in unfinished})
@@ -73,7 +73,9 @@ class ShardQueue:
 
     def claim_shards(self) -> Iterator[PlannedShard]:
         """One pass over what is left: every shard that no living worker has, claimed when it is asked for."""
-        held = self._crew.held(SHARD_CLAIMS)  # as of now; to ask for each again would be thousands of requests
+        held = self._group.claims_of_others(
+            SHARD_CLAIMS
+        )  # as of now; to ask for each again would be thousands of requests
         for plan in list(self.remaining.values()):
             self._look_around()
             free = plan.path in self.remaining and plan.path not in self._in_work and _claim_name(plan) not in held
@@ -82,17 +84,17 @@ class ShardQueue:
 
     def _claim(self, plan: ShardSpec) -> bool:
         name = _claim_name(plan)
-        if problem := self._crew.failure(name):
+        if problem := self._group.failure(name):
             self._drop(plan)
             self._problems[plan.path] = problem
             return False
         if read_finished(self._cache, plan):
             self._drop(plan)
             return False
-        if not self._crew.claim(name):
+        if not self._group.claim(name):
             return False
         if read_finished(self._cache, plan):  # by one that gave it back between our look and our claim
-            self._crew.release(name)
+            self._group.release(name)
             self._drop(plan)
             return False
         self._in_work.add(plan.path)
@@ -130,10 +132,10 @@ class ShardQueue:
 
     # --- giving back
 
-    def may_publish(self, plan: ShardSpec) -> bool:
+    def still_holds(self, plan: ShardSpec) -> bool:
         """Whether a shard's claim still holds. Not if this process was stopped so long that it was taken for dead;
         raises Evicted if others go by another plan since."""
-        return self._crew.holds(_claim_name(plan))
+        return self._group.still_holds(_claim_name(plan))
 
     def finish(self, plan: ShardSpec) -> None:
         """A shard was published, or was lost to another worker, which shows in the next pass."""
@@ -144,14 +146,14 @@ class ShardQueue:
 
     def fail(self, plan: ShardSpec, problem: str) -> None:
         """A shard cannot be made of the pictures there are: the others need not try."""
-        self._crew.report_failure(_claim_name(plan), problem)
+        self._group.report_failure(_claim_name(plan), problem)
         self.remaining.pop(plan.path, None)
         self._problems[plan.path] = problem
         self._give_back(plan)
 
     def _give_back(self, plan: ShardSpec) -> None:
         self._in_work.discard(plan.path)
-        self._crew.release(_claim_name(plan))
+        self._group.release(_claim_name(plan))
 
     def raise_problems(self) -> None:
         """Raise one InputError that lists all pictures at fault, whoever found them."""
@@ -161,7 +163,7 @@ class ShardQueue:
     def waiting_for(self) -> str:
         """For whom there is to wait, for people."""
         for plan in self.remaining.values():
-            if holder := self._crew.holder(_claim_name(plan)):
+            if holder := self._group.holder(_claim_name(plan)):
                 return f"{holder}, which has the last shards"
         return "another worker"
 

@@ -144,9 +144,9 @@ class WorkerGroup:
             os.utime(self._file)
             return self._file.stat().st_mtime_ns
         except FileNotFoundError:
-            raise self._taken_for_dead() from None
+            raise self._evicted() from None
 
-    def _taken_for_dead(self) -> Evicted:
+    def _evicted(self) -> Evicted:
         return Evicted(
             f"data.cache {self.folder.parent}: this worker ({self._me}) was silent for minutes and was taken for dead; "
             "others have gone on without it. Start the same command again: it does what is left."
@@ -191,8 +191,8 @@ class WorkerGroup:
         """The living other that claims something."""
         return next((member for _, member in self._claims(f"{what}@")), None)
 
-    def held(self, prefix: str) -> set[str]:
-        """What living others have, of all whose names begin so."""
+    def claims_of_others(self, prefix: str) -> set[str]:
+        """What other living workers claim, of all whose names begin with `prefix`."""
         return {what for what, _ in self._claims(prefix)}
 
     def _claims(self, prefix: str) -> Iterator[tuple[str, WorkerInfo]]:
@@ -208,15 +208,15 @@ class WorkerGroup:
             elif token in members:
                 (self.folder / "claims" / name).unlink(missing_ok=True)
 
-    def holds(self, what: str) -> bool:
+    def still_holds(self, what: str) -> bool:
         """Whether a claim is still this process's own: not after it was taken for dead. Raises Evicted."""
         self.touch()
         return self._claim_file(what).exists()
 
     def require_claim(self, what: str) -> None:
         """Raises Evicted if a claim is no longer this process's own."""
-        if not self.holds(what):
-            raise self._taken_for_dead()
+        if not self.still_holds(what):
+            raise self._evicted()
 
     def release(self, what: str) -> None:
         self._claim_file(what).unlink(missing_ok=True)

@@ -16,7 +16,8 @@ from configs.schema import Config
 from data.cache.manifest import ShardTable, read_manifest, read_shard_table, refuse_other_settings
 from data.cache.shard_writer import index_path, rebuild_index
 from data.encoders.model_folder import find_model
-from data.preprocess import WORKERS_FOLDER, preprocess
+from data.preprocessing.job import WORKERS_FOLDER
+from data.preprocessing.run import preprocess
 from data.preprocessing.worker_group import join
 from data.storage.atomic_write import fsync_folder
 from data.verify.cache import CheckedCache, refuse_no_cache

@@ -15,7 +15,7 @@ from data.cache.manifest import TRAIN
 from data.cache.open_cache import Cache, open_cache
 from data.cache.shard_writer import index_path
 from data.online.batch_encoder import BatchEncoder
-from data.preprocess import preprocess
+from data.preprocessing.run import preprocess
 from tests.data.batches.streams import copy_of
 from tests.data.online.online_streams import QUIET, assert_same, open_online, open_stream, plan_of, take
 

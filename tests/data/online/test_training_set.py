@@ -24,7 +24,7 @@ from data.cache.shard_writer import NotFinite
 from data.encoders.encode import EncodedText, encode_captions, encode_pixels
 from data.online.batch_encoder import CaptionTexts
 from data.online.training_set import OnlineTrainingSet, encoder_device, plan_online
-from data.preprocess import preprocess
+from data.preprocessing.run import preprocess
 from data.preprocessing.worker import Worker
 from data.storage.retry import ATTEMPTS
 from tests.data.batches.streams import copy_of

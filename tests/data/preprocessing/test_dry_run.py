@@ -9,8 +9,9 @@ from data.cache.manifest import read_shard_table
 from data.cache.shard_writer import index_path
 from data.encoders.load import Encoders, load_encoders
 from data.encoders.model_folder import encoder_fingerprints, find_model
-from data.preprocess import Job, dry_run, make_plan, preprocess
 from data.preprocessing.dry_run import Estimate, bytes_by_part, measure, print_hours
+from data.preprocessing.job import Job, make_plan
+from data.preprocessing.run import dry_run, preprocess
 from data.preprocessing.worker import Worker
 
 ALONE = Worker()

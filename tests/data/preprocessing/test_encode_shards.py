@@ -9,12 +9,13 @@ import pytest
 from rich.console import Console
 
 import data.preprocessing.encode_shards
+import data.preprocessing.write_shards
 import data.samples.decode
 from configs.errors import StorageFailed
 from data.cache.manifest import read_shard_table
 from data.cache.shard_writer import ShardWriter
 from data.encoders.load import Encoders
-from data.preprocess import preprocess
+from data.preprocessing.run import preprocess
 
 QUIET = Console(quiet=True)
 PATIENCE = 30  # seconds
@@ -112,7 +113,7 @@ def test_text_on_its_own_device_is_encoded_ahead_and_is_the_same(config, expecte
 def test_what_is_queued_behind_a_failed_write_finishes_no_shard(config, expected, monkeypatch, fails):
     """The write fails when all that follows it is in the queue, the shard's end too."""
     all_queued = threading.Event()
-    queue_finish, write, writers = data.preprocessing.encode_shards._Writing.finish, getattr(ShardWriter, fails), []
+    queue_finish, write, writers = data.preprocessing.write_shards.ShardWriting.finish, getattr(ShardWriter, fails), []
 
     def queue_and_tell(writing, plan):
         queue_finish(writing, plan)
@@ -125,7 +126,7 @@ def test_what_is_queued_behind_a_failed_write_finishes_no_shard(config, expected
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return write(writer, *arguments, **options)
 
-    monkeypatch.setattr(data.preprocessing.encode_shards._Writing, "finish", queue_and_tell)
+    monkeypatch.setattr(data.preprocessing.write_shards.ShardWriting, "finish", queue_and_tell)
     monkeypatch.setattr(ShardWriter, fails, fail_once)
     with pytest.raises(OSError, match="Input/output error"):
         preprocess(config, QUIET)
@@ -139,9 +140,9 @@ def test_what_is_queued_behind_a_failed_write_finishes_no_shard(config, expected
 
 def test_a_shard_of_fewer_samples_than_were_planned_is_not_published(config, expected, monkeypatch):
     """Whatever it was that lost one."""
-    write_samples = data.preprocessing.encode_shards._write_samples
+    write_samples = data.preprocessing.write_shards._write_samples
     monkeypatch.setattr(
-        "data.preprocessing.encode_shards._write_samples",
+        "data.preprocessing.write_shards._write_samples",
         lambda shard, samples, *tensors: write_samples(shard, samples[1:], *tensors),
     )
     with pytest.raises(RuntimeError, match=r"shards/.*\.tar: \d+ of its \d+ samples were written"):

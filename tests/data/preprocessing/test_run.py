@@ -20,7 +20,8 @@ from data.cache.shard_writer import index_path, read_index
 from data.cache.validation_items import FOLDER, read_validation_items
 from data.encoders import encode
 from data.encoders.encode import encode_pixels
-from data.preprocess import main, preprocess
+from data.preprocess import main
+from data.preprocessing.run import preprocess
 from data.preprocessing.shard_queue import ShardQueue
 from data.preprocessing.worker_group import WorkerGroup
 from data.sources.pictures import load_mask
@@ -355,14 +356,16 @@ MEMORY = {
 
 def test_shards_that_vanish_at_the_end_are_named(make_pictures, config_of, monkeypatch):
     config = config_of(make_pictures(3))
-    held = WorkerGroup.held
+    claims_of_others = WorkerGroup.claims_of_others
 
-    def held_and_lost(group, prefix):
+    def and_lost(group, prefix):
         for tar in config.data.cache.rglob("*.tar"):
             tar.unlink()
-        return held(group, prefix)
+        return claims_of_others(group, prefix)
 
-    monkeypatch.setattr(ShardQueue, "raise_problems", lambda _: monkeypatch.setattr(WorkerGroup, "held", held_and_lost))
+    monkeypatch.setattr(
+        ShardQueue, "raise_problems", lambda _: monkeypatch.setattr(WorkerGroup, "claims_of_others", and_lost)
+    )
     with pytest.raises(InputError, match=r"32x32-000001\.tar: was written and is gone,.*run the same command again"):
         preprocess(config, QUIET)
     monkeypatch.undo()

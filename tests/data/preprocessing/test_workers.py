@@ -18,15 +18,17 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load
 
-import data.preprocess
-import data.preprocessing.encode_shards
+import data.preprocessing.job
+import data.preprocessing.run
+import data.preprocessing.write_shards
 import data.samples.decode
 from configs.errors import InputError
 from configs.schema import DataConfig
 from data.cache.manifest import read_manifest, read_shard_table
 from data.cache.open_cache import open_cache
 from data.encoders.model_folder import encoder_fingerprints
-from data.preprocess import WORKERS_FOLDER, Job, preprocess
+from data.preprocessing.job import WORKER_LOCAL_KEYS, WORKERS_FOLDER, Job
+from data.preprocessing.run import preprocess
 from data.preprocessing.share_plan import agree_on_plan
 from data.preprocessing.worker import Worker
 from data.preprocessing.worker_group import STALE_SECONDS, join
@@ -101,13 +103,13 @@ def inodes(cache):
 @pytest.fixture(autouse=True)
 def _loaded_by_one_thread_at_a_time(monkeypatch):
     """As transformers changes global state while it loads; workers are processes otherwise."""
-    lock, load = threading.Lock(), data.preprocess.load_encoders
+    lock, load = threading.Lock(), data.preprocessing.run.load_encoders
 
     def load_alone(*arguments, **options):
         with lock:
             return load(*arguments, **options)
 
-    monkeypatch.setattr(data.preprocess, "load_encoders", load_alone)
+    monkeypatch.setattr(data.preprocessing.run, "load_encoders", load_alone)
 
 
 def in_threads(configs):
@@ -133,10 +135,10 @@ def test_three_workers_at_once_make_what_one_makes(config_of, pictures, undistur
 
 def test_one_of_several_plans_and_each_sample_is_encoded_once(config_of, pictures, undisturbed, tmp_path, monkeypatch):
     planned, encoded = [], []
-    plan_samples, describe = data.preprocess.plan_samples, data.preprocessing.encode_shards._describe_sample
-    monkeypatch.setattr("data.preprocess.plan_samples", lambda *a: planned.append(1) or plan_samples(*a))
+    plan_samples, describe = data.preprocessing.job.plan_samples, data.preprocessing.write_shards.describe_sample
+    monkeypatch.setattr("data.preprocessing.job.plan_samples", lambda *a: planned.append(1) or plan_samples(*a))
     monkeypatch.setattr(
-        "data.preprocessing.encode_shards._describe_sample", lambda s: encoded.append(s.triple.key) or describe(s)
+        "data.preprocessing.write_shards.describe_sample", lambda s: encoded.append(s.triple.key) or describe(s)
     )
     config = config_of(tmp_path / "cache", pictures)
     assert in_threads([config] * 4) == [None] * 4
@@ -247,8 +249,8 @@ def test_bad_input_is_found_by_one_and_told_by_all(config_of, pictures, tmp_path
     folder = tmp_path / "pictures"
     shutil.copytree(pictures, folder)
     (folder / "mask" / "picture-03.png").unlink()
-    planned, plan_samples = [], data.preprocess.plan_samples
-    monkeypatch.setattr("data.preprocess.plan_samples", lambda *a: planned.append(1) or plan_samples(*a))
+    planned, plan_samples = [], data.preprocessing.job.plan_samples
+    monkeypatch.setattr("data.preprocessing.job.plan_samples", lambda *a: planned.append(1) or plan_samples(*a))
     config = config_of(tmp_path / "cache", folder)
     messages = in_threads([config] * 3)
     assert all(message and "picture-03.png: no mask of the same name" in message for message in messages), messages
@@ -266,7 +268,7 @@ def test_who_helps_to_plan_goes_on_when_the_job_is_done_first(tmp_path, fault):
             planner.release("plan")
             raise fault
 
-        assert agree_on_plan(helper, lambda: [], help_planning=help_planning, waiting=print).heads == ()
+        assert agree_on_plan(helper, lambda: [], help_planning=help_planning, waiting=print).specs == ()
 
 
 def test_a_job_of_another_config_is_refused_and_the_first_goes_on(config_of, pictures, undisturbed, tmp_path):
@@ -285,9 +287,9 @@ def test_a_job_of_another_config_is_refused_and_the_first_goes_on(config_of, pic
 
 
 def test_of_every_key_it_is_decided_whether_it_binds_the_workers():
-    """A new key of `data` binds them until _FREE_KEYS says that it need not."""
+    """A new key of `data` binds them until WORKER_LOCAL_KEYS says that it need not."""
     binding = {"datasets", "resolution", "resolution_policy", "captions", "holdout", "shard_size_mib", "max_megapixels"}
-    assert DataConfig.model_fields.keys() == binding | data.preprocess._FREE_KEYS.keys()
+    assert DataConfig.model_fields.keys() == binding | WORKER_LOCAL_KEYS.keys()
 
 
 def test_pictures_that_change_between_two_jobs_are_planned_anew(config_of, pictures, tmp_path):

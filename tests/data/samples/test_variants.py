@@ -17,8 +17,8 @@ from configs.errors import InputError
 from configs.mask_recipe import MaskRecipe
 from data.cache.open_cache import open_cache
 from data.cache.validation_items import read_validation_items
-from data.preprocess import preprocess
 from data.preprocessing.progress import open_progress
+from data.preprocessing.run import preprocess
 from data.preprocessing.worker import Worker
 from data.samples.decode import load_pixels
 from data.samples.geometry import Bucket

@@ -13,7 +13,8 @@ from rich.console import Console
 from configs.errors import InputError
 from data.cache.manifest import EMPTY_TEXT, MANIFEST, SHARD_TABLE
 from data.cache.shard_writer import index_path, read_index
-from data.preprocess import WORKERS_FOLDER, preprocess
+from data.preprocessing.job import WORKERS_FOLDER
+from data.preprocessing.run import preprocess
 from data.preprocessing.worker_group import join
 from data.verify.cache import CheckedCache, verify_cache
 from data.verify.repair import refuse_other_config, repair_cache
