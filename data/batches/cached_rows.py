@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from data.batches.micro_batch import BatchViews, BufferLease
+from data.batches.batch_memory import BatchViews, BufferLease
 from data.batches.order import Batch, Order
 from data.batches.prefetch import Prefetcher
 from data.batches.row_filler import ReplacedRow, RowFiller, RowPolicy
@@ -115,15 +115,17 @@ class CachedRows:
         for place in range(first, planned.width, filling.shares):
             wanted = planned.at(place)
             if wanted is None:
-                rows.clear(place)
+                rows.pad(place)
             else:
                 self._fill_row(rows, place, wanted)
 
     def _fill_row(self, rows: BatchViews, place: int, wanted: PlannedRow) -> None:
         reader, filler, shard, position = self._reader, self._filler, wanted.shard, wanted.position
         out = filler.begin(rows, place, position)
-        variant = filler.choose_variant(reader.num_variants(shard), row=wanted.row, turn=wanted.turn, position=position)
-        filler.first_whole(
+        variant = filler.choose_variant(
+            reader.num_variants(shard), row=wanted.row, stream_epoch=wanted.stream_epoch, position=position
+        )
+        filler.first_intact(
             lambda row: reader.read(shard, row, out, variant=variant),
             shard=str(reader.table.path[shard]),
             num_samples=reader.num_samples(shard),

@@ -82,7 +82,7 @@ def hash_shards(paths: np.ndarray, samples: np.ndarray, plans: np.ndarray) -> st
 @dataclass(frozen=True)
 class Batch:
     """One global batch, or a part of it.  shards, rows: int64, row `rows[i]` of shard `shards[i]` (index into the shard
-    table) is row `part[i]` of the batch.  rounds: how many times its stream had been through by then.
+    table) is row `part[i]` of the batch.  stream_epochs: how often its stream had been passed before.
 
     pool: its dataset and bucket.  epoch: of the run.  position: of the batch's first row in the order; row i stands at
     position + i.
@@ -95,7 +95,7 @@ class Batch:
     part: range
     shards: np.ndarray
     rows: np.ndarray
-    rounds: np.ndarray
+    stream_epochs: np.ndarray
 
 
 def _generator(key: np.ndarray, purpose: int, epoch: int = 0, block: int = 0) -> np.random.Generator:
@@ -138,7 +138,7 @@ class _Stream:
         return shards[shuffle], rows[shuffle]
 
     def slice(self, start: int, count: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Runs of (shards, rows, rounds), `count` rows in all, of the sequence from `start` on."""
+        """Runs of (shards, rows, stream_epochs), `count` rows in all, of the sequence from `start` on."""
         runs = []
         while count:
             epoch, inside = divmod(start, self._num_rows)
@@ -192,7 +192,7 @@ class _Pool:
         return (np.arange(count) + _generator(self._key, _OFFSETS, epoch).random(count)) / count
 
     def batch(self, ordinal: int, part: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(shards, rows, rounds), int64 [len(part)] each, of some rows of the pool's batch number `ordinal`."""
+        """(shards, rows, stream_epochs), int64 [len(part)] each, of some rows of the pool's batch number `ordinal`."""
         share = self._settings.global_batch_size // self.num_streams  # rows of each stream, one after the other
         runs = []
         for number in range(part.start // share, -(-part.stop // share)):
@@ -200,8 +200,8 @@ class _Pool:
             runs += self._stream(number).slice(ordinal * share + low - number * share, high - low)
         if not runs:
             return (np.empty(0, dtype=np.int64),) * 3
-        shards, rows, rounds = zip(*runs, strict=True)
-        return np.concatenate(shards), np.concatenate(rows), np.concatenate(rounds)
+        shards, rows, stream_epochs = zip(*runs, strict=True)
+        return np.concatenate(shards), np.concatenate(rows), np.concatenate(stream_epochs)
 
 
 class Order:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from configs.errors import InputError
-from data.batches.micro_batch import BatchViews
+from data.batches.batch_memory import BatchViews
 from data.batches.noise import draw_dropout, draw_noise, draw_uniform, draw_variant, draw_whole_hole
 from data.batches.shard_reader import Buffers, DamagedSample, DamagedShard
 from data.samples.geometry import Bucket
@@ -98,21 +98,21 @@ class RowFiller:
         rows.position[place] = position
         return out
 
-    def choose_variant(self, num_variants: int, *, row: int, turn: int, position: int) -> int:
+    def choose_variant(self, num_variants: int, *, row: int, stream_epoch: int, position: int) -> int:
         """Which of its sample's mask variants a row has."""
         if num_variants == 1 or self._policy.mask_choice == "first":
             return 0
         if self._policy.mask_choice == "cycle":
-            return (turn + row) % num_variants  # not all samples of an epoch at the same variant
+            return (stream_epoch + row) % num_variants  # not all samples of an epoch at the same variant
         return draw_variant(self._seed, position, num_variants)
 
-    def first_whole(
+    def first_intact(
         self, read: Callable[[int], _T], *, shard: str, num_samples: int, row: int, position: int
     ) -> tuple[int, _T]:
-        """(row, what `read` gives for it) of a row, or of the next one of its shard that is whole.
+        """(row, what `read` gives for it) of a row, or of the next one of its shard that is intact.
 
         shard: its path.  read: raises DamagedSample for a row that is not.
-        Raises DamagedShard if the shard has no whole row, InputError if too many samples are damaged.
+        Raises DamagedShard if no row of the shard is intact, InputError if too many samples are damaged.
         """
         damage = ""  # not the error: kept in a frame that it passed, it would hold the shard's file for a while
         for step in range(num_samples):

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from configs.errors import InputError, StorageFailed
 from configs.schema import DataConfig
-from data.batches.micro_batch import BufferLease, bytes_of
+from data.batches.batch_memory import BufferLease
+from data.batches.micro_batch import bytes_of
 from data.batches.order import Batch
 from data.batches.row_filler import ReplacedRow, RowFiller
 from data.batches.row_source import PlannedMicroBatch
@@ -40,7 +41,7 @@ class _DecodedRow:
 @dataclass(frozen=True)
 class _Begun:
     """A micro-batch in the making.  decoded: a row each, None where nothing is to be encoded (it was read from a shard,
-    or only fills up).  ready: when all is in place."""
+    or is a padding row).  ready: when all is in place."""
 
     decoded: Sequence["Future[_DecodedRow | None]"]
     ready: "Future[None]"
@@ -106,16 +107,16 @@ class EncodedRows:
         rows = memory.rows()
         wanted = planned.at(place)
         if wanted is None:
-            rows.clear(place)
+            rows.pad(place)
             return None
         plan = self._plans[wanted.shard]
         out = self._filler.begin(rows, place, wanted.position)
         variant = self._filler.choose_variant(
-            self._num_variants[plan.dataset], row=wanted.row, turn=wanted.turn, position=wanted.position
+            self._num_variants[plan.dataset], row=wanted.row, stream_epoch=wanted.stream_epoch, position=wanted.position
         )
         if self._finished.read(wanted.shard, wanted.row, out, variant=variant):
             return None
-        row, pixels = self._filler.first_whole(
+        row, pixels = self._filler.first_intact(
             lambda row: self._load(plan.samples[row], variant),
             shard=plan.path,
             num_samples=len(plan.samples),

@@ -232,7 +232,7 @@ class Engine:
     def backward(self, losses: Tensor, weight: Tensor) -> None:
         """Add a micro-batch to the gradient of sum(real rows) / global batch size.
 
-        losses: [B] per sample.  weight: [B], 1 for a real row, 0 for one that fills up.
+        losses: [B] per sample.  weight: [B], 1 for a sample, 0 for a padding row.
         """
         loss = (losses * weight).sum() / self._global_batch_size
         self._loss += loss.detach()

@@ -68,7 +68,7 @@ def test_ranks_share_the_very_rows_of_one_process(make_cache, size, world_size):
         assert len({tuple(len(rows.weight) for rows in share[index]) for share in shares}) == 1
 
 
-def test_rows_that_fill_up_have_weight_0_and_finite_numbers(make_cache):
+def test_padding_rows_have_weight_0_and_finite_numbers(make_cache):
     cache = make_cache(SHARDS)
     shares = [take(cache, 6, size=7, rank=rank, world_size=3, micro=1) for rank in range(3)]
     for index in range(6):
@@ -83,7 +83,7 @@ def test_rows_that_fill_up_have_weight_0_and_finite_numbers(make_cache):
                 assert ((rows.uniform > 0) & (rows.uniform < 1)).all()
 
 
-def test_idle_rows_hold_nothing_of_the_rows_before_them(make_cache):
+def test_padding_rows_hold_nothing_of_the_rows_before_them(make_cache):
     """Their memory was a row's; what they hold must not depend on what was read before."""
     cache = make_cache(SHARDS)
     for batch in take(cache, 8, size=4, rank=0, world_size=3, micro=1):
@@ -218,7 +218,7 @@ def test_an_int8_cache_differs_from_its_bf16_twin_in_the_texts_alone(make_cache,
             assert not torch.equal(moved.t5, others.t5)
 
 
-def test_idle_rows_of_an_int8_cache_are_finite(make_cache):
+def test_padding_rows_of_an_int8_cache_are_finite(make_cache):
     for batch in take(make_cache(SHARDS, text_dtype="int8"), 4, size=4, rank=0, world_size=3, micro=1):
         for rows in batch:
             moved = rows.to(torch.device("cpu"))

@@ -77,9 +77,9 @@ def test_a_stream_gives_what_the_caches_gives(online, cached, rank, world_size, 
         for rows, expected in zip(one, other, strict=True):
             assert_same(rows, expected)
             dropped["mask"] += int((rows.mask == 255).flatten(1).all(dim=1).sum())
-            dropped["idle"] += int((rows.weight == 0).sum())
+            dropped["padding"] += int((rows.weight == 0).sum())
     assert dropped["mask"], "no row lost its mask"
-    assert (dropped["idle"] > 0) == (rank == 1), "7 rows are 2, 2 and 3"
+    assert (dropped["padding"] > 0) == (rank == 1), "7 rows are 2, 2 and 3"
 
 
 def test_names_are_the_caches(online, cached):
