@@ -194,6 +194,7 @@ def _write_manifest(job: Job, plan: PlanFile, group: WorkerGroup, worker: Worker
         )
     manifest, table = describe_cache(config, job.model, job.encoders, plan.specs, shards)
     if is_current(cache, manifest, table):
+        delete_unplanned(cache, plan.specs)  # half-written files of a worker that woke and died after the others' end
         return delete_copies(cache)
     group.require_claim(_MANIFEST)
     (cache / "manifest.json").unlink(missing_ok=True)

@@ -207,7 +207,7 @@ def test_the_next_batch_is_encoded_while_one_is_in_use(online, monkeypatch):
     stream = open_stream(online, size=3, micro=1, policy=RowPolicy())
     next(next(stream))
     for _ in range(6):  # its own three rows, and the three of the next one, though nobody has asked for them
-        assert done.acquire(timeout=20)
+        assert done.acquire(timeout=60)
     stream.close()
 
 
@@ -292,7 +292,7 @@ def test_an_error_stays_in_its_place_and_a_stream_closes_behind_it(online, monke
             list(next(stream))
     start = time.monotonic()
     stream.close()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
     assert threading.active_count() <= before
 
 
@@ -413,7 +413,7 @@ def test_a_stream_closes_while_storage_is_waited_for(online, read_failing):
         time.sleep(0.01)
     start = time.monotonic()
     stream.close()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30, "it would try for a minute and a half"
 
 
 # --- devices ----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from data.encoders.load import Encoders
 from data.preprocessing.run import preprocess
 
 QUIET = Console(quiet=True)
-PATIENCE = 30  # seconds
+PATIENCE = 120  # seconds
 
 
 @pytest.fixture

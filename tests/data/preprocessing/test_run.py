@@ -434,6 +434,18 @@ def test_what_a_killed_worker_had_half_written_is_removed(make_pictures, config_
     assert not (cache / f"{FOLDER}.part").exists()
 
 
+def test_what_a_worker_left_behind_the_end_of_the_others_is_removed_and_nothing_else_touched(make_pictures, config_of):
+    """It woke when they were done, and died."""
+    config = config_of(make_pictures(4))
+    preprocess(config, QUIET)
+    before = stamps(config.data.cache)
+    for name in before:
+        if "/" not in name or name.startswith("shards/"):
+            (config.data.cache / f"{name}.0123abcd.part").write_bytes(b"half")
+    preprocess(config, QUIET)
+    assert stamps(config.data.cache) == before
+
+
 @pytest.mark.parametrize("room", [0, 6, 100, 800, 1500, 2300, "all but one file"])
 def test_a_full_disk_is_told_and_when_there_is_room_the_rest_is_done(
     make_pictures, config_of, small_disk, tmp_path, capsys, room

@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -70,6 +71,28 @@ def test_however_they_leave_the_last_one_clears_up(folder):
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(WorkerGroup.leave, groups))
         assert not folder.exists()
+
+
+def test_what_a_worker_writes_that_joins_while_the_last_one_clears_up_stays(folder, monkeypatch):
+    """Its plan above all, which it reads again for every shard."""
+    last, joined, rmdir = WorkerGroup(folder, SETTINGS), [], Path.rmdir
+
+    def join_first(path):
+        if not joined:
+            joined.append(WorkerGroup(folder, SETTINGS))
+            assert joined[0].claim("a")
+            joined[0].plan_path.write_text("its shards")
+            joined[0].announce_plan(joined[0].plan_path.name)
+        rmdir(path)
+
+    monkeypatch.setattr(Path, "rmdir", join_first)
+    (folder / "plan-0123456789abcdef").write_text("of a dead worker")
+    last.leave()
+    (late,) = joined
+    assert [path.name for path in folder.glob("plan-*")] == [late.plan_path.name]
+    assert late.still_holds("a")
+    late.leave()
+    assert not folder.exists()
 
 
 def test_a_member_that_left_holds_nothing(folder):

@@ -112,18 +112,30 @@ def _loaded_by_one_thread_at_a_time(monkeypatch):
     monkeypatch.setattr(data.preprocessing.run, "load_encoders", load_alone)
 
 
-def in_threads(configs):
-    """Workers of one process, one for each config; what each of them raised, or None."""
+@pytest.fixture
+def in_threads(monkeypatch):
+    """Workers of one process, one for each config, of which none plans before all have joined; what each of them
+    raised, or None."""
 
-    def work(number):
-        try:
-            preprocess(configs[number], QUIET, Worker(number, len(configs)))
-        except InputError as error:
-            return str(error)
-        return None
+    def run(configs):
+        all_joined, agree_on_plan = threading.Barrier(len(configs), timeout=120), data.preprocessing.run.agree_on_plan
 
-    with ThreadPoolExecutor(len(configs)) as pool:
-        return list(pool.map(work, range(len(configs))))
+        def agree_when_all_joined(*arguments, **options):
+            all_joined.wait()
+            return agree_on_plan(*arguments, **options)
+
+        def work(number):
+            try:
+                preprocess(configs[number], QUIET, Worker(number, len(configs)))
+            except InputError as error:
+                return str(error)
+            return None
+
+        with monkeypatch.context() as patch, ThreadPoolExecutor(len(configs)) as pool:
+            patch.setattr(data.preprocessing.run, "agree_on_plan", agree_when_all_joined)
+            return list(pool.map(work, range(len(configs))))
+
+    return run
 
 
 def test_three_workers_at_once_make_what_one_makes(config_of, pictures, undisturbed, tmp_path):
@@ -133,7 +145,9 @@ def test_three_workers_at_once_make_what_one_makes(config_of, pictures, undistur
     assert contents(config.data.cache) == undisturbed[0]
 
 
-def test_one_of_several_plans_and_each_sample_is_encoded_once(config_of, pictures, undisturbed, tmp_path, monkeypatch):
+def test_one_of_several_plans_and_each_sample_is_encoded_once(
+    config_of, pictures, undisturbed, tmp_path, monkeypatch, in_threads
+):
     planned, encoded = [], []
     plan_samples, describe = data.preprocessing.job.plan_samples, data.preprocessing.write_shards.describe_sample
     monkeypatch.setattr("data.preprocessing.job.plan_samples", lambda *a: planned.append(1) or plan_samples(*a))
@@ -147,13 +161,35 @@ def test_one_of_several_plans_and_each_sample_is_encoded_once(config_of, picture
     assert contents(config.data.cache) == undisturbed[0]
 
 
-def test_a_worker_that_dies_holds_nobody_up(config_of, pictures, undisturbed, tmp_path):
+MOMENTS = ["/scan/", "/crew/plan-", "/claims/constants@", "/claims/shards.", ".tar.", "/validation.part/0003"]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_worker_that_dies_holds_nobody_up_and_leaves_nothing(config_of, pictures, undisturbed, tmp_path, moment):
+    """Killed before it first makes a file of such a path, while others are there: the last of them clears up."""
     config = config_of(tmp_path / "cache", pictures)
-    changes = undisturbed[1]
-    workers = [start_worker(config, number, 3, kill_at=kill) for number, kill in enumerate((None, changes // 3, None))]
-    codes = [worker.join()[0] for worker in workers]
-    assert codes[0] == codes[2] == 0
+    dying = start_worker(config, 1, 3, kill_at=moment, fate=signal.SIGSTOP)
+    dying.wait_until_stopped()
+    others = [start_worker(config, number, 3) for number in (0, 2)]
+    deadline = time.monotonic() + 120
+    while len(list((config.data.cache / WORKERS_FOLDER / "workers").glob("*.json"))) < 3:
+        assert time.monotonic() < deadline, "the others did not join"
+        time.sleep(0.01)
+    dying.kill()
+    assert dying.join()[0] == -signal.SIGKILL
+    assert [worker.join()[:2] for worker in others] == [(0, "")] * 2
     assert contents(config.data.cache) == undisturbed[0]
+
+
+def test_what_the_last_worker_left_when_it_was_killed_the_next_clears_up(config_of, pictures, undisturbed, tmp_path):
+    """Killed while it cleared up itself, over a complete cache: no shard is touched."""
+    config = config_of(tmp_path / "cache", pictures)
+    assert start_worker(config, kill_at=undisturbed[1] - 2).join()[0] == -signal.SIGKILL
+    assert (config.data.cache / WORKERS_FOLDER).exists()
+    shards = {path: inode for path, inode in inodes(config.data.cache).items() if path.suffix in (".tar", ".json")}
+    preprocess(config, QUIET)
+    assert contents(config.data.cache) == undisturbed[0]
+    assert shards.items() <= inodes(config.data.cache).items()
 
 
 def test_the_tasks_of_an_array_may_run_one_after_the_other(config_of, pictures, undisturbed, tmp_path):
@@ -205,7 +241,7 @@ def test_killed_again_and_again_it_is_done_in_the_end(config_of, pictures, undis
     assert contents(cache) == undisturbed[0]
 
 
-def test_only_changed_shards_are_made_anew_by_several_workers(config_of, pictures, tmp_path):
+def test_only_changed_shards_are_made_anew_by_several_workers(config_of, pictures, tmp_path, in_threads):
     folder = tmp_path / "pictures"
     shutil.copytree(pictures, folder)
     config = config_of(tmp_path / "cache", folder)
@@ -224,7 +260,7 @@ def test_only_changed_shards_are_made_anew_by_several_workers(config_of, picture
     assert contents(config.data.cache) == contents(alone.data.cache)
 
 
-def test_a_bad_picture_is_told_by_every_worker_and_found_by_one(config_of, pictures, tmp_path, monkeypatch):
+def test_a_bad_picture_is_told_by_every_worker_and_found_by_one(config_of, pictures, tmp_path, monkeypatch, in_threads):
     folder = tmp_path / "pictures"
     shutil.copytree(pictures, folder)
     bad = folder / "target" / "picture-05.png"
@@ -245,7 +281,7 @@ def test_a_bad_picture_is_told_by_every_worker_and_found_by_one(config_of, pictu
     open_cache(config, Path(config.model.base))
 
 
-def test_bad_input_is_found_by_one_and_told_by_all(config_of, pictures, tmp_path, monkeypatch):
+def test_bad_input_is_found_by_one_and_told_by_all(config_of, pictures, tmp_path, monkeypatch, in_threads):
     folder = tmp_path / "pictures"
     shutil.copytree(pictures, folder)
     (folder / "mask" / "picture-03.png").unlink()
@@ -254,7 +290,7 @@ def test_bad_input_is_found_by_one_and_told_by_all(config_of, pictures, tmp_path
     config = config_of(tmp_path / "cache", folder)
     messages = in_threads([config] * 3)
     assert all(message and "picture-03.png: no mask of the same name" in message for message in messages), messages
-    assert len(planned) < 3
+    assert len(planned) == 1
     assert not config.data.cache.exists()
 
 
@@ -322,9 +358,6 @@ def test_a_worker_that_was_killed_elsewhere_is_not_followed_while_it_passes_for_
     write_triple(folder, PICTURES)
     preprocess(config, QUIET)
     assert read_manifest(config.data.cache).samples["noise"]["train"] == PICTURES + 1 - 6
-
-
-MOMENTS = ["/scan/", "/crew/plan-", "/claims/constants@", "/claims/shards.", ".tar.", "/validation.part/0003"]
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
