@@ -37,8 +37,8 @@ class BatchStream:
     `pin_memory` after the CUDA work queued by then has run, so copy it to the device and forget it. An iterator that is
     not read to its end has ended once the next global batch is asked for.
 
-    What the source could not fill is raised where its micro-batch would have come, and again at every later try: the
-    stream does not pass over it.
+    An error of the source is raised in the place of its micro-batch, and again at every later try: the stream does not
+    pass over it.
 
     current: the global batch last asked for, this rank's rows of it.  batch_start: when, by the monotonic clock.
     wait_seconds: how long its user waited for it.
@@ -149,8 +149,8 @@ class BatchStream:
 
     def keys(self, batch: Batch) -> list[str]:
         """Names of all of a global batch's samples, in order. Of a cache this opens every shard that it touches."""
-        whole = self.order.batch(batch.index)
-        return [self._source.key(int(s), int(r)) for s, r in zip(whole.shards, whole.rows, strict=True)]
+        complete = self.order.batch(batch.index)  # not this rank's part alone
+        return [self._source.key(int(s), int(r)) for s, r in zip(complete.shards, complete.rows, strict=True)]
 
     def __enter__(self) -> "BatchStream":
         return self

@@ -1,7 +1,7 @@
-"""Rows that were encoded before: read from the shards of a cache, by threads.
+"""Rows of a cache, read from its shards by threads.
 
 A row's bytes go from the shard straight to their place in the batch (`shard_reader.py`); none pass between processes.
-Beside the stored tensors a row gets what is random about it (`noise.py`), drawn here in the threads.
+Beside the stored tensors a row gets its random draws (`noise.py`), made here in the threads.
 """
 
 import threading

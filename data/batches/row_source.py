@@ -1,4 +1,4 @@
-"""The seam between the order of the samples and where their tensors come from: shards, or encoders."""
+"""The interface between the order of the samples and the source of their tensors: shards, or encoders."""
 
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ class RowSource(Protocol):
 
     @property
     def replaced(self) -> set[ReplacedRow]:
-        """Rows that another one stands in for, those of earlier processes of the run included."""
+        """Rows that were replaced, those of earlier processes of the run included."""
 
     def reached(self, batch: Batch) -> None:
         """The stream is at this global batch (`batch.part` of it is its own), or will begin with it."""
@@ -65,4 +65,4 @@ class RowSource(Protocol):
         """A sample's name."""
 
     def close(self) -> None:
-        """Stop, and let go of everything."""
+        """Stop, and release everything."""

@@ -24,7 +24,7 @@ CAPTION_CACHE_BYTES = 512 << 20  # in the host's memory: about 128 captions of F
 
 @dataclass(frozen=True)
 class CaptionTensors:
-    """What a shard would store of a caption, on its way to the host.  finite: whether all of it is."""
+    """A caption's tensors as a shard stores them, on their way to the host.  finite: whether all of them are."""
 
     caption: str
     tensors: dict[str, HostCopy]

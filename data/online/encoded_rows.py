@@ -1,10 +1,10 @@
-"""Rows that are encoded when they are needed, a few batches ahead of the training:
+"""Rows encoded on demand, a few batches ahead of the training:
 
-    threads of their own    decode pictures, draw what is random about a row
+    threads of their own    decode pictures, draw a row's noise
     a thread of its own     queue a batch's work on the encoders' device, never waiting for it
-    a thread of its own     wait for the tensors, put them into their places
+    a thread of its own     wait for the tensors, copy them into the batch
 
-What goes through the VAE together is a matter of the order and data.encode_batch_size, never of time: the rows of whole
+What goes through the VAE together depends on the order and data.encode_batch_size, never on time: the rows of complete
 micro-batches, of one global batch and one rank. So a resumed run encodes what an undisturbed one would. A row whose
 shard is finished in data.cache is read from there instead, by the thread that would decode it.
 """
@@ -140,7 +140,7 @@ class EncodedRows:
     # --- encoding
 
     def _encode(self, group: Sequence[_Begun]) -> None:
-        """Queue the work of a group of micro-batches on the device; what fails is told to all of them."""
+        """Queue the work of a group of micro-batches on the device; an error goes to all of them."""
         try:
             decoded = [row for begun in group for future in begun.decoded if (row := future.result()) is not None]
             encoded = [
@@ -172,7 +172,7 @@ class EncodedRows:
             begun.ready.set_result(None)
 
     def close(self) -> None:
-        """Waits for what is being encoded, and for nothing that is yet to come."""
+        """Waits for what is being encoded, not for what was only queued."""
         self._stop.set()  # whoever waits for a storage that fails
         self._finished.stop()
         for pool in (self._decoding, self._encoding, self._delivering):

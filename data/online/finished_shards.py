@@ -95,9 +95,9 @@ class FinishedShards:
             return is_first
 
     def stop(self) -> None:
-        """Try nothing again from now on: whoever waits for a storage that fails is told so."""
+        """End all retries: whoever waits for a storage that fails gets the error at once."""
         self._reader.stop()
 
     def close(self) -> None:
-        """Let go of all shards."""
+        """Close all shards."""
         self._reader.close()

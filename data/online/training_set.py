@@ -41,7 +41,7 @@ from data.samples.shard_plan import PlannedShard
 
 
 def encoder_device(config: Config, *, local_rank: int, own: torch.device) -> torch.device:
-    """Where a training process encodes: one of data.encoder_devices, dealt in turn, or its own device.
+    """The device on which a training process encodes: one of data.encoder_devices, dealt round-robin, or its own.
 
     Raises InputError if a device that is named there is not here.
     """
@@ -56,7 +56,7 @@ def encoder_device(config: Config, *, local_rank: int, own: torch.device) -> tor
 
 
 def plan_online(config: Config, model: Path, console: Console) -> list[PlannedShard]:
-    """The shards that preprocessing would make. Raises InputError that lists what is wrong with the pictures."""
+    """The shards that preprocessing would make. Raises one InputError that lists all problems of the pictures."""
     with open_progress(console, Worker()) as progress:
         return make_plan(Job(config, model, encoder_fingerprints(model)), progress)
 
@@ -153,7 +153,7 @@ def _bytes_of(tensors: Mapping[str, Tensor]) -> dict[str, memoryview]:
 
 
 def _table_of(plans: Sequence[PlannedShard]) -> ShardTable:
-    """The shards as a cache would list them, without what only a written one has."""
+    """The shards as a cache would list them, without sizes and hashes of files."""
     return ShardTable(
         path=np.array([plan.path for plan in plans]),
         dataset=np.array([plan.dataset for plan in plans]),

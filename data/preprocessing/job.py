@@ -36,7 +36,7 @@ WORKER_LOCAL_KEYS: Any = {
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be encoded, by which model.  encoders: part -> fingerprint."""
+    """A config, and the model that encodes for it.  encoders: part -> fingerprint."""
 
     config: Config
     model: Path
@@ -44,7 +44,7 @@ class Job:
 
     @property
     def encoding(self) -> dict[str, object]:
-        """What shapes the tensors besides the pictures and captions."""
+        """All that shapes the tensors besides the pictures and captions."""
         data = self.config.data
         int8 = {"t5_precision": "int8"} if data.encoders.t5_precision == "int8" else {}
         text = {"text_length": data.captions.text_length, "text_dtype": data.captions.text_dtype}
@@ -52,7 +52,7 @@ class Job:
 
     @property
     def settings(self) -> dict[str, object]:
-        """What workers on one cache must agree in: all that shapes the plan."""
+        """Settings that workers on one cache must agree in: all that shapes the plan."""
         data = self.config.data.model_dump(mode="json", exclude=WORKER_LOCAL_KEYS)
         keys = {f"data.{key}": value for key, value in data.items()}
         return {"format": FORMAT_VERSION, **{f"model's {part}": print for part, print in self.encoders.items()}, **keys}

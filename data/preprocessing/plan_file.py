@@ -1,5 +1,5 @@
-"""A plan in a file, as workers share it: what is told of each shard is in memory, a shard's samples are read when it is
-its turn. A plan with all of its samples is 5 KiB for each of them, in every worker of a machine.
+"""The plan as a file that workers share: the specs of all shards are in memory, a shard's samples are read on demand. A
+plan with all of its samples would take 5 KiB for each of them, in every worker of a machine.
 
     for each shard    its samples as JSON, compressed
     then              a row for each shard, where its samples are among them, compressed
@@ -45,7 +45,7 @@ _COLUMNS = ("path", "dataset", "bucket", "split", "plan", "num_samples", "num_by
 
 
 def write_plan(path: Path, plans: Iterable[PlannedShard]) -> None:
-    """Whole or not at all."""
+    """Write a plan, atomically."""
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:

@@ -52,7 +52,7 @@ _ALONE = Worker()
 
 
 def preprocess(config: Config, console: Console, worker: Worker = _ALONE) -> None:
-    """Bring data.cache up to date with the datasets, model and settings of a config, together with whoever else does;
+    """Bring data.cache up to date with the datasets, model and settings of a config, together with other workers;
     touch nothing if it is. Returns when the cache is complete.
 
     Raises InputError for whatever the user can mend, and Evicted: shards finished by then stay, parts of one do
@@ -79,7 +79,7 @@ def preprocess(config: Config, console: Console, worker: Worker = _ALONE) -> Non
 
 
 def _take_part(job: Job, group: WorkerGroup, worker: Worker, progress: Progress) -> int:
-    """Plan, encode and complete, with whoever else does; how many samples were encoded here."""
+    """Plan, encode and complete, with other workers. Returns how many samples were encoded here."""
     cache = job.config.data.cache_folder
     before, waiting = _manifest_stamp(cache), Waiting(progress)
     plan = agree_on_plan(
@@ -101,7 +101,7 @@ def _take_part(job: Job, group: WorkerGroup, worker: Worker, progress: Progress)
 
 
 def _scan(job: Job, progress: Progress) -> None:
-    """Read the pictures that nobody has read yet; what is found is kept in the cache, for the one who plans."""
+    """Scan the pictures that no worker has scanned yet; results are kept in the cache, for the one that plans."""
     bar = progress.add_task("reading pictures", total=None)
     for dataset in job.config.data.datasets:
         scan_dataset(dataset, job.config.data, partial(progress.advance, bar))
@@ -115,9 +115,9 @@ def encode_what_is_left(
     worker: Worker,
     waiting: Callable[[str], object],
 ) -> None:
-    """Take part until every shard is there, and the dropout tensors. Waits for what others have in work: they may die.
+    """Encode until every shard is there, and the dropout tensors. Waits for what others have in work: they may die.
 
-    waiting: waits a moment, told for whom.
+    waiting: waits a moment; its argument says for whom.
     Raises one InputError that lists all pictures at fault, once every shard without one is written.
     """
     data = job.config.data
@@ -173,7 +173,7 @@ def complete(
 
 
 def _manifest_stamp(cache: Path) -> tuple[int, int] | None:
-    """What tells one manifest from another; None if there is none."""
+    """Inode and time of the manifest, another one's differ; None if there is none."""
     try:
         status = (cache / "manifest.json").stat()
     except (FileNotFoundError, NotADirectoryError):

@@ -1,4 +1,4 @@
-"""The shards that are still to be made, as one of the workers sees them."""
+"""The queue of unfinished shards, as one of the workers sees it."""
 
 import os
 import time
@@ -22,7 +22,7 @@ SHARD_CLAIMS = "shards."  # what the names of their claims begin with
 
 
 def read_finished(cache: Path, plan: ShardSpec) -> ShardIndex | None:
-    """The index of a shard that is there, whole, and made from this very plan; else None."""
+    """The index of a shard that is finished and made from this plan; else None."""
     tar = cache / plan.path
     return retry_if_stale(index_path(tar), partial(_read_finished, tar, plan))
 
@@ -30,14 +30,14 @@ def read_finished(cache: Path, plan: ShardSpec) -> ShardIndex | None:
 def _read_finished(tar: Path, plan: ShardSpec) -> ShardIndex | None:
     try:
         index = read_index(index_path(tar))
-        whole = tar.stat().st_size == index.tar_bytes and index.plan == plan.plan
+        is_finished = tar.stat().st_size == index.tar_bytes and index.plan == plan.plan
     except (FileNotFoundError, InputError):
         return None
-    return index if whole and index.num_samples == plan.num_samples else None
+    return index if is_finished and index.num_samples == plan.num_samples else None
 
 
 def read_finished_of(cache: Path, plans: Sequence[ShardSpec]) -> list[ShardSummary | None]:
-    """What a cache's head tells of each that is finished, read by threads: on a network's filesystem it is all
+    """Summaries of the finished shards, None for the others; read by threads: on a network's filesystem it is all
     waiting."""
 
     def read(plan: ShardSpec) -> ShardSummary | None:
@@ -49,10 +49,10 @@ def read_finished_of(cache: Path, plans: Sequence[ShardSpec]) -> list[ShardSumma
 
 
 class ShardQueue:
-    """What is left, dealt by claims: whichever worker comes first takes a shard, so that a slow, late or dead one holds
-    nobody up. Each begins at a place of its own, which keeps them out of each other's way.
+    """Unfinished shards, dealt by claims: whichever worker comes first takes a shard, so that a slow, late or dead one
+    holds nobody up. Each begins at a place of its own, which keeps them out of each other's way.
 
-    advance: told of every sample that is dealt with, here or elsewhere.
+    advance: called with the number of samples that are done, here or elsewhere.
     """
 
     def __init__(self, cache: Path, plan: PlanFile, group: WorkerGroup, worker: Worker) -> None:
@@ -72,7 +72,7 @@ class ShardQueue:
     # --- taking
 
     def claim_shards(self) -> Iterator[PlannedShard]:
-        """One pass over what is left: every shard that no living worker has, claimed when it is asked for."""
+        """One pass over the queue: every shard that no living worker has, claimed when it is asked for."""
         held = self._group.claims_of_others(
             SHARD_CLAIMS
         )  # as of now; to ask for each again would be thousands of requests
@@ -101,7 +101,7 @@ class ShardQueue:
         tar = self._cache / plan.path
         for part in [*tar.parent.glob(f"{tar.name}.*part"), *tar.parent.glob(f"{index_path(tar).name}.*part")]:
             part.unlink(missing_ok=True)  # of a worker that died: a living one would have the claim
-        # A manifest speaks of a whole cache: there is none while anything in it changes.
+        # A manifest describes a finished cache: there is none while anything in it changes.
         (self._cache / "manifest.json").unlink(missing_ok=True)
         return True
 
@@ -122,7 +122,7 @@ class ShardQueue:
         self._inodes, self._looked = inodes, time.monotonic()
 
     def _list_indexes(self) -> dict[str, int]:
-        """Path -> inode of every index: one that is written anew is another file."""
+        """Path -> inode of every index: one that is written again is another file."""
         found: dict[str, int] = {}
         for folder in self._folders:
             if folder.is_dir():
@@ -138,14 +138,14 @@ class ShardQueue:
         return self._group.still_holds(_claim_name(plan))
 
     def finish(self, plan: ShardSpec) -> None:
-        """A shard was published, or was lost to another worker, which shows in the next pass."""
+        """Give back a shard that was published, or was lost to another worker, which shows in the next pass."""
         if read_finished(self._cache, plan):
             self.remaining.pop(plan.path, None)
             self.num_encoded += plan.num_samples
         self._give_back(plan)
 
     def fail(self, plan: ShardSpec, problem: str) -> None:
-        """A shard cannot be made of the pictures there are: the others need not try."""
+        """Report a shard that cannot be made of the pictures there are: the others need not try."""
         self._group.report_failure(_claim_name(plan), problem)
         self.remaining.pop(plan.path, None)
         self._problems[plan.path] = problem
@@ -161,7 +161,7 @@ class ShardQueue:
             raise InputError("\n".join(self._problems[path] for path in sorted(self._problems)))
 
     def waiting_for(self) -> str:
-        """For whom there is to wait, for people."""
+        """The worker that has a shard of the queue, as a phrase for people."""
         for plan in self.remaining.values():
             if holder := self._group.holder(_claim_name(plan)):
                 return f"{holder}, which has the last shards"

@@ -83,7 +83,7 @@ class ShardWriting:
             self._wait_for_one()
 
     def _run(self, function: Callable[..., None], *arguments: object) -> None:
-        """Nothing, once something failed: what is queued behind it would finish a shard that lacks what it wrote."""
+        """Run queued work, unless something failed: what is behind it would finish a shard that lacks what it wrote."""
         if self._stopped:
             return
         try:

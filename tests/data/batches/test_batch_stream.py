@@ -1,6 +1,4 @@
 import gc
-import threading
-import time
 
 import numpy as np
 import pytest
@@ -10,7 +8,6 @@ from torch import Tensor
 from configs.errors import InputError
 from data.batches.noise import draw_dropout, draw_noise, draw_uniform, draw_variant
 from data.batches.row_filler import RowPolicy
-from data.batches.shard_reader import ShardReader
 from data.cache.manifest import parse_bucket
 from data.samples.geometry import Bucket
 from tests.data.batches.streams import SEED, SHARDS, copy_of, damage, open_stream, open_tars, rows_by_position, take
@@ -246,32 +243,6 @@ def test_memory_is_used_again_only_after_the_next_was_asked_for(make_cache, dept
     assert len(places) == depth + 1, "memory for every micro-batch anew"
 
 
-def test_a_micro_batch_is_ready_when_all_who_fill_it_have_ended(make_cache, monkeypatch):
-    """Also if one of them fails at once: nothing may write to memory that is thought free."""
-    cache = make_cache([("a", "32x32", 6)])
-    damage(cache, 1)
-    begun, go_on = threading.Event(), threading.Event()
-    read = ShardReader.read
-
-    def read_slowly(self, shard, row, out, **options):
-        if row != 1:
-            begun.set()
-            assert go_on.wait(60)
-        return read(self, shard, row, out, **options)
-
-    monkeypatch.setattr(ShardReader, "read", read_slowly)
-    stream = open_stream(cache, size=6, micro=6, threads=2, depth=1)
-    stream._begin_ahead()
-    ready = stream._ahead[0].ready
-    assert begun.wait(60)
-    with pytest.raises(TimeoutError):
-        ready.result(timeout=0.3)
-    go_on.set()
-    with pytest.raises(InputError, match="1 damaged sample"):
-        ready.result(timeout=60)
-    stream.close()
-
-
 @pytest.mark.parametrize("taken", [0, 1, 2])
 def test_a_batch_that_is_left_early_disturbs_no_other(make_cache, taken):
     cache = make_cache(SHARDS)
@@ -306,34 +277,6 @@ def test_the_iterator_of_an_earlier_batch_has_ended(make_cache):
     assert torch.equal(rows.latents, before.latents)
     assert len(list(late)) == 6
     stream.close()
-
-
-def test_a_closed_stream_leaves_no_thread_and_no_file(make_cache):
-    cache = make_cache(SHARDS)
-    before = threading.active_count()
-    stream = open_stream(cache, threads=3)
-    next(next(stream))
-    assert threading.active_count() > before
-    assert open_tars(cache)
-    stream.close()
-    stream.close()
-    assert threading.active_count() == before
-    assert open_tars(cache) == []
-    with pytest.raises(RuntimeError):
-        next(next(stream))
-
-
-def test_a_forgotten_stream_leaves_no_file(make_cache):
-    cache = make_cache(SHARDS)
-    stream = open_stream(cache)
-    next(next(stream))
-    assert open_tars(cache)
-    del stream
-    deadline = time.monotonic() + 60
-    while open_tars(cache) and time.monotonic() < deadline:
-        gc.collect()
-        time.sleep(0.01)
-    assert open_tars(cache) == []
 
 
 def test_a_stream_does_not_pass_over_what_it_cannot_read(make_cache):

@@ -1,5 +1,4 @@
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -604,11 +603,6 @@ def test_a_model_without_a_part_is_refused(make_pictures, config_of, tiny_model,
     assert f"model.base {model}: {model} lacks {part}." in message
 
 
-def test_a_config_with_a_mistake_is_refused(make_pictures, config_of, tmp_path, capsys):
-    message = refused(config_of(make_pictures(2)), tmp_path, capsys, "data.resolutoin=64")
-    assert "resolution" in message
-
-
 def test_a_cache_that_cannot_be_written_is_refused(make_pictures, config_of, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     config = config_of(make_pictures(2), cache="file/cache")
@@ -640,11 +634,3 @@ def test_bad_input_does_not_take_a_finished_cache_away(make_pictures, config_of)
         preprocess(config, QUIET)
     assert encoded() == before
     open_cache(config, Path(config.model.base))
-
-
-def test_main_ends_with_0_and_a_table(make_pictures, config_of, tmp_path, capsys):
-    config = config_of(make_pictures(3))
-    assert main(["--config", write_config(tmp_path / "config.yaml", config)]) == 0
-    printed = capsys.readouterr().out
-    assert "3 of 3 samples were encoded now" in printed
-    assert os.fspath(config.data.cache.name) in printed

@@ -23,11 +23,10 @@ import data.preprocessing.run
 import data.preprocessing.write_shards
 import data.samples.decode
 from configs.errors import InputError
-from configs.schema import DataConfig
 from data.cache.manifest import read_manifest, read_shard_table
 from data.cache.open_cache import open_cache
 from data.encoders.model_folder import encoder_fingerprints
-from data.preprocessing.job import WORKER_LOCAL_KEYS, WORKERS_FOLDER, Job
+from data.preprocessing.job import WORKERS_FOLDER, Job
 from data.preprocessing.run import preprocess
 from data.preprocessing.share_plan import agree_on_plan
 from data.preprocessing.worker import Worker
@@ -320,12 +319,6 @@ def test_a_job_of_another_config_is_refused_and_the_first_goes_on(config_of, pic
         same = config_of(tmp_path / "cache", pictures, "data.encoders.t5=cpu", "data.captions.dropout=0.5")
         preprocess(same, QUIET, Worker(1, 2))
     assert contents(config.data.cache) == undisturbed[0]
-
-
-def test_of_every_key_it_is_decided_whether_it_binds_the_workers():
-    """A new key of `data` binds them until WORKER_LOCAL_KEYS says that it need not."""
-    binding = {"datasets", "resolution", "resolution_policy", "captions", "holdout", "shard_size_mib", "max_megapixels"}
-    assert DataConfig.model_fields.keys() == binding | WORKER_LOCAL_KEYS.keys()
 
 
 def test_pictures_that_change_between_two_jobs_are_planned_anew(config_of, pictures, tmp_path):

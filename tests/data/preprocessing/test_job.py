@@ -1,0 +1,42 @@
+from pathlib import Path
+
+import pytest
+from rich.progress import Progress
+
+from configs.schema import DataConfig
+from data.encoders.model_folder import encoder_fingerprints
+from data.preprocessing.job import WORKER_LOCAL_KEYS, Job, make_plan
+
+
+@pytest.fixture
+def job_of(demo_config, tmp_path):
+    """Makes the job of a config: `job_of("key=value", ...)`."""
+
+    def make(*overrides):
+        config = demo_config(tmp_path / "cache", *overrides)
+        model = Path(config.model.base)
+        return Job(config, model, encoder_fingerprints(model))
+
+    return make
+
+
+def test_of_every_key_it_is_decided_whether_it_binds_the_workers():
+    """A new key of `data` binds them until WORKER_LOCAL_KEYS says that it need not."""
+    binding = {"datasets", "resolution", "resolution_policy", "captions", "holdout", "shard_size_mib", "max_megapixels"}
+    assert DataConfig.model_fields.keys() == binding | WORKER_LOCAL_KEYS.keys()
+
+
+def test_workers_agree_in_what_shapes_the_plan_and_differ_in_the_rest_as_they_like(job_of):
+    same = ["data.encoders.t5=cpu", "data.encode_batch_size=3", "data.captions.dropout=0.5", "data.datasets.0.weight=2"]
+    assert job_of(*same).settings == job_of().settings
+    for other in ("data.resolution=48", "data.captions.trigger=a", "data.encoders.t5_precision=int8"):
+        assert job_of(other).settings != job_of().settings, other
+
+
+def test_the_plan_is_a_function_of_pictures_and_settings(job_of):
+    def plan(*overrides):
+        return [(shard.path, shard.plan) for shard in make_plan(job_of(*overrides), Progress(disable=True))]
+
+    assert plan() == plan("data.encode_batch_size=3", "data.mode=online")
+    shorter = plan("data.captions.text_length=16")
+    assert not {made for _, made in shorter} & {made for _, made in plan()}, "every shard is to be made again"
