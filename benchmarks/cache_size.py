@@ -25,10 +25,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data.batches.order import ORDER_VERSION
-from data.cache.manifest import FORMAT_VERSION, TRAIN, Manifest, ShardTable
-from data.cache.shard_writer import SampleTensors, ShardIndex, ShardWriter, count_hole_fractions, index_path
+from data.cache.manifest import FORMAT_VERSION, Manifest, ShardTable
+from data.cache.shard_index import ShardIndex, count_hole_fractions
+from data.cache.shard_writer import SampleTensors, ShardWriter
+from data.cache_layout import index_path
 from data.encoders.stored_text import store_text, text_bytes
 from data.samples.geometry import Bucket
+from data.samples.plan import TRAIN
 from data.samples.shard_plan import sample_bytes
 from data.show.statistics import count_cache
 
@@ -68,7 +71,7 @@ def cases() -> Iterator[Case]:
 def make_tensors(case: Case) -> tuple[Tensor, np.ndarray, Tensor, Tensor]:
     """(latents bf16, mask, t5 fp32, pooled fp32) that stand for those of every sample: only their sizes count."""
     random = torch.Generator().manual_seed(case.side)
-    latents = torch.randn(16, *case.bucket.latent_size, generator=random).bfloat16()
+    latents = torch.randn(case.bucket.latent_shape, generator=random).bfloat16()
     mask = torch.rand(case.side, case.side, generator=random).numpy() < 0.3
     t5 = torch.randn(TEXT_LENGTH, TEXT_WIDTH, generator=random)
     return latents, mask, t5, torch.randn(POOLED_WIDTH, generator=random)

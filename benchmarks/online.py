@@ -35,7 +35,7 @@ from data.encoders.load import Encoders
 from data.online.training_set import OnlineTrainingSet
 from data.preprocessing.worker import Worker
 from data.samples.decode import load_pixels
-from data.samples.shard_plan import PlannedSample
+from data.samples.plan import PlannedSample
 
 
 def encode_batch(samples: list[PlannedSample], encoders: Encoders, config) -> None:

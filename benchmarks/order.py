@@ -30,7 +30,8 @@ def write_head(folder: Path, num_shards: int) -> None:
     import numpy as np
 
     from data.batches.order import ORDER_VERSION
-    from data.cache.manifest import FORMAT_VERSION, HOLDOUT, TRAIN, Manifest, ShardTable, write_manifest
+    from data.cache.manifest import FORMAT_VERSION, Manifest, ShardTable, write_manifest
+    from data.samples.plan import HOLDOUT, TRAIN
 
     random = np.random.default_rng(0)
     dataset = np.array(list(WEIGHTS))[random.choice(3, num_shards, p=[0.7, 0.2, 0.1])]
@@ -79,7 +80,8 @@ def start_rank(folder: Path, *, rank: int, ranks: int, streams: int, share: floa
 
     from data.batches.batch_stream import BatchStream  # noqa: F401  a rank has it, and torch with it
     from data.batches.order import Order, OrderSettings, hash_shards, rank_rows
-    from data.cache.manifest import TRAIN, read_manifest, read_shard_table
+    from data.cache.manifest import read_manifest, read_shard_table
+    from data.samples.plan import TRAIN
 
     start = time.perf_counter()
     before_mib = _peak_mib()

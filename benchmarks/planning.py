@@ -83,7 +83,7 @@ def plan_once(folder: Path, dataset: dict) -> dict[str, float]:
     with open_progress(Console(quiet=True), Worker()) as progress:
         samples = plan_samples(config, progress)
     read_seconds = time.perf_counter() - start
-    plans = plan_shards(samples, size_limit=256 << 20, text_bytes=4 << 20, encoding={})
+    plans = plan_shards(samples, size_limit=256 << 20, text_bytes=4 << 20, encoding={}, format_version=1)
     seconds = time.perf_counter() - start
     return {
         "triples": len(samples),

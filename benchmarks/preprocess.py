@@ -32,13 +32,15 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from configs.data_schema import EncodersConfig
 from configs.loading import load_config
-from configs.schema import Config, EncodersConfig
+from configs.schema import Config
 from data.cache.shard_writer import SampleTensors, ShardWriter
 from data.encoders.encode import collate_pixels, encode_captions, encode_pixels
 from data.encoders.load import Encoders, load_encoders
 from data.preprocessing.run import preprocess
 from data.samples.decode import in_batches, load_pixels
+from data.samples.geometry import LATENT_CHANNELS
 from data.samples.plan import plan_samples
 from data.samples.shard_plan import PlannedShard, plan_shards
 from demo.tiny_model import build_tiny_model
@@ -72,7 +74,7 @@ def build_model(folder: Path) -> None:
     vae = AutoencoderKL(
         in_channels=3,
         out_channels=3,
-        latent_channels=16,
+        latent_channels=LATENT_CHANNELS,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(16, 32, 64, 64),
@@ -110,6 +112,7 @@ def plan(config: Config) -> list[PlannedShard]:
         size_limit=config.data.shard_size_mib << 20,
         text_bytes=TEXT_LENGTH * T5_WIDTH * 2,
         encoding={},
+        format_version=1,
     )
 
 

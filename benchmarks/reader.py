@@ -37,10 +37,11 @@ from webdataset import TarWriter, WebDataset
 from data.batches.batch_stream import BatchStream
 from data.batches.cached_rows import CachedRows
 from data.batches.order import ORDER_VERSION, Order, OrderSettings, hash_shards
-from data.cache.manifest import FORMAT_VERSION, TRAIN, Manifest, ShardTable
+from data.cache.manifest import FORMAT_VERSION, Manifest, ShardTable
 from data.cache.open_cache import Cache
 from data.cache.shard_writer import SampleTensors, ShardWriter
 from data.samples.geometry import Bucket
+from data.samples.plan import TRAIN
 
 TEXT_LENGTH, TEXT_WIDTH, POOLED_WIDTH = 512, 4096, 768
 SHARD_BYTES = 256 << 20  # data.shard_size_mib
@@ -65,7 +66,7 @@ class SampleMaker:
 
     def sample(self, number: int) -> tuple[SampleTensors, dict[str, Tensor]]:
         """A sample and the tensors of its text."""
-        latents = (16, *self.bucket.latent_size)
+        latents = self.bucket.latent_shape
         text = {
             "t5": self.take(number, TEXT_LENGTH, TEXT_WIDTH),
             "pooled": self.take(number, POOLED_WIDTH),
@@ -84,7 +85,7 @@ class SampleMaker:
 
 def sample_bytes(side: int) -> int:
     """Bytes of a sample's tensors."""
-    latents = 2 * 16 * (side // 8) ** 2
+    latents = 2 * int(np.prod(Bucket(side, side).latent_shape))
     return 2 * latents + side * side // 8 + 2 * (TEXT_LENGTH * TEXT_WIDTH + POOLED_WIDTH)
 
 

@@ -8,22 +8,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
+from typing import get_args
 
 from configs.errors import InputError
-from configs.schema import Config
+from configs.schema import Config, EngineName
 
 ADAPTERS = ("lora", "dora", "lokr")
 QUANTIZED = ("int8", "nf4", "fp8")
-FSDP = ("fsdp2", "fsdp2-offload", "hsdp")
-ZERO = ("zero1", "zero2", "zero3", "zero3-offload")
-ZERO3 = ("zero3", "zero3-offload")
+ENGINES: tuple[EngineName, ...] = get_args(EngineName)
+FSDP = tuple(engine for engine in ENGINES if engine.startswith(("fsdp2", "hsdp")))
+ZERO = tuple(engine for engine in ENGINES if engine.startswith("zero"))
+ZERO3 = tuple(engine for engine in ZERO if engine.startswith("zero3"))
 
 # The values of each key, those first that are offered first in the place of one that does not work. Keys too are in
 # that order: another optimizer is a smaller change than another engine, and far smaller than another method.
 CHOICES: dict[str, tuple[str, ...]] = {
     "compile": ("off", "regional"),
     "optimizer": ("adamw8bit", "adamw", "adafactor", "prodigy"),
-    "engine": ("fsdp2", "ddp", "zero2", "hsdp", "zero1", "zero3", "fsdp2-offload", "zero3-offload", "single"),
+    "engine": tuple(dict.fromkeys(("fsdp2", "ddp", "zero2", *reversed(ENGINES)))),  # single comes last
     "precision": ("int8", "nf4", "bf16", "fp8", "fp32", "auto"),
     "weights": ("fp32_master", "bf16_stochastic"),
     "method": ("lora", "dora", "lokr", "full"),
@@ -84,7 +86,7 @@ REFUSED: tuple[Rule, ...] = (
     ),
     Rule(
         {"weights": ("bf16_stochastic",), "optimizer": ("adamw8bit", "adafactor", "prodigy")},
-        "what is rounded at random is AdamW, its two moments too",
+        "stochastic rounding is part of AdamW here, and rounds its two moments too",
     ),
     Rule(
         {"weights": ("bf16_stochastic",), "precision": ("fp32",)},
@@ -104,13 +106,13 @@ REFUSED: tuple[Rule, ...] = (
 NOTES: tuple[Rule, ...] = (
     Rule(
         {"optimizer": ("adamw8bit",), "engine": FSDP},
-        "bitsandbytes works on the local shards, whose 8-bit state only the same engine and number of processes can "
-        "go on with",
+        "bitsandbytes works on the local shards, whose 8-bit state is quantized again where another engine or number "
+        "of processes goes on",
     ),
     Rule(
         {"optimizer": ("adamw8bit",), "engine": ZERO},
-        "bitsandbytes works on each process's flat partition, whose 8-bit state only the same engine and number of "
-        "processes can go on with",
+        "bitsandbytes works on each process's flat partition, whose 8-bit state is quantized again where another "
+        "engine or number of processes goes on",
     ),
     Rule(
         {"method": ("dora",), "engine": ZERO},

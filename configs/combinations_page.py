@@ -6,9 +6,8 @@ python -m configs.combinations_page > docs/combinations.md
 from collections.abc import Sequence
 from dataclasses import replace
 
-from configs.combinations import CHOICES, KEYS, NOTES, REFUSED, Combination, Rule, refuse
+from configs.combinations import CHOICES, ENGINES, KEYS, NOTES, REFUSED, Combination, Rule, refuse
 
-_ENGINES = ("single", "ddp", "fsdp2", "hsdp", "fsdp2-offload", "zero1", "zero2", "zero3", "zero3-offload")
 _PRECISIONS = ("bf16", "int8", "nf4", "fp8")
 _PLAIN = Combination(method="lora", precision="bf16", optimizer="adamw", engine="single")
 
@@ -28,20 +27,20 @@ Precisions `auto` and `fp32` go with whatever `bf16` goes with.
 def render_page() -> str:
     """The page as Markdown."""
     methods = [
-        (f"{method}, {precision}", [replace(_PLAIN, method=method, precision=precision, engine=e) for e in _ENGINES])
+        (f"{method}, {precision}", [replace(_PLAIN, method=method, precision=precision, engine=e) for e in ENGINES])
         for method in CHOICES["method"]
         for precision in _PRECISIONS
     ]
     optimizers = [
-        (optimizer, [replace(_PLAIN, optimizer=optimizer, engine=engine) for engine in _ENGINES])
+        (optimizer, [replace(_PLAIN, optimizer=optimizer, engine=engine) for engine in ENGINES])
         for optimizer in CHOICES["optimizer"]
     ]
     full = replace(_PLAIN, method="full")
     weights = [
-        (kind, [replace(full, weights=kind, engine=engine) for engine in _ENGINES]) for kind in CHOICES["weights"]
+        (kind, [replace(full, weights=kind, engine=engine) for engine in ENGINES]) for kind in CHOICES["weights"]
     ]
     compiled = [
-        (choice, [replace(_PLAIN, compile=choice, engine=engine) for engine in _ENGINES])
+        (choice, [replace(_PLAIN, compile=choice, engine=engine) for engine in ENGINES])
         for choice in CHOICES["compile"]
     ]
     parts = [
@@ -64,7 +63,7 @@ def render_page() -> str:
 
 
 def _table(first: str, rows: Sequence[tuple[str, Sequence[Combination]]]) -> str:
-    lines = [f"| {first} | {' | '.join(_ENGINES)} |", f"| --- |{' --- |' * len(_ENGINES)}"]
+    lines = [f"| {first} | {' | '.join(ENGINES)} |", f"| --- |{' --- |' * len(ENGINES)}"]
     lines += [f"| {name} | {' | '.join(_cell(combination) for combination in cells)} |" for name, cells in rows]
     return "\n".join(lines) + "\n"
 

@@ -5,7 +5,17 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
-from configs.section import Count, Names, NonNegativeFloat, PathText, PositiveFloat, Section, Word, list_of_word
+from configs.section import (
+    Count,
+    Names,
+    NonNegativeFloat,
+    PathText,
+    PositiveFloat,
+    Section,
+    Shapes,
+    Word,
+    list_of_word,
+)
 from configs.urls import is_url, problem_with_url, shown
 
 
@@ -119,41 +129,42 @@ class DatasetConfig(Section):
     """One set of triples. Its pictures come from folders (target, mask, source), from WebDataset tars (tars), or from a
     list of pictures (table)."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", examples=["removal"])]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", examples=["removal"]), Shapes.SAMPLES]
     """The dataset's folder in the cache: letters, digits, underscores and hyphens."""
 
     tars: Annotated[
         Annotated[list[Word], Field(min_length=1)] | None,
         BeforeValidator(list_of_word, json_schema_input_type=Word | Annotated[list[Word], Field(min_length=1)] | None),
+        Shapes.PLAN,
     ] = None
     """WebDataset tars of pictures: paths or URLs (https, s3, gs), one or several, with braces as in
     s3://bucket/photos-{000000..000127}.tar."""
 
-    table: Annotated[str, Field(min_length=1, examples=["/data/pictures.jsonl"])] | None = None
+    table: Annotated[Annotated[str, Field(min_length=1, examples=["/data/pictures.jsonl"])] | None, Shapes.PLAN] = None
     """A list of pictures, one row each: a .jsonl or .parquet file (path or URL), or a folder as Hugging Face's datasets
     writes it (metadata.jsonl beside pictures, .parquet or .arrow files)."""
 
-    target: Annotated[PathText, Field(examples=["/data/after"])] | None = None
+    target: Annotated[Annotated[PathText, Field(examples=["/data/after"])] | None, Shapes.PLAN] = None
     """Folder of the pictures to learn, and of their captions as .txt beside them."""
 
-    members: MembersConfig = MembersConfig()
+    members: Annotated[MembersConfig, Shapes.PLAN] = MembersConfig()
     """What the members of a sample are called in tars."""
 
-    columns: ColumnsConfig = ColumnsConfig()
+    columns: Annotated[ColumnsConfig, Shapes.PLAN] = ColumnsConfig()
     """What the columns of a table are called."""
 
-    mask: Annotated[PathText, Field(examples=["/data/mask"])] | MaskConfig | None = None
+    mask: Annotated[Annotated[PathText, Field(examples=["/data/mask"])] | MaskConfig | None, Shapes.SAMPLES] = None
     """Folder of the masks, where target is a folder: white is painted, black is kept. Or how masks are made, as in
     {random: {brush: 0.6, box: 0.4}, variants: 4}. null: those of the tars or the table."""
 
-    source: PathText | None = None
+    source: Annotated[PathText | None, Shapes.PLAN] = None
     """Folder of what the model sees in the place of the target, as in object removal. null: the target itself."""
 
-    flip: Annotated[bool, Field(strict=True)] = False
+    flip: Annotated[bool, Field(strict=True), Shapes.SAMPLES] = False
     """Train on every picture's mirror image too, with its masks mirrored and the caption as it is. Not for pictures
     with writing, or captions that say left and right."""
 
-    weight: PositiveFloat = 1.0
+    weight: Annotated[PositiveFloat, Shapes.NOTHING] = 1.0
     """Share of this dataset in the mix, relative to the others."""
 
     @field_validator("tars")

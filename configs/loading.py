@@ -11,18 +11,20 @@ from configs.combinations import problem_of
 from configs.errors import InputError
 from configs.problems import explain_errors, render_value
 from configs.schema import Config
+from configs.suggest import REMOVED
 from configs.yaml_text import Document, KeyPath, YamlError, dotted, dump_yaml, parse_yaml
 
 VERSION = 1
 COMMAND_LINE = "command line"
 
 
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path | str, overrides: Sequence[str] = (), *, saved_by_a_run: bool = False) -> Config:
     """The run that a YAML file describes, with `key=value` overrides on top, validated and frozen.
 
     overrides: dotted keys and YAML values, as in train.lr=5e-5, data.resolution=[512,768], data.datasets.0.weight=2;
-    the last one for a key counts. Raises one InputError with a line for every problem: where (file and line, or the
-    command line), key, value, limit, and what to do.
+    the last one for a key counts.  saved_by_a_run: the file lies in a checkpoint, perhaps of an earlier release; keys
+    that are gone since are passed over.  Raises one InputError with a line for every problem: where (file and line, or
+    the command line), key, value, limit, and what to do.
     """
     document = _read_document(Path(path))
     if not isinstance(document.value, dict):
@@ -31,6 +33,9 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     raw: dict[str, Any] = document.value
     places = {key: f"{path}:{line}" for key, line in document.lines.items()}
     problems = [f"{path}:{line}: {text}." for line, text in document.problems]
+    if saved_by_a_run:
+        for section, _, name in (key.rpartition(".") for key in REMOVED):
+            raw.get(section, {}).pop(name, None)
     for override in overrides:
         try:
             _apply_override(raw, override, places)

@@ -37,3 +37,8 @@ def recipe_of(dataset: DatasetConfig) -> MaskRecipe:
     shares = tuple((kind, float(share)) for kind, share in mask.random if share > 0) if mask.random else ()
     low, high = mask.dilate or (0, 0)
     return MaskRecipe(shares, (low, high), mask.variants)
+
+
+def mask_folder(dataset: DatasetConfig) -> Path | None:
+    """The folder of a dataset's own masks, whichever way its config says it; None where masks are random."""
+    return dataset.mask if dataset.mask is None or isinstance(dataset.mask, Path) else dataset.mask.folder

@@ -1,5 +1,6 @@
 """What the sections of a config have in common: their base, and the words, numbers and places that they are made of."""
 
+from enum import IntEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -75,3 +76,19 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         serialize_by_alias=True,  # one key is a word of Python
     )
+
+
+class Shapes(IntEnum):
+    """How much of a cache a key of `data` shapes; each includes those before it.
+
+    Every key says it, in its Annotated: one that shaped the cache unmarked would train on what another config encoded.
+    configs/cache_settings.py derives from the marks what has to be compared, stored and hashed.
+    """
+
+    NOTHING = 0
+    PLAN = 1
+    """Where pictures are read, and how samples are dealt to shards. All workers on one cache must agree."""
+    SAMPLES = 2
+    """What the samples are. A run that trains on the cache must agree too."""
+    TENSORS = 3
+    """The stored tensors of any sample. Part of every shard's hash too: another value encodes all anew."""

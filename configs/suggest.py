@@ -86,10 +86,16 @@ _ADVICE = {
     "epochs": _EPOCHS,
     "num_epochs": _EPOCHS,
     "num_train_epochs": _EPOCHS,
-    "write_through": "Remove it: with data.mode online every finished shard of data.cache is read, and `fluxfill "
+}
+"""Other trainers' words for what no single key here says."""
+
+REMOVED = {
+    "checkpoint.requantize": "Remove it: 8-bit optimizer state that another engine or number of GPUs goes on with is "
+    "quantized again by itself, and the log says so.",
+    "data.write_through": "Remove it: with data.mode online every finished shard of data.cache is read, and `fluxfill "
     "preprocess` beside the run makes them (docs/online.md).",
 }
-"""Other trainers' words for what no single key here says, and keys of earlier versions."""
+"""Keys of earlier releases, which a config that was saved by one of them still holds."""
 
 _ALIKE = 0.6  # difflib ratio from which two names are taken for the same one, misspelt
 _NEAR = 0.1  # added for names of the same section
@@ -98,9 +104,12 @@ _NEAR = 0.1  # added for names of the same section
 def suggest_key(section: str, name: str, keys: Iterable[str]) -> str:
     """A sentence that says what to write in the place of the unknown key `name`.
 
-    section: dotted, "" at the top.  keys: every dotted key of the schema.  In order: another trainer's word for it, the
-    very name in another section, the name that looks most like it (in this section rather than in another).
+    section: dotted, "" at the top.  keys: every dotted key of the schema.  In order: what became of a key of an earlier
+    release, another trainer's word for it, the very name in another section, the name that looks most like it (in this
+    section rather than in another).
     """
+    if (removed := REMOVED.get(f"{section}.{name}")) is not None:
+        return removed
     keys = list(keys)
     word = name.lower()
     if word in _ADVICE:

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from configs.errors import InputError
 from configs.loading import load_config
+from configs.supervision import BAD_INPUT
 from data.preprocessing.run import dry_run, preprocess
 from data.preprocessing.worker import which_worker
 
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run(load_config(options.config, options.overrides), Console(), worker)
     except InputError as error:
         Console(stderr=True, soft_wrap=True).print(str(error), style="red", markup=False, highlight=False)
-        return 2
+        return BAD_INPUT
     return 0
 
 

@@ -32,12 +32,11 @@ def main() -> int:
     console.rule("[bold]1  photographs -> three folders of triples, and a tiny FLUX-Fill")
     make_inputs()
     console.print(f"{WORK}/triples: target, source and mask of 96 crops; {WORK}/model: 5.3 M parameters, random")
-    console.rule("[bold]2  preprocess: VAE, CLIP and T5 encode everything once")
-    run_command(["fluxfill", "preprocess", str(CONFIG)], console)
-    console.rule("[bold]3  train")
-    shutil.rmtree(RUN, ignore_errors=True)  # the demo starts anew each time
-    run_command(launch_command(options.num_processes), console, threads=threads_each(options.num_processes))
-    console.rule("[bold]4  what came out")
+    console.rule("[bold]2  VAE, CLIP and T5 encode everything once, then train")
+    for left in (WORK / "cache", RUN):  # else it would go on from the last demo
+        shutil.rmtree(left, ignore_errors=True)
+    run_command(["fluxfill", "train", str(CONFIG), "--num-processes", str(options.num_processes)], console)
+    console.rule("[bold]3  what came out")
     report(console)
     console.print(f"\nThe whole demo took {(time.monotonic() - start) / 60:.1f} minutes.\n")
     next_steps(console)
@@ -48,7 +47,7 @@ def make_inputs() -> None:
     """Write demo/work/triples and demo/work/model; in a process of its own, whose memory goes with it."""
     script = (
         "from pathlib import Path\n"
-        "from data.library_noise import quiet_libraries\n"
+        "from configs.library_warnings import quiet_libraries\n"
         "quiet_libraries()\n"
         "from demo.photographs import write_triples\n"
         "from demo.tiny_model import build_tiny_model\n"
@@ -59,25 +58,11 @@ def make_inputs() -> None:
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-def launch_command(num_processes: int) -> list[str]:
-    engine = "single" if num_processes == 1 else "ddp"
-    command = ["accelerate", "launch", "--config_file", f"configs/engines/{engine}.yaml"]
-    command += ["--num_processes", str(num_processes), "--main_process_port", "0"]
-    return [*command, "trainer/main.py", "--config", str(CONFIG)]
-
-
-def threads_each(num_processes: int) -> int:
-    """Cores of this machine for each process; accelerate would set one."""
-    return max(1, len(os.sched_getaffinity(0)) // num_processes)
-
-
-def run_command(command: list[str], console: Console, *, threads: int | None = None) -> None:
+def run_command(command: list[str], console: Console) -> None:
     """Show a command, run it beside this interpreter, and end the demo with its exit code if it fails."""
     console.print(f"[dim]$ {' '.join(command)}")
     environment = dict(os.environ)
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    if threads is not None:
-        environment.setdefault("OMP_NUM_THREADS", str(threads))
     code = subprocess.run(command, env=environment).returncode
     if code:
         sys.exit(code)
@@ -117,12 +102,11 @@ def report(console: Console) -> None:
 
 
 def next_steps(console: Console) -> None:
-    """The three commands that a user types next."""
+    """The commands that a user types next."""
     console.print("[bold]Next, with pictures of your own")
     for command, note in (
         ("cp configs/fill_lora.yaml my.yaml", "and put your folders under data.datasets"),
-        (".venv/bin/fluxfill preprocess my.yaml", "encodes them once"),
-        (".venv/bin/fluxfill train my.yaml", "trains, and goes on where it was stopped"),
+        (".venv/bin/fluxfill train my.yaml", "encodes them once and trains; goes on where it was stopped"),
     ):
         console.print(f"  {command:<40}[dim]# {note}", highlight=False, soft_wrap=True)
 

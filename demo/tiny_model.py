@@ -6,11 +6,13 @@ demo/vae; the transformer and the text encoders are random from a fixed seed, wi
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -20,7 +22,7 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from transformers import (
     CLIPTextConfig,
@@ -62,7 +64,9 @@ def build_tiny_model(folder: Path, *, in_channels: int = FILL_CHANNELS) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        _save_quietly(_build_pipeline(in_channels), unfinished)
+        pipeline = _build_pipeline(in_channels)
+        _save_quietly(pipeline, unfinished)
+        _write_as_published(unfinished, pipeline.tokenizer)
         if not folder.exists():
             unfinished.chmod(0o755)  # mkdtemp's 0700 would lock out everyone else
             os.rename(unfinished, folder)
@@ -82,6 +86,59 @@ def _save_quietly(pipeline: FluxFillPipeline | FluxPipeline, folder: Path) -> No
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+# File -> (values of the published files, keys that they lack).  Today's libraries write more keys than FLUX.1's files
+# have, and other values: code that reads such a key would work here and fail on the real model.  Sizes stay the tiny
+# model's, with them the transformer's axes_dims_rope, which FLUX.1-dev leaves to a default that fits heads of 128.
+_Differences = dict[str, tuple[dict[str, Any], tuple[str, ...]]]
+_PUBLISHED: _Differences = {
+    "model_index.json": ({"tokenizer_2": ["transformers", "T5TokenizerFast"]}, ("feature_extractor", "image_encoder")),
+    "scheduler/scheduler_config.json": (
+        {},
+        (
+            *("invert_sigmas", "shift_terminal", "stochastic_sampling", "time_shift_type"),
+            *("use_beta_sigmas", "use_exponential_sigmas", "use_karras_sigmas"),
+        ),
+    ),
+    "text_encoder/config.json": (
+        # Not the tokenizer's own ids, which were written here only later; transformers tells such files by the 2.
+        {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1, "dropout": 0.0, "torch_dtype": "float32"},
+        ("dtype",),
+    ),
+    "text_encoder_2/config.json": (
+        # Of the whole T5, though its decoder is not there; the embeddings are tied all the same.
+        {"is_encoder_decoder": True, "decoder_start_token_id": 0, "tie_word_embeddings": False, "use_cache": True}
+        | {"output_past": True, "torch_dtype": "float32"},
+        ("dtype", "is_decoder", "scale_decoder_outputs"),
+    ),
+    "tokenizer/tokenizer_config.json": (
+        {"add_prefix_space": False, "clean_up_tokenization_spaces": True, "do_lower_case": True, "errors": "replace"},
+        ("backend",),
+    ),
+    "tokenizer_2/tokenizer_config.json": (
+        {"add_prefix_space": True, "clean_up_tokenization_spaces": True, "legacy": True, "sp_model_kwargs": {}}
+        | {"additional_special_tokens": []},
+        ("backend", "extra_special_tokens"),
+    ),
+    "vae/config.json": ({"force_upcast": True}, ()),
+}
+_PUBLISHED_DEV: _Differences = {"transformer/config.json": ({}, ("out_channels",))}
+
+
+def _write_as_published(folder: Path, clip_tokenizer: CLIPTokenizer) -> None:
+    """Give a saved model's files the keys, names and layout of the published ones."""
+    is_dev = json.loads((folder / "model_index.json").read_text())["_class_name"] == "FluxPipeline"
+    for name, (values, lacking) in (_PUBLISHED | (_PUBLISHED_DEV if is_dev else {})).items():
+        settings = json.loads((folder / name).read_text()) | values
+        kept = {key: value for key, value in sorted(settings.items()) if key not in lacking}
+        (folder / name).write_text(json.dumps(kept, indent=2) + "\n")
+    # CLIP's tokenizer as the two files of its slow version, its tensors below the name of a wrapper since removed.
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    clip_tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
+    weights = folder / "text_encoder" / "model.safetensors"
+    tensors = {f"text_model.{name}": tensor for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
 
 
 def _contents(folder: Path) -> dict[str, bytes]:

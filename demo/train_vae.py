@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.nn import functional
 
+from data.samples.geometry import LATENT_CHANNELS
 from demo.photographs import draw_hole, load_canvases, make_triples
 
 VAE_FOLDER = Path(__file__).parent / "vae"
@@ -42,7 +43,7 @@ def build_vae() -> AutoencoderKL:
         layers_per_block=1,
         norm_num_groups=8,
         mid_block_add_attention=False,
-        latent_channels=16,
+        latent_channels=LATENT_CHANNELS,
         use_quant_conv=False,
         use_post_quant_conv=False,
         force_upcast=False,

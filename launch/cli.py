@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,13 +14,21 @@ from typer.core import TyperGroup
 from configs.errors import InputError
 from configs.library_warnings import quiet_libraries
 from configs.loading import json_schema, load_config
+from configs.supervision import BAD_INPUT
 from data.preprocessing.worker import which_worker
 from launch import shards
-from launch.command import choose_engine, render_command, render_environment, render_export, render_shell_line
+from launch.command import (
+    choose_engine,
+    render_command,
+    render_environment,
+    render_export,
+    render_preprocess,
+    render_shell_line,
+    render_worker_environments,
+)
 from launch.gpus import count_gpus, count_training_gpus
-from launch.supervise import run_supervised
-
-BAD_INPUT = 2  # exit code
+from launch.preprocess_first import reason_to_train_at_once
+from launch.supervise import Outcome, run_supervised, run_workers
 
 
 class _Commands(TyperGroup):
@@ -112,24 +121,44 @@ def train(
     num_processes: Annotated[
         int | None, typer.Option(min=1, help="Training processes; by default one per GPU.", show_default=False)
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be run.")] = False,
 ) -> None:
-    """Train, on every GPU of this machine: prints the command that does it, runs it, ends with the trainer's exit code.
+    """Train, on every GPU of this machine: encode what the cache lacks, then print the command that trains, and run it.
 
-    Exit codes: 0 done, 2 bad input, 3 the run folder belongs to another job, 75 stopped and resumable, 1 anything else.
+    The same line starts a run and goes on with it. With data.preprocess=never the cache is taken as it is.
+
+    Exit codes: 0 done, 2 bad input, 75 stopped and resumable, 1 anything else.
 
     Example: fluxfill train configs/fill_lora.yaml train.lr=5e-5 run.name=slower
     """
     run = load_config(config, overrides or [])
     num_gpus = count_training_gpus(count_gpus(os.environ), run.data.encoder_devices)
+    num_cores = len(os.sched_getaffinity(0))
     engine, count = choose_engine(run.parallel.engine, num_processes, num_gpus)
     outcome_file = run.run.folder / "outcome.json"
     command = render_command(config, overrides or [], engine, count, port=0)
-    environment = render_environment(outcome_file, count, len(os.sched_getaffinity(0)), inherited=os.environ)
+    environment = render_environment(outcome_file, count, num_cores, inherited=os.environ)
+
+    if reason := reason_to_train_at_once(run, config):
+        typer.echo(f"not preprocessed first: {reason}")
+    else:
+        num_workers = max(1, min(count, num_gpus))  # on the GPUs that are to train; a CPU is one worker's
+        typer.echo(shlex.join(["fluxfill", "preprocess", config, *(overrides or [])]) + f"  # workers: {num_workers}")
+        workers = render_worker_environments(num_workers, num_cores, inherited=os.environ)
+        if not dry_run:
+            _end_unless_done("preprocessing", run_workers(render_preprocess(config, overrides or []), workers))
     typer.echo(render_shell_line(command, environment))
-    outcome = run_supervised(command, environment, outcome_file)
-    if outcome.code != 0:
-        step = "" if outcome.step is None else f" (step {outcome.step})"
-        _print_error(f"{outcome.reason}{step}")
+    if not dry_run:
+        _end_unless_done("training", run_supervised(command, environment, outcome_file))
+
+
+def _end_unless_done(what: str, outcome: Outcome) -> None:
+    """End the program with the outcome's code unless that is 0, and say why."""
+    if outcome.code == 0:
+        return
+    Console().show_cursor()  # which a bar hides, and does not bring back when it is ended by a signal
+    step = "" if outcome.step is None else f" (step {outcome.step})"
+    _print_error(f"{what}: {outcome.reason}{step}")
     raise typer.Exit(outcome.code)
 
 

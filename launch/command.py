@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Literal
 
 from configs.errors import InputError
-
-Engine = Literal["single", "ddp", "fsdp2", "fsdp2-offload", "hsdp", "zero1", "zero2", "zero3", "zero3-offload"]
+from configs.schema import EngineName
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 SHUTDOWN_SECONDS = 600  # what the trainer is given to save before it is killed
 
 
-def choose_engine(asked: Literal["auto"] | Engine, num_processes: int | None, num_gpus: int) -> tuple[Engine, int]:
+def choose_engine(
+    asked: Literal["auto", EngineName], num_processes: int | None, num_gpus: int
+) -> tuple[EngineName, int]:
     """The engine and the number of processes for `parallel.engine` and --num-processes (None: one per GPU).
 
     auto is ddp for more than one process, else single. Raises InputError when single is asked for several processes.
@@ -31,7 +32,7 @@ def choose_engine(asked: Literal["auto"] | Engine, num_processes: int | None, nu
 
 
 def render_command(
-    config_path: str, overrides: Sequence[str], engine: Engine, num_processes: int, port: int
+    config_path: str, overrides: Sequence[str], engine: EngineName, num_processes: int, port: int
 ) -> list[str]:
     """The `accelerate launch` line of a run on this machine, as an argument list.
 
@@ -46,6 +47,24 @@ def render_command(
         str(REPO_ROOT / "trainer" / "main.py"),
         *("--config", config_path),
         *overrides,
+    ]
+
+
+def render_preprocess(config_path: str, overrides: Sequence[str]) -> list[str]:
+    """The command of each worker that encodes what a config's cache lacks, as an argument list."""
+    return [sys.executable, "-P", "-m", "data.preprocess", "--config", config_path, *overrides]
+
+
+def render_worker_environments(num_workers: int, num_cores: int, inherited: Mapping[str, str]) -> list[dict[str, str]]:
+    """The variables of each worker, as `accelerate launch data/preprocess.py` would set them: a GPU for each, one bar
+    for all, and the cores shared."""
+    return [
+        {
+            **{"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            **{"WORLD_SIZE": str(num_workers), "LOCAL_WORLD_SIZE": str(num_workers)},
+            "OMP_NUM_THREADS": _threads_each(num_workers, num_cores, inherited),
+        }
+        for rank in range(num_workers)
     ]
 
 
@@ -68,8 +87,12 @@ def render_environment(
         "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR1,SIGUSR2",
         "PET_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS),
         "FLUXFILL_OUTCOME": str(outcome_file),
-        "OMP_NUM_THREADS": inherited.get("OMP_NUM_THREADS") or str(max(num_cores // num_processes, 1)),
+        "OMP_NUM_THREADS": _threads_each(num_processes, num_cores, inherited),
     }
+
+
+def _threads_each(num_processes: int, num_cores: int, inherited: Mapping[str, str]) -> str:
+    return inherited.get("OMP_NUM_THREADS") or str(max(num_cores // num_processes, 1))
 
 
 def render_shell_line(command: Sequence[str], environment: Mapping[str, str]) -> str:

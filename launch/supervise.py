@@ -1,21 +1,21 @@
-"""Run one training command to its end: signals go through, the exit code is the trainer's own."""
+"""Run a training command, or the workers that preprocess before it, to its end: signals go through, and the exit code
+is their own."""
 
-import ctypes
 import json
 import os
 import signal
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-RESUMABLE = 75  # exit code of a run that was stopped on purpose and can go on
+from configs.supervision import BAD_INPUT, STOP_SIGNALS, STOPPED, stop_with_parent
 
-_LIBC = ctypes.CDLL(None)
-_PR_SET_PDEATHSIG = 1
+_STDERR = 2
 
 
 @dataclass(frozen=True)
@@ -38,24 +38,53 @@ def run_supervised(command: Sequence[str], environment: Mapping[str, str], outco
     outcome_file.unlink(missing_ok=True)
     relay = _SignalRelay()
     with relay.installed():
-        child = subprocess.Popen(
-            command,
-            env={**os.environ, **environment},
-            start_new_session=True,  # Ctrl-C then comes once, through here, not also from the terminal
-            preexec_fn=_stop_with_parent,
-        )
-        relay.connect(child)
+        child = relay.start(command, environment)
         returned = child.wait()
     return _read_outcome(outcome_file) or _guess_outcome(returned, relay.first)
 
 
-class _SignalRelay:
-    """Hands the first stop signal to the child, also when it comes before the child has been started."""
+def run_workers(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> Outcome:
+    """Run the command once with each environment, all at once, and wait for all: workers that share what is to be done,
+    and end with code 0 when all of it is done, by whomever.
 
-    def __init__(self) -> None:
+    So one such end is a success, whatever befell the others. What several have to say of the same thing on standard
+    error is printed once. A stop signal to this process ends the workers by TERM, at once: what they have not finished
+    has no name yet.
+    """
+    relay = _SignalRelay(sends=signal.SIGTERM)
+    stderr = subprocess.PIPE if len(environments) > 1 else None
+    with relay.installed(), ThreadPoolExecutor(len(environments)) as readers:
+        workers = [relay.start(command, environment, stderr) for environment in environments]
+        said: dict[bytes, int] = {}
+        for worker in workers:
+            if worker.stderr is not None:
+                readers.submit(_forward_new_lines, worker.stderr, worker.pid, said)
+        codes = [worker.wait() for worker in workers]
+    if relay.first is not None:
+        return Outcome(STOPPED, f"stopped by {signal.Signals(relay.first).name}; the same command goes on")
+    if 0 in codes:
+        return Outcome(0, "finished")
+    return Outcome(BAD_INPUT if BAD_INPUT in codes else 1, "not finished; what is wrong stands above")
+
+
+def _forward_new_lines(lines: IO[bytes], worker: int, said: dict[bytes, int]) -> None:
+    """Print to standard error what no other worker has said.  said: line -> who was the first, of all workers."""
+    for line in lines:
+        if said.setdefault(line, worker) == worker:
+            os.write(_STDERR, line)
+
+
+class _SignalRelay:
+    """Starts processes and hands the first stop signal to them, also when it comes before one has been started.
+
+    sends: the signal that they get, whichever came; None: the one that came.
+    """
+
+    def __init__(self, sends: signal.Signals | None = None) -> None:
         self.first: int | None = None
-        self._child: subprocess.Popen[bytes] | None = None
-        self._sent = False
+        self._sends = sends
+        self._children: list[subprocess.Popen[bytes]] = []
+        self._told: list[subprocess.Popen[bytes]] = []
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -66,23 +95,28 @@ class _SignalRelay:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def connect(self, child: "subprocess.Popen[bytes]") -> None:
-        self._child = child
-        if self.first is not None and not self._sent:
-            child.send_signal(self.first)
+    def start(
+        self, command: Sequence[str], environment: Mapping[str, str], stderr: int | None = None
+    ) -> "subprocess.Popen[bytes]":
+        child = subprocess.Popen(
+            command,
+            stderr=stderr,
+            env={**os.environ, **environment},
+            start_new_session=True,  # Ctrl-C then comes once, through here, not also from the terminal
+            preexec_fn=stop_with_parent,
+        )
+        self._children.append(child)
+        if self.first is not None and child not in self._told:
+            child.send_signal(self._sends or self.first)
+        return child
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.first is not None:
             return
         self.first = number
-        if self._child is not None:
-            self._sent = True
-            self._child.send_signal(number)
-
-
-def _stop_with_parent() -> None:
-    """In the child: get a TERM should this process die without passing anything on (kill -9, a closed terminal)."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        self._told = list(self._children)
+        for child in self._told:
+            child.send_signal(self._sends or number)
 
 
 def _read_outcome(outcome_file: Path) -> Outcome | None:
@@ -99,7 +133,7 @@ def _guess_outcome(returned: int, stopped_by: int | None) -> Outcome:
         return Outcome(0, "finished")
     if stopped_by is not None:
         name = signal.Signals(stopped_by).name
-        return Outcome(RESUMABLE, f"stopped by {name} before the trainer could say where")
+        return Outcome(STOPPED, f"stopped by {name} before the trainer could say where")
     return Outcome(
         1, f"the launcher ended with code {returned} and the trainer left no outcome; its messages are above"
     )

@@ -6,7 +6,8 @@ accelerate launch trainer/main.py --config configs/fill_lora.yaml [--resume auto
 import sys
 from functools import partial
 
-from trainer.process.command_line import Stopped, check_command_line, read_command_line, run_and_report
+from trainer.process.command_line import check_command_line, read_command_line
+from trainer.process.outcome import Stopped, run_and_report
 from trainer.process.stop_signals import install_stop_signals, stop_signal
 
 if __name__ == "__main__":
@@ -16,10 +17,10 @@ if __name__ == "__main__":
 
 from data.batches.micro_batch import unpack_mask
 from data.encoders.model_folder import find_model
-from trainer.checkpoints.run_state import resume
+from trainer.checkpoints.resume import resume
 from trainer.checkpoints.save import Saver
 from trainer.engines.ema import Ema
-from trainer.engines.engine import start_engine
+from trainer.engines.start import start_engine
 from trainer.export.finish import export_and_verify
 from trainer.method import build_transformer
 from trainer.model.flow import flow_loss, mix_noise, region_weight, sample_sigma
@@ -31,7 +32,7 @@ from trainer.validation.validator import Validator, validation_is_due
 
 
 def train(arguments: list[str] | None = None) -> int:
-    """One run, from its first or resumed step to its last; returns the step it reached."""
+    """Train from the first or resumed step to the last; returns the step that was reached."""
     config, resume_from = read_command_line(arguments)
     engine = start_engine(config)  # the processes; the engine that was asked for, or an error
     console = configure_logging(engine)
@@ -47,7 +48,7 @@ def train(arguments: list[str] | None = None) -> int:
         saver = Saver(config, engine, ema, stream)
         validator = Validator(config, engine, model, samples)
         if validation_is_due(config, 0) and state.step == 0:
-            log.validation(validator.run(engine.plain_transformer, 0))
+            log.validation(validator.run(engine.unwrap(), 0))
 
         while state.step < config.train.steps:  # step = one optimizer update
             for rows in engine.micro_steps(next(stream)):  # this rank's rows of the global batch
@@ -65,7 +66,7 @@ def train(arguments: list[str] | None = None) -> int:
             state = state.after(update)
             log.step(state, update, lr, stream)
             if validation_is_due(config, state.step):
-                log.validation(validator.run(engine.plain_transformer, state.step))
+                log.validation(validator.run(engine.unwrap(), state.step))
             saver.save_if_due(state, stopping=update.stop)
             if update.stop and state.step < config.train.steps:
                 raise Stopped(state.step, stop_signal())

@@ -1,4 +1,4 @@
-"""What trains: all of the transformer, or an adapter on it."""
+"""The transformer of a run, ready to train: all of its weights, or an adapter on it."""
 
 import logging
 from pathlib import Path
@@ -9,8 +9,8 @@ from diffusers import FluxTransformer2DModel
 from configs.combinations import notes_of
 from configs.schema import Config
 from data.encoders.model_folder import read_part_config
-from trainer.adapters.adapter import add_adapter
-from trainer.engines.engine import Engine
+from trainer.adapters.build import add_adapter
+from trainer.engines.base import Engine
 from trainer.model.flux import DEV_CHANNELS, empty_transformer, load_transformer
 from trainer.model.quantize import QUANTIZED, quantize_base
 
@@ -32,7 +32,7 @@ def build_transformer(config: Config, model: Path, engine: Engine) -> FluxTransf
     # Rank 0 alone reads the weights: eight ranks would hold eight copies of them in their node's memory.
     transformer = (load_transformer if engine.is_main else empty_transformer)(model, dtype=dtype)
     if config.model.precision in QUANTIZED:
-        quantize_base(transformer, config.model.precision, engine.from_main)
+        quantize_base(transformer, config.model.precision, engine.ranks.broadcast)
     if method.type != "full":
         expanded = read_part_config(model, "transformer").get("in_channels", DEV_CHANNELS) == DEV_CHANNELS
         add_adapter(transformer, method, expanded=expanded, seed=config.run.seed)
@@ -49,8 +49,8 @@ def build_transformer(config: Config, model: Path, engine: Engine) -> FluxTransf
 
 
 def checkpoints_activations(config: Config, engine: Engine) -> bool:
-    """Whether the backward pass computes activations again. auto: on a GPU, where 41 GiB of them per 1024 px sample
-    decide what fits, yes; on a CPU no."""
+    """Whether activations are checkpointed. auto: on a GPU, where 41 GiB of them per 1024 px sample decide what fits,
+    yes; on a CPU no."""
     chosen = config.train.activation_checkpointing
     if chosen == "auto":
         chosen = engine.device.type == "cuda"

@@ -1,4 +1,4 @@
-"""The run folder's records and what a person sees while it trains. Rank 0 writes, the others keep silent."""
+"""Logs of a run: the folder's JSON lines, TensorBoard, and the console. Rank 0 writes, the others keep silent."""
 
 import atexit
 import json
@@ -19,7 +19,7 @@ from configs.schema import Config
 from data.batches.batch_stream import BatchStream
 from data.storage.atomic_write import write_text_atomically
 from trainer.checkpoints.run_state import RunState
-from trainer.engines.engine import Engine, Update
+from trainer.engines.base import Engine, Update
 
 log = logging.getLogger("fluxfill")
 
@@ -149,7 +149,7 @@ def _append(path: Path, line: dict) -> None:
 
 
 def _finite(figure: object) -> object:
-    """JSON has no word for nan and inf: null."""
+    """A figure as JSON has it: null for nan and inf."""
     if isinstance(figure, dict):
         return {name: _finite(inner) for name, inner in figure.items()}
     return None if isinstance(figure, float) and not math.isfinite(figure) else figure

@@ -14,18 +14,18 @@ from data.batches.batch_stream import BatchStream
 from data.batches.order import BLOCK_SHARDS, Order, OrderSettings, hash_shards
 from data.batches.row_filler import RowPolicy
 from data.batches.training_set import CachedTrainingSet, TrainingSet
-from data.cache.manifest import TRAIN
 from data.cache.open_cache import open_cache
 from data.online.training_set import OnlineTrainingSet, encoder_device, plan_online
 from data.preprocessing.worker import which_worker
+from data.samples.plan import TRAIN
 from trainer.checkpoints.run_state import RunState
-from trainer.engines.engine import Engine
+from trainer.engines.base import Engine
 
 log = logging.getLogger("fluxfill")
 
 
 def open_samples(config: Config, model: Path, engine: Engine, console: Console) -> TrainingSet:
-    """What the run trains on: its cache, or with data.mode online its pictures; all ranks call it.
+    """The run's training set: its cache, or with data.mode online its pictures; all ranks call it.
 
     Raises InputError if the cache is not there or not that of the config; or of pictures and devices.
     """
@@ -41,7 +41,7 @@ def open_samples(config: Config, model: Path, engine: Engine, console: Console) 
             planned = plan_online(config, model, console)
         except InputError as error:
             planned = (StorageFailed if isinstance(error, StorageFailed) else InputError)(str(error))
-    planned = engine.share(planned)
+    planned = engine.ranks.broadcast_object(planned)
     if isinstance(planned, InputError):
         raise planned
     log.info("data.mode online: pictures are encoded on %s%s", device, " too" if device == engine.device else "")
@@ -49,7 +49,7 @@ def open_samples(config: Config, model: Path, engine: Engine, console: Console) 
 
 
 def choose_order(config: Config, samples: TrainingSet, *, num_nodes: int = 1) -> OrderSettings:
-    """What the order of a run that starts now depends on; one that is resumed keeps its own.
+    """Settings of the order of a run that starts now; one that is resumed keeps its own.
 
     num_nodes: that the run's processes are on; only how many shards are shuffled together hangs on it, where copies
     have little room.  Raises InputError if data.streams cannot share a global batch, or if copies have too little.

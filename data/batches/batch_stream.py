@@ -16,7 +16,7 @@ from data.batches.micro_batch import MicroBatch, row_fields
 from data.batches.order import Batch, Order, num_micro_steps, rank_rows
 from data.batches.row_filler import ReplacedRow
 from data.batches.row_source import PlannedMicroBatch, RowSource
-from data.cache.manifest import Manifest, parse_bucket
+from data.cache.manifest import Manifest
 from data.samples.geometry import Bucket
 
 
@@ -67,7 +67,7 @@ class BatchStream:
         self._mine = rank_rows(order.settings.global_batch_size, rank=rank, world_size=world_size)
         self._world_size = world_size
         self._micro_batch_size = micro_batch_size
-        self._buckets = {name: parse_bucket(name) for name in order.buckets}
+        self._buckets = {name: Bucket.parse(name) for name in order.buckets}
         self._largest = max(bucket.tokens for bucket in self._buckets.values())
         self._fields = {bucket: row_fields(bucket, manifest) for bucket in self._buckets.values()}
         self._most_rows = -(-order.settings.global_batch_size // world_size)

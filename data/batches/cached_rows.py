@@ -14,9 +14,9 @@ from data.batches.prefetch import Prefetcher
 from data.batches.row_filler import ReplacedRow, RowFiller, RowPolicy
 from data.batches.row_source import PlannedMicroBatch, PlannedRow
 from data.batches.shard_reader import ShardReader
-from data.cache.blanks import read_blank, read_empty_text
-from data.cache.manifest import parse_bucket
+from data.cache.dropout_tensors import read_empty_caption, read_full_mask
 from data.cache.open_cache import Cache
+from data.samples.geometry import Bucket
 
 
 class _Filling:
@@ -61,12 +61,12 @@ class CachedRows:
         threads: int = 2,
     ) -> None:
         self._reader = ShardReader(cache)
-        buckets = [parse_bucket(name) for name in order.buckets] if policy.mask_dropout else []
+        buckets = [Bucket.parse(name) for name in order.buckets] if policy.mask_dropout else []
         self._filler = RowFiller(
             order.settings.seed,
             policy,
-            empty_text=read_empty_text(cache) if policy.caption_dropout else {},
-            blanks={bucket: read_blank(cache, bucket) for bucket in buckets},
+            empty_text=read_empty_caption(cache) if policy.caption_dropout else {},
+            blanks={bucket: read_full_mask(cache, bucket) for bucket in buckets},
             replaced=replaced,
         )
         self._cache, self._order, self._threads = cache, order, threads

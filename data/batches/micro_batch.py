@@ -79,13 +79,8 @@ def row_fields(bucket: Bucket, manifest: Manifest) -> tuple[RowField, ...]:
     )
     return (
         *stored,
-        RowField("noise", torch.float32, (16, *bucket.latent_size), is_stored=False),
+        RowField("noise", torch.float32, bucket.latent_shape, is_stored=False),
         RowField("uniform", torch.float64, (), is_stored=False),
         RowField("weight", torch.float32, (), is_stored=False),
         RowField("position", torch.int64, (), is_stored=False),
     )
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, writable."""
-    return tensor.view(-1).view(torch.uint8).numpy().data

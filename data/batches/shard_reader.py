@@ -18,11 +18,12 @@ import numpy as np
 import xxhash
 
 from configs.errors import InputError
-from data.cache.manifest import parse_bucket
-from data.cache.members import MAX_HEADER, Tensors, num_bytes, parse_header, sample_tensors
+from data.cache.members import LATENTS, MASKED, MAX_HEADER, TEXT, Tensors, num_bytes, parse_header, sample_tensors
 from data.cache.node_cache import FileHandle
 from data.cache.open_cache import Cache
-from data.cache.shard_writer import ShardIndex, index_path, read_index, rebuild_index
+from data.cache.shard_index import ShardIndex, read_index, rebuild_index
+from data.cache_layout import index_path
+from data.samples.geometry import Bucket
 from data.storage.retry import with_retries
 
 log = logging.getLogger("fluxfill")
@@ -102,17 +103,17 @@ class _OpenShard:
 
     def latents(self, row: int) -> _Member:
         offset, size = self._latents[row]
-        return _Member(self._layouts["latents"], self.index.keys[row], offset, size, self._latents_xxh3[row])
+        return _Member(self._layouts[LATENTS], self.index.keys[row], offset, size, self._latents_xxh3[row])
 
     def masked(self, row: int, variant: int) -> _Member:
         offset, size = self._masked[row][variant]
-        return _Member(self._layouts["masked"], self.index.keys[row], offset, size, self._masked_xxh3[row][variant])
+        return _Member(self._layouts[MASKED], self.index.keys[row], offset, size, self._masked_xxh3[row][variant])
 
     def text(self, row: int) -> _Member:
         text = self._text_row[row]
         offset, size = self._texts[text]
         name = f"the text of {self.index.keys[row]}"
-        return _Member(self._layouts["text"], name, offset, size, self._texts_xxh3[text])
+        return _Member(self._layouts[TEXT], name, offset, size, self._texts_xxh3[text])
 
 
 class ShardReader:
@@ -200,8 +201,8 @@ class ShardReader:
             raise DamagedShard(
                 f"{index_path(path)}: belongs to another shard. Delete it: it is rebuilt from the shard."
             )
-        places = {"latents": index.latents, "masked": index.masked.reshape(-1, 2), "text": index.texts}
-        expected = sample_tensors(parse_bucket(str(self.table.bucket[number])), self.manifest)
+        places = {LATENTS: index.latents, MASKED: index.masked.reshape(-1, 2), TEXT: index.texts}
+        expected = sample_tensors(Bucket.parse(str(self.table.bucket[number])), self.manifest)
         layouts = {kind: _find_layout(handle, where, kind, places[kind], expected[kind]) for kind in places}
         return _OpenShard(where, handle, index, layouts)
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from data.batches.cached_rows import CachedRows
-from data.batches.micro_batch import bytes_of, row_fields
+from data.batches.micro_batch import row_fields
 from data.batches.order import Order
 from data.batches.row_filler import ReplacedRow, RowPolicy
 from data.batches.row_source import RowSource
 from data.batches.shard_reader import ShardReader
-from data.cache.manifest import Manifest, ShardTable, parse_bucket
+from data.cache.manifest import Manifest, ShardTable
+from data.cache.members import bytes_of
 from data.cache.node_cache import NodeCache
 from data.cache.open_cache import Cache
 from data.cache.validation_items import ValidationItem, read_validation_items
@@ -72,7 +73,7 @@ class CachedTrainingSet:
 
 
 def _read(reader: ShardReader, shard: int, row: int) -> tuple[Bucket, dict[str, Tensor]]:
-    bucket = parse_bucket(str(reader.table.bucket[shard]))
+    bucket = Bucket.parse(str(reader.table.bucket[shard]))
     fields = [field for field in row_fields(bucket, reader.manifest) if field.is_stored]
     tensors = {field.name: torch.empty(field.shape, dtype=field.dtype) for field in fields}
     reader.read(shard, row, {name: bytes_of(tensor) for name, tensor in tensors.items()})

@@ -1,7 +1,6 @@
 """The head of a cache folder: what its manifest and its table of shards say, whether they are true, and what else lies
 there."""
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,42 +8,26 @@ from pathlib import Path
 
 import numpy as np
 
+from configs.cache_settings import manifest_settings
 from configs.errors import InputError
 from configs.mask_recipe import recipe_of
 from configs.schema import Config
-from data.batches.order import ORDER_VERSION
-from data.cache.dropout_tensors import blank_path
-from data.cache.manifest import (
-    EMPTY_TEXT,
-    FORMAT_VERSION,
-    HOLDOUT,
-    TRAIN,
-    Manifest,
-    ShardTable,
-    cached_settings,
-    hash_files,
-    read_manifest,
-    read_shard_table,
-)
-from data.cache.shard_writer import ShardSummary, index_path
+from data.cache.manifest import FORMAT_VERSION, Manifest, ShardTable, hash_files, read_manifest, read_shard_table
+from data.cache.shard_index import ShardSummary
 from data.cache.validation_items import validation_items_are_there
+from data.cache_layout import EMPTY_TEXT, files_of_plans, full_mask_name, index_path
 from data.encoders.model_folder import read_part_number
+from data.samples.plan import HOLDOUT, TRAIN
 from data.samples.shard_plan import ShardSpec
-
-# What preprocessing itself writes in shards/<dataset>/ and beside the manifest. Anything else is not ours to delete.
-_SHARD = re.compile(r"(holdout-)?\d+x\d+(-[0-9a-f]{16})?-\d{6,}\.(tar|index)(\.[0-9a-f]{8}\.part)?")
-_BESIDE = re.compile(r"blank_\d+x\d+\.safetensors|.+\.[0-9a-f]{8}\.part")
 
 
 def delete_unplanned(cache: Path, plans: Sequence[ShardSpec]) -> None:
     """Remove shards that no plan names (their pictures went elsewhere) and what an interrupted job left."""
     planned = {cache / plan.path for plan in plans}
     planned |= {index_path(tar) for tar in planned}
-    planned |= {blank_path(cache, str(plan.bucket)) for plan in plans}
-    ours = [path for path in (cache / "shards").glob("*/*") if _SHARD.fullmatch(path.name)]
-    ours += [path for path in cache.glob("*") if _BESIDE.fullmatch(path.name)]
-    for path in ours:
-        if path not in planned and path.is_file():
+    planned |= {cache / full_mask_name(str(plan.bucket)) for plan in plans}
+    for path in files_of_plans(cache):
+        if path not in planned:
             path.unlink()
 
 
@@ -71,8 +54,8 @@ def describe_samples(
     names = [dataset.name for dataset in config.data.datasets]
     return Manifest(
         format_version=FORMAT_VERSION,
-        order_version=ORDER_VERSION,
-        settings=cached_settings(config),
+        order_version=1,  # of format 1; a run's own state says by which order it goes
+        settings=manifest_settings(config.data),
         encoders=encoders,
         vae_shift=read_part_number(model, "vae", "shift_factor"),
         vae_scale=read_part_number(model, "vae", "scaling_factor"),
@@ -92,7 +75,7 @@ def is_current(cache: Path, manifest: Manifest, table: ShardTable) -> bool:
         found, found_table = read_manifest(cache), read_shard_table(cache)
     except InputError:
         return False
-    constants = [cache / EMPTY_TEXT, *(blank_path(cache, str(bucket)) for bucket in np.unique(table.bucket))]
+    constants = [cache / EMPTY_TEXT, *(cache / full_mask_name(bucket) for bucket in np.unique(table.bucket))]
     return (
         found == replace(manifest, files=hash_files(cache, found.files))
         and all(np.array_equal(column, vars(found_table)[name]) for name, column in vars(table).items())

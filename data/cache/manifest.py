@@ -9,22 +9,14 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from configs.cache_settings import manifest_settings
 from configs.errors import InputError
-from configs.mask_recipe import recipe_of
 from configs.schema import Config
+from data.cache_layout import MANIFEST, SHARD_TABLE, SHARDS, VALIDATION
 from data.encoders.model_folder import encoder_fingerprints
-from data.samples.geometry import Bucket
 from data.storage.atomic_write import write_atomically, write_text_atomically
 
 FORMAT_VERSION = 1
-TRAIN, HOLDOUT = "train", "holdout"
-MANIFEST, SHARD_TABLE = "manifest.json", "shards.npz"
-EMPTY_TEXT = "empty_text.safetensors"  # beside the manifest: t5 and pooled of the empty caption
-
-
-def blank_name(bucket: str) -> str:
-    """File beside the manifest: masked_latents of a bucket's picture that is all hole."""
-    return f"blank_{bucket}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -52,7 +44,7 @@ class ShardTable:
 class Manifest:
     """What is true of all shards of a cache.
 
-    settings: the config's keys that shape cached tensors (`cached_settings`).  encoders: part -> fingerprint.
+    settings: `manifest_settings` of the config.  encoders: part -> fingerprint.
     vae_shift, vae_scale: latents = (z - shift) * scale.  text_width, pooled_width: numbers per T5 token and of CLIP.
     mask_variants: per dataset.  samples: dataset -> split -> count.  hole_fractions: dataset -> masks, all variants,
     per tenth of the area that is painted.
@@ -75,26 +67,6 @@ class Manifest:
     files: dict[str, str] = field(default_factory=dict)
 
 
-def cached_settings(config: Config) -> dict:
-    """The keys of a config that shape cached tensors, dotted. All others may change without encoding again."""
-    data = config.data
-    return {
-        "data.datasets": sorted(dataset.name for dataset in data.datasets),
-        "data.resolution": sorted(data.resolution),
-        "data.resolution_policy": data.resolution_policy,
-        "data.captions.default": data.captions.default,
-        "data.captions.trigger": data.captions.trigger,
-        "data.captions.text_length": data.captions.text_length,
-        "data.captions.text_dtype": data.captions.text_dtype,
-        "data.encoders.t5_precision": data.encoders.t5_precision,
-        "data.holdout": data.holdout,
-    } | {
-        f"data.datasets.{dataset.name}.{key}": value
-        for dataset in data.datasets
-        for key, value in (("mask", str(recipe_of(dataset))), ("flip", dataset.flip))
-    }
-
-
 def write_manifest(cache: Path, manifest: Manifest, table: ShardTable) -> Manifest:
     """Write shards.npz, then manifest.json: a cache with a manifest is whole. Returns what was written, `files` filled:
     whatever else belongs to the cache has to be there."""
@@ -109,7 +81,7 @@ def write_manifest(cache: Path, manifest: Manifest, table: ShardTable) -> Manife
             np.savez_compressed(file, **columns)
 
     write_atomically(cache / SHARD_TABLE, write_table)
-    beside = [cache / SHARD_TABLE, *cache.glob("*.safetensors"), *(cache / "validation").glob("*")]
+    beside = [cache / SHARD_TABLE, *cache.glob("*.safetensors"), *(cache / VALIDATION).glob("*")]
     written = replace(manifest, files=hash_files(cache, [path.relative_to(cache).as_posix() for path in beside]))
     fields = asdict(written)
     text = json.dumps(fields | {"checksum": _checksum(fields)}, indent=2, sort_keys=True)
@@ -141,8 +113,7 @@ def read_manifest(cache: Path) -> Manifest:
     path = cache / MANIFEST
     if not path.is_file():
         raise InputError(
-            f"data.cache {cache}: no manifest.json, so no finished cache is there. "
-            "Run `fluxfill preprocess CONFIG` first."
+            f"data.cache {cache}: no {MANIFEST}, so no finished cache is there. Run `fluxfill preprocess CONFIG` first."
         )
     return parse_manifest(path.read_bytes(), path)
 
@@ -190,7 +161,7 @@ def read_shard_table(cache: Path) -> ShardTable:
 def _refuse_names(table: ShardTable) -> None:
     """Raise ValueError unless paths are below shards/ and hashes are hashes: both become names of files. By columns:
     there may be a million rows."""
-    outside = ~np.strings.startswith(table.path, "shards/") | (np.strings.find(table.path, "..") >= 0)
+    outside = ~np.strings.startswith(table.path, f"{SHARDS}/") | (np.strings.find(table.path, "..") >= 0)
     if outside.any():
         raise ValueError(f"names a file outside of the cache: {table.path[outside][0]}")
     strange = (np.strings.str_len(table.sha256) != 64) | (np.strings.strip(table.sha256, "0123456789abcdef") != "")
@@ -203,15 +174,9 @@ def _compact(column: np.ndarray) -> np.ndarray:
     return column.astype(np.dtypes.StringDType()) if column.dtype.kind == "U" else column
 
 
-def parse_bucket(text: str) -> Bucket:
-    """Text as `str(bucket)` writes it -> Bucket: "512x768" is 512 high and 768 wide."""
-    height, width = text.split("x")
-    return Bucket(int(height), int(width))
-
-
 def refuse_other_settings(config: Config, model: Path, manifest: Manifest) -> None:
     """Raise InputError that lists every setting and encoder in which a config and its model differ from a cache's."""
-    encoders, wanted = encoder_fingerprints(model), cached_settings(config)
+    encoders, wanted = encoder_fingerprints(model), manifest_settings(config.data)
     problems = [
         f"{part} of model.base {config.model.base} is not the one that encoded the cache "
         f"({encoders[part][:12]}, not {manifest.encoders.get(part, 'none')[:12]})"

@@ -6,9 +6,12 @@ import struct
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from data.cache.manifest import Manifest
 from data.samples.geometry import Bucket
+
+LATENTS, MASKED, TEXT = "latents", "masked", "text"  # the kinds of a sample's members with tensors
 
 Tensors = Mapping[str, tuple[str, list[int]]]  # name -> (safetensors dtype, shape)
 
@@ -17,12 +20,12 @@ MAX_HEADER = 1 << 16  # bytes of a member's safetensors header; ours have about 
 
 
 def sample_tensors(bucket: Bucket, manifest: Manifest) -> dict[str, Tensors]:
-    """Kind of member ("latents", "masked", "text") -> what every one of them holds."""
-    latents = ("BF16", [16, *bucket.latent_size])
+    """Kind of member (LATENTS, MASKED, TEXT) -> the tensors that every one of them holds."""
+    latents = ("BF16", list(bucket.latent_shape))
     return {
-        "latents": {"latents": latents},
-        "masked": {"masked_latents": latents, "mask": ("U8", [bucket.height, bucket.width // 8])},
-        "text": text_tensors(manifest),
+        LATENTS: {"latents": latents},
+        MASKED: {"masked_latents": latents, "mask": ("U8", [bucket.height, bucket.width // 8])},  # 8 pixels a byte
+        TEXT: text_tensors(manifest),
     }
 
 
@@ -55,3 +58,8 @@ def parse_header(data: bytes | memoryview) -> tuple[int, Mapping[str, dict]]:
     except (struct.error, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(str(error)) from error
     return 8 + length, entries
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, writable."""
+    return tensor.view(-1).view(torch.uint8).numpy().data

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from configs.errors import InputError
 from data.cache.manifest import ShardTable
-from data.cache.shard_writer import index_path, read_index
+from data.cache.shard_index import read_index
+from data.cache_layout import SHARDS, index_path
 from data.storage.atomic_write import fsync_folder, write_atomically
 from data.storage.remote_files import open_url
 from data.storage.retry import ATTEMPTS, with_retries
@@ -50,7 +51,7 @@ class NodeCache:
     def __init__(self, url: str, folder: Path, limit_bytes: int, table: ShardTable) -> None:
         self.url, self.folder, self.limit_bytes = url, folder, limit_bytes
         self._table = table
-        self._shards = folder / "shards"
+        self._shards = folder / SHARDS
         self._shards.mkdir(parents=True, exist_ok=True)
 
     @property

@@ -4,21 +4,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.errors import InputError
+from configs.errors import InputError, list_problems
 from configs.schema import Config
-from data.cache.manifest import (
-    MANIFEST,
-    SHARD_TABLE,
-    Manifest,
-    ShardTable,
-    hash_files,
-    read_manifest,
-    read_shard_table,
-    refuse_other_settings,
-)
+from data.cache.manifest import Manifest, ShardTable, hash_files, read_manifest, read_shard_table, refuse_other_settings
 from data.cache.node_cache import NodeCache
 from data.cache.remote_manifest import fetch_manifest
-from data.sources.items import listed
+from data.cache_layout import MANIFEST, SHARD_TABLE
 
 _PARALLEL, _CHUNK = 16, 256  # threads that look at shards, shards that one looks at in a go
 
@@ -80,7 +71,8 @@ def _refuse_missing_shards(folder: Path, table: ShardTable) -> None:
         damaged = [problem for problems in pool.map(look, range(0, len(table), _CHUNK)) for problem in problems]
     if damaged:
         raise InputError(
-            listed(damaged) + "\nRestore them, or run `fluxfill preprocess CONFIG` again: only those are encoded anew."
+            list_problems(damaged)
+            + "\nRestore them, or run `fluxfill preprocess CONFIG` again: only those are encoded anew."
         )
 
 

@@ -9,7 +9,8 @@ from typing import TextIO
 import xxhash
 
 from configs.errors import InputError
-from data.cache.manifest import MANIFEST, Manifest, hash_files, parse_manifest
+from data.cache.manifest import Manifest, hash_files, parse_manifest
+from data.cache_layout import MANIFEST
 from data.storage.atomic_write import write_atomically
 from data.storage.remote_files import open_url
 from data.storage.retry import with_retries

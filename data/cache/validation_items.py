@@ -18,13 +18,13 @@ import numpy as np
 from PIL import Image
 
 from configs.errors import InputError
-from data.cache.manifest import HOLDOUT, TRAIN
+from data.cache_layout import VALIDATION
 from data.samples.geometry import Pixels
-from data.samples.shard_plan import PlannedSample, PlannedShard
+from data.samples.plan import HOLDOUT, TRAIN, PlannedSample
+from data.samples.shard_plan import PlannedShard
 from data.storage.atomic_write import write_text_atomically
 from data.storage.disk_full import raise_disk_full
 
-FOLDER = "validation"
 _ROLES = ("target", "image", "mask")
 _SAVING_THREADS = 8
 
@@ -83,7 +83,7 @@ def write_validation_items(
 
     check: called when all are written, before anything changes.  If it raises, or `items`, nothing does.
     """
-    folder, temporary = cache / FOLDER, cache / f"{FOLDER}.part"
+    folder, temporary = cache / VALIDATION, cache / f"{VALIDATION}.part"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -117,7 +117,7 @@ def _save_pixels(folder: Path, number: int, pixels: Pixels) -> None:
 
 def validation_items_are_there(cache: Path) -> bool:
     """Whether <cache>/validation holds all that its items.json lists. Reads no picture."""
-    folder = cache / FOLDER
+    folder = cache / VALIDATION
     try:
         count = len(json.loads((folder / "items.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -127,7 +127,7 @@ def validation_items_are_there(cache: Path) -> bool:
 
 def read_validation_items(cache: Path, *, split: str, count: int) -> list[tuple[ValidationItem, Pixels]]:
     """The first `count` items of a split with their pixels. Raises InputError if the folder is missing or damaged."""
-    folder = cache / FOLDER
+    folder = cache / VALIDATION
     try:
         entries = json.loads((folder / "items.json").read_text(encoding="utf-8"))
         items = [(number, ValidationItem(**entry)) for number, entry in enumerate(entries) if entry["split"] == split]

@@ -1,11 +1,44 @@
-"""A device whose memory is full, told so that whoever meets it knows what to set."""
+"""GPUs: which one a thread means, copies to the host's memory, and the message when there is no memory left."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
+from torch import Tensor
 
 from configs.errors import InputError
+
+
+def on_device(device: torch.device) -> AbstractContextManager[None]:
+    """Makes a GPU the current one of this thread: allocating pinned memory or waiting for an event would else open a
+    context of half a GiB on the machine's first GPU, in every process."""
+    return torch.cuda.device(device)
+
+
+class HostCopy:
+    """A tensor on its way to the host's memory: the copy is queued at once, `wait` gives it when it is there."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._arrived = None
+        if not tensor.is_cuda:
+            self._tensor = tensor
+            return
+        self._device = tensor.device
+        with on_device(self._device):
+            self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    @property
+    def num_bytes(self) -> int:
+        return self._tensor.nbytes
+
+    def wait(self) -> Tensor:
+        if self._arrived is not None:
+            with on_device(self._device):
+                self._arrived.synchronize()
+        return self._tensor
 
 
 @contextmanager

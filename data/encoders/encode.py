@@ -3,105 +3,23 @@
 The formulas are those of diffusers' pipeline_flux_fill.py; the posterior's mean stands where the pipeline samples.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from configs.errors import InputError
+from data.encoders.device import on_device
+from data.encoders.load import TextEncoders
 from data.samples.geometry import Pixels
 
 _CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class TextEncoders:
-    """CLIP (pooled text) and T5 (text tokens) with their tokenizers."""
-
-    clip: Any
-    clip_tokenizer: Any
-    t5: Any
-    t5_tokenizer: Any
-
-
-def load_vae(model: Path, *, device: torch.device, dtype: torch.dtype):
-    """The model's AutoencoderKL, frozen, in eval mode.  Raises InputError if it cannot be loaded."""
-    from diffusers import AutoencoderKL
-
-    folder = model / "vae"
-    with _reading(folder):
-        vae, report = AutoencoderKL.from_pretrained(model, subfolder="vae", torch_dtype=dtype, output_loading_info=True)
-        _refuse_gaps(folder, report["missing_keys"])
-    if vae.config.latent_channels != 16 or vae.config.shift_factor is None:
-        raise InputError(
-            f"{folder}: {vae.config.latent_channels} latent channels, shift_factor {vae.config.shift_factor}; "
-            "FLUX.1 has 16 channels and a shift. Point model.base at a FLUX.1 model."
-        )
-    return vae.to(device).eval().requires_grad_(False)
-
-
-def load_text_encoders(model: Path, *, device: torch.device, dtype: torch.dtype) -> TextEncoders:
-    """The model's CLIP and T5 on one device, frozen, in eval mode.  Raises InputError, naming the part that cannot be
-    loaded."""
-    return TextEncoders(*load_clip(model, device=device, dtype=dtype), *load_t5(model, device=device, dtype=dtype))
-
-
-def load_clip(model: Path, *, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The model's CLIP and its tokenizer."""
-    from transformers import CLIPTextModel
-
-    encoder = _load_part(CLIPTextModel, model / "text_encoder", dtype=dtype).to(device)
-    return encoder.eval().requires_grad_(False), _load_tokenizer(model / "tokenizer")
-
-
-def load_t5(model: Path, *, device: torch.device, dtype: torch.dtype, int8: bool = False) -> tuple[Any, Any]:
-    """The model's T5 and its tokenizer.  int8: weights in 8 bits (bitsandbytes' LLM.int8), half the memory of bf16."""
-    from transformers import BitsAndBytesConfig, T5EncoderModel
-
-    quantized = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)} if int8 else {}
-    # Straight to its device: eight processes of a machine would else hold it in its memory eight times.
-    placed = {"device_map": {"": device}, **quantized}
-    encoder = _load_part(T5EncoderModel, model / "text_encoder_2", dtype=dtype, **placed)
-    return encoder.eval().requires_grad_(False), _load_tokenizer(model / "tokenizer_2")
-
-
-def _load_part(kind: Any, folder: Path, **options: Any) -> Any:
-    with _reading(folder):
-        encoder, report = kind.from_pretrained(folder, output_loading_info=True, **options)
-        _refuse_gaps(folder, report["missing_keys"])
-    return encoder
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    with _reading(folder):
-        return AutoTokenizer.from_pretrained(folder)
-
-
-@contextmanager
-def _reading(folder: Path) -> Iterator[None]:
-    """Turns whatever a library raises over a model's part into one message that names the part."""
-    try:
-        yield
-    except (InputError, ImportError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # safetensors, tokenizers, json and torch each have their own
-        raise InputError(f"{folder}: cannot be loaded ({error}). Fetch the model again.") from error
-
-
-def _refuse_gaps(folder: Path, missing: Iterable[str]) -> None:
-    """The libraries fill missing weights with random numbers and go on with a warning."""
-    if names := sorted(missing):
-        more = ", ..." if len(names) > 3 else ""
-        raise InputError(
-            f"{folder}: weights are missing ({', '.join(names[:3])}{more}; {len(names)} in all). Fetch the model again."
-        )
+class NotFinite(InputError):
+    """An encoder gave NaN or infinity: trained on, it would be in every weight a step later."""
 
 
 def to_signed(pixels: Tensor) -> Tensor:
@@ -152,7 +70,7 @@ def collate_pixels(samples: Sequence[Sequence[Pixels]], *, device: torch.device 
         torch.from_numpy(masks),
     ]
     if device.type == "cuda":
-        with torch.cuda.device(device):  # else every process would open the first GPU too, for half a GiB
+        with on_device(device):
             tensors = [tensor.pin_memory() for tensor in tensors]
     return PixelBatch(*tensors)
 
@@ -204,29 +122,3 @@ def encode_captions(encoders: TextEncoders, captions: Sequence[str], *, text_len
     pooled = encoders.clip(clip_input.input_ids.to(encoders.clip.device)).pooler_output
     tokens = t5_input.attention_mask.sum(dim=1).tolist()
     return EncodedText(t5.float(), pooled.float(), tokens)
-
-
-class HostCopy:
-    """A tensor on its way to the host's memory: the copy is queued at once, `wait` gives it when it is there."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._arrived = None
-        if not tensor.is_cuda:
-            self._tensor = tensor
-            return
-        self._device = tensor.device
-        with torch.cuda.device(self._device):
-            self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self._tensor.copy_(tensor, non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
-
-    @property
-    def num_bytes(self) -> int:
-        return self._tensor.nbytes
-
-    def wait(self) -> Tensor:
-        if self._arrived is not None:
-            with torch.cuda.device(self._device):  # a thread that waits would else open the first GPU too
-                self._arrived.synchronize()
-        return self._tensor

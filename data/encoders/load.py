@@ -1,14 +1,26 @@
 """VAE, CLIP and T5 on the devices that a config names."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from configs.data_schema import EncodersConfig
 from configs.errors import InputError
-from configs.schema import EncodersConfig
-from data.encoders.encode import TextEncoders, load_clip, load_t5, load_vae
+from data.samples.geometry import LATENT_CHANNELS
+
+
+@dataclass(frozen=True)
+class TextEncoders:
+    """CLIP (pooled text) and T5 (text tokens) with their tokenizers."""
+
+    clip: Any
+    clip_tokenizer: Any
+    t5: Any
+    t5_tokenizer: Any
 
 
 @dataclass(frozen=True)
@@ -69,3 +81,72 @@ def cuda_devices() -> str:
 
 def _text_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def load_vae(model: Path, *, device: torch.device, dtype: torch.dtype):
+    """The model's AutoencoderKL, frozen, in eval mode.  Raises InputError if it cannot be loaded."""
+    from diffusers import AutoencoderKL
+
+    folder = model / "vae"
+    with _reading(folder):
+        vae, report = AutoencoderKL.from_pretrained(model, subfolder="vae", torch_dtype=dtype, output_loading_info=True)
+        _refuse_gaps(folder, report["missing_keys"])
+    if vae.config.latent_channels != LATENT_CHANNELS or vae.config.shift_factor is None:
+        raise InputError(
+            f"{folder}: {vae.config.latent_channels} latent channels, shift_factor {vae.config.shift_factor}; "
+            f"FLUX.1 has {LATENT_CHANNELS} channels and a shift. Point model.base at a FLUX.1 model."
+        )
+    return vae.to(device).eval().requires_grad_(False)
+
+
+def load_clip(model: Path, *, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The model's CLIP and its tokenizer."""
+    from transformers import CLIPTextModel
+
+    encoder = _load_part(CLIPTextModel, model / "text_encoder", dtype=dtype).to(device)
+    return encoder.eval().requires_grad_(False), _load_tokenizer(model / "tokenizer")
+
+
+def load_t5(model: Path, *, device: torch.device, dtype: torch.dtype, int8: bool = False) -> tuple[Any, Any]:
+    """The model's T5 and its tokenizer.  int8: weights in 8 bits (bitsandbytes' LLM.int8), half the memory of bf16."""
+    from transformers import BitsAndBytesConfig, T5EncoderModel
+
+    quantized = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)} if int8 else {}
+    # Straight to its device: eight processes of a machine would else hold it in its memory eight times.
+    placed = {"device_map": {"": device}, **quantized}
+    encoder = _load_part(T5EncoderModel, model / "text_encoder_2", dtype=dtype, **placed)
+    return encoder.eval().requires_grad_(False), _load_tokenizer(model / "tokenizer_2")
+
+
+def _load_part(kind: Any, folder: Path, **options: Any) -> Any:
+    with _reading(folder):
+        encoder, report = kind.from_pretrained(folder, output_loading_info=True, **options)
+        _refuse_gaps(folder, report["missing_keys"])
+    return encoder
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    with _reading(folder):
+        return AutoTokenizer.from_pretrained(folder)
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Turns whatever a library raises over a model's part into one message that names the part."""
+    try:
+        yield
+    except (InputError, ImportError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # safetensors, tokenizers, json and torch each have their own
+        raise InputError(f"{folder}: cannot be loaded ({error}). Fetch the model again.") from error
+
+
+def _refuse_gaps(folder: Path, missing: Iterable[str]) -> None:
+    """The libraries fill missing weights with random numbers and go on with a warning."""
+    if names := sorted(missing):
+        more = ", ..." if len(names) > 3 else ""
+        raise InputError(
+            f"{folder}: weights are missing ({', '.join(names[:3])}{more}; {len(names)} in all). Fetch the model again."
+        )

@@ -10,14 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.schema import CaptionsConfig
-from data.cache.shard_writer import NotFinite
-from data.encoders.device import no_memory
-from data.encoders.encode import HostCopy, TextEncoders, collate_pixels, encode_captions, encode_pixels
-from data.encoders.load import Encoders
+from configs.data_schema import CaptionsConfig
+from data.encoders.device import HostCopy, no_memory
+from data.encoders.encode import NotFinite, collate_pixels, encode_captions, encode_pixels
+from data.encoders.load import Encoders, TextEncoders
 from data.encoders.stored_text import store_text
 from data.samples.geometry import Pixels
-from data.samples.shard_plan import PlannedSample
+from data.samples.plan import PlannedSample
 
 CAPTION_CACHE_BYTES = 512 << 20  # in the host's memory: about 128 captions of FLUX's 512 tokens in bf16
 

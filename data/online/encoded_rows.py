@@ -14,19 +14,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+from configs.data_schema import DataConfig
 from configs.errors import InputError, StorageFailed
-from configs.schema import DataConfig
 from data.batches.batch_memory import BufferLease
-from data.batches.micro_batch import bytes_of
 from data.batches.order import Batch
 from data.batches.row_filler import ReplacedRow, RowFiller
 from data.batches.row_source import PlannedMicroBatch
 from data.batches.shard_reader import Buffers, DamagedSample
+from data.cache.members import bytes_of
 from data.online.batch_encoder import BatchEncoder, EncodedBatch
 from data.online.finished_shards import FinishedShards
 from data.samples.decode import in_batches, load_pixels
 from data.samples.geometry import Pixels
-from data.samples.shard_plan import PlannedSample, PlannedShard
+from data.samples.plan import PlannedSample
+from data.samples.shard_plan import PlannedShard
 
 
 @dataclass(frozen=True)

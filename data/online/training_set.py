@@ -18,13 +18,13 @@ from torch import Tensor
 
 from configs.errors import InputError
 from configs.schema import Config
-from data.batches.micro_batch import bytes_of
 from data.batches.order import Order
 from data.batches.row_filler import ReplacedRow, RowFiller, RowPolicy
 from data.batches.training_set import ValidationSample
 from data.cache.build_manifest import describe_samples
-from data.cache.dropout_tensors import encode_blank, encode_empty_text
-from data.cache.manifest import ShardTable, parse_bucket
+from data.cache.dropout_tensors import encode_empty_caption, encode_full_mask
+from data.cache.manifest import ShardTable
+from data.cache.members import bytes_of
 from data.cache.node_cache import NodeCache
 from data.cache.validation_items import choose_validation_items, num_watched
 from data.encoders.load import Encoders, cuda_devices, load_encoders
@@ -95,7 +95,7 @@ class OnlineTrainingSet:
         filler = RowFiller(
             order.settings.seed,
             policy,
-            empty_text=_bytes_of(encode_empty_text(self._encoders, captions)) if policy.caption_dropout else {},
+            empty_text=_bytes_of(encode_empty_caption(self._encoders, captions)) if policy.caption_dropout else {},
             blanks={bucket: self._blank(bucket) for bucket in _buckets_of(order)} if policy.mask_dropout else {},
             replaced=replaced,
         )
@@ -111,7 +111,7 @@ class OnlineTrainingSet:
 
     def _blank(self, bucket: Bucket) -> dict[str, memoryview]:
         mask = memoryview(b"\xff" * (bucket.height * bucket.width // 8))
-        return _bytes_of(encode_blank(self._encoders, bucket)) | {"mask": mask}
+        return _bytes_of(encode_full_mask(self._encoders, bucket)) | {"mask": mask}
 
     def validation_samples(self, *, split: str, count: int) -> list[ValidationSample]:
         """Raises InputError, naming the file, if one cannot be decoded."""
@@ -145,7 +145,7 @@ def _copy(pixels: Pixels) -> Pixels:
 
 
 def _buckets_of(order: Order) -> list[Bucket]:
-    return [parse_bucket(name) for name in order.buckets]
+    return [Bucket.parse(name) for name in order.buckets]
 
 
 def _bytes_of(tensors: Mapping[str, Tensor]) -> dict[str, memoryview]:

@@ -1,5 +1,6 @@
 """The printed estimate of a preprocessing job: counts, bytes by part, shards to do, measured hours."""
 
+import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -13,14 +14,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from configs.schema import DataConfig
+from configs.data_schema import DataConfig
 from data.encoders.device import raise_out_of_memory
 from data.encoders.encode import collate_pixels, encode_captions, encode_pixels
 from data.encoders.load import Encoders
 from data.preprocessing.worker import Worker
 from data.samples.decode import load_pixels
 from data.samples.geometry import Bucket
-from data.samples.shard_plan import PlannedSample, PlannedShard
+from data.samples.plan import PlannedSample
+from data.samples.shard_plan import PlannedShard
 
 _REST_BYTES = 3072  # of a sample: headers of tar and safetensors, JSON
 
@@ -45,10 +47,10 @@ def bytes_by_part(plans: Sequence[PlannedShard], *, text_bytes: int) -> dict[str
     """Bytes of a cache by what they hold.  text_bytes: of one caption."""
     parts: Counter[str] = Counter()
     for plan in plans:
-        count, (h, w) = len(plan.samples), plan.bucket.latent_size
+        count, latents = len(plan.samples), math.prod(plan.bucket.latent_shape) * 2
         masks = sum(sample.recipe.variants for sample in plan.samples)
-        parts["latents"] += count * 16 * h * w * 2
-        parts["masked latents"] += masks * 16 * h * w * 2
+        parts["latents"] += count * latents
+        parts["masked latents"] += masks * latents
         parts["masks"] += masks * plan.bucket.height * plan.bucket.width // 8
         parts["texts"] += len({sample.text for sample in plan.samples}) * text_bytes
         parts["headers and JSON, about"] += count * _REST_BYTES

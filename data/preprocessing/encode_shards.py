@@ -15,16 +15,17 @@ from pathlib import Path
 
 import torch
 
-from configs.schema import DataConfig
-from data.encoders.device import raise_out_of_memory
-from data.encoders.encode import HostCopy, PixelBatch, collate_pixels, encode_captions, encode_pixels
+from configs.data_schema import DataConfig
+from data.encoders.device import HostCopy, raise_out_of_memory
+from data.encoders.encode import PixelBatch, collate_pixels, encode_captions, encode_pixels
 from data.encoders.load import Encoders
 from data.encoders.stored_text import store_text
 from data.preprocessing.run_ahead import run_ahead
 from data.preprocessing.shard_queue import ShardQueue
 from data.preprocessing.write_shards import EncodedTexts, ShardWriting
 from data.samples.decode import DecodedBatch, decode_batches, in_batches
-from data.samples.shard_plan import PlannedSample, PlannedShard
+from data.samples.plan import PlannedSample
+from data.samples.shard_plan import PlannedShard
 
 _BATCHES_AHEAD = 2  # decoded and collated, besides those in the decoding threads
 

@@ -16,9 +16,10 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from data.samples.geometry import Bucket
-from data.samples.shard_plan import PlannedSample, PlannedShard, ShardSpec
+from data.samples.plan import PlannedSample
+from data.samples.shard_plan import PlannedShard, ShardSpec
 from data.storage.atomic_write import write_atomically
-from data.storage.stale_files import retry_if_stale
+from data.storage.retry import retry_if_stale
 
 _SAMPLES = TypeAdapter(tuple[PlannedSample, ...])
 

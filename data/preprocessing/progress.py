@@ -21,8 +21,9 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from data.cache.manifest import HOLDOUT, ShardTable
+from data.cache.manifest import ShardTable
 from data.preprocessing.worker import Worker
+from data.samples.plan import HOLDOUT
 
 _POLL_SECONDS = 0.5
 _LINE_SECONDS = 60.0

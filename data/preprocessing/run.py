@@ -22,7 +22,7 @@ from rich.progress import Progress
 from configs.errors import InputError
 from configs.schema import Config
 from data.cache.build_manifest import delete_unplanned, describe_cache, is_current
-from data.cache.dropout_tensors import constants_are_there, write_constants
+from data.cache.dropout_tensors import dropout_tensors_are_current, write_dropout_tensors
 from data.cache.manifest import read_shard_table, write_manifest
 from data.cache.validation_items import (
     ValidationItem,
@@ -30,11 +30,12 @@ from data.cache.validation_items import (
     num_watched,
     write_validation_items,
 )
+from data.cache_layout import CREW, MANIFEST
 from data.encoders.load import Encoders, load_encoders
 from data.encoders.model_folder import encoder_fingerprints, find_model
 from data.preprocessing.dry_run import bytes_by_part, measure, print_bytes, print_counts, print_hours
 from data.preprocessing.encode_shards import encode_shards
-from data.preprocessing.job import WORKERS_FOLDER, Job, make_plan
+from data.preprocessing.job import Job, make_plan
 from data.preprocessing.plan_file import PlanFile
 from data.preprocessing.progress import Waiting, advancing, open_progress, print_report
 from data.preprocessing.shard_queue import SHARD_CLAIMS, ShardQueue, read_finished_of
@@ -43,7 +44,8 @@ from data.preprocessing.worker import Worker
 from data.preprocessing.worker_group import WorkerGroup, join
 from data.samples.decode import DecodedBatch, decode_batches
 from data.samples.geometry import Pixels
-from data.sources.scan import delete_copies, scan_dataset
+from data.sources.download_cache import delete_copies
+from data.sources.scan import scan_dataset
 from data.storage.disk_full import DiskFull, raise_disk_full
 
 _DROPOUT_TENSORS, _MANIFEST = "constants", "head"  # what can be claimed, besides shards
@@ -64,7 +66,7 @@ def preprocess(config: Config, console: Console, worker: Worker = _ALONE) -> Non
     try:
         with (
             raise_disk_full(cache),
-            join(cache / WORKERS_FOLDER, job.settings) as group,
+            join(cache / CREW, job.settings) as group,
             open_progress(console, worker) as progress,
         ):
             try:
@@ -128,13 +130,13 @@ def encode_what_is_left(
         return load_encoders(job.model, data.encoders, device_index=worker.device_index)
 
     while True:
-        has_dropout_tensors = constants_are_there(data.cache_folder, buckets, job.encoding)
+        has_dropout_tensors = dropout_tensors_are_current(data.cache_folder, buckets, job.encoding)
         if not has_dropout_tensors and group.claim(_DROPOUT_TENSORS):
             encoders = load()
             group.require_claim(_DROPOUT_TENSORS)
-            (data.cache_folder / "manifest.json").unlink(missing_ok=True)
+            (data.cache_folder / MANIFEST).unlink(missing_ok=True)
             still_mine = partial(group.require_claim, _DROPOUT_TENSORS)
-            write_constants(data.cache_folder, encoders, buckets, job.encoding, data.captions, still_mine)
+            write_dropout_tensors(data.cache_folder, encoders, buckets, job.encoding, data.captions, still_mine)
             group.release(_DROPOUT_TENSORS)
             has_dropout_tensors = True
         shards = queue.claim_shards()
@@ -175,7 +177,7 @@ def complete(
 def _manifest_stamp(cache: Path) -> tuple[int, int] | None:
     """Inode and time of the manifest, another one's differ; None if there is none."""
     try:
-        status = (cache / "manifest.json").stat()
+        status = (cache / MANIFEST).stat()
     except (FileNotFoundError, NotADirectoryError):
         return None
     return status.st_ino, status.st_mtime_ns
@@ -197,7 +199,7 @@ def _write_manifest(job: Job, plan: PlanFile, group: WorkerGroup, worker: Worker
         delete_unplanned(cache, plan.specs)  # half-written files of a worker that woke and died after the others' end
         return delete_copies(cache)
     group.require_claim(_MANIFEST)
-    (cache / "manifest.json").unlink(missing_ok=True)
+    (cache / MANIFEST).unlink(missing_ok=True)
     delete_unplanned(cache, plan.specs)
     chosen = choose_validation_items(plan.shards(), count=num_watched(config.data.holdout))
     bar = progress.add_task("validation pictures", total=len(chosen))

@@ -8,12 +8,13 @@ from functools import partial
 from pathlib import Path
 
 from configs.errors import InputError
-from data.cache.shard_writer import ShardIndex, ShardSummary, index_path, read_index
+from data.cache.shard_index import ShardIndex, ShardSummary, read_index
+from data.cache_layout import MANIFEST, index_path
 from data.preprocessing.plan_file import PlanFile
 from data.preprocessing.worker import Worker
 from data.preprocessing.worker_group import WorkerGroup
 from data.samples.shard_plan import PlannedShard, ShardSpec
-from data.storage.stale_files import retry_if_stale
+from data.storage.retry import retry_if_stale
 
 _LOOK_SECONDS = 20.0
 _READ_THREADS = 16
@@ -102,7 +103,7 @@ class ShardQueue:
         for part in [*tar.parent.glob(f"{tar.name}.*part"), *tar.parent.glob(f"{index_path(tar).name}.*part")]:
             part.unlink(missing_ok=True)  # of a worker that died: a living one would have the claim
         # A manifest describes a finished cache: there is none while anything in it changes.
-        (self._cache / "manifest.json").unlink(missing_ok=True)
+        (self._cache / MANIFEST).unlink(missing_ok=True)
         return True
 
     def _drop(self, plan: ShardSpec) -> None:

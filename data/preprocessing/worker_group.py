@@ -32,7 +32,7 @@ from pathlib import Path
 from configs.errors import InputError
 from data.storage.atomic_write import write_text_atomically
 from data.storage.disk_full import DiskFull, raise_disk_full
-from data.storage.stale_files import retry_if_stale
+from data.storage.retry import retry_if_stale
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 180.0  # above heartbeat, an NFS client's 60 s of cached times, and some patience with a busy server

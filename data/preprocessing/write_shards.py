@@ -13,11 +13,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from data.cache.shard_writer import NotFinite, SampleTensors, ShardWriter
-from data.encoders.encode import HostCopy
+from configs.errors import list_problems
+from data.cache.shard_writer import SampleTensors, ShardWriter
+from data.encoders.device import HostCopy
+from data.encoders.encode import NotFinite
 from data.preprocessing.shard_queue import ShardQueue
-from data.samples.shard_plan import PlannedSample, PlannedShard
-from data.sources.triples import listed
+from data.samples.plan import PlannedSample
+from data.samples.shard_plan import PlannedShard
 
 _BYTES_BEHIND = 512 << 20  # of tensors that wait to be written: while a shard is flushed, the next goes on
 
@@ -135,7 +137,7 @@ class ShardWriting:
     def _finish(self, plan: PlannedShard, shard: _OpenShard) -> None:
         with shard.writer:
             if shard.problems:
-                self._queue.fail(plan, listed(shard.problems))
+                self._queue.fail(plan, list_problems(shard.problems))
             else:
                 self._publish(plan, shard.writer)
         del self._open[plan.path]

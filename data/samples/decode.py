@@ -11,11 +11,11 @@ from typing import Generic, TypeVar
 import numpy as np
 from PIL import Image
 
+from configs.data_schema import DataConfig
 from configs.errors import InputError, StorageFailed
-from configs.schema import DataConfig
 from data.samples.geometry import Pixels, fit
 from data.samples.masks import dilate_masks, draw_masks
-from data.samples.shard_plan import PlannedSample
+from data.samples.plan import PlannedSample
 from data.sources.pictures import load_mask, load_picture, read_picture
 from data.sources.triples import content_of
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-PATCH = 16  # pixels per token side: the VAE halves three times, FLUX packs 2x2 latents into one token
+LATENT_CHANNELS = 16  # of FLUX.1's VAE
+VAE_FACTOR = 8  # pixels per latent side: the VAE halves three times
+PATCH = 2 * VAE_FACTOR  # pixels per token side: FLUX packs 2x2 latents into one token
 MAX_ASPECT = 2.0  # longest bucket side / shortest
 
 
@@ -28,7 +30,18 @@ class Bucket:
     @property
     def latent_size(self) -> tuple[int, int]:
         """(h, w) of the latents."""
-        return self.height // 8, self.width // 8
+        return self.height // VAE_FACTOR, self.width // VAE_FACTOR
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, h, w) of the latents."""
+        return LATENT_CHANNELS, *self.latent_size
+
+    @classmethod
+    def parse(cls, text: str) -> "Bucket":
+        """The bucket that `str` names: "512x768" is 512 high and 768 wide."""
+        height, width = text.split("x")
+        return cls(int(height), int(width))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 A mask is a function of (content of the picture, variant): the order of the pictures, the worker and the batch change
 nothing. Shapes are drawn in a unit of their own, so a picture has the same hole at 512 and at 1024 pixels.
 
-    python -m data.masks OUT.png          a sheet of examples
+    python -m data.samples.masks OUT.png          a sheet of examples
 """
 
 import sys
@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from skimage.morphology import isotropic_dilation
 
+from configs.dataset_schema import RandomMasks
 from configs.mask_recipe import MaskRecipe
 
 _Draw = Callable[[float, float, np.random.Generator], "_Shapes"]
@@ -83,8 +84,6 @@ def draw_mask(kind: str, height: int, width: int, generator: np.random.Generator
 
     brush, box, polygon: 8 to 55 %; half_plane, outpaint: 12 to 65 %; full: all of it.
     """
-    if kind == "full":
-        return np.ones((height, width), dtype=bool)
     side = (height * width) ** 0.5
     return _rasterize(_DRAW[kind](height / side, width / side, generator), height, width)
 
@@ -194,23 +193,40 @@ def _draw_outpaint(height: float, width: float, generator: np.random.Generator) 
     )
 
 
-_DRAW: Mapping[str, _Draw] = {
-    "brush": _draw_brush,
-    "box": _draw_box,
-    "polygon": _draw_polygon,
-    "half_plane": _draw_half_plane,
-    "outpaint": _draw_outpaint,
-}
-KINDS = (*_DRAW, "full")
+def _draw_full(height: float, width: float, generator: np.random.Generator) -> _Shapes:
+    """The whole picture."""
+    return _Shapes(outside=True)
+
+
+def drawers_of(section: type[RandomMasks], drawers: Mapping[str, _Draw]) -> Mapping[str, _Draw]:
+    """`drawers`, one for each kind that a config may name. Raises TypeError if there is none for one of them."""
+    if missing := section.model_fields.keys() - drawers.keys():
+        raise TypeError(f"{', '.join(sorted(missing))}: a config may ask for such masks, but nothing here draws them.")
+    return drawers
+
+
+# At import, so that a kind without a drawer ends no run that has begun.
+_DRAW = drawers_of(
+    RandomMasks,
+    {
+        "brush": _draw_brush,
+        "box": _draw_box,
+        "polygon": _draw_polygon,
+        "half_plane": _draw_half_plane,
+        "outpaint": _draw_outpaint,
+        "full": _draw_full,
+    },
+)
+KINDS = tuple(_DRAW)
 
 
 def contact_sheet(*, columns: int = 8) -> Image.Image:
     """Examples of every random kind, one a row, wide, square and tall in turn; each with its share of the area."""
-    sizes = [(96, 96), (80, 112), (112, 80)]
+    sizes, kinds = [(96, 96), (80, 112), (112, 80)], [kind for kind in KINDS if kind != "full"]
     label, cell, gap = 84, 112, 8
-    sheet = Image.new("RGB", (label + columns * (cell + gap), len(_DRAW) * (cell + gap + 12) + gap), "white")
+    sheet = Image.new("RGB", (label + columns * (cell + gap), len(kinds) * (cell + gap + 12) + gap), "white")
     draw = ImageDraw.Draw(sheet)
-    for row, kind in enumerate(_DRAW):
+    for row, kind in enumerate(kinds):
         top = gap + row * (cell + gap + 12)
         draw.text((gap, top + cell // 2 - 6), kind, fill="black")
         for column in range(columns):

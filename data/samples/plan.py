@@ -1,16 +1,48 @@
 """What becomes a sample: every triple in its bucket(s), split and crop, and its mirror image where that is wanted."""
 
+from dataclasses import dataclass
 from functools import partial
 
+import xxhash
 from rich.progress import Progress
 
 from configs.errors import InputError
-from configs.mask_recipe import recipe_of
+from configs.mask_recipe import OWN_MASKS, MaskRecipe, recipe_of
 from configs.schema import Config
-from data.cache.manifest import HOLDOUT, TRAIN
-from data.samples.geometry import choose_buckets, plan_crop
-from data.samples.shard_plan import PlannedSample
-from data.sources.triples import held_out, list_triples
+from data.samples.geometry import Bucket, Crop, choose_buckets, plan_crop
+from data.sources.triples import Triple, held_out, list_triples
+
+TRAIN, HOLDOUT = "train", "holdout"  # the splits
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSample:
+    """A triple with all that is decided before its pictures are decoded.
+
+    size: upright (width, height).  recipe: how its masks are made.  flip: it is the mirror image of its triple.
+    """
+
+    triple: Triple
+    size: tuple[int, int]
+    bucket: Bucket
+    crop: Crop
+    split: str
+    recipe: MaskRecipe = OWN_MASKS
+    flip: bool = False
+
+    @property
+    def key(self) -> str:
+        """Its name inside a shard, at most 75 letters, digits, - and _."""
+        return f"{self.triple.key}-flip" if self.flip else self.triple.key
+
+    @property
+    def text(self) -> str:
+        """Name of its caption's text member."""
+        return text_name(self.triple.caption)
+
+
+def text_name(caption: str) -> str:
+    return f"text-{xxhash.xxh3_64_hexdigest(caption.encode())}"
 
 
 def plan_samples(config: Config, progress: Progress) -> list[PlannedSample]:

@@ -7,42 +7,15 @@ it hashes to, which becomes several if it is too much for one, and a removed one
 """
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import xxhash
 
-from configs.mask_recipe import OWN_MASKS, MaskRecipe
-from data.cache.manifest import FORMAT_VERSION
-from data.samples.geometry import Bucket, Crop
-from data.sources.triples import Triple
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedSample:
-    """A triple with all that is decided before its pictures are decoded.
-
-    size: upright (width, height).  recipe: how its masks are made.  flip: it is the mirror image of its triple.
-    """
-
-    triple: Triple
-    size: tuple[int, int]
-    bucket: Bucket
-    crop: Crop
-    split: str
-    recipe: MaskRecipe = OWN_MASKS
-    flip: bool = False
-
-    @property
-    def key(self) -> str:
-        """Its name inside a shard, at most 75 letters, digits, - and _."""
-        return f"{self.triple.key}-flip" if self.flip else self.triple.key
-
-    @property
-    def text(self) -> str:
-        """Name of its caption's text member."""
-        return text_name(self.triple.caption)
+from data.samples.geometry import Bucket
+from data.samples.plan import TRAIN, PlannedSample
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,24 +41,24 @@ class PlannedShard(ShardSpec):
     samples: tuple[PlannedSample, ...]
 
 
-def text_name(caption: str) -> str:
-    return f"text-{xxhash.xxh3_64_hexdigest(caption.encode())}"
-
-
 def sample_bytes(bucket: Bucket, *, num_variants: int) -> int:
     """About what a sample takes in its tar, without its text: latents, variants, headers and JSON."""
-    h, w = bucket.latent_size
-    latents = 16 * h * w * 2
+    latents = math.prod(bucket.latent_shape) * 2
     return latents + num_variants * (latents + bucket.height * bucket.width // 8 + 1024) + 2048
 
 
 def plan_shards(
-    samples: Sequence[PlannedSample], *, size_limit: int, text_bytes: int, encoding: Mapping[str, object]
+    samples: Sequence[PlannedSample],
+    *,
+    size_limit: int,
+    text_bytes: int,
+    encoding: Mapping[str, object],
+    format_version: int,
 ) -> list[PlannedShard]:
     """Deal samples to shards of at most `size_limit` bytes (a single larger sample gets one of its own).
 
-    text_bytes: of one caption's member.  encoding: what else shapes the stored tensors (encoders, text length): its
-    change makes every shard another one.
+    text_bytes: of one caption's member.  encoding, format_version: what else shapes the stored bytes (encoders, text
+    length): its change makes every shard another one.
     """
     groups: dict[tuple[str, Bucket, str], list[PlannedSample]] = defaultdict(list)
     for sample in samples:
@@ -93,7 +66,7 @@ def plan_shards(
     plans = []
     for (dataset, bucket, split), members in sorted(groups.items()):
         each = sample_bytes(bucket, num_variants=members[0].recipe.variants)  # one recipe a dataset
-        prefix = f"shards/{dataset}/{bucket}" if split == "train" else f"shards/{dataset}/{split}-{bucket}"
+        prefix = f"shards/{dataset}/{bucket}" if split == TRAIN else f"shards/{dataset}/{split}-{bucket}"
 
         def num_bytes(num_samples: int, num_texts: int, each: int = each) -> int:
             return num_samples * each + num_texts * text_bytes
@@ -106,7 +79,7 @@ def plan_shards(
                     dataset,
                     bucket,
                     split,
-                    _plan_hash(part, encoding),
+                    _plan_hash(part, encoding, format_version),
                     num_samples=len(part),
                     num_bytes=num_bytes(len(part), len({sample.text for sample in part})),
                     samples=tuple(part),
@@ -168,7 +141,7 @@ def _split(
             yield from _split(half, 2 * leaf + bit, is_done)
 
 
-def _plan_hash(samples: Sequence[PlannedSample], encoding: Mapping[str, object]) -> str:
+def _plan_hash(samples: Sequence[PlannedSample], encoding: Mapping[str, object], format_version: int) -> str:
     parts = [
         {
             "key": sample.key,
@@ -181,5 +154,5 @@ def _plan_hash(samples: Sequence[PlannedSample], encoding: Mapping[str, object])
         }
         for sample in samples
     ]
-    text = json.dumps({"format": FORMAT_VERSION, "encoding": encoding, "samples": parts}, sort_keys=True)
+    text = json.dumps({"format": format_version, "encoding": encoding, "samples": parts}, sort_keys=True)
     return xxhash.xxh3_128_hexdigest(text.encode())

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from configs.errors import InputError
 from data.cache.manifest import Manifest
-from data.encoders.encode import decode_latents, load_vae
+from data.encoders.encode import decode_latents
+from data.encoders.load import load_vae
 from data.encoders.model_folder import find_model, fingerprint
 from data.show.picture_grid import save_grid, to_picture
 from data.show.statistics import CacheStatistics

@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from configs.errors import InputError
-from data.cache.manifest import Manifest, ShardTable, parse_bucket
-from data.cache.members import num_bytes, sample_tensors
-from data.cache.shard_writer import ShardIndex, count_hole_fractions, index_path, read_index
+from data.cache.manifest import Manifest, ShardTable
+from data.cache.members import LATENTS, MASKED, TEXT, num_bytes, sample_tensors
+from data.cache.shard_index import ShardIndex, count_hole_fractions, read_index
+from data.cache_layout import index_path
+from data.samples.geometry import Bucket
 
 _THREADS = 16  # that wait for small files
 
@@ -118,10 +120,10 @@ def count_cache(
 
 
 def _count_shard(index: ShardIndex, manifest: Manifest, bucket: str) -> _Shard:
-    kinds = sample_tensors(parse_bucket(bucket), manifest)
+    kinds = sample_tensors(Bucket.parse(bucket), manifest)
     samples, variants = index.masked.shape[:2]
-    latents, text = num_bytes(kinds["latents"]), num_bytes(kinds["text"])
-    mask = num_bytes({"mask": kinds["masked"]["mask"]})
+    latents, text = num_bytes(kinds[LATENTS]), num_bytes(kinds[TEXT])
+    mask = num_bytes({"mask": kinds[MASKED]["mask"]})
     parts = {
         "latents": samples * latents,
         "masked latents": samples * variants * latents,

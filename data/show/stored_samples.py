@@ -13,7 +13,8 @@ from torch import Tensor
 
 from configs.errors import InputError
 from data.cache.manifest import ShardTable
-from data.cache.shard_writer import index_path, read_index
+from data.cache.shard_index import read_index
+from data.cache_layout import index_path
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,26 @@
 """Copies of remote files beside the cache, so that what planning reads is not fetched again to be encoded."""
 
+import os
 import secrets
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import xxhash
 
 from configs.urls import is_url, shown
+from data.cache_layout import COPIES
 from data.storage.atomic_write import write_atomically
+from data.storage.disk_full import raise_disk_full
 from data.storage.remote_files import open_url, refuse_short
 from data.storage.retry import with_retries
+
+_ABANDONED_SECONDS = 24 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,58 @@ class DownloadCache:
         return taken >= self.limit
 
 
+class Pack:
+    """A file to which threads append pictures."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._lock = file, threading.Lock()
+
+    def add(self, data: bytes) -> tuple[int, int]:
+        """(offset, size) of the bytes in the file."""
+        with self._lock:
+            offset = self._file.tell()
+            self._file.write(data)
+        return offset, len(data)
+
+
+@contextmanager
+def open_new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to be written, which gets its name at the end; none if nothing is written to it, or something raises."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with raise_disk_full(path), temporary.open("wb") as file:
+            yield file
+            size = file.tell()
+        if size:
+            write_atomically(path, lambda place: os.replace(temporary, place))
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _fetch(url: str, path: Path) -> None:
     with open_url(url) as remote, path.open("wb") as file:
         shutil.copyfileobj(remote, file, 1 << 20)
         refuse_short(remote)
+
+
+def delete_copies(cache: Path) -> None:
+    """Delete the copies beside a cache, once all is encoded.
+
+    What other processes are just writing stays (a late worker's, a dry run's); what a killed one left goes after a day.
+    """
+    folder = cache / COPIES
+    with suppress(FileNotFoundError):
+        for file in folder.iterdir():
+            if file.suffix != ".part" or _age_seconds(file) > _ABANDONED_SECONDS:
+                file.unlink(missing_ok=True)
+        with suppress(OSError):  # not empty
+            folder.rmdir()
+
+
+def _age_seconds(file: Path) -> float:
+    """Since it was last written to; 0 if it is gone."""
+    try:
+        return time.time() - file.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

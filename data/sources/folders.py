@@ -4,9 +4,8 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from configs.dataset_schema import DatasetConfig
-from configs.errors import InputError
-from data.sources.items import Item, decode_text, is_utf8, listed
+from configs.errors import InputError, list_problems
+from data.sources.items import Item, decode_text, is_utf8
 from data.sources.picture_file import PictureFile
 from data.sources.pictures import PICTURE_SUFFIXES
 from data.sources.walk import walk_folder
@@ -31,7 +30,7 @@ def list_folders(target: Path, mask: Path | None, source: Path | None, dataset: 
         for name in sorted(found[role].pictures.keys() - targets.keys())
     ]
     if problems:
-        raise InputError(listed(problems))
+        raise InputError(list_problems(problems))
     masks, sources = found["mask"].pictures, found["source"].pictures
     texts = found["source"].texts | found["target"].texts  # the one beside the target comes first
     return [Item(name, targets[name], masks.get(name), sources.get(name), texts.get(name)) for name in sorted(targets)]
@@ -70,7 +69,7 @@ def _find(folder: Path, role: str, dataset: str) -> _Found:
                 problems.append(f"{where}: the name of {name!a} is not UTF-8. Rename it.")
             found.pictures[name] = PictureFile(os.path.join(parent, file))
     if problems:
-        raise InputError(listed(problems))
+        raise InputError(list_problems(problems))
     if not found.pictures:
         kinds = ", ".join(sorted(PICTURE_SUFFIXES))
         raise InputError(f"{where} holds no picture ({kinds}). Check data.datasets.*.{role}.")
@@ -86,8 +85,3 @@ def read_caption_file(path: str) -> str:
         return decode_text(Path(path).read_bytes(), path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}). Change its permissions.") from error
-
-
-def mask_folder(dataset: DatasetConfig) -> Path | None:
-    """The folder of a dataset's own masks, whichever way its config says it; None where masks are random."""
-    return dataset.mask if dataset.mask is None or isinstance(dataset.mask, Path) else dataset.mask.folder

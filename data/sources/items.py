@@ -1,11 +1,10 @@
 """What a source lists: pictures that belong together, not read yet."""
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+from configs.data_schema import CaptionsConfig
 from configs.errors import InputError
-from configs.schema import CaptionsConfig
 from data.sources.picture_file import PictureFile
 
 
@@ -60,9 +59,3 @@ def is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def listed(problems: Sequence[str], *, limit: int = 50) -> str:
-    """Problems one a line, the first `limit` of them and how many more there are."""
-    more = len(problems) - limit
-    return "\n".join([*problems[:limit], *([f"... and {more} more."] if more > 0 else [])])

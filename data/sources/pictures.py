@@ -1,4 +1,4 @@
-"""Opening pictures that strangers made: checked before they are decoded, upright, in RGB."""
+"""Opening pictures that strangers made: checked before they are decoded, upright, in RGB of the colour space sRGB."""
 
 import io
 import os
@@ -7,10 +7,9 @@ import threading
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 from configs.errors import InputError
-from data.sources.colour_profile import to_srgb
 from data.sources.picture_file import PictureBytes, PictureFile, byte_limit
 
 PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
@@ -141,7 +140,7 @@ def load_picture(picture_file: Picture, *, max_megapixels: float) -> Image.Image
     Raises InputError, naming the file, if it is missing, unreadable, has more than `max_megapixels` pixels or is above
     LONGEST_ASPECT (then it is refused before decoding: a file of some kilobytes can hold gigapixels).
     """
-    picture = to_srgb(_load(picture_file, max_megapixels))
+    picture = _to_srgb(_load(picture_file, max_megapixels))
     if _has_alpha(picture):
         rgba = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
@@ -178,3 +177,35 @@ def _agree(levels: np.ndarray, alpha: np.ndarray) -> bool:
     if strongest == 0 or not clear.size:
         return True
     return bool(clear.all() and not covered.any()) or bool(covered.all() and not clear.any())
+
+
+def _to_srgb(picture: Image.Image) -> Image.Image:
+    """A picture in the colours that its embedded profile means, in RGB or RGBA: the numbers of cameras (Adobe RGB),
+    phones (Display P3) and printers (CMYK) mean other colours than the VAE takes them for.
+
+    As it is, in any mode, where it has none or one of sRGB; and where that is damaged, or not for pictures of its mode:
+    viewers too show it so then.
+    """
+    data = picture.info.get("icc_profile")
+    if not data:
+        return picture
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
+        if "srgb" in ImageCms.getProfileDescription(profile).lower():
+            return picture
+        space, mode = profile.profile.xcolor_space.strip(), "RGB"
+        if space == "RGB" and picture.mode != "CMYK":
+            if "A" in picture.getbands() or "transparency" in picture.info:
+                mode = "RGBA"
+            picture = picture.convert(mode)
+        converted = ImageCms.profileToProfile(
+            picture,
+            profile,
+            ImageCms.createProfile("sRGB"),
+            renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            outputMode=mode,
+            flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return picture
+    return picture if converted is None else converted

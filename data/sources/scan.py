@@ -1,38 +1,34 @@
-"""What planning has to know of every picture: the hash of its bytes, its size, and of masks their levels.
+"""The scan of a dataset: every picture read once, for its size and the hash of its bytes, and a mask's levels.
 
-A picture is read once, by threads, and what was found is kept in <cache>/scan, so that the next run, and the other
-workers of a job, read only what is new. Items are dealt to units (a tar, or some hundred files) whose results are a
-file each, named by a hash of all that they hang on: names, and size and times of files, or what a storage says of its
-objects. Processes that scan at the same time take the units in orders of their own and take over what others finished.
-The URLs of a list of pictures are taken for what they were at first: delete <cache>/scan when what they name changed.
+One result file per unit (a tar, or some hundred files), keyed by a hash of its inputs: names, and sizes and times of
+files, or what a storage says of its objects. Concurrent scanners shuffle the units and reuse each other's results; the
+next run reads only what is new. The URLs in a table are taken for what they were at first: delete <cache>/scan when
+what they name changed.
 """
 
-import os
 import random
 import secrets
-import threading
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import xxhash
 
+from configs.data_schema import DataConfig
 from configs.dataset_schema import DatasetConfig
-from configs.errors import InputError, StorageFailed
-from configs.mask_recipe import recipe_of
-from configs.schema import DataConfig
-from configs.urls import is_url, shown
-from data.sources.download_cache import DownloadCache
-from data.sources.folders import list_folders, mask_folder, read_caption_file
-from data.sources.items import Item, listed
+from configs.errors import InputError, StorageFailed, list_problems
+from configs.mask_recipe import mask_folder, recipe_of
+from configs.urls import is_url
+from data.cache_layout import COPIES, OWN_FOLDERS
+from data.sources.download_cache import DownloadCache, Pack, open_new_file
+from data.sources.file_stamps import outwait_the_clock, stamp_of
+from data.sources.folders import list_folders, read_caption_file
+from data.sources.items import Item
 from data.sources.picture_file import PictureFile
 from data.sources.pictures import load_mask, picture_size, read_picture
 from data.sources.scan_cache import (
@@ -48,16 +44,10 @@ from data.sources.scan_cache import (
 )
 from data.sources.tables import find_tables, list_table, names_are_below
 from data.sources.tars import expand_tars, list_tar
-from data.storage.atomic_write import write_atomically
-from data.storage.disk_full import raise_disk_full
-from data.storage.remote_files import url_stamp
-from data.storage.retry import with_retries
 
 _SCAN_VERSION = 2
 _UNIT_THREADS, _PICTURE_THREADS = 4, 8  # they wait for disks and networks, and decode masks
 _UNIT_ITEMS = 1024
-_ABANDONED_SECONDS = 24 * 3600.0
-_CLOCK_SECONDS = 0.05  # file times come from a clock that ticks every 1 to 10 ms
 
 
 def scan_dataset(dataset: DatasetConfig, data: DataConfig, advance: Callable[[int], None]) -> list[ScannedItem]:
@@ -71,7 +61,7 @@ def scan_dataset(dataset: DatasetConfig, data: DataConfig, advance: Callable[[in
     if dataset.tars is not None:
         units = [partial(scanner.scan_tar, tar) for tar in tars]
     else:
-        units = [partial(scanner.scan_files, items) for items in _deal(scanner.list_items())]
+        units = [partial(scanner.scan_files, items) for items in _deal_to_units(scanner.list_items())]
 
     def run(unit: Callable[[], list[ScannedItem]]) -> list[ScannedItem] | str:
         try:
@@ -88,7 +78,7 @@ def scan_dataset(dataset: DatasetConfig, data: DataConfig, advance: Callable[[in
         outcomes = list(pool.map(run, units))
     problems = sorted(line for outcome in outcomes if isinstance(outcome, str) for line in outcome.splitlines())
     if problems:
-        raise InputError(listed(problems))
+        raise InputError(list_problems(problems))
     scanned = [entry for outcome in outcomes if not isinstance(outcome, str) for entry in outcome]
     scanned.sort(key=lambda entry: entry.item.name)
     for first, second in pairwise(scanned):
@@ -98,12 +88,9 @@ def scan_dataset(dataset: DatasetConfig, data: DataConfig, advance: Callable[[in
                 f"{first.item.name}. Rename one; in a table, say in columns.name which column has names of their own."
             )
     if problems:
-        raise InputError(listed(problems))
+        raise InputError(list_problems(problems))
     scanner.results.delete_unused()
     return scanned
-
-
-_OWN_FOLDERS = ("shards", "validation", "scan", "copies", "crew")
 
 
 def _refuse_the_caches_own(dataset: DatasetConfig, tars: Sequence[str], cache: Path) -> None:
@@ -111,7 +98,7 @@ def _refuse_the_caches_own(dataset: DatasetConfig, tars: Sequence[str], cache: P
     places = {place for place in (dataset.target, mask_folder(dataset), dataset.source) if place is not None}
     places |= {Path(tar).parent for tar in tars if not is_url(tar)}
     places |= {Path(table) for table in [dataset.table] if table is not None and not is_url(table)}
-    own = [(cache / name).resolve() for name in _OWN_FOLDERS]
+    own = [(cache / name).resolve() for name in OWN_FOLDERS]
     for place in sorted(places):
         if any(place.resolve().is_relative_to(folder) for folder in own):
             raise InputError(
@@ -120,33 +107,7 @@ def _refuse_the_caches_own(dataset: DatasetConfig, tars: Sequence[str], cache: P
             )
 
 
-def delete_copies(cache: Path) -> None:
-    """Delete what a scan kept for encoding, once all is encoded.
-
-    What others are just writing stays theirs (a late helper, a dry run); what a killed one left goes after a day.
-    """
-    folder = _copies_folder(cache)
-    with suppress(FileNotFoundError):
-        for file in folder.iterdir():
-            if file.suffix != ".part" or _age_seconds(file) > _ABANDONED_SECONDS:
-                file.unlink(missing_ok=True)
-        with suppress(OSError):  # not empty
-            folder.rmdir()
-
-
-def _age_seconds(file: Path) -> float:
-    """Since it was last written to; 0 if it is gone."""
-    try:
-        return time.time() - file.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
-
-
-def _copies_folder(cache: Path) -> Path:
-    return cache / "copies"
-
-
-def _deal(items: Sequence[Item]) -> list[list[Item]]:
+def _deal_to_units(items: Sequence[Item]) -> list[list[Item]]:
     """Items by a hash of their names, so that a new one changes the unit it goes to and no other."""
     bits = max(min(4, (len(items) // 64).bit_length()), (len(items) // _UNIT_ITEMS).bit_length())
     units: dict[int, list[Item]] = defaultdict(list)
@@ -163,7 +124,7 @@ class _Scanner:
         self.max_megapixels = data.max_megapixels
         self.masks = not recipe_of(dataset).shares  # whether the dataset has its own
         self.results = ScanCache(data.cache_folder, dataset.name)
-        self.copies = DownloadCache(_copies_folder(data.cache_folder), int(data.copies_gib * 2**30))
+        self.copies = DownloadCache(data.cache_folder / COPIES, int(data.copies_gib * 2**30))
         self.picture_pool = ThreadPoolExecutor(_PICTURE_THREADS)
 
     # --- listing ---
@@ -179,14 +140,14 @@ class _Scanner:
 
     def _list_table(self, place: str, table: str) -> list[Item]:
         below = names_are_below(table, place)
-        stamp = _stamp_of(table)
+        stamp = stamp_of(table)
         key = self._key("table", table, below, stamp, self.dataset.columns.model_dump())
         pack = self.copies.path(table, key, ".pictures")
         rows = self.results.read(key)
         if rows is not None and (pack.exists() or not any(map(is_in_pack, rows))):
             return [item_of(row, str(pack)) for row in rows]
-        _outwait_the_clock([table])
-        with self.copies.local(table, stamp) as file, _new_file(pack) as packed:
+        outwait_the_clock([table])
+        with self.copies.local(table, stamp) as file, open_new_file(pack) as packed:
             items = list_table(table, file, below, self.dataset, masks=self.masks, pack=pack, packed=packed)
         self.results.write(key, [row_of_item(item, str(pack)) for item in items])
         return items
@@ -195,16 +156,16 @@ class _Scanner:
 
     def scan_tar(self, tar: str) -> list[ScannedItem]:
         """The samples of a tar."""
-        stamp = _stamp_of(tar)
+        stamp = stamp_of(tar)
         key = self._key("tar", tar, stamp, self.dataset.members.model_dump())
         copy = str(self.copies.path(tar, stamp, ".copy")) if is_url(tar) else ""
         if (rows := self.results.read(key)) is None:
-            _outwait_the_clock([tar])
+            outwait_the_clock([tar])
             with self.copies.local(tar, stamp) as file:
                 scanned = self._scan(list_tar(tar, file, self.dataset, masks=self.masks), packed=None)
             rows = [[*row_of_item(entry.item, tar), *row_of_facts(entry)] for entry in scanned]
             self.results.write(key, rows)
-        # Of the rows even if the items were just listed: those have their copy where it was while they were.
+        # Of the rows even if the items were just list_problems: those have their copy where it was while they were.
         return [with_facts(item_of(row, tar, copy), row[ITEM_COLUMNS:]) for row in rows]
 
     def scan_files(self, items: Sequence[Item]) -> list[ScannedItem]:
@@ -218,13 +179,13 @@ class _Scanner:
         described = [[item.name, *([stamps[f.place], f.offset, f.size] for f in item.pictures)] for item in items]
         key = self._key("files", described)
         if (found := self.results.read(key)) is None:
-            _outwait_the_clock(places)
+            outwait_the_clock(places)
             if any(map(is_url, places)) and not self.copies.are_too_many():
                 # Of a name of its own: who scans the same at the same time packs in another order. The name stands
                 # with the offsets, so whichever result is read later, its offsets are those of its pack.
                 pack = f"{key}-{secrets.token_hex(4)}.pictures"
-                with _new_file(self.copies.folder / pack) as packed:
-                    scanned = self._scan(items, packed=_Pack(packed))
+                with open_new_file(self.copies.folder / pack) as packed:
+                    scanned = self._scan(items, packed=Pack(packed))
             else:
                 pack, scanned = "", self._scan(items, packed=None)
             found = [[pack], *(row_of_facts(entry) for entry in scanned)]
@@ -233,15 +194,15 @@ class _Scanner:
         return [with_facts(item, row, self.copies.folder / pack) for item, row in zip(items, rows, strict=True)]
 
     def _stamp_of_file(self, place: str) -> str:
-        """As `_stamp_of`; of a table's pack its name, which is a hash of the table's own stamp: when it is gone it is
+        """As `stamp_of`; of a table's pack its name, which is a hash of the table's own stamp: when it is gone it is
         written anew, with the same bytes."""
         path = Path(place)
-        return path.name if path.parent == self.copies.folder else _stamp_of(place)
+        return path.name if path.parent == self.copies.folder else stamp_of(place)
 
     def _key(self, *parts: object) -> str:
         return self.results.key(_SCAN_VERSION, self.max_megapixels, self.masks, *parts)
 
-    def _scan(self, items: Sequence[Item], packed: "_Pack | None") -> list[ScannedItem]:
+    def _scan(self, items: Sequence[Item], packed: Pack | None) -> list[ScannedItem]:
         """Read every picture. Raises one InputError that lists those at fault."""
 
         def scan(item: Item) -> ScannedItem | str:
@@ -263,7 +224,7 @@ class _Scanner:
             raise InputError("\n".join(problems))
         return [outcome for outcome in outcomes if not isinstance(outcome, str)]
 
-    def _look(self, file: PictureFile, packed: "_Pack | None", *, is_mask: bool) -> PictureInfo:
+    def _look(self, file: PictureFile, packed: Pack | None, *, is_mask: bool) -> PictureInfo:
         limit = self.max_megapixels
         picture = read_picture(file, max_megapixels=limit)
         width, height = picture_size(picture, max_megapixels=limit)
@@ -273,52 +234,3 @@ class _Scanner:
             darkest, brightest = int(levels.min()), int(levels.max())
         copied = packed.add(picture.data) if packed is not None and is_url(file.place) else (0, 0)
         return PictureInfo(picture.content, width, height, darkest, brightest, *copied)
-
-
-class _Pack:
-    """A file to which threads append."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._lock = file, threading.Lock()
-
-    def add(self, data: bytes) -> tuple[int, int]:
-        """(offset, size) of the bytes in the file."""
-        with self._lock:
-            offset = self._file.tell()
-            self._file.write(data)
-        return offset, len(data)
-
-
-@contextmanager
-def _new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to be written, which gets its name at the end; none if nothing is written to it, or something raises."""
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with raise_disk_full(path), temporary.open("wb") as file:
-            yield file
-            size = file.tell()
-        if size:
-            write_atomically(path, lambda place: os.replace(temporary, place))
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _stamp_of(place: str) -> str:
-    """What changes when a file changes."""
-    if is_url(place):
-        # Of a storage that tells nothing, what is found is good for this once.
-        return with_retries(lambda: url_stamp(place), shown(place)) or secrets.token_hex(8)
-    try:
-        status = os.stat(place)
-    except OSError:
-        return "gone"  # which reading it will say
-    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
-
-
-def _outwait_the_clock(places: Iterable[str]) -> None:
-    """Wait until a change of these files would show in their times: a file written just now could be written again
-    within the same tick."""
-    newest = max((os.stat(place).st_ctime for place in places if os.path.exists(place)), default=0.0)
-    if 0 < (wait := newest + _CLOCK_SECONDS - time.time()) <= _CLOCK_SECONDS:
-        time.sleep(wait)

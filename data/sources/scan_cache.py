@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from configs.errors import InputError
+from data.cache_layout import SCAN
 from data.sources.items import Item
 from data.sources.picture_file import PictureFile
 from data.storage.atomic_write import write_text_atomically
@@ -49,7 +50,7 @@ class ScanCache:
 
     def __init__(self, cache: Path, dataset: str) -> None:
         """Makes nothing yet. Raises InputError if <cache>/scan/<dataset> could not be made."""
-        self.folder = cache / "scan" / dataset
+        self.folder = cache / SCAN / dataset
         self._used: set[str] = set()
         there = next(parent for parent in self.folder.absolute().parents if parent.exists())
         if not there.is_dir() or not os.access(there, os.W_OK):

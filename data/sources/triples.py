@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import xxhash
 
+from configs.data_schema import DataConfig
 from configs.dataset_schema import DatasetConfig
-from configs.errors import InputError
-from configs.schema import DataConfig
-from data.sources.items import finish_caption, listed
+from configs.errors import InputError, list_problems
+from data.sources.items import finish_caption
 from data.sources.picture_file import PictureFile
 from data.sources.scan import ScannedItem, scan_dataset
 
@@ -75,7 +75,7 @@ def list_triples(
         )
         triples.append((triple, (scanned.target.width, scanned.target.height)))
     if problems:
-        raise InputError(listed(problems))
+        raise InputError(list_problems(problems))
     return triples
 
 

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Files that are either complete or not there, and that the user's umask says who may read."""
 
 import os
 import secrets
@@ -32,9 +32,9 @@ def _write_and_rename(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
         temporary.touch()
-        mode = temporary.stat().st_mode & 0o777
+        mode = temporary.stat().st_mode
         write(temporary)
-        temporary.chmod(mode)  # as the user's umask has it: safetensors' own files can be read by their owner alone
+        temporary.chmod(mode)  # see apply_umask
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -52,3 +52,16 @@ def write_bytes_atomically(path: Path, data: bytes) -> None:
 def write_text_atomically(path: Path, text: str) -> None:
     """`write_atomically` for a text."""
     write_bytes_atomically(path, text.encode("utf-8"))
+
+
+def apply_umask(folder: Path) -> None:
+    """Give the safetensors files directly in a folder the mode that the user's umask says.
+
+    safetensors makes them readable by their owner alone: a team's other members could not load an adapter.
+    """
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)

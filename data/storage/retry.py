@@ -1,10 +1,12 @@
-"""Trying again what storage or a network refused once."""
+"""Retries: of what storage or a network refused, and of files that were replaced while they were read."""
 
+import errno
 import logging
 import random
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 from configs.errors import InputError, StorageFailed
@@ -17,6 +19,9 @@ LONGEST_WAIT_SECONDS = 30.0
 # No attempt begins later than this: a silent server takes a minute for each, and the other processes of a run wait for
 # this one until their collectives time out, after ten minutes.
 LAST_ATTEMPT_SECONDS = 240.0
+
+STALE_ATTEMPTS = 6
+FIRST_STALE_WAIT_SECONDS = 0.05
 
 _T = TypeVar("_T")
 
@@ -50,3 +55,23 @@ def with_retries(
                     "then start again: a run goes on from its last checkpoint."
                 ) from error
     raise AssertionError("unreachable")
+
+
+def retry_if_stale(path: Path, read: Callable[[], _T]) -> _T:
+    """The outcome of `read`, which opens `path` by its name, tried again where the file was replaced under it (NFS'
+    ESTALE: what was opened is gone before it is read).
+
+    Raises StorageFailed, naming the file, if that does not end.
+    """
+    for attempt in range(STALE_ATTEMPTS):
+        try:
+            return read()
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+            stale = error
+        time.sleep(FIRST_STALE_WAIT_SECONDS * 2**attempt)
+    raise StorageFailed(
+        f"{path}: the file server says again and again that it was replaced while it was read ({stale.strerror}). Look "
+        "at the mount and start the same command again: it does what is left."
+    ) from stale

@@ -11,7 +11,7 @@ from typing import BinaryIO, NamedTuple
 
 from configs.errors import InputError
 
-_BLOCK = 512
+BLOCK = 512  # tar's unit: one header block per member, its data padded to whole blocks
 _LONGEST_RECORD = 1 << 16  # bytes of a record that holds a name
 _REGULAR = (b"0", b"\0", b"7")
 _WITHOUT_DATA = (b"5", b"g")  # folders; what is said of all members (no name, no size)
@@ -24,6 +24,11 @@ _REFUSED = {
     b"6": "a pipe",
     b"S": "a file with gaps",
 }
+
+
+def padded(size: int) -> int:
+    """Bytes that `size` bytes of a member take in a tar."""
+    return -(-size // BLOCK) * BLOCK
 
 
 class Member(NamedTuple):
@@ -67,18 +72,18 @@ def _read_all(file: BinaryIO, size: int, called: str) -> list[Member]:
     while True:
         try:
             file.seek(offset)
-            header = file.read(_BLOCK)
+            header = file.read(BLOCK)
             if not header.strip(b"\0"):
                 _check_end(file, header)
                 return members
-            if len(header) < _BLOCK:
+            if len(header) < BLOCK:
                 raise ValueError("cut off within a header")
             if not _sums_up(header):
                 if not members:
                     raise InputError(f"{called}: no tar; it begins with {header[:24]!r}. Fetch or write the tar anew.")
                 raise ValueError("a damaged header")
             length = _number(header[124:136]) if ahead.size is None else ahead.size
-            kind, data_offset = header[156:157], offset + _BLOCK
+            kind, data_offset = header[156:157], offset + BLOCK
             if length < 0:
                 raise ValueError(f"a member of {length} bytes")
             if data_offset + length > size:
@@ -94,7 +99,7 @@ def _read_all(file: BinaryIO, size: int, called: str) -> list[Member]:
                 elif kind not in _WITHOUT_DATA:
                     what = _REFUSED.get(kind, f"of the unknown kind {kind!r}")
                     raise InputError(f"{called}: the member {name!a} is {what}. Write the tar with plain files alone.")
-            offset = data_offset + -(-length // _BLOCK) * _BLOCK
+            offset = data_offset + padded(length)
         except ValueError as error:
             behind = f" behind {members[-1].name}" if members else ""
             raise InputError(
@@ -111,8 +116,8 @@ def _checked(name: str, called: str) -> str:
 
 def _check_end(file: BinaryIO, header: bytes) -> None:
     """The end is two blocks of zeros, and nothing but zeros behind them."""
-    second = file.read(_BLOCK)
-    if len(header) < _BLOCK or len(second) < _BLOCK:
+    second = file.read(BLOCK)
+    if len(header) < BLOCK or len(second) < BLOCK:
         raise ValueError("cut off: the mark of its end is missing")
     while second:
         if second.strip(b"\0"):

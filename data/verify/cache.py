@@ -8,18 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from configs.errors import InputError
-from data.cache.manifest import (
-    MANIFEST,
-    SHARD_TABLE,
-    Manifest,
-    ShardTable,
-    hash_files,
-    parse_bucket,
-    read_manifest,
-    read_shard_table,
-)
+from data.cache.manifest import Manifest, ShardTable, hash_files, read_manifest, read_shard_table
 from data.cache.members import sample_tensors
-from data.cache.shard_writer import index_path
+from data.cache_layout import MANIFEST, SHARD_TABLE, SHARDS, index_path
+from data.samples.geometry import Bucket
 from data.verify.shard import CheckedShard, ExpectedShard, IntactTar, check_shard
 from data.verify.tar import Problem
 
@@ -41,7 +33,7 @@ class CheckedCache:
 
 def refuse_no_cache(folder: Path) -> None:
     """Raise InputError if a folder holds no cache at all."""
-    if not any((folder / name).exists() for name in (MANIFEST, SHARD_TABLE, "shards")):
+    if not any((folder / name).exists() for name in (MANIFEST, SHARD_TABLE, SHARDS)):
         raise InputError(f"{folder}: no cache is there. Give the folder that `fluxfill preprocess CONFIG` wrote.")
 
 
@@ -143,7 +135,7 @@ def _expected_shards(manifest: Manifest | None, table: ShardTable) -> list[Expec
     """Every shard as manifest and table describe it."""
     tensors = {}
     if manifest is not None:
-        tensors = {name: sample_tensors(parse_bucket(name), manifest) for name in np.unique(table.bucket).tolist()}
+        tensors = {name: sample_tensors(Bucket.parse(name), manifest) for name in np.unique(table.bucket).tolist()}
     variants = manifest.mask_variants if manifest is not None else {}
     return [
         ExpectedShard(path, sha256, size, samples, variants.get(dataset), plan, tensors.get(bucket))
@@ -169,7 +161,7 @@ def _find_strays(cache: Path, table: ShardTable) -> list[Problem]:
 
 
 def _files_below(cache: Path, *suffixes: str) -> list[str]:
-    files = (path for path in (cache / "shards").rglob("*") if path.suffix in suffixes and path.is_file())
+    files = (path for path in (cache / SHARDS).rglob("*") if path.suffix in suffixes and path.is_file())
     return sorted(path.relative_to(cache).as_posix() for path in files)
 
 

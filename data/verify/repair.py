@@ -14,9 +14,9 @@ from rich.console import Console
 from configs.errors import InputError
 from configs.schema import Config
 from data.cache.manifest import ShardTable, read_manifest, read_shard_table, refuse_other_settings
-from data.cache.shard_writer import index_path, rebuild_index
+from data.cache.shard_index import rebuild_index
+from data.cache_layout import CREW, index_path
 from data.encoders.model_folder import find_model
-from data.preprocessing.job import WORKERS_FOLDER
 from data.preprocessing.run import preprocess
 from data.preprocessing.worker_group import join
 from data.storage.atomic_write import fsync_folder
@@ -50,7 +50,7 @@ def repair_cache(config: Config, check: Callable[[], CheckedCache], console: Con
     cache = config.data.cache_folder
     refuse_no_cache(cache)
     # From before the check on: what a job writes while it runs, an hour perhaps, would be taken for bad.
-    with join(cache / WORKERS_FOLDER, {"work": "repair"}) as group:
+    with join(cache / CREW, {"work": "repair"}) as group:
         if other := next(iter(group.others()), None):
             raise InputError(f"data.cache {cache}: {other} is at work in it. Wait for it or stop it.")
         checked = check()

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from configs.errors import InputError
 from data.cache.members import Tensors
-from data.cache.shard_writer import ShardIndex, count_hole_fractions, index_path, read_index
+from data.cache.shard_index import ShardIndex, count_hole_fractions, read_index
+from data.cache_layout import index_path
 from data.verify.tar import Problem, TarWalk
 
 _READ_AHEAD = 1 << 20
@@ -18,7 +19,7 @@ class ExpectedShard:
     """A shard as the cache's manifest and table describe it.
 
     path: below the cache folder.  sha256, size: of the tar, or None without a head: the shard's index tells them.
-    samples, variants, plan: None without a head.  tensors: kind of member ("latents", "masked", "text") -> what it
+    samples, variants, plan: None without a head.  tensors: kind of member (LATENTS, MASKED, TEXT) -> what it
     holds; empty without a head.
     """
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from data.cache.members import Tensors, parse_header
-from data.cache.shard_writer import ShardIndex
+from data.cache.members import LATENTS, MASKED, TEXT, Tensors, parse_header
+from data.cache.shard_index import ShardIndex
+from data.storage.tar_members import BLOCK, padded
 
-_BLOCK = 512  # tar's unit
 _READ_AHEAD = 1 << 20
 _ADVANCE_BYTES = 8 << 20  # told at once: a bar that is drawn for every member of small pictures costs more than hashing
 
@@ -50,8 +50,8 @@ class TarWalk:
     """One pass over a tar.
 
     sha256: of all that was read.  position: bytes read so far.  misfits: intact members that hold other tensors than
-    the manifest says.  path: what problems call it.  tensors: kind of member ("latents", "masked", "text") -> what it
-    has to hold.  advance: called with the number of bytes that were read.
+    the manifest says.  path: what problems call it.  tensors: kind of member (LATENTS, MASKED, TEXT) -> what it has to
+    hold.  advance: called with the number of bytes that were read.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class TarWalk:
         self._index = index
         self._advance = advance
         self._not_told = 0
-        self._buffer = bytearray(_BLOCK)
+        self._buffer = bytearray(BLOCK)
         self._problems: list[Problem] = []
         self._texts: dict[int, str] = {}  # row -> name, as the tar has them
 
@@ -110,8 +110,8 @@ class TarWalk:
         name = ""
         while True:
             start = self.position
-            header = bytes(self._read(_BLOCK))
-            if not any(header) and len(header) == _BLOCK:
+            header = bytes(self._read(BLOCK))
+            if not any(header) and len(header) == BLOCK:
                 self._check_end(len(header))
                 return
             try:
@@ -121,7 +121,7 @@ class TarWalk:
                 self._note("", f"no tar header at byte {start}, {after} ({error}); what follows cannot be told apart")
                 return
             name = info.name
-            end = self.position + _padded(info.size)
+            end = self.position + padded(info.size)
             while self.position < end and self._read(min(_READ_AHEAD, end - self.position)):
                 pass
             if self.position < end:
@@ -132,17 +132,17 @@ class TarWalk:
         """Check every member of the index, whatever precedes it in the tar."""
         members = sorted(_members(index), key=lambda member: member.offset)
         for number, member in enumerate(members):
-            start = self.position + _BLOCK
+            start = self.position + BLOCK
             if member.offset != start or start + member.size > index.tar_bytes:
                 self._note(_name_of(member), f"the index places {member.size} bytes at {member.offset}, not at {start}")
                 return
-            header = bytes(self._read(_BLOCK))
-            if len(header) < _BLOCK:
+            header = bytes(self._read(BLOCK))
+            if len(header) < BLOCK:
                 where = "inside its header" if header else "before its header"
                 self._note_cut(member, where, members[number + 1 :], index)
                 return
             name = self._check_header(header, member)
-            data = self._read(_padded(member.size))
+            data = self._read(padded(member.size))
             if len(data) < member.size:
                 self._note_cut(member, "inside it", members[number + 1 :], index)
                 return
@@ -211,20 +211,20 @@ class TarWalk:
                 self._note("", f"something stands after its end, at byte {start + zeros}")
                 return
             zeros += len(data)
-        if zeros < 2 * _BLOCK:
+        if zeros < 2 * BLOCK:
             self._note("", f"the file ends at byte {self.position}, without the two blocks that end a tar")
 
 
 def _members(index: ShardIndex) -> Iterator[_Member]:
     """Every member that an index knows."""
     for row, (offset, size) in enumerate(index.texts.tolist()):
-        yield _Member("text", None, row, offset, size, int(index.texts_xxh3[row]))
+        yield _Member(TEXT, None, row, offset, size, int(index.texts_xxh3[row]))
     for row, key in enumerate(index.keys):
         offset, size = index.latents[row].tolist()
-        yield _Member("latents", f"{key}.safetensors", row, offset, size, int(index.latents_xxh3[row]))
+        yield _Member(LATENTS, f"{key}.safetensors", row, offset, size, int(index.latents_xxh3[row]))
         for variant, (offset, size) in enumerate(index.masked[row].tolist()):
             xxh3 = int(index.masked_xxh3[row, variant])
-            yield _Member("masked", f"{key}.m{variant}.safetensors", row, offset, size, xxh3)
+            yield _Member(MASKED, f"{key}.m{variant}.safetensors", row, offset, size, xxh3)
         offset, size = index.metas[row].tolist()
         yield _Member("meta", f"{key}.json", row, offset, size, int(index.metas_xxh3[row]))
 
@@ -235,12 +235,8 @@ def _name_of(member: _Member) -> str:
 
 def _use_of(member: _Member, index: ShardIndex) -> str:
     """Whose text a text member is: that many samples are lost with it."""
-    if member.kind != "text":
+    if member.kind != TEXT:
         return ""
     rows = np.flatnonzero(index.text_row == member.row)
     more = ", ..." if len(rows) > 2 else ""
     return f" (the text of {len(rows)} samples, {', '.join(index.keys[row] for row in rows[:2])}{more})"
-
-
-def _padded(size: int) -> int:
-    return -(-size // _BLOCK) * _BLOCK

@@ -3,8 +3,10 @@ from pathlib import Path
 import pytest
 
 from configs.errors import InputError
-from configs.loading import dump_config, load_config
+from configs.loading import dump_config, json_schema, load_config
+from configs.problems import dotted_keys
 from configs.schema import Config, FullConfig, LoraConfig
+from configs.suggest import REMOVED
 
 VALID = """\
 version: 1
@@ -194,11 +196,19 @@ def test_check_of_two_keys_runs_although_a_third_is_wrong(config_file: Path) -> 
         ("every_steps", "Did you mean validation.every_steps or checkpoint.every_steps?"),
         ("flow.qqqqqqq", "Keys of flow: timestep_sampling, shift"),
         ("qqqqqqq", "Sections: version, run, model"),
+        ("checkpoint.requantize", "Remove it: 8-bit optimizer state"),
     ],
 )
 def test_unknown_key_is_answered_with_the_real_one(config_file: Path, key: str, suggestion: str) -> None:
     (problem,) = problems_of(config_file, f"{key}=1")
     assert f"{key} is 1, but there is no such key." in problem and suggestion in problem
+
+
+def test_keys_of_earlier_releases_are_passed_over_in_a_checkpoints_config(config_file: Path) -> None:
+    config = load_config(config_file)
+    config_file.write_text(config_file.read_text() + "checkpoint: {requantize: true}\n")
+    assert load_config(config_file, saved_by_a_run=True) == config
+    assert not REMOVED.keys() & set(dotted_keys(json_schema()))
 
 
 def test_key_of_the_other_method_is_told_apart_from_an_unknown_one(config_file: Path) -> None:

@@ -27,7 +27,7 @@ def test_recipe_opens_with_schema_command_and_gpus(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     assert lines[0] == "# yaml-language-server: $schema=./schema.json"
     header = "\n".join(lines[: lines.index("version: 1")])
-    assert f"fluxfill preprocess configs/{path.name}" in header
+    assert f"fluxfill train configs/{path.name}" in header
     assert "Meant for" in header and "Expect" in header
 
 

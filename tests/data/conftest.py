@@ -11,21 +11,14 @@ import xxhash
 from safetensors.torch import save_file
 
 from data.batches.order import ORDER_VERSION
-from data.cache.manifest import (
-    EMPTY_TEXT,
-    FORMAT_VERSION,
-    HOLDOUT,
-    TRAIN,
-    Manifest,
-    ShardTable,
-    blank_name,
-    parse_bucket,
-    write_manifest,
-)
+from data.cache.manifest import FORMAT_VERSION, Manifest, ShardTable, write_manifest
 from data.cache.open_cache import Cache
-from data.cache.shard_writer import SampleTensors, ShardIndex, ShardWriter, count_hole_fractions
+from data.cache.shard_index import ShardIndex, count_hole_fractions
+from data.cache.shard_writer import SampleTensors, ShardWriter
+from data.cache_layout import EMPTY_TEXT, full_mask_name
 from data.encoders.stored_text import store_text
 from data.samples.geometry import Bucket
+from data.samples.plan import HOLDOUT, TRAIN
 from tests.data.storage.remote_server import SHARDS, Remote
 from tests.data.storage.small_disk import SmallDisk, open_small_disk
 
@@ -41,7 +34,7 @@ def _make_sample(key: str, bucket: Bucket, *, text: str, num_variants: int = 1) 
     random = _generator_of(key)
 
     def latents() -> torch.Tensor:
-        return torch.randn(16, *bucket.latent_size, generator=random).bfloat16()
+        return torch.randn(bucket.latent_shape, generator=random).bfloat16()
 
     masks = [(torch.rand(bucket.height, bucket.width, generator=random) < 0.4).numpy() for _ in range(num_variants)]
     return SampleTensors(
@@ -126,7 +119,7 @@ def make_cache(tmp_path: Path) -> Callable[..., Cache]:
             path = f"shards/{dataset}/{bucket}-{number:06d}.tar"
             keys = [f"{dataset}-{number}-{row}" for row in range(samples)]
             options: dict[str, Any] = {"num_variants": num_variants, "text_dtype": text_dtype}
-            index = _write_shard(folder / path, parse_bucket(bucket), keys, **options)
+            index = _write_shard(folder / path, Bucket.parse(bucket), keys, **options)
             rows.append((path, dataset, bucket, *(split or [TRAIN]), samples, index))
         indexes = [row[-1] for row in rows]
         table = ShardTable(
@@ -160,8 +153,8 @@ def make_cache(tmp_path: Path) -> Callable[..., Cache]:
         )
         save_file(_make_text("the empty caption", text_dtype), folder / EMPTY_TEXT)
         for name in set(table.bucket.tolist()):
-            blank = torch.randn(16, *parse_bucket(name).latent_size, generator=_generator_of(f"blank {name}"))
-            save_file({"masked_latents": blank.bfloat16()}, folder / blank_name(name))
+            blank = torch.randn(Bucket.parse(name).latent_shape, generator=_generator_of(f"blank {name}"))
+            save_file({"masked_latents": blank.bfloat16()}, folder / full_mask_name(name))
         return Cache(folder, write_manifest(folder, manifest, table), table)
 
     return make

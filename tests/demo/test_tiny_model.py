@@ -62,7 +62,6 @@ def test_the_folder_is_a_whole_flux_fill(tiny_model: Path, pipeline: FluxFillPip
     assert 5.2e6 < pipeline.transformer.num_parameters() < 5.4e6
     assert pipeline.vae_scale_factor == 8
     assert (pipeline.tokenizer.model_max_length, pipeline.tokenizer_2.model_max_length) == (77, 512)
-    assert pipeline.text_encoder.config.eos_token_id == pipeline.tokenizer.eos_token_id
     assert pipeline.text_encoder_2.config.pad_token_id == pipeline.tokenizer_2.pad_token_id == 0
 
 
@@ -80,6 +79,46 @@ def test_the_fill_pipeline_samples_a_picture_that_is_not_square(pipeline: FluxFi
         generator=torch.Generator().manual_seed(0),
     ).images[0]
     assert picture.size == (96, 64)
+
+
+# The keys of the published files, FLUX.1-dev's revision 3de623f; those that say where a file came from left out.
+PUBLISHED_KEYS = {
+    "model_index.json": "scheduler text_encoder text_encoder_2 tokenizer tokenizer_2 transformer vae",
+    "scheduler/scheduler_config.json": "base_image_seq_len base_shift max_image_seq_len max_shift num_train_timesteps "
+    "shift use_dynamic_shifting",
+    "text_encoder/config.json": "architectures attention_dropout bos_token_id dropout eos_token_id hidden_act "
+    "hidden_size initializer_factor initializer_range intermediate_size layer_norm_eps max_position_embeddings "
+    "model_type num_attention_heads num_hidden_layers pad_token_id projection_dim torch_dtype vocab_size",
+    "text_encoder_2/config.json": "architectures classifier_dropout d_ff d_kv d_model decoder_start_token_id "
+    "dense_act_fn dropout_rate eos_token_id feed_forward_proj initializer_factor is_encoder_decoder is_gated_act "
+    "layer_norm_epsilon model_type num_decoder_layers num_heads num_layers output_past pad_token_id "
+    "relative_attention_max_distance relative_attention_num_buckets tie_word_embeddings torch_dtype use_cache "
+    "vocab_size",
+    "transformer/config.json": "attention_head_dim axes_dims_rope guidance_embeds in_channels joint_attention_dim "
+    "num_attention_heads num_layers num_single_layers patch_size pooled_projection_dim",
+    "vae/config.json": "act_fn block_out_channels down_block_types force_upcast in_channels latent_channels "
+    "latents_mean latents_std layers_per_block mid_block_add_attention norm_num_groups out_channels sample_size "
+    "scaling_factor shift_factor up_block_types use_post_quant_conv use_quant_conv",
+}
+
+
+@pytest.mark.parametrize("model", ["tiny_model", "tiny_dev_model"])
+@pytest.mark.parametrize("file", PUBLISHED_KEYS)
+def test_the_settings_have_the_keys_of_the_published_files(model: str, file: str, request) -> None:
+    keys = set(PUBLISHED_KEYS[file].split())
+    if (model, file) == ("tiny_model", "transformer/config.json"):
+        keys.add("out_channels")  # of FLUX.1-Fill alone, for dev's predicts as many channels as it takes
+    settings = json.loads((request.getfixturevalue(model) / file).read_text())
+    assert {key for key in settings if not key.startswith("_") and key != "transformers_version"} == keys
+
+
+def test_the_pooled_text_is_that_of_the_first_end_mark(pipeline: FluxFillPipeline) -> None:
+    """The published eos_token_id is not the tokenizer's: transformers then takes the largest id for the end."""
+    assert pipeline.text_encoder.config.eos_token_id == 2
+    ids = pipeline.tokenizer("a cat", padding="max_length", max_length=77, return_tensors="pt").input_ids
+    output = pipeline.text_encoder(ids)
+    end = ids[0].tolist().index(pipeline.tokenizer.eos_token_id)
+    assert torch.equal(output.pooler_output[0], output.last_hidden_state[0, end])
 
 
 @pytest.mark.parametrize("length", [64, 512])
@@ -130,8 +169,7 @@ def test_a_folder_that_holds_another_model_is_refused(tiny_dev_model: Path) -> N
 
 
 def test_the_dev_model_has_64_inputs_and_samples(tiny_dev_model: Path) -> None:
-    config = FluxTransformer2DModel.load_config(tiny_dev_model, subfolder="transformer")
-    assert (config["in_channels"], config["out_channels"]) == (64, None)
+    assert FluxTransformer2DModel.load_config(tiny_dev_model, subfolder="transformer")["in_channels"] == 64
     pipeline = FluxPipeline.from_pretrained(tiny_dev_model)
     pipeline.set_progress_bar_config(disable=True)
     picture = pipeline("a dahlia", height=48, width=64, num_inference_steps=1, max_sequence_length=64).images[0]

@@ -76,12 +76,14 @@ def test_train_prints_the_command_and_exits_as_the_trainer_does(
     )
     (tmp_path / "configs").symlink_to(launch_command.REPO_ROOT / "configs")
     monkeypatch.setattr(launch_command, "REPO_ROOT", tmp_path)
-    result = CliRunner().invoke(app, ["train", RECIPE, f"run.dir={tmp_path}", "--num-processes", "1"])
+    result = CliRunner().invoke(
+        app, ["train", RECIPE, f"run.dir={tmp_path}", "data.mode=online", "--num-processes", "1"]
+    )
     assert result.exit_code == 75
-    line = result.stdout.splitlines()[0]
+    line = result.stdout.splitlines()[-1]
     assert "PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1,SIGUSR2" in line and "accelerate.commands.launch" in line
     assert f"FLUXFILL_OUTCOME={tmp_path}/fill-lora/outcome.json" in line
-    assert f"--config {RECIPE} run.dir={tmp_path} (step 7)" in result.stderr
+    assert f"--config {RECIPE} run.dir={tmp_path} data.mode=online (step 7)" in result.stderr
 
 
 def test_preprocess_reports_a_missing_model_without_a_traceback(tmp_path: Path) -> None:

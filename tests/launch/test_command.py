@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 
 from configs.errors import InputError
-from launch.command import choose_engine, render_command, render_environment, render_shell_line
+from data.preprocessing.worker import which_worker
+from launch.command import (
+    choose_engine,
+    render_command,
+    render_environment,
+    render_shell_line,
+    render_worker_environments,
+)
 from launch.gpus import count_gpus, count_training_gpus
 
 
@@ -75,6 +82,16 @@ def test_environment_lets_signals_through_and_splits_the_cores() -> None:
     }
     assert render_environment(Path("x"), 8, 2, inherited={})["OMP_NUM_THREADS"] == "1"
     assert render_environment(Path("x"), 1, 2, inherited={"OMP_NUM_THREADS": "7"})["OMP_NUM_THREADS"] == "7"
+
+
+def test_workers_take_a_gpu_each_and_share_terminal_and_cores() -> None:
+    first, second = render_worker_environments(2, num_cores=12, inherited={})
+    workers = [which_worker(environment) for environment in (first, second)]
+    assert [(worker.index, worker.count, worker.device_index, worker.rank) for worker in workers] == [
+        (0, 2, 0, 0),
+        (1, 2, 1, 1),
+    ]
+    assert first["OMP_NUM_THREADS"] == "6" and first["LOCAL_WORLD_SIZE"] == "2"
 
 
 def test_shell_line_says_the_same_when_pasted() -> None:

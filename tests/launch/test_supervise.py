@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.command import Engine, render_command, render_environment
-from launch.supervise import Outcome, run_supervised
+from configs.schema import EngineName
+from launch.command import render_command, render_environment
+from launch.supervise import Outcome, run_supervised, run_workers
 
 # Says that it runs, waits for signals for a while, notes each, and leaves an outcome once one has come.
 TRAINER = """\
@@ -125,7 +126,7 @@ def test_trainer_is_told_to_stop_when_the_supervisor_is_killed(tmp_path: Path) -
 
 @pytest.mark.parametrize("engine, count", [("single", 1), ("ddp", 2)])
 def test_accelerate_passes_usr1_to_every_rank_and_waits_for_the_save(
-    engine: Engine, count: int, tmp_path: Path
+    engine: EngineName, count: int, tmp_path: Path
 ) -> None:
     script = tmp_path / "trainer.py"
     script.write_text(TRAINER)
@@ -137,3 +138,37 @@ def test_accelerate_passes_usr1_to_every_rank_and_waits_for_the_save(
     assert run_supervised(command, variables, outcome_file) == Outcome(75, "stopped by SIGUSR1", 12)
     sender.join()
     assert [(tmp_path / f"got.{rank}").read_text() for rank in range(count)] == ["SIGUSR1"] * count
+
+
+def run_codes(*codes: int) -> int:
+    """The exit code of workers that end so."""
+    command = [sys.executable, "-c", "import os, sys; sys.exit(int(os.environ['CODE']))"]
+    return run_workers(command, [{"CODE": str(code)} for code in codes]).code
+
+
+def test_work_is_done_when_one_of_its_workers_says_so_and_else_ends_with_their_code() -> None:
+    assert run_codes(0, 0) == 0
+    assert run_codes(9, 0) == 0
+    assert run_codes(9, 2) == 2
+    assert run_codes(9, 9) == 1
+
+
+def test_what_workers_say_alike_is_printed_once(capfd: pytest.CaptureFixture) -> None:
+    says = "for line in ('no mask', 'disk full', os.environ['NAME'], 'no mask'): print(line, file=sys.stderr)"
+    code = f"import os, sys\n{says}\nsys.exit(2)"
+    assert run_workers([sys.executable, "-c", code], [{"NAME": name} for name in "abc"]).code == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert sorted(lines) == ["a", "b", "c", "disk full", "no mask", "no mask"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_stop_signal_ends_all_workers_at_once_and_is_resumable(number: signal.Signals, tmp_path: Path) -> None:
+    code = "import os, pathlib, time; pathlib.Path(os.environ['READY']).touch(); time.sleep(60)"
+    sender = send_when_ready(tmp_path, number, ranks=2)
+    began = time.monotonic()
+    outcome = run_workers(
+        [sys.executable, "-c", code], [{"READY": str(tmp_path / f"ready.{rank}")} for rank in range(2)]
+    )
+    sender.join()
+    assert outcome == Outcome(75, f"stopped by {number.name}; the same command goes on")
+    assert time.monotonic() - began < 55

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from configs.schema import Config
     from data.batches.micro_batch import MicroBatch
     from data.batches.training_set import CachedTrainingSet
-    from trainer.engines.engine import Engine
+    from trainer.engines.base import Engine
 
 TEXT_LENGTH = 64
 
@@ -51,14 +51,14 @@ def load_triple(tiny_model: Path, triples: Path) -> "Callable[..., RealTriple]":
     import torch
     from PIL import Image
 
+    from configs.data_schema import EncodersConfig
     from data.batches.micro_batch import MicroBatch
     from data.batches.noise import draw_noise
-    from data.encoders.encode import collate_pixels, encode_captions, encode_pixels, load_text_encoders, load_vae
+    from data.encoders.encode import collate_pixels, encode_captions, encode_pixels
+    from data.encoders.load import load_encoders
     from data.samples.geometry import Bucket, fit
 
-    cpu = torch.device("cpu")
-    vae = load_vae(tiny_model, device=cpu, dtype=torch.float32)
-    encoders = load_text_encoders(tiny_model, device=cpu, dtype=torch.float32)
+    encoders = load_encoders(tiny_model, EncodersConfig(vae="cpu", clip="cpu", t5="cpu"), device_index=0)
 
     def load(height: int, width: int, *, of: tuple[int, int]) -> RealTriple:
         sizes = {path: Image.open(path).size for path in sorted((triples / "target").glob("*.png"))}
@@ -67,9 +67,9 @@ def load_triple(tiny_model: Path, triples: Path) -> "Callable[..., RealTriple]":
         pictures = [Image.open(triples / role / target.name) for role in ("target", "mask", "source")]
         bucket = Bucket(height, width)
         pixels = fit(*pictures, bucket)
-        encoded = encode_pixels(vae, collate_pixels([[pixels]]))
+        encoded = encode_pixels(encoders.vae, collate_pixels([[pixels]]))
         latents, masked_latents = encoded.latents, encoded.masked_latents[0]
-        text = encode_captions(encoders, [caption], text_length=TEXT_LENGTH)
+        text = encode_captions(encoders.text, [caption], text_length=TEXT_LENGTH)
         noise = torch.empty(1, 16, *bucket.latent_size)
         draw_noise(7, height * width, noise.numpy())
         rows = MicroBatch(
@@ -131,6 +131,6 @@ def samples(config: "Config", tiny_model: Path) -> "CachedTrainingSet":
 @pytest.fixture(scope="session")
 def engine(config: "Config") -> "Engine":
     """The engine of this process alone, on the CPU."""
-    from trainer.engines.engine import start_engine
+    from trainer.engines.start import start_engine
 
     return start_engine(config)

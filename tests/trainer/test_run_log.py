@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from configs.loading import load_config
 from trainer.checkpoints.run_state import RunState
-from trainer.engines.engine import Update
+from trainer.engines.base import Update
 from trainer.run_log import RunLog, configure_logging
 from trainer.training_data import choose_order, open_stream
 

@@ -1,4 +1,4 @@
-"""DoRA: a LoRA that turns each row of a weight, beside a trained length of the row (arXiv 2402.09353, equation 5)."""
+"""DoRA: a LoRA for the direction of each row of a weight, and a trained magnitude (arXiv 2402.09353, equation 5)."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ from trainer.model.quantize import whole_weight
 
 
 class DoraMagnitude(DoraLinearLayer):
-    """peft's layer with the same tensor, in the same place, and other arithmetic.
+    """peft's layer of the same tensor and name, computed in fp32.
 
-    peft takes the lengths in its input's dtype, so that in bf16 a new adapter is not yet the base's function (0.2 %
+    peft takes the row norms in its input's dtype, so that in bf16 a new adapter is not yet the base's function (0.2 %
     off), and it multiplies the two factors by an identity matrix: 450 MiB of it for FLUX.1's widest layer.
     """
 
@@ -28,9 +28,9 @@ class DoraMagnitude(DoraLinearLayer):
         base_result: Tensor,
         adapter_name: str,
     ) -> Tensor:
-        """What is added to `base_result`, the base layer's own output: [..., out]."""
+        """The adapter's addition to `base_result`, the base layer's own output: [..., out]."""
         lengths = row_norms(whole_weight(base_layer), lora_A.weight, lora_B.weight, scaling)
-        # Where the engine hands out trained weights in bf16, the lengths are rounded alike: the quotient starts at 1.
+        # Where the engine hands out trained weights in bf16, the norms are rounded alike: the quotient starts at 1.
         scale = self.weight.float() / lengths.to(self.weight.dtype)
         turned = base_result if base_layer.bias is None else base_result - base_layer.bias
         added = (scale - 1) * turned + scale * scaling * lora_B(lora_A(x))
@@ -39,7 +39,7 @@ class DoraMagnitude(DoraLinearLayer):
 
 @torch.no_grad()
 def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """Euclidean length of each row of weight + scaling b a: fp32 [out]. No gradient flows through it (section 4.3).
+    """Euclidean norm of each row of weight + scaling b a: fp32 [out]. No gradient flows through it (section 4.3).
 
     weight: [out, in].  a: [rank, in].  b: [out, rank].
     """
@@ -49,7 +49,7 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
 
 
 def patch_dora_forward(transformer: nn.Module, adapter: str) -> None:
-    """Give a loaded DoRA adapter this arithmetic."""
+    """Let a loaded DoRA adapter compute as DoraMagnitude does."""
     for module in transformer.modules():
         if isinstance(module, LoraLayer) and adapter in module.lora_magnitude_vector:
             layer = DoraMagnitude(fan_in_fan_out=False)
@@ -59,9 +59,9 @@ def patch_dora_forward(transformer: nn.Module, adapter: str) -> None:
 
 @torch.no_grad()
 def init_magnitude(transformer: nn.Module, adapter: str) -> None:
-    """Set the lengths of a new adapter to those of the base's rows, in fp32: the output is the base's.
+    """Set a new adapter's magnitudes to the norms of the base's rows, in fp32: the output is the base's.
 
-    Where there are no weights nothing is set: rank 0 sends the lengths with the rest.
+    On the meta device nothing is set: rank 0 sends the magnitudes with the rest.
     """
     for module in transformer.modules():
         if isinstance(module, LoraLayer) and adapter in module.lora_magnitude_vector:

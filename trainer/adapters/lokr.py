@@ -1,4 +1,4 @@
-"""LoKr: a weight's change as the Kronecker product of a small matrix and a larger one, the larger of low rank or whole.
+"""LoKr: a weight's change as the Kronecker product of a small matrix and a larger one, the larger of low or full rank.
 
 Named and scaled as in LyCORIS (lycoris/modules/lokr.py): alpha / rank, and 1 where neither matrix is of low rank.
 """
@@ -19,7 +19,7 @@ from configs.schema import LokrConfig
 
 
 def lokr_settings(transformer: nn.Module, method: LokrConfig, targets: list[str]) -> LoKrConfig:
-    """peft's settings of a new adapter on these layers, which starts at an output of 0."""
+    """peft's settings of a new adapter on these layers, whose output starts at 0."""
     factor = -1 if method.factor == "auto" else method.factor
     whole = {name: method.rank for name in targets if _is_whole(transformer.get_submodule(name), method.rank, factor)}
     return LoKrConfig(
@@ -33,7 +33,7 @@ def lokr_settings(transformer: nn.Module, method: LokrConfig, targets: list[str]
 
 
 def _is_whole(layer: Any, rank: int, factor: int) -> bool:
-    """Whether peft makes the larger matrix of a layer whole: a rank of half its side would save nothing."""
+    """Whether peft keeps the larger matrix of a layer at full rank: a rank of half its side would save nothing."""
     sides = factorization(layer.out_features, factor)[1], factorization(layer.in_features, factor)[1]
     return rank >= max(sides) / 2
 
@@ -67,14 +67,14 @@ class Kronecker(PeftLinear):
 
 
 def patch_lokr_forward(transformer: nn.Module) -> None:
-    """Give every LoKr layer this arithmetic."""
+    """Let every LoKr layer compute as Kronecker does."""
     for module in transformer.modules():
         if type(module) is PeftLinear:
             module.__class__ = Kronecker
 
 
 def file_settings(config: LoKrConfig) -> dict[str, Any]:
-    """What a file says of itself whose tensors have alpha / rank multiplied in: a scale of 1 everywhere."""
+    """Metadata of a file whose tensors have alpha / rank multiplied in: a scale of 1 everywhere."""
     return config.to_dict() | {"alpha": config.r, "alpha_pattern": {}}
 
 
@@ -99,7 +99,7 @@ def read_lokr(file: Path, prefix: str) -> dict[str, Tensor]:
 
 
 def lokr_misfits(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> list[str]:
-    """Why a LoKr's tensors do not belong to the adapter that is there; empty if they do."""
+    """Reasons why a LoKr's tensors do not fit the adapter that is there; empty if they do."""
     layers, theirs = {name.partition(".lokr_")[0] for name in own}, {name.partition(".lokr_")[0] for name in saved}
     if layers != theirs:
         return [f"it adapts {len(theirs)} layers, this run {len(layers)}: see method.targets"]

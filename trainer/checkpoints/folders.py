@@ -1,8 +1,8 @@
-"""Checkpoint folders that are whole or not there: checkpoints/step-<nnnnnnnn>/.
+"""Checkpoint folders, complete or not there: checkpoints/step-<nnnnnnnn>/.
 
 A save goes to a new folder, is flushed to disk, gets a manifest with the sha256 of every file, and last of all its
 COMPLETE marker. A folder without the marker is never read; one whose files do not match its manifest is passed over for
-the one before, aloud. Old folders go only after the new one is there.
+the one before, and the log says so. Old folders go only after the new one is there.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 
 def save_checkpoint(run: Path, step: int, write: Callable[[Path], Mapping[str, str] | None]) -> Path:
-    """Make the checkpoint of a step: `write` fills its folder, everything else happens here.
+    """The complete checkpoint folder of a step, which `write` fills.
 
     `write` may return the sha256 of files (by name) that were flushed to disk already: they are not read again.
 
@@ -98,7 +98,7 @@ def step_of(folder: Path) -> int:
 
 
 def find_damage(folder: Path, *, rank: int = 0, world_size: int = 1) -> str | None:
-    """What is wrong with a complete checkpoint's files, or None. Reads every byte.
+    """Damage of a complete checkpoint's files, in words, or None. Reads every byte.
 
     rank, world_size: of those who share the reading; the answer is then of this rank's share of the files.
     """
@@ -116,7 +116,7 @@ def find_damage(folder: Path, *, rank: int = 0, world_size: int = 1) -> str | No
 
 
 def latest_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint that is whole; damaged ones are named in the log and passed over."""
+    """The newest checkpoint that is intact; damaged ones are named in the log and passed over."""
     return newest_intact(complete_checkpoints(run), find_damage)
 
 

@@ -1,17 +1,16 @@
-"""When and how a run saves: a copy of the state is taken between two steps and written while the next ones run.
+"""Asynchronous checkpoints: a copy of the state is taken between two steps and written while the next ones run.
 
 Each rank writes the slices it owns (tensor_files.py); when every rank has told that its file is on disk, rank 0 makes a
-whole checkpoint of them (folders.py).  Ranks tell each other between steps, from the thread that trains: collectives of
-two threads would get into each other's way.
+complete checkpoint of them (folders.py).  Ranks tell each other between steps, from the thread that trains: collectives
+of two threads would get into each other's way.
 """
 
-import json
 import logging
 import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,22 +18,18 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from configs.loading import dump_config
-from configs.schema import CheckpointConfig, Config
+from configs.schema import Config
 from data.batches.batch_stream import BatchStream
-from data.storage.file_mode import apply_umask
-from trainer.adapters.adapter import save_adapter
-from trainer.checkpoints.folders import (
-    complete_checkpoints,
-    flush_and_hash,
-    prune_checkpoints,
-    save_checkpoint,
-    step_of,
-)
-from trainer.checkpoints.run_state import RunState, gather_replaced, unreshardable_state
+from data.storage.atomic_write import apply_umask
+from trainer.adapters.files import save_adapter
+from trainer.checkpoints.folders import flush_and_hash, save_checkpoint
+from trainer.checkpoints.keep import remove_old
+from trainer.checkpoints.run_state import RunState, gather_replaced, write_state
 from trainer.checkpoints.tensor_files import Span, rank_file, write_index, write_tensors
+from trainer.engines.base import Engine
 from trainer.engines.ema import Ema
-from trainer.engines.engine import REPLICATED, Engine
-from trainer.optimizers.state import eight_bit_moments
+from trainer.engines.slices import REPLICATED
+from trainer.optimizers.state import eight_bit_moments, unreshardable_state
 
 log = logging.getLogger("fluxfill")
 
@@ -43,21 +38,22 @@ log = logging.getLogger("fluxfill")
 class _Save:
     """A save that has begun.
 
-    spans: which elements of which tensors this rank writes.  sizes: elements of each trained parameter.  head: text of
-    state.json.  adapter: on rank 0, of a run that trains one.  written: sha256 of this rank's file, or the error.
+    engine: what `describe_engine` tells.  spans: which elements of which tensors this rank writes.  sizes: elements of
+    each trained parameter.  adapter: on rank 0, of a run that trains one.  written: sha256 of this rank's file, or the
+    error.
     """
 
-    step: int
+    state: RunState
+    engine: dict
     staging: Path
     spans: dict[str, Span]
     sizes: dict[str, int]
-    head: str
     adapter: dict[str, Tensor]
     written: "Future[str]"
 
 
 class Saver:
-    """Saves when it is due. All ranks call its methods together."""
+    """Checkpoints of one run, when they are due. All ranks call its methods together."""
 
     def __init__(self, config: Config, engine: Engine, ema: Ema, stream: BatchStream) -> None:
         self._config, self._engine, self._ema, self._stream = config, engine, ema, stream
@@ -88,7 +84,7 @@ class Saver:
         if not in_background:
             self.finish()
             # A rank that left now would have its launcher end the others, rank 0 in the middle of its part.
-            self._engine.wait()
+            self._engine.ranks.barrier()
 
     def finish(self) -> None:
         """Wait for the save that has begun, if one has."""
@@ -104,32 +100,32 @@ class Saver:
             return False
         # Rank 0's clock, for all: ranks that disagreed would wait for each other for ever.
         late = self._engine.is_main and time.monotonic() - self._last_save >= 60 * minutes
-        return self._engine.sum(late) > 0
+        return self._engine.ranks.all_reduce_sum(late) > 0
 
     def _all_written(self) -> bool:
         assert self._pending is not None
-        return self._engine.sum(self._pending.written.done()) == self._engine.world_size
+        return self._engine.ranks.all_reduce_sum(self._pending.written.done()) == self._engine.world_size
 
     def _begin(self, state: RunState, *, in_background: bool) -> _Save:
         engine = self._engine
         staging = self._config.run.folder / "checkpoints" / f"step-{state.step:08d}.staging"
         if engine.is_main:
             shutil.rmtree(staging, ignore_errors=True)
-        engine.wait()
+        engine.ranks.barrier()
         tensors, spans = snapshot(engine, self._ema, copy=in_background)
-        head = json.dumps({"state": asdict(state), "engine": describe_engine(engine)}, indent=1)
+        described = describe_engine(engine)
         adapter = engine.full_weights() if self._config.method.type != "full" else {}
         written = self._pool.submit(_write, staging / rank_file(engine.rank), tensors)
-        return _Save(state.step, staging, spans, engine.trained_sizes, head, adapter, written)
+        return _Save(state, described, staging, spans, engine.trained_sizes, adapter, written)
 
     def _commit(self) -> None:
-        """Make a whole checkpoint of what all ranks have written; rank 0 does it, the others go on."""
+        """Make a complete checkpoint of what all ranks have written; rank 0 does it, the others go on."""
         assert self._pending is not None
         save, self._pending = self._pending, None
         failure = save.written.exception()  # whatever it is (safetensors has its own for a full disk), others must know
         sha256 = None if failure else save.written.result()
         told = (failure and f"{failure} on rank {self._engine.rank}", save.spans, sha256)
-        everyone = self._engine.gather(told)
+        everyone = self._engine.ranks.all_gather(told)
         if not self._engine.is_main:
             return
         try:
@@ -141,16 +137,17 @@ class Saver:
                     (save.staging / rank_file(rank)).rename(folder / rank_file(rank))
                 apply_umask(folder)
                 write_index(folder, {rank: spans for rank, (_, spans, _) in enumerate(everyone)}, save.sizes)
-                (folder / "state.json").write_text(save.head, encoding="utf-8")
+                write_state(folder, save.state, save.engine)
                 (folder / "config.yaml").write_text(dump_config(self._config), encoding="utf-8")
                 if save.adapter:
-                    save_adapter(self._engine.plain_transformer, folder / "adapter", tensors=save.adapter)
+                    save_adapter(self._engine.unwrap(), folder / "adapter", tensors=save.adapter)
                 return {rank_file(rank): sha256 for rank, (_, _, sha256) in enumerate(everyone)}
 
-            log.info("saved %s", save_checkpoint(self._config.run.folder, save.step, fill))
+            log.info("saved %s", save_checkpoint(self._config.run.folder, save.state.step, fill))
             remove_old(self._config.run.folder, self._config.checkpoint)
         except (OSError, SafetensorError) as error:  # a full disk is the one to Python, the other to safetensors
-            log.error("step %d was not saved (%s); the run goes on, earlier checkpoints are whole", save.step, error)
+            step = save.state.step
+            log.error("step %d was not saved (%s); the run goes on, earlier checkpoints are whole", step, error)
         shutil.rmtree(save.staging, ignore_errors=True)
 
 
@@ -170,7 +167,8 @@ def snapshot(engine: Engine, ema: Ema, *, copy: bool) -> tuple[dict[str, Tensor]
     slices = engine.local_slices()
     owned = [part for part in slices if part.owned and part.weight.numel()]
     bad = [part.name for part in owned if not torch.isfinite(part.weight).all()]
-    if named := [f"{name} (rank {rank})" for rank, names in enumerate(engine.gather(bad[:1])) for name in names]:
+    of_ranks = enumerate(engine.ranks.all_gather(bad[:1]))
+    if named := [f"{name} (rank {rank})" for rank, names in of_ranks for name in names]:
         raise FloatingPointError(f"weights are not finite and are not saved: {', '.join(named)}")
 
     def pieces() -> Iterator[tuple[str, int, Tensor]]:
@@ -188,7 +186,7 @@ def snapshot(engine: Engine, ema: Ema, *, copy: bool) -> tuple[dict[str, Tensor]
     if (
         engine.state_layout != REPLICATED or engine.is_main
     ):  # where every rank holds the whole optimizer, one copy is enough
-        for name, value in unreshardable_state(engine).items():
+        for name, value in unreshardable_state(engine.optimizer_states()).items():
             tensors[f"state/{name}"] = value.detach().to("cpu", copy=copy).contiguous()
         states = {name: state for name, _, state in engine.optimizer_states()}
         for part in slices if engine.state_layout == REPLICATED else owned:
@@ -199,46 +197,13 @@ def snapshot(engine: Engine, ema: Ema, *, copy: bool) -> tuple[dict[str, Tensor]
 
 
 def describe_engine(engine: Engine) -> dict:
-    """What `run_state.load_tensors` needs to know of the engine that saved. All ranks call it."""
+    """The engine that saves, as `resume.load_tensors` needs to know it. All ranks call it."""
     steps = next((int(s["step"]) for _, _, s in engine.optimizer_states() if "step" in s), 0)
     return {
         "name": engine.name,
         "world_size": engine.world_size,
         "layout": engine.state_layout,
-        "bound": any(
-            engine.gather(bool(unreshardable_state(engine)))
-        ),  # small tensors have none, and a rank may hold no other
+        # Of all ranks: small tensors have none, and a rank may hold no other.
+        "bound": any(engine.ranks.all_gather(bool(unreshardable_state(engine.optimizer_states())))),
         "steps": steps,
     }
-
-
-def remove_old(run: Path, checkpoint: CheckpointConfig) -> None:
-    """Delete what `keep_last` lets go, but never the best one so far if `keep_best` names its figure."""
-    if checkpoint.keep_last is None:
-        return
-    best = best_checkpoint(run, checkpoint.keep_best) if checkpoint.keep_best is not None else None
-    prune_checkpoints(run, keep_last=checkpoint.keep_last, best=best)
-
-
-def best_checkpoint(run: Path, figure: str) -> Path | None:
-    """The complete checkpoint whose step was validated best: on held-out pictures if there are any, else on those of
-    the training. None if no checkpoint's step was validated.
-
-    figure: "hole_psnr" (higher is better) or "loss" (mean over the noise levels, lower is better).
-    """
-    scores = dict(_scores(run / "validation.jsonl", figure))
-    validated = [folder for folder in complete_checkpoints(run) if step_of(folder) in scores]
-    return max(validated, key=lambda folder: scores[step_of(folder)], default=None)
-
-
-def _scores(path: Path, figure: str) -> Iterator[tuple[int, float]]:
-    """(step, score) of each validation, higher is better."""
-    if not path.is_file():
-        return
-    for text in path.read_text(encoding="utf-8").splitlines():
-        line = json.loads(text)
-        figures = line.get("holdout") or line.get("train") or {}
-        sign, prefix = (1, "hole_psnr") if figure == "hole_psnr" else (-1, "loss_sigma")
-        values = [value for name, value in figures.items() if name == prefix or name.startswith(f"{prefix}_0")]
-        if values and None not in values:  # null stands for a figure that was not finite
-            yield line["step"], sign * sum(values) / len(values)

@@ -63,7 +63,7 @@ def write_index(folder: Path, spans: Mapping[int, Mapping[str, Span]], sizes: Ma
 
 
 class StateFiles:
-    """Reads a saved state, any range of any tensor."""
+    """A saved state, opened for reading: any range of any tensor."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -78,7 +78,7 @@ class StateFiles:
         return sorted(self._tensors)
 
     def kinds(self) -> set[str]:
-        """What is kept of each parameter: "weight", the moments' names, perhaps "ema"."""
+        """Kinds of tensors that there are of each parameter: "weight", the moments' names, perhaps "ema"."""
         return {name.split("/", 1)[0] for name in self._tensors}
 
     def _open(self, file: str) -> safe_open:
@@ -102,7 +102,7 @@ class StateFiles:
         return torch.cat(pieces) if pieces else torch.empty(0)
 
     def _read_dequantized(self, file: str, of: str, moment: str) -> Tensor:
-        """A rank's whole 8-bit tensor of a moment, in fp32, flat."""
+        """One rank's 8-bit tensor of a moment, dequantized: fp32, flat."""
         opened = self._open(file)
         codes, scales = (opened.get_tensor(f"state/{of}//{key}") for key in (moment, scale_of(moment)))
         return dequantize(codes, scales, moment).view(-1)

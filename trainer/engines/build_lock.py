@@ -1,4 +1,4 @@
-"""Stale locks of compilations that were killed: torch waits for them for ever, without a word."""
+"""Stale locks of torch's extension builds: one that was killed leaves its lock, and torch waits for it for ever."""
 
 import logging
 import os
@@ -13,10 +13,7 @@ STALE_SECONDS = 15 * 60  # DeepSpeed's own extension takes one minute to build
 
 
 def clear_stale_build_locks(*, stale_seconds: float = STALE_SECONDS) -> list[Path]:
-    """Remove lock files of torch's extension builds that are older than any build takes; returns and logs them.
-
-    A build that was killed leaves its lock behind, and every later start would wait for it.
-    """
+    """Remove the locks that are older than any build takes; returns them, and logs each."""
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     cleared = []
     for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:

@@ -1,17 +1,18 @@
-"""A moving average of the trained weights, in fp32 beside whatever part of them lies on this rank."""
+"""EMA: the moving average of the trained weights, in fp32, of the slices that lie on this rank."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
-from trainer.engines.engine import Engine, LocalSlice
+from trainer.engines.base import Engine
+from trainer.engines.slices import LocalSlice
 
 
 class Ema:
-    """Average of this rank's slices: average += (1 - decay) (weight - average) after every update.
+    """Exponential moving average of this rank's slices: average += (1 - decay) (weight - average) after each update.
 
-    The first updates count more, min(decay, (1 + n) / (10 + n)): else the random start would stay in it for thousands.
+    The decay warms up as min(decay, (1 + n) / (10 + n)): else the random start would stay in it for thousands.
     decay None: nothing is kept, `averages` is empty.
     """
 
@@ -22,7 +23,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, num_updates: int) -> None:
-        """Take in the weights after update number `num_updates` (from 0)."""
+        """Average in the weights after update number `num_updates` (from 0)."""
         if not self.averages:
             return
         decay = min(self._decay, (1 + num_updates) / (10 + num_updates))
@@ -48,4 +49,4 @@ class Ema:
     def _exchange(self, values: dict[str, torch.Tensor], engine: Engine) -> None:
         for name, weight in self._weights.items():
             weight.copy_(values[name])
-        engine.loaded()
+        engine.sync_after_load()

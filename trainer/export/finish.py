@@ -1,4 +1,4 @@
-"""The end of a run: its weights gathered, exported, read back."""
+"""Export at the end of a run: weights gathered, written, read back and compared."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,10 +7,11 @@ from pathlib import Path
 from torch import Tensor
 
 from configs.schema import Config
-from trainer.adapters.adapter import save_adapter
+from trainer.adapters.files import save_adapter
+from trainer.engines.base import Engine
 from trainer.engines.ema import Ema
-from trainer.engines.engine import Engine
-from trainer.export.write import export_model, verify_adapter, verify_adapter_file, verify_model
+from trainer.export.verify import verify_adapter, verify_adapter_file, verify_model
+from trainer.export.write import export_model
 
 
 def export_and_verify(config: Config, engine: Engine, model: Path, ema: Ema) -> None:
@@ -23,11 +24,11 @@ def export_and_verify(config: Config, engine: Engine, model: Path, ema: Ema) -> 
     if ema.averages:
         with ema.in_place(engine):
             export(engine, model, config.run.folder / "final-ema")
-    engine.wait()
+    engine.ranks.barrier()
 
 
 def _export_model(engine: Engine, model: Path, folder: Path) -> None:
-    transformer, dtype = engine.plain_transformer, engine.compute_dtype
+    transformer, dtype = engine.unwrap(), engine.compute_dtype
     with _gathered(engine) as weights:
         if engine.is_main:
             export_model(transformer, model, folder, weights=weights, dtype=dtype)
@@ -51,7 +52,7 @@ def _gathered(engine: Engine) -> Iterator[Iterator[tuple[str, Tensor]]]:
 def _export_adapter(engine: Engine, model: Path, folder: Path) -> None:
     weights = engine.full_weights()
     if engine.is_main:
-        transformer = engine.plain_transformer
+        transformer = engine.unwrap()
         save_adapter(transformer, folder, tensors=weights)
         verify_adapter_file(transformer, folder, weights)
         if engine.rank0_has_full_model:

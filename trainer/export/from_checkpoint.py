@@ -1,4 +1,4 @@
-"""From a checkpoint to what others load: an adapter, or a whole FLUX.1-Fill folder. By one process, without a GPU.
+"""Export of a checkpoint: an adapter or a FLUX.1-Fill folder, by one process without a GPU.
 
 python -m trainer.export.from_checkpoint CHECKPOINT_OR_RUN --out DIR [--weights live|ema] [--dtype fp32|bf16]
 
@@ -23,11 +23,14 @@ from torch import Tensor
 
 from configs.errors import InputError
 from configs.loading import load_config
+from configs.supervision import BAD_INPUT
 from data.encoders.model_folder import find_model, read_part_config
-from trainer.adapters.adapter import add_adapter, save_adapter
+from trainer.adapters.build import add_adapter
+from trainer.adapters.files import save_adapter
 from trainer.checkpoints.folders import COMPLETE, find_damage, latest_checkpoint
 from trainer.checkpoints.tensor_files import StateFiles
-from trainer.export.write import export_model, verify_adapter_file, verify_model
+from trainer.export.verify import verify_adapter_file, verify_model
+from trainer.export.write import export_model
 from trainer.model.flux import DEV_CHANNELS, empty_transformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -37,16 +40,16 @@ log = logging.getLogger("fluxfill")
 
 
 def export_checkpoint(source: Path, out: Path, *, weights: str = "live", dtype: str | None = None) -> None:
-    """Write what a run's `final` or `final-ema` would hold, had it ended at a checkpoint, and read it back.
+    """Write the `final` or `final-ema` of a run that had ended at a checkpoint, and read it back.
 
-    source: a checkpoint, or a run, whose newest whole one is taken.  weights: "live", or "ema", their average.  dtype:
+    source: a checkpoint, or a run, whose newest intact one is taken.  weights: "live", or "ema", their average.  dtype:
     of DTYPES; None: adapters in fp32, models in bf16.  Raises InputError if the checkpoint is damaged or holds no such
     weights, or `out` is there already.
     """
     if out.exists():
         raise InputError(f"--out {out}: is there already. Give another, or remove it.")
     folder = find_checkpoint(source)
-    config = load_config(folder / "config.yaml")
+    config = load_config(folder / "config.yaml", saved_by_a_run=True)
     method = config.method
     model = find_model(config.model.base)
     files = StateFiles(folder)
@@ -72,7 +75,7 @@ def export_checkpoint(source: Path, out: Path, *, weights: str = "live", dtype: 
 
 
 def find_checkpoint(source: Path) -> Path:
-    """The checkpoint that `source` is, or the newest whole one of the run that it is. Raises InputError if none is."""
+    """The checkpoint at `source`, or the newest intact one of the run there. Raises InputError if there is none."""
     if (source / COMPLETE).is_file():
         if damage := find_damage(source):
             raise InputError(f"{source}: {damage}. Export the checkpoint before it.")
@@ -114,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
         export_checkpoint(options.source, options.out, weights=options.weights, dtype=options.dtype)
     except InputError as error:
         print(error, file=sys.stderr)
-        return 2
+        return BAD_INPUT
     print(options.out)
     return 0
 

@@ -1,4 +1,4 @@
-"""Before the first step: does a quantized model, cut up over the ranks, still compute what it should?
+"""Check of a quantized model before the first step: sharded over the ranks, it computes what it should.
 
 A 4-bit weight that is cast on its way between ranks (bitsandbytes' codes stored as fp16, gathered as bf16) gives
 outputs as wrong as noise, and no error anywhere.  So the layers of one block of each kind are compared with ordinary
@@ -43,10 +43,10 @@ def check_against_reference(
     device: torch.device,
     autocast: Callable[[], AbstractContextManager],
 ) -> None:
-    """Run the spread model once on random tokens and compare what its layers made of them with what their twins make.
+    """Run the spread model once on random tokens and compare its layers' outputs with those of their reference layers.
 
     transformer: as the engine made it.  plain: the FluxTransformer2DModel in it.  All ranks call it.  Raises
-    RuntimeError if a layer's output is further from its twin's than TOLERANCE of its norm.
+    RuntimeError if a layer's output is further from its reference than TOLERANCE of the norm.
     """
     errors: dict[str, float] = {}
 

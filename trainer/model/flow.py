@@ -1,4 +1,4 @@
-"""Flow matching as FLUX.1 was trained: which sigmas, and the loss.
+"""Flow matching as FLUX.1 was trained: the sigmas and the loss.
 
 sigma in (0, 1): 0 is the clean picture, 1 is noise; x_sigma = (1 - sigma) x + sigma noise; the model predicts the
 velocity d x_sigma / d sigma = noise - x.
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import FlowConfig
+from data.samples.geometry import VAE_FACTOR
 from trainer.model.flux import pack_latents
 
 # Of FLUX.1's scheduler_config.json (base_shift, max_shift, base_image_seq_len, max_image_seq_len); the line through the
@@ -53,7 +54,7 @@ def region_weight(mask: Tensor, flow: FlowConfig) -> Tensor:
 
     mask: [B, 1, H, W], 1 = hole.  Returns [B, 1, H/8, W/8]; a latent pixel on the edge mixes both weights by area.
     """
-    hole = torch.nn.functional.avg_pool2d(mask, 8)  # [B, 1, H, W] -> [B, 1, h, w]
+    hole = torch.nn.functional.avg_pool2d(mask, VAE_FACTOR)  # [B, 1, H, W] -> [B, 1, h, w]
     weight = flow.hole_weight * hole + flow.keep_weight * (1 - hole)
     # A sample whose whole area has weight 0 (all hole, hole_weight 0) has loss 0, not 0/0.
     return weight / weight.mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)

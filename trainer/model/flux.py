@@ -14,9 +14,10 @@ from configs.errors import InputError
 from configs.schema import FlowConfig
 from data.batches.micro_batch import MicroBatch, unpack_mask
 from data.encoders.model_folder import read_part_config
+from data.samples.geometry import LATENT_CHANNELS, VAE_FACTOR
 
 FILL_CHANNELS = 384  # per token: 64 noisy latents + 64 masked-image latents + 256 mask pixels
-DEV_CHANNELS = 64
+DEV_CHANNELS = 4 * LATENT_CHANNELS
 
 log = logging.getLogger("fluxfill")
 
@@ -41,14 +42,14 @@ def pack_mask(mask: Tensor) -> Tensor:
     mask: [B, 1, H, W], sides multiples of 16.  Returns [B, L, 256].
     """
     batch, _, height, width = mask.shape
-    h, w = height // 8, width // 8
-    pixels = mask[:, 0].reshape(batch, h, 8, w, 8)
+    h, w = height // VAE_FACTOR, width // VAE_FACTOR
+    pixels = mask[:, 0].reshape(batch, h, VAE_FACTOR, w, VAE_FACTOR)
     # [B, h, 8, w, 8] -> [B, 8, 8, h, w] -> [B, 64, h, w]
-    return pack_latents(pixels.permute(0, 2, 4, 1, 3).reshape(batch, 64, h, w))
+    return pack_latents(pixels.permute(0, 2, 4, 1, 3).reshape(batch, VAE_FACTOR**2, h, w))
 
 
 def pack_fill_condition(masked_latents: Tensor, mask: Tensor) -> Tensor:
-    """What the model is told of the hole: masked latents [B, 16, h, w] and mask [B, 1, H, W] -> [B, L, 64 + 256]."""
+    """Fill's condition, packed: masked latents [B, 16, h, w] and mask [B, 1, H, W] -> [B, L, 64 + 256]."""
     return torch.cat([pack_latents(masked_latents), pack_mask(mask).to(masked_latents.dtype)], dim=-1)
 
 
@@ -110,7 +111,7 @@ def load_transformer(model: Path, *, dtype: torch.dtype) -> FluxTransformer2DMod
 
 
 def empty_transformer(model: Path, *, dtype: torch.dtype) -> FluxTransformer2DModel:
-    """The same model on the meta device, for a rank that gets the values from another. Raises InputError likewise."""
+    """`load_transformer`'s model on the meta device, for a rank that gets the values from another."""
     config = _read_config(model)
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(config)
@@ -137,6 +138,8 @@ def expand_to_fill(transformer: FluxTransformer2DModel) -> None:
     """Give FLUX.1-dev Fill's 320 further inputs per token, with weights 0: its output does not change yet.
 
     out_channels is written into the config: it defaults to in_channels, and a reload would build another proj_out.
+    Neither key stays among those that config.json left to its defaults (FLUX.1-dev's names no out_channels), for
+    diffusers' from_config passes those over, whatever value they have by now.
     """
     old = transformer.x_embedder
     new = nn.Linear(FILL_CHANNELS, old.out_features, device=old.weight.device, dtype=old.weight.dtype)
@@ -145,4 +148,6 @@ def expand_to_fill(transformer: FluxTransformer2DModel) -> None:
         new.weight[:, : old.in_features] = old.weight
         new.bias.copy_(old.bias)
     transformer.x_embedder = new
-    transformer.register_to_config(in_channels=FILL_CHANNELS, out_channels=transformer.out_channels)
+    channels = {"in_channels": FILL_CHANNELS, "out_channels": transformer.out_channels}
+    defaults = [key for key in transformer.config.get("_use_default_values", []) if key not in channels]
+    transformer.register_to_config(**channels, _use_default_values=defaults)

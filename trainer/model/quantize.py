@@ -1,7 +1,7 @@
 """A frozen base in 4 or 8 bits: less memory for its weights, the same arithmetic in bf16.
 
-nf4: bitsandbytes' 4-bit layers.  int8, fp8: torchao's scales, one per output row.  Both keep weights only: products are
-computed in bf16 from weights made whole for a moment, so nothing here asks for a card of a certain generation.
+nf4: bitsandbytes' 4-bit layers.  int8, fp8: torchao's scales, one per output row.  Both keep weights only: matmuls run
+in bf16 on weights dequantized on the fly, so any GPU generation works.
 """
 
 import logging
@@ -25,9 +25,9 @@ log = logging.getLogger("fluxfill")
 
 
 class _DequantizedLinear(torch.autograd.Function):
-    """x @ weight.T with a weight that is made whole again in the backward pass.
+    """x @ weight.T, the weight dequantized in the forward pass and again in the backward pass.
 
-    Left to autograd, the whole weights would be kept from forward to backward: more memory than they have unquantized.
+    Left to autograd, dequantized weights would be kept from forward to backward: more memory than they take in bf16.
     """
 
     @staticmethod
@@ -128,7 +128,7 @@ def _nf4_layer(weight: Tensor, bias: Tensor | None) -> nn.Module:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a layer is one that `quantize_base` made."""
+    """Whether `quantize_base` made the layer."""
     return isinstance(module, WeightOnlyLinear) or type(module).__name__ == "Nf4Linear"
 
 
@@ -144,7 +144,7 @@ def whole_weight(layer: Any) -> Tensor:
 
 
 def dequantized_linear(layer: Any) -> nn.Linear:
-    """An ordinary linear layer, in bf16, that does what a quantized one should."""
+    """The ordinary linear layer, in bf16, that a quantized one stands for."""
     twin = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
     twin.weight = nn.Parameter(whole_weight(layer).to(torch.bfloat16), requires_grad=False)
     if layer.bias is not None:

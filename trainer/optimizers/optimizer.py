@@ -13,7 +13,7 @@ from trainer.optimizers.stochastic_adamw import StochasticAdamW
 def build_optimizer(parameters: list[nn.Parameter], train: TrainConfig, *, seed: int = 0) -> torch.optim.Optimizer:
     """The optimizer of the trained parameters; AdamW's betas are 0.9 and 0.999, its eps 1e-8.
 
-    seed: of what is rounded at random.  Raises InputError if a package is missing.
+    seed: of stochastic rounding.  Raises InputError if a package is missing.
     """
     match train.optimizer:
         case "adamw":

@@ -1,10 +1,11 @@
-"""bitsandbytes' 8-bit optimizer state: codes of 256 numbers with a scale, in a code book that is a constant.
+"""Which optimizer state reshards, and which does not: moments of one float per element, and everything else.
 
-A block's scale belongs to 256 neighbours of one rank's tensor. Cut otherwise, by another engine or number of processes,
-a moment must be made whole and quantized anew; it then differs by up to the width of a code.
+Of what does not, 8-bit moments can be converted: bitsandbytes keeps codes of 256 numbers with a scale, in a code book
+that is a constant. A scale belongs to 256 neighbours of one rank's tensor; for another engine or number of processes
+the moment is dequantized and quantized again, and differs by up to the width of a code.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -13,6 +14,29 @@ BLOCK = 256  # bitsandbytes' own, of optimizers
 
 # Moment -> whether its numbers have a sign.
 _SIGNED = {"state1": True, "state2": False}
+
+
+def elementwise_state(state: Mapping[str, object], weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """(key, tensor) of the optimizer state that reshards with its weight: one float per element."""
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and value.shape == weight.shape and value.ndim:
+            yield key, value
+
+
+def unreshardable_state(states: Iterable[tuple[str, Tensor, Mapping[str, object]]]) -> dict[str, Tensor]:
+    """ "<tensor>//<key>" -> state that cannot be cut by element: 8-bit moments and their scales, Adafactor's rows and
+    columns, what Prodigy has learned of all weights together.
+
+    states: as `engine.optimizer_states` gives them.  Without bitsandbytes' qmaps: the code book is a constant that all
+    parameters share.
+    """
+    return {
+        f"{name}//{key}": value
+        for name, weight, state in states
+        for key, value in state.items()
+        if isinstance(value, Tensor) and key != "step" and not key.startswith("qmap")
+        if key not in dict(elementwise_state(state, weight))
+    }
 
 
 def scale_of(moment: str) -> str:

@@ -1,8 +1,8 @@
-"""AdamW whose weights and moments are bf16 and nothing else: 8 bytes a weight with its gradient, where fp32 takes 16.
+"""AdamW in bf16 with stochastic rounding: 8 bytes a weight with its gradient and moments, where fp32 takes 16.
 
 Rounded to the nearest bf16, most updates vanish: at a rate of 1e-4 a weight of 0.1 would have to move by 2.4e-4 to move
-at all, and a second moment of decay 0.999 never falls.  So everything is computed in fp32 and rounded up or down at
-random, with the probabilities that make the mean exact (arXiv 2010.06192, section 3).
+at all, and a second moment of decay 0.999 never falls.  So everything is computed in fp32 and rounded up or down with
+the probabilities that make the mean exact (arXiv 2010.06192, section 3).
 
 torchao's optimizers of that kind round their moments to the nearest, draw from the global generator, and are compiled.
 """
@@ -21,9 +21,9 @@ _AT_ONCE = 2**25
 class StochasticAdamW(torch.optim.Optimizer):
     """AdamW (betas 0.9 and 0.999, eps 1e-8) of bf16 parameters with bf16 gradients and moments.
 
-    What is rounded which way depends on (seed, step, shard) alone, on one kind of device.  The shard, 0 unless the
-    engine sets it in the parameter group, differs between ranks that hold different parts of the weights, and is the
-    same where they hold copies, which must stay equal.
+    The rounding depends on (seed, step, shard) alone, on one kind of device.  The shard, 0 unless the engine sets it in
+    the parameter group, differs between ranks that hold different parts of the weights, and is the same where they hold
+    copies, which must stay equal.
     """
 
     def __init__(self, parameters: list[nn.Parameter], *, lr: float, weight_decay: float, seed: int) -> None:
@@ -70,12 +70,12 @@ class StochasticAdamW(torch.optim.Optimizer):
         torch._foreach_addcdiv_(weights, first, root, -lr / (1 - beta1**step))
         for targets, values in ((parameters, weights), (kept[0], first), (kept[1], second)):
             for target, value in zip(targets, values, strict=True):
-                target.copy_(round_at_random_(value, generator))
+                target.copy_(stochastic_round_(value, generator))
 
 
-def round_at_random_(values: Tensor, generator: torch.Generator) -> Tensor:
-    """Round fp32 numbers, in place, to one of the two nearest bf16 numbers, so that the mean over many roundings is the
-    value itself. A number that bf16 holds stays as it is.
+def stochastic_round_(values: Tensor, generator: torch.Generator) -> Tensor:
+    """Stochastic rounding of fp32 numbers to bf16, in place: to one of the two nearest, with the value itself as the
+    mean over many roundings. A number that bf16 holds stays as it is.
 
     A bf16 is the upper half of an fp32: added to the lower half, a random number carries over just as often as that
     half is large.

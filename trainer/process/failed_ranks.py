@@ -1,4 +1,4 @@
-"""Leaving when another rank has failed.
+"""The end of a rank that waits for one that failed.
 
 The launcher tells the others by TERM, which asks them to save after their step. But a rank that waits for the failed
 one, inside a collective, never comes to the end of its step, and Python runs no handler there: it would be waited for

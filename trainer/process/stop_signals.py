@@ -1,16 +1,14 @@
-"""Being told to stop: a signal only sets a flag, which the ranks look at together between two steps.
+"""Stop signals: one only sets a flag, which the ranks look at together between two steps.
 
 Imports nothing heavy: it is in force before torch is imported, which takes ten seconds in which a signal would kill.
 """
 
-import ctypes
 import os
 import signal
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+from configs.supervision import STOP_SIGNALS, stop_with_parent
 
-_PR_SET_PDEATHSIG = 1
 _received: int | None = None
 
 
@@ -24,7 +22,7 @@ def install_stop_signals() -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, _receive)
     parent = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    stop_with_parent()
     if os.getppid() != parent:  # it died in between
         _receive(signal.SIGTERM, None)
 

@@ -1,4 +1,4 @@
-"""How good a fill is, in numbers.  Pictures are fp32 [3, H, W] in [0, 1], masks bool [H, W], True = hole."""
+"""Figures of a fill: PSNR, seam, colour.  Pictures are fp32 [3, H, W] in [0, 1], masks bool [H, W], True = hole."""
 
 import math
 

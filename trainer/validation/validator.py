@@ -1,4 +1,4 @@
-"""Watching a run: the real FluxFillPipeline with the live weights, on held-out pictures and a few trained ones.
+"""Validation of a run: FluxFillPipeline with the live weights, on held-out pictures and a few trained ones.
 
 Text comes with the samples, so neither text encoder is needed here. All ranks sample in lockstep, the same number of
 calls each; every item has noise of its own, so a picture does not depend on who samples it.
@@ -21,12 +21,13 @@ from configs.schema import Config
 from data.batches.micro_batch import MicroBatch
 from data.batches.noise import draw_noise
 from data.batches.training_set import TrainingSet, ValidationSample
-from data.cache.manifest import HOLDOUT, TRAIN
 from data.cache.validation_items import ValidationItem
-from data.encoders.encode import decode_latents, load_vae
+from data.encoders.encode import decode_latents
+from data.encoders.load import load_vae
 from data.samples.geometry import Bucket, Pixels
+from data.samples.plan import HOLDOUT, TRAIN
 from data.show.picture_grid import save_grid
-from trainer.engines.engine import Engine
+from trainer.engines.base import Engine
 from trainer.model.flow import flow_loss, mix_noise
 from trainer.model.flux import pack_latents, predict_velocity
 from trainer.validation.metrics import color_shift, hole_psnr, keep_psnr, paste_back, seam_error
@@ -43,7 +44,7 @@ _GRID_ROWS = 12
 
 @dataclass(frozen=True)
 class _Item:
-    """A watched picture as the model takes it. number: its place among all items."""
+    """A validation sample as the model takes it.  number: its place among all items."""
 
     number: int
     item: ValidationItem
@@ -75,7 +76,7 @@ def validation_is_due(config: Config, step: int) -> bool:
 
 
 class Validator:
-    """Samples and measures the watched items; built once, before the first step. Holds nothing if validation is off."""
+    """The sampler and its validation samples, built once, before the first step. Holds nothing if validation is off."""
 
     def __init__(self, config: Config, engine: Engine, model: Path, samples: TrainingSet) -> None:
         self._engine, self._flow, self._sampler_steps = engine, config.flow, config.validation.sampler_steps
@@ -133,8 +134,8 @@ class Validator:
                     if item.number in shown:
                         pictures[item.number] = fill.mul(255).round().byte()
         transformer.train(was_training)
-        everyones = _merge(self._engine.gather(figures))
-        if (of_all := self._engine.gather_to_main(pictures)) is not None:
+        everyones = _merge(self._engine.ranks.all_gather(figures))
+        if (of_all := self._engine.ranks.gather(pictures)) is not None:
             self._save_grids(everyones, _merge(of_all), step)
         return {"step": step} | {split: self._summary(everyones, split) for split in (HOLDOUT, TRAIN)}
 
@@ -187,7 +188,7 @@ class Validator:
         }
 
     def _vae_figures(self) -> dict[int, dict[str, float]]:
-        """What the VAE alone reaches on each item: nothing sampled can be better."""
+        """Figures of the VAE's round trip of each item, the ceiling of anything sampled."""
         ceilings = {}
         with torch.no_grad():
             for chunk in self._chunks:
@@ -239,7 +240,7 @@ def _noise_key(item: ValidationItem) -> int:
 def _rows_of(sample: ValidationSample, number: int) -> MicroBatch:
     """One sample as a micro-batch of one, with the item's fixed noise."""
     stored: dict[str, Any] = {name: tensor.unsqueeze(0) for name, tensor in sample.tensors.items()}
-    noise = torch.empty(1, 16, *sample.bucket.latent_size)
+    noise = torch.empty(1, *sample.bucket.latent_shape)
     draw_noise(_NOISE_SEED, _noise_key(sample.item), noise.numpy())
     return MicroBatch(
         sample.bucket,

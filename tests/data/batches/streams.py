@@ -12,7 +12,7 @@ from data.batches.cached_rows import CachedRows
 from data.batches.micro_batch import MicroBatch
 from data.batches.order import Order, OrderSettings, hash_shards
 from data.batches.shard_reader import ShardReader
-from data.cache.manifest import TRAIN
+from data.samples.plan import TRAIN
 
 SEED = 11
 SHARDS = [

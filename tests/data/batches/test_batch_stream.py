@@ -8,7 +8,6 @@ from torch import Tensor
 from configs.errors import InputError
 from data.batches.noise import draw_dropout, draw_noise, draw_uniform, draw_variant
 from data.batches.row_filler import RowPolicy
-from data.cache.manifest import parse_bucket
 from data.samples.geometry import Bucket
 from tests.data.batches.streams import SEED, SHARDS, copy_of, damage, open_stream, open_tars, rows_by_position, take
 
@@ -122,7 +121,7 @@ def test_smaller_buckets_get_more_rows_a_forward(make_cache):
     assert (stream.num_micro_steps(largest), stream.num_micro_steps(square)) == (32, 11)
     for _ in range(8):
         batch = [len(rows.weight) for rows in next(stream)]
-        bucket = parse_bucket(stream.current.pool[1])
+        bucket = Bucket.parse(stream.current.pool[1])
         assert len(batch) == stream.num_micro_steps(bucket)
         assert max(batch) == stream.micro_batch_size(bucket)
         assert sum(batch) == 64

@@ -11,7 +11,7 @@ from data.batches.micro_batch import unpack_mask
 from data.batches.noise import draw_dropout, draw_whole_hole
 from data.batches.row_filler import ReplacedRow, RowPolicy
 from data.batches.shard_reader import DamagedShard
-from data.cache.manifest import EMPTY_TEXT, blank_name
+from data.cache_layout import EMPTY_TEXT, full_mask_name
 from tests.data.batches.streams import SEED, SHARDS, damage, open_stream, take
 
 # --- captions ---------------------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ def test_a_dropped_mask_is_a_hole_as_large_as_the_picture(make_cache):
     plain, whole = take(cache, 20), take(cache, 20, policy=RowPolicy(mask_dropout=0.4, caption_dropout=0.2))
     dropped = 0
     for before, after in zip((r for b in plain for r in b), (r for b in whole for r in b), strict=True):
-        blank = load_file(cache.folder / blank_name(str(after.bucket)))["masked_latents"]
+        blank = load_file(cache.folder / full_mask_name(str(after.bucket)))["masked_latents"]
         for place, position in enumerate(after.position.tolist()):
             is_dropped = draw_whole_hole(SEED, position, 0.4)
             dropped += is_dropped
@@ -116,7 +116,7 @@ def test_a_dropped_mask_is_a_hole_as_large_as_the_picture(make_cache):
 @pytest.mark.parametrize("damage", ["missing", "bit", "another bucket's"])
 def test_a_damaged_blank_is_named(make_cache, damage):
     cache = make_cache(SHARDS)
-    path = cache.folder / blank_name("48x64")
+    path = cache.folder / full_mask_name("48x64")
     if damage == "missing":
         path.unlink()
     elif damage == "bit":
@@ -124,7 +124,7 @@ def test_a_damaged_blank_is_named(make_cache, damage):
         data[-9] ^= 1
         path.write_bytes(data)
     else:
-        path.write_bytes((cache.folder / blank_name("32x32")).read_bytes())
+        path.write_bytes((cache.folder / full_mask_name("32x32")).read_bytes())
     take(cache, 1)
     with pytest.raises(
         InputError, match=r"blank_48x64\.safetensors: cannot be read .* run `fluxfill preprocess CONFIG`"

@@ -8,8 +8,7 @@ import torch
 
 from configs.errors import InputError
 from data.batches.shard_reader import DamagedSample, DamagedShard, ShardReader
-from data.cache.manifest import parse_bucket
-from data.cache.shard_writer import index_path
+from data.cache_layout import index_path
 from data.samples.geometry import Bucket
 from tests.data.batches.streams import open_tars
 
@@ -27,7 +26,7 @@ def one_shard(make_cache):
 def read_everything(cache):
     """Every member of the first shard, as bytes. Raises what the reader raises."""
     reader, manifest = ShardReader(cache), cache.manifest
-    bucket = parse_bucket(str(cache.table.bucket[0]))
+    bucket = Bucket.parse(str(cache.table.bucket[0]))
     h, w = bucket.latent_size
     sizes = {
         "latents": 16 * h * w * 2,

@@ -13,10 +13,11 @@ from data.batches.batch_stream import BatchStream
 from data.batches.cached_rows import CachedRows
 from data.batches.order import Order, OrderSettings, hash_shards
 from data.batches.row_filler import RowPolicy
-from data.cache.manifest import parse_bucket, read_manifest, read_shard_table
+from data.cache.manifest import read_manifest, read_shard_table
 from data.cache.open_cache import Cache
-from data.cache.shard_writer import read_index, rebuild_index
+from data.cache.shard_index import read_index, rebuild_index
 from data.cache.validation_items import read_validation_items
+from data.samples.geometry import Bucket
 from data.show.statistics import count_cache
 from data.verify.cache import verify_cache
 
@@ -82,7 +83,7 @@ def test_webdataset_alone_reads_it(old):
     for path, _, bucket, _, count in formulas.SHARDS:
         entries = {entry["__key__"]: entry for entry in WebDataset(str(old.folder / path), shardshuffle=False)}
         for key in formulas.keys_of(path, count):
-            sample = formulas.sample_of(key, parse_bucket(bucket))
+            sample = formulas.sample_of(key, Bucket.parse(bucket))
             assert torch.equal(load(entries[key]["safetensors"])["latents"], sample.latents)
             for variant in range(2):
                 stored = load(entries[key][f"m{variant}.safetensors"])

@@ -9,16 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configs.errors import InputError
-from data.cache.manifest import (
-    FORMAT_VERSION,
-    cached_settings,
-    parse_bucket,
-    read_manifest,
-    read_shard_table,
-    write_manifest,
-)
+from data.cache.manifest import FORMAT_VERSION, read_manifest, read_shard_table, write_manifest
 from data.cache.open_cache import open_cache
-from data.samples.geometry import Bucket
 
 # --- the head alone ---------------------------------------------------------------------------------------------------
 
@@ -153,11 +145,6 @@ def test_a_manifest_names_nothing_outside_of_the_cache(made_up, monkeypatch, nam
         read_manifest(made_up.folder)
 
 
-def test_a_buckets_name_is_read_back():
-    for bucket in (Bucket(48, 80), Bucket(1024, 1024)):
-        assert parse_bucket(str(bucket)) == bucket
-
-
 # --- a cache against a config and its model ---------------------------------------------------------------------------
 
 
@@ -217,16 +204,6 @@ def test_every_setting_that_differs_is_named(copied, demo_config):
 def test_settings_that_shape_no_tensor_may_change(copied, demo_config):
     free = ["data.captions.dropout=0.5", "data.datasets.0.weight=3", "data.shard_size_mib=7", "train.lr=1.0"]
     open_again(demo_config(copied.data.cache, *free))
-
-
-def test_the_order_of_the_datasets_does_not_matter(copied):
-    one = copied.data.datasets[0]
-    two = one.model_copy(update={"name": "second"})
-    first, second = (
-        copied.model_copy(update={"data": copied.data.model_copy(update={"datasets": datasets})})
-        for datasets in ([one, two], [two, one])
-    )
-    assert cached_settings(first) == cached_settings(second)
 
 
 def test_a_folder_without_a_cache_is_named(demo_config, tmp_path):

@@ -21,7 +21,8 @@ from data.batches.shard_reader import DamagedSample, DamagedShard, ShardReader
 from data.cache.node_cache import NodeCache
 from data.cache.open_cache import Cache
 from data.cache.remote_manifest import fetch_manifest
-from data.cache.shard_writer import index_path, read_index, write_index
+from data.cache.shard_index import read_index, write_index
+from data.cache_layout import index_path
 
 GIB = 1 << 30
 

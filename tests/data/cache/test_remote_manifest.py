@@ -4,8 +4,9 @@ from dataclasses import replace
 import pytest
 
 from configs.errors import InputError
-from data.cache.manifest import MANIFEST, SHARD_TABLE, hash_files, read_manifest, read_shard_table, write_manifest
+from data.cache.manifest import hash_files, read_manifest, read_shard_table, write_manifest
 from data.cache.remote_manifest import fetch_manifest
+from data.cache_layout import MANIFEST, SHARD_TABLE
 
 
 def test_the_head_is_fetched_whole_and_once(remote, tmp_path):

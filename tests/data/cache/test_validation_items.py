@@ -5,15 +5,16 @@ import pytest
 
 from configs.errors import InputError
 from data.cache.validation_items import (
-    FOLDER,
     ValidationItem,
     choose_validation_items,
     read_validation_items,
     validation_items_are_there,
     write_validation_items,
 )
+from data.cache_layout import VALIDATION
 from data.samples.geometry import Bucket, Pixels, plan_crop
-from data.samples.shard_plan import PlannedSample, plan_shards
+from data.samples.plan import PlannedSample
+from data.samples.shard_plan import plan_shards
 from data.sources.triples import Triple
 
 BUCKET = Bucket(32, 48)
@@ -28,7 +29,7 @@ def planned(number, split):
 @pytest.fixture
 def plans_and_indexes(tmp_path, write_shard):
     samples = [planned(number, "holdout" if number % 4 == 0 else "train") for number in range(24)]
-    plans = plan_shards(samples, size_limit=20_000, text_bytes=500, encoding={})
+    plans = plan_shards(samples, size_limit=20_000, text_bytes=500, encoding={}, format_version=1)
     assert len(plans) > 4
     indexes = [write_shard(tmp_path / p.path, BUCKET, [s.triple.key for s in p.samples]) for p in plans]
     return plans, indexes
@@ -85,7 +86,7 @@ def test_what_was_there_is_replaced(tmp_path):
     write(tmp_path, range(5))
     write(tmp_path, [7])
     assert [item.key for item, _ in read_validation_items(tmp_path, split="holdout", count=9)] == ["key-7"]
-    assert len(list((tmp_path / FOLDER).iterdir())) == 4
+    assert len(list((tmp_path / VALIDATION).iterdir())) == 4
 
 
 def test_an_error_leaves_what_was_there(tmp_path):
@@ -98,13 +99,13 @@ def test_an_error_leaves_what_was_there(tmp_path):
     with pytest.raises(InputError, match=r"gone\.png"):
         write_validation_items(tmp_path, fail_at_the_second(), advance=lambda: None)
     assert [item.key for item, _ in read_validation_items(tmp_path, split="holdout", count=9)] == ["key-0", "key-1"]
-    assert [path.name for path in tmp_path.iterdir()] == [FOLDER]
+    assert [path.name for path in tmp_path.iterdir()] == [VALIDATION]
 
 
 @pytest.mark.parametrize("damage", ["no folder", "no items", "html", "entry", "no picture", "cut", "no png"])
 def test_damage_is_named_with_what_to_do(tmp_path, damage):
     write(tmp_path, range(2))
-    folder = tmp_path / FOLDER
+    folder = tmp_path / VALIDATION
     picture = folder / "0001.image.png"
     if damage == "no folder":
         folder.rename(tmp_path / "elsewhere")
@@ -116,7 +117,9 @@ def test_damage_is_named_with_what_to_do(tmp_path, damage):
         picture.unlink()
     else:
         picture.write_bytes(picture.read_bytes()[:200] if damage == "cut" else b"<!DOCTYPE html>")
-    with pytest.raises(InputError, match=rf"{FOLDER}: damaged .*Delete it and run `fluxfill preprocess CONFIG` again"):
+    with pytest.raises(
+        InputError, match=rf"{VALIDATION}: damaged .*Delete it and run `fluxfill preprocess CONFIG` again"
+    ):
         read_validation_items(tmp_path, split="holdout", count=2)
     if damage in ("no folder", "no items", "html", "no picture"):
         assert not validation_items_are_there(tmp_path)

@@ -1,8 +1,12 @@
+import re
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from configs.data_schema import EncodersConfig
 from configs.errors import InputError
-from configs.schema import EncodersConfig
 from data.encoders.encode import encode_captions
 from data.encoders.load import _find_device, load_encoders
 
@@ -62,3 +66,57 @@ def test_int8_is_near_and_not_the_same(tiny_model):
     assert not torch.equal(found.t5, expected.t5)
     similarity = torch.nn.functional.cosine_similarity(found.t5, expected.t5, dim=-1)
     assert similarity.min() > 0.99
+
+
+@pytest.fixture
+def model_copy(tiny_model, tmp_path):
+    """A copy of the tiny model's encoders, to be damaged."""
+    for part in ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
+        shutil.copytree(tiny_model / part, tmp_path / "model" / part)
+    return tmp_path / "model"
+
+
+def load_all(model):
+    load_encoders(model, EncodersConfig(vae="cpu", clip="cpu", t5="cpu"), device_index=0)
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "text_encoder_2"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "html"])
+def test_damaged_weights_are_named(model_copy, part, damage):
+    (weights,) = (model_copy / part).glob("*.safetensors")
+    if damage == "gone":
+        weights.unlink()
+    else:
+        weights.write_bytes(weights.read_bytes()[:-1000] if damage == "cut" else b"<!DOCTYPE html>")
+    with pytest.raises(InputError, match=rf"model/{part}: cannot be loaded \(.*Fetch the model again"):
+        load_all(model_copy)
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "text_encoder_2"])
+def test_weights_that_are_missing_are_not_made_up(model_copy, part):
+    (weights,) = (model_copy / part).glob("*.safetensors")
+    tensors = load_file(weights)
+    missing = next(name for name in sorted(tensors) if "layer" in name or "block" in name)
+    del tensors[missing]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    name = missing.removeprefix("text_model.")  # transformers reads FLUX.1's CLIP without its wrapper
+    with pytest.raises(InputError, match=rf"model/{part}: weights are missing \({re.escape(name)}; 1 in all\)"):
+        load_all(model_copy)
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "tokenizer_2"])
+def test_an_empty_tokenizer_is_named(model_copy, part):
+    for path in (model_copy / part).iterdir():
+        path.unlink()
+    with pytest.raises(InputError, match=rf"model/{part}: cannot be loaded"):
+        load_all(model_copy)
+
+
+def test_a_vae_of_another_model_is_refused(model_copy):
+    config = model_copy / "vae" / "config.json"
+    text = config.read_text()
+    assert '"shift_factor"' in text
+    lines = [line for line in text.splitlines() if "shift_factor" not in line]
+    config.write_text("\n".join(lines))
+    with pytest.raises(InputError, match=r"model/vae: 16 latent channels, shift_factor None; FLUX.1 has 16"):
+        load_all(model_copy)

@@ -6,9 +6,9 @@ from rich.console import Console
 from safetensors.torch import load, load_file
 
 from configs.errors import InputError
-from data.cache.manifest import EMPTY_TEXT
 from data.cache.open_cache import open_cache
-from data.cache.shard_writer import index_path, read_index
+from data.cache.shard_index import read_index
+from data.cache_layout import EMPTY_TEXT, index_path
 from data.encoders.stored_text import dequantize_tokens, quantize_tokens, store_text
 from data.preprocessing.run import preprocess
 

@@ -11,9 +11,9 @@ from data.batches.batch_stream import BatchStream
 from data.batches.micro_batch import MicroBatch
 from data.batches.order import Order, OrderSettings, hash_shards
 from data.batches.row_filler import RowPolicy
-from data.cache.manifest import TRAIN
 from data.online.training_set import OnlineTrainingSet, plan_online
 from data.preprocessing.worker import Worker
+from data.samples.plan import TRAIN
 from data.samples.shard_plan import PlannedShard
 from tests.data.batches.streams import copy_of
 

@@ -5,8 +5,7 @@ import torch
 
 import data.online.batch_encoder as batch_encoder
 from configs.errors import InputError
-from data.cache.shard_writer import NotFinite
-from data.encoders.encode import EncodedText, encode_captions, encode_pixels
+from data.encoders.encode import EncodedText, NotFinite, encode_captions, encode_pixels
 from data.online.batch_encoder import CaptionTexts
 from tests.data.online.online_streams import (
     take,

@@ -13,8 +13,8 @@ import data.sources.picture_file as picture_files
 from configs.errors import InputError, StorageFailed
 from data.batches.order import Order
 from data.batches.row_filler import ReplacedRow, RowPolicy
-from data.cache.manifest import TRAIN
 from data.encoders.encode import encode_captions, encode_pixels
+from data.samples.plan import TRAIN
 from data.storage.retry import ATTEMPTS
 from tests.data.batches.streams import copy_of
 from tests.data.online.online_streams import (

@@ -11,11 +11,11 @@ import data.online.finished_shards
 from configs.errors import InputError
 from data.batches.row_filler import RowPolicy
 from data.batches.training_set import CachedTrainingSet
-from data.cache.manifest import TRAIN
 from data.cache.open_cache import Cache, open_cache
-from data.cache.shard_writer import index_path
+from data.cache_layout import index_path
 from data.online.batch_encoder import BatchEncoder
 from data.preprocessing.run import preprocess
+from data.samples.plan import TRAIN
 from tests.data.batches.streams import copy_of
 from tests.data.online.online_streams import QUIET, assert_same, open_online, open_stream, plan_of, take
 

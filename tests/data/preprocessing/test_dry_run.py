@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from data.cache.manifest import read_shard_table
-from data.cache.shard_writer import index_path
+from data.cache_layout import index_path
 from data.encoders.load import Encoders, load_encoders
 from data.encoders.model_folder import encoder_fingerprints, find_model
 from data.preprocessing.dry_run import Estimate, bytes_by_part, measure, print_counts, print_hours

@@ -3,9 +3,8 @@ from pathlib import Path
 import pytest
 from rich.progress import Progress
 
-from configs.schema import DataConfig
 from data.encoders.model_folder import encoder_fingerprints
-from data.preprocessing.job import WORKER_LOCAL_KEYS, Job, make_plan
+from data.preprocessing.job import Job, make_plan
 
 
 @pytest.fixture
@@ -18,12 +17,6 @@ def job_of(demo_config, tmp_path):
         return Job(config, model, encoder_fingerprints(model))
 
     return make
-
-
-def test_of_every_key_it_is_decided_whether_it_binds_the_workers():
-    """A new key of `data` binds them until WORKER_LOCAL_KEYS says that it need not."""
-    binding = {"datasets", "resolution", "resolution_policy", "captions", "holdout", "shard_size_mib", "max_megapixels"}
-    assert DataConfig.model_fields.keys() == binding | WORKER_LOCAL_KEYS.keys()
 
 
 def test_workers_agree_in_what_shapes_the_plan_and_differ_in_the_rest_as_they_like(job_of):

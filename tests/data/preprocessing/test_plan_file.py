@@ -4,7 +4,7 @@ import tracemalloc
 import pytest
 
 from data.preprocessing.plan_file import read_plan, write_plan
-from data.samples.shard_plan import PlannedSample
+from data.samples.plan import PlannedSample
 from tests.data.samples.test_shard_plan import many_samples, plan
 
 

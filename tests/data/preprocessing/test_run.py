@@ -13,10 +13,11 @@ from safetensors.torch import load, load_file
 
 from configs.errors import InputError
 from configs.loading import dump_config
-from data.cache.manifest import EMPTY_TEXT, read_manifest
+from data.cache.manifest import read_manifest
 from data.cache.open_cache import open_cache
-from data.cache.shard_writer import index_path, read_index
-from data.cache.validation_items import FOLDER, read_validation_items
+from data.cache.shard_index import read_index
+from data.cache.validation_items import read_validation_items
+from data.cache_layout import EMPTY_TEXT, VALIDATION, index_path
 from data.encoders import encode
 from data.encoders.encode import encode_pixels
 from data.preprocess import main
@@ -225,9 +226,9 @@ def test_what_is_lost_or_damaged_is_mended(make_pictures, config_of, lost):
     elif lost in ("manifest", "table"):
         (cache / {"manifest": "manifest.json", "table": "shards.npz"}[lost]).write_text("<!DOCTYPE html>")
     elif lost == "validation":
-        shutil.rmtree(cache / FOLDER)
+        shutil.rmtree(cache / VALIDATION)
     else:
-        name = {"empty text": EMPTY_TEXT, "blank": "blank_32x32.safetensors", "picture": f"{FOLDER}/0000.mask.png"}[
+        name = {"empty text": EMPTY_TEXT, "blank": "blank_32x32.safetensors", "picture": f"{VALIDATION}/0000.mask.png"}[
             lost
         ]
         (cache / name).unlink()
@@ -425,12 +426,12 @@ def test_what_a_killed_worker_had_half_written_is_removed(make_pictures, config_
     whole = files_below(cache).keys()
     write_triple(folder, "picture-01", seed=1, hole=(0, 0, 5, 5))
     for name in whole:
-        if not name.startswith(f"{FOLDER}/"):
+        if not name.startswith(f"{VALIDATION}/"):
             (cache / f"{name}.0123abcd.part").write_bytes(b"half")
-    (cache / f"{FOLDER}.part").mkdir()
+    (cache / f"{VALIDATION}.part").mkdir()
     preprocess(config, QUIET)
     assert leftovers(cache) == []
-    assert not (cache / f"{FOLDER}.part").exists()
+    assert not (cache / f"{VALIDATION}.part").exists()
 
 
 def test_what_a_worker_left_behind_the_end_of_the_others_is_removed_and_nothing_else_touched(make_pictures, config_of):

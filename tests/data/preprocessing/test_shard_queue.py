@@ -4,7 +4,8 @@ import pytest
 
 from data.preprocessing.shard_queue import read_finished
 from data.samples.geometry import Bucket, plan_crop
-from data.samples.shard_plan import PlannedSample, PlannedShard
+from data.samples.plan import PlannedSample
+from data.samples.shard_plan import PlannedShard
 from data.sources.picture_file import PictureFile
 from data.sources.triples import Triple
 

@@ -25,8 +25,9 @@ import data.samples.decode
 from configs.errors import InputError
 from data.cache.manifest import read_manifest, read_shard_table
 from data.cache.open_cache import open_cache
+from data.cache_layout import CREW
 from data.encoders.model_folder import encoder_fingerprints
-from data.preprocessing.job import WORKERS_FOLDER, Job
+from data.preprocessing.job import Job
 from data.preprocessing.run import preprocess
 from data.preprocessing.share_plan import agree_on_plan
 from data.preprocessing.worker import Worker
@@ -171,7 +172,7 @@ def test_a_worker_that_dies_holds_nobody_up_and_leaves_nothing(config_of, pictur
     dying.wait_until_stopped()
     others = [start_worker(config, number, 3) for number in (0, 2)]
     deadline = time.monotonic() + 120
-    while len(list((config.data.cache / WORKERS_FOLDER / "workers").glob("*.json"))) < 3:
+    while len(list((config.data.cache / CREW / "workers").glob("*.json"))) < 3:
         assert time.monotonic() < deadline, "the others did not join"
         time.sleep(0.01)
     dying.kill()
@@ -184,7 +185,7 @@ def test_what_the_last_worker_left_when_it_was_killed_the_next_clears_up(config_
     """Killed while it cleared up itself, over a complete cache: no shard is touched."""
     config = config_of(tmp_path / "cache", pictures)
     assert start_worker(config, kill_at=undisturbed[1] - 2).join()[0] == -signal.SIGKILL
-    assert (config.data.cache / WORKERS_FOLDER).exists()
+    assert (config.data.cache / CREW).exists()
     shards = {path: inode for path, inode in inodes(config.data.cache).items() if path.suffix in (".tar", ".json")}
     preprocess(config, QUIET)
     assert contents(config.data.cache) == undisturbed[0]
@@ -273,7 +274,7 @@ def test_a_bad_picture_is_told_by_every_worker_and_found_by_one(config_of, pictu
     messages = in_threads([config] * 3)
     assert all(message and f"{bad}: cannot be decoded" in message for message in messages), messages
     assert seen.count("picture-05") == 1
-    assert not (config.data.cache / WORKERS_FOLDER).exists()
+    assert not (config.data.cache / CREW).exists()
 
     bad.write_bytes(whole)
     assert in_threads([config] * 2) == [None] * 2
@@ -309,7 +310,7 @@ def test_who_helps_to_plan_goes_on_when_the_job_is_done_first(tmp_path, fault):
 def test_a_job_of_another_config_is_refused_and_the_first_goes_on(config_of, pictures, undisturbed, tmp_path):
     config = config_of(tmp_path / "cache", pictures)
     job = Job(config, Path(config.model.base), encoder_fingerprints(Path(config.model.base)))
-    with join(config.data.cache / WORKERS_FOLDER, job.settings):
+    with join(config.data.cache / CREW, job.settings):
         other = config_of(tmp_path / "cache", pictures, "data.resolution=[48]", "data.encode_batch_size=4")
         with pytest.raises(InputError, match=r"another job .*process \d+ on") as caught:
             preprocess(other, QUIET)
@@ -327,7 +328,7 @@ def test_pictures_that_change_between_two_jobs_are_planned_anew(config_of, pictu
     shutil.copytree(pictures, folder)
     config = config_of(tmp_path / "cache", folder)
     assert start_worker(config, kill_at=60).join()[0] == -9
-    assert list((config.data.cache / WORKERS_FOLDER).glob("plan-*"))
+    assert list((config.data.cache / CREW).glob("plan-*"))
     write_triple(folder, 1, hole=(0, 0, 30, 30))
     preprocess(config, QUIET)
     alone = config_of(tmp_path / "alone", folder)
@@ -343,7 +344,7 @@ def test_a_worker_that_was_killed_elsewhere_is_not_followed_while_it_passes_for_
     shutil.copytree(pictures, folder)
     config = config_of(tmp_path / "cache", folder)
     assert start_worker(config, kill_at=60).join()[0] == -9
-    group = config.data.cache / WORKERS_FOLDER
+    group = config.data.cache / CREW
     assert list(group.glob("plan-*"))
     for file in (group / "workers").iterdir():
         file.write_text(json.dumps(json.loads(file.read_text()) | {"place": "another machine"}))
@@ -361,7 +362,7 @@ def test_a_worker_that_was_suspended_for_minutes_changes_nothing_when_it_wakes(c
     config = config_of(tmp_path / "cache", folder)
     worker = start_worker(config, kill_at=moment, fate=signal.SIGSTOP)
     worker.wait_until_stopped()
-    for file in (config.data.cache / WORKERS_FOLDER / "workers").glob("*.json"):
+    for file in (config.data.cache / CREW / "workers").glob("*.json"):
         os.utime(file, (time.time() - STALE_SECONDS - 1,) * 2)
     write_triple(folder, PICTURES)
     preprocess(config, QUIET)

@@ -117,3 +117,8 @@ def test_pictures_of_different_sizes_are_refused():
     picture = grey_picture(64, 64)
     with pytest.raises(ValueError, match=r"differ in size: \[\(64, 64\), \(65, 64\)\]"):
         fit(picture, grey_picture(65, 64).convert("L"), None, Bucket(64, 64))
+
+
+def test_a_buckets_name_is_read_back():
+    for bucket in (Bucket(48, 80), Bucket(1024, 1024)):
+        assert Bucket.parse(str(bucket)) == bucket

@@ -3,8 +3,9 @@ import pytest
 import xxhash
 from PIL import Image
 
-from configs.mask_recipe import MaskRecipe, recipe_of
-from data.samples.masks import KINDS, contact_sheet, dilate_masks, draw_mask, draw_masks, mask_generator
+from configs.dataset_schema import RandomMasks
+from configs.mask_recipe import MaskRecipe
+from data.samples.masks import KINDS, contact_sheet, dilate_masks, draw_mask, draw_masks, drawers_of, mask_generator
 
 SIZES = [(64, 64), (48, 96), (96, 48), (256, 256)]
 
@@ -28,6 +29,16 @@ def test_the_share_that_is_painted_is_as_the_docstring_says(kind, size):
     # Spread over the range, not crowded in its middle: a model that knows one size of hole fails at the others.
     assert np.quantile(shares, 0.2) < low + 0.35 * (high - low)
     assert np.quantile(shares, 0.8) > low + 0.5 * (high - low)
+
+
+def test_a_kind_without_a_drawer_is_found():
+    class WithStars(RandomMasks):
+        stars: float = 0.0
+
+    drawers = drawers_of(RandomMasks, dict.fromkeys(KINDS, lambda height, width, generator: None))
+    assert list(drawers) == list(RandomMasks.model_fields)
+    with pytest.raises(TypeError, match="stars: a config may ask for such masks, but nothing here draws them"):
+        drawers_of(WithStars, drawers)
 
 
 def test_full_is_full():
@@ -129,36 +140,6 @@ def test_dilation_leaves_something_to_keep():
 def test_masks_without_dilation_are_as_they_are(tmp_path):
     (same,) = dilate_masks(own_mask(), MaskRecipe(), content(0))
     np.testing.assert_array_equal(same, own_mask())
-
-
-@pytest.mark.parametrize(
-    "mask, recipe, text",
-    [
-        ("m", MaskRecipe(), "own"),
-        ({"folder": "m", "dilate": [2, 9], "variants": 3}, MaskRecipe(dilate=(2, 9), variants=3), None),
-        ({"random": {"brush": 2, "box": 0, "full": 1}}, MaskRecipe(shares=(("brush", 2.0), ("full", 1.0))), None),
-    ],
-)
-def test_a_recipe_is_what_the_config_says(mask, recipe, text):
-    from configs.dataset_schema import DatasetConfig
-
-    found = recipe_of(DatasetConfig.model_validate({"name": "a", "target": "t", "mask": mask}))
-    assert found == recipe
-    assert text is None or str(found) == text
-
-
-def test_recipes_that_differ_are_told_apart_by_their_text():
-    recipes = [
-        MaskRecipe(),
-        MaskRecipe(dilate=(0, 4)),
-        MaskRecipe(dilate=(0, 4), variants=2),
-        MaskRecipe(shares=(("box", 1.0),)),
-        MaskRecipe(shares=(("box", 1.0),), variants=2),
-        MaskRecipe(shares=(("box", 1.5),)),
-        MaskRecipe(shares=(("box", 1.0), ("full", 1.0))),
-    ]
-    assert len({str(recipe) for recipe in recipes}) == len(recipes)
-    assert str(recipes[2]) == "own, grown by 0 to 4 pixels; 2 variants"
 
 
 def test_the_sheet_shows_every_kind(tmp_path):

@@ -5,7 +5,8 @@ import pytest
 
 from configs.mask_recipe import OWN_MASKS, MaskRecipe
 from data.samples.geometry import Bucket, plan_crop
-from data.samples.shard_plan import PlannedSample, plan_shards, sample_bytes, text_name
+from data.samples.plan import PlannedSample, text_name
+from data.samples.shard_plan import plan_shards, sample_bytes
 from data.sources.picture_file import PictureFile
 from data.sources.triples import Triple
 
@@ -25,7 +26,7 @@ def planned(
 
 
 def plan(samples, *, size_limit=100_000, encoding=ENCODING):
-    return plan_shards(samples, size_limit=size_limit, text_bytes=TEXT_BYTES, encoding=encoding)
+    return plan_shards(samples, size_limit=size_limit, text_bytes=TEXT_BYTES, encoding=encoding, format_version=1)
 
 
 def many_samples(count=400):

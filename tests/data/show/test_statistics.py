@@ -4,8 +4,8 @@ from statistics import median_low
 import pytest
 
 from configs.errors import InputError
-from data.cache.manifest import parse_bucket
-from data.cache.shard_writer import index_path
+from data.cache_layout import index_path
+from data.samples.geometry import Bucket
 from data.show.statistics import count_cache, find_shards
 
 SHARDS = [("photos", "48x64", 5), ("photos", "48x64", 3), ("photos", "32x32", 4, "holdout"), ("removal", "48x64", 1)]
@@ -55,7 +55,7 @@ def test_shards_are_counted_by_dataset_bucket_and_split(make_cache):
 def test_tokens_are_those_of_the_samples(make_cache, make_sample):
     cache = make_cache(SHARDS)
     tokens = [
-        make_sample(f"{dataset}-{number}-{row}", parse_bucket(bucket), text="").tokens
+        make_sample(f"{dataset}-{number}-{row}", Bucket.parse(bucket), text="").tokens
         for number, (dataset, bucket, samples, *_) in enumerate(SHARDS)
         for row in range(samples)
     ]

@@ -3,8 +3,9 @@ import pytest
 import torch
 
 from configs.errors import InputError
-from data.cache.manifest import parse_bucket
-from data.cache.shard_writer import index_path, read_index
+from data.cache.shard_index import read_index
+from data.cache_layout import index_path
+from data.samples.geometry import Bucket
 from data.show.stored_samples import read_samples, spread_samples
 
 SHARDS = [("photos", "48x64", 5), ("photos", "48x64", 1), ("photos", "32x32", 4), ("removal", "48x64", 2)]
@@ -15,7 +16,7 @@ def test_stored_samples_are_what_was_written(make_cache, make_sample):
     for sample in read_samples(cache.folder, cache.table, [(0, 3), (2, 0), (3, 1)]):
         number, row = sample.key.split("-")[1:]
         text = f"text-{int(row) % 2:016x}"
-        bucket = parse_bucket(SHARDS[int(number)][1])
+        bucket = Bucket.parse(SHARDS[int(number)][1])
         written = make_sample(sample.key, bucket, text=text, num_variants=2)
         assert torch.equal(sample.latents, written.latents)
         for variant in range(2):

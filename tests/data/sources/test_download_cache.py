@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs.data_schema import DataConfig
 from configs.errors import InputError
-from configs.schema import DataConfig
 from data.sources.download_cache import DownloadCache
 from data.sources.scan import scan_dataset
 

@@ -16,9 +16,10 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
+from configs.data_schema import DataConfig
 from configs.errors import InputError, StorageFailed
-from configs.schema import DataConfig
-from data.sources.scan import delete_copies, scan_dataset
+from data.sources.download_cache import delete_copies
+from data.sources.scan import scan_dataset
 
 NAMES = [f"{letter}/{number:02d}" for letter in "ab" for number in range(10)]
 

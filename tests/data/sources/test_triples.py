@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs.data_schema import CaptionsConfig, DataConfig
+from configs.dataset_schema import DatasetConfig
 from configs.errors import InputError
-from configs.schema import CaptionsConfig, DataConfig, DatasetConfig
-from data.sources.items import listed
 from data.sources.triples import Triple, held_out, list_triples
 
 
@@ -259,10 +259,3 @@ def test_new_pictures_move_few_old_ones_across(num_new):
 def test_nothing_and_more_than_everything_can_be_held_out():
     assert held_out(["a", "b"], 0) == frozenset()
     assert held_out(["a", "b", "b"], 5) == {"a", "b"}
-
-
-def test_a_long_list_of_problems_ends_with_how_many_more():
-    lines = listed([f"problem {number}" for number in range(70)]).splitlines()
-    assert lines[0] == "problem 0"
-    assert lines[-1] == "... and 20 more."
-    assert len(lines) == 51

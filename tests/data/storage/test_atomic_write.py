@@ -4,7 +4,7 @@ import threading
 import numpy as np
 import pytest
 
-from data.storage.atomic_write import write_atomically, write_text_atomically
+from data.storage.atomic_write import apply_umask, write_atomically, write_text_atomically
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -71,6 +71,10 @@ def test_what_safetensors_writes_can_be_read_by_whom_the_umask_allows(tmp_path):
     before = os.umask(0o027)
     try:
         write_atomically(tmp_path / "a.index", lambda temporary: save_file({"a": np.zeros(3)}, temporary))
+        save_file({"a": np.zeros(3)}, tmp_path / "adapter.safetensors")
+        apply_umask(tmp_path)
     finally:
         os.umask(before)
-    assert (tmp_path / "a.index").stat().st_mode & 0o777 == 0o640
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.index", "adapter.safetensors"]
+    for path in tmp_path.iterdir():
+        assert path.stat().st_mode & 0o777 == 0o640

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 
 from configs.errors import InputError
-from data.cache import dropout_tensors as constants
+from data.cache import dropout_tensors
 from data.cache.manifest import write_manifest
-from data.cache.shard_writer import ShardWriter, read_index, write_index
+from data.cache.shard_index import read_index, write_index
+from data.cache.shard_writer import ShardWriter
 from data.cache.validation_items import ValidationItem, write_validation_items
 from data.preprocessing import share_plan
 from data.preprocessing.worker_group import WorkerGroup
 from data.samples.geometry import Bucket, Pixels
-from data.sources.scan import _new_file
+from data.sources.download_cache import open_new_file
 from data.sources.scan_cache import ScanCache
 from data.storage.atomic_write import write_atomically, write_text_atomically
 from data.storage.disk_full import DiskFull, raise_disk_full
@@ -37,7 +38,7 @@ def write_plan(disk, *_):
 
 
 def write_pack(disk, *_):
-    with _new_file(disk / "a.pictures") as pack:
+    with open_new_file(disk / "a.pictures") as pack:
         pack.write(b"\1" * 10_000)
 
 
@@ -61,7 +62,9 @@ WRITERS = {
         disk / "a.npz", lambda path: np.savez(path.open("wb"), a=np.zeros(9999))
     ),
     "index": write_index_of_a_shard,
-    "constants": lambda disk, _, make_sample, make_text: constants._write(disk / "a.safetensors", make_text("a"), {}),
+    "dropout tensors": lambda disk, _, make_sample, make_text: dropout_tensors._write(
+        disk / "a.safetensors", make_text("a"), {}
+    ),
     "scan result": lambda disk, *_: ScanCache(disk, "cats").write("a", [["a" * 8000]]),
     "pack of remote pictures": write_pack,
     "validation pictures": write_pictures,

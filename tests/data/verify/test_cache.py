@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from configs.errors import InputError
-from data.cache.manifest import EMPTY_TEXT, MANIFEST, SHARD_TABLE, read_manifest, read_shard_table, write_manifest
-from data.cache.shard_writer import index_path, read_index
+from data.cache.manifest import read_manifest, read_shard_table, write_manifest
+from data.cache.shard_index import read_index
+from data.cache_layout import EMPTY_TEXT, MANIFEST, SHARD_TABLE, index_path
 from data.verify.cache import verify_cache
 from tests.data.verify.verified import BAD, MIDDLE, SHARDS, found, verify
 

@@ -11,9 +11,8 @@ import pytest
 from rich.console import Console
 
 from configs.errors import InputError
-from data.cache.manifest import EMPTY_TEXT, MANIFEST, SHARD_TABLE
-from data.cache.shard_writer import index_path, read_index
-from data.preprocessing.job import WORKERS_FOLDER
+from data.cache.shard_index import read_index
+from data.cache_layout import CREW, EMPTY_TEXT, MANIFEST, SHARD_TABLE, index_path
 from data.preprocessing.run import preprocess
 from data.preprocessing.worker_group import join
 from data.verify.cache import CheckedCache, verify_cache
@@ -213,12 +212,12 @@ def test_a_repair_and_a_preprocess_keep_out_of_each_others_way(config):
     folder = config.data.cache
     (folder / EMPTY_TEXT).unlink()
     with (
-        join(folder / WORKERS_FOLDER, {"data.captions": 1}),
+        join(folder / CREW, {"data.captions": 1}),
         pytest.raises(InputError, match=r"data.cache .*: process \d+ on .* is at work in it. Wait for it or stop it"),
     ):
         repair(config)
     assert not (folder / "quarantine.jsonl").exists()
-    with join(folder / WORKERS_FOLDER, {"work": "repair"}):
+    with join(folder / CREW, {"work": "repair"}):
         for work in (lambda: repair(config), lambda: preprocess(config, QUIET)):
             with pytest.raises(InputError, match=r"is at work in it. Wait for it or stop it"):
                 work()

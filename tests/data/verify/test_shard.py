@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from data.cache.shard_writer import index_path, read_index, write_index
+from data.cache.shard_index import read_index, write_index
+from data.cache_layout import index_path
 from tests.data.verify.verified import BAD, found, verify
 
 INDEX = BAD.replace(".tar", ".index")

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from data.cache.shard_writer import ShardIndex, index_path, read_index
+from data.cache.shard_index import ShardIndex, read_index
+from data.cache_layout import index_path
 from tests.data.verify.verified import BAD, MIDDLE, found, verify
 
 

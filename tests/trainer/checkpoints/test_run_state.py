@@ -1,14 +1,12 @@
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 
 from configs.errors import InputError
 from data.batches.row_filler import ReplacedRow
-from trainer.checkpoints.folders import save_checkpoint
-from trainer.checkpoints.run_state import RunState, choose_checkpoint, gather_replaced, resume
-from trainer.engines.ema import Ema
+from trainer.checkpoints.run_state import RunState, gather_replaced, read_state, write_state
 from trainer.training_data import choose_order
 
 REPLACED = tuple(
@@ -17,96 +15,48 @@ REPLACED = tuple(
 
 
 @pytest.fixture
-def saved(config, samples, engine, tmp_path):
-    """Makes a checkpoint of a run in the given order: (config of the run, its checkpoint's folder)."""
-
-    def save(order, replaced=()):
-        run = config.model_copy(update={"run": config.run.model_copy(update={"dir": tmp_path, "name": "kept"})})
-        state = RunState(step=3, batch=3, skips=0, restarts=0, order=order, replaced=replaced)
-
-        def write(folder):
-            text = json.dumps({"state": asdict(state), "engine": {"name": engine.name}})
-            (folder / "state.json").write_text(text)
-            return {}
-
-        return run, save_checkpoint(run.run.folder, 3, write)
-
-    return save
+def state(config, samples) -> RunState:
+    return RunState(step=3, batch=3, skips=2, restarts=1, order=choose_order(config, samples), replaced=REPLACED[:2])
 
 
-@pytest.mark.parametrize(
-    "change, problem",
-    [
-        ({"seed": 9}, r"run\.seed is 42, the run has 9"),
-        ({"global_batch_size": 5}, r"train\.global_batch_size is \d+, the run has 5"),
-        ({"weights": {"photographs": 2.0}}, r"weight of data\.datasets is .*1\.0.*, the run has .*2\.0\}"),
-        ({"shards": "0" * 32}, r"data\.cache holds other training samples than when the run began"),
-    ],
-)
-def test_another_order_of_the_samples_is_refused(config, samples, engine, saved, change, problem):
-    run, folder = saved(replace(choose_order(config, samples), **change))
-    with pytest.raises(InputError, match=rf"{folder}: another order of the samples:\n  {problem}\nSet them back"):
-        resume(run, "auto", engine, Ema([], None), choose_order(config, samples))
+def test_what_is_written_is_read_back(state, tmp_path):
+    write_state(tmp_path, state, {"name": "single"})
+    assert json.loads((tmp_path / "state.json").read_text())["version"] == 1
+    assert read_state(tmp_path) == (state, {"name": "single"})
 
 
-def test_ranks_that_see_different_caches_are_refused(config, samples):
-    order = choose_order(config, samples)
-    orders = [order, order, replace(order, shards="0" * 32), order]
-    with pytest.raises(InputError, match=r"rank 2 sees another data\.cache than rank 0 .*0{32}"):
-        resume(config, "never", Ranks(gathered=orders), Ema([], None), order)
+def test_another_version_is_refused(state, tmp_path):
+    write_state(tmp_path, state, {"name": "single"})
+    path = tmp_path / "state.json"
+    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    with pytest.raises(InputError, match=rf"{path}: version 2, but this fluxfill reads .* version 1\. Go on with the"):
+        read_state(tmp_path)
 
 
-def test_a_run_keeps_its_streams_and_blocks(config, samples, engine, saved, monkeypatch):
-    """Chosen for the machines it began on; the samples' order outlives them."""
-    monkeypatch.setattr("trainer.checkpoints.run_state.load_tensors", lambda *_, **__: None)
-    before = replace(choose_order(config, samples), streams=2, block_shards=3)
-    run, _ = saved(before, replaced=REPLACED[:2])
-    state = resume(run, "auto", engine, Ema([], None), choose_order(config, samples))
-    assert state.order == before
-    assert state.replaced == REPLACED[:2]
-    assert (state.step, state.restarts) == (3, 1)
-
-
-# --- the choice of a checkpoint ---------------------------------------------------------------------------------------
-
-
-def test_a_machine_that_sees_another_folder_does_not_send_the_run_back(config, samples, engine, saved, monkeypatch):
-    """Its half of the files is missing there, and whole where rank 0 looks."""
-    run, folder = saved(choose_order(config, samples))
-    monkeypatch.setattr(type(engine), "gather", lambda self, item: [item, "rank-00001.safetensors is missing"])
-    monkeypatch.setattr(engine, "world_size", 2)
-    with pytest.raises(
-        InputError, match=rf"{folder}: rank 1 finds that rank-00001.* is missing, rank 0 finds it whole"
-    ):
-        choose_checkpoint(run, "auto", engine)
-
-
-# --- replaced rows ----------------------------------------------------------------------------------------------------
-
-
-class Ranks:
+class SeveralRanks:
     """An engine and a stream in one: this rank's replaced rows, and what all ranks tell."""
 
-    def __init__(self, *of_each: Iterable[ReplacedRow], gathered: Sequence = ()) -> None:
-        self.of_each = gathered or [list(rows) for rows in of_each]
+    def __init__(self, *of_each: Iterable[ReplacedRow]) -> None:
+        self.of_each = [list(rows) for rows in of_each]
+        self.ranks = self
 
     def replaced(self):
         return self.of_each[0]
 
-    def gather(self, mine):
+    def all_gather(self, mine):
         assert mine == self.of_each[0]
         return self.of_each
 
 
 def test_replaced_rows_of_all_ranks_are_told_once_and_in_order(config, samples):
     state = RunState(step=3, batch=3, skips=0, restarts=1, order=choose_order(config, samples), replaced=REPLACED[:1])
-    ranks = Ranks([REPLACED[0], REPLACED[3]], [REPLACED[0], REPLACED[2]], [REPLACED[0], REPLACED[1]])
+    ranks = SeveralRanks([REPLACED[0], REPLACED[3]], [REPLACED[0], REPLACED[2]], [REPLACED[0], REPLACED[1]])
     assert gather_replaced(config, ranks, state, ranks) == replace(state, replaced=REPLACED)
 
 
 def test_ranks_that_together_replaced_too_many_stop_together(config, samples):
     state = RunState(step=3, batch=3, skips=0, restarts=0, order=choose_order(config, samples))
-    ranks = Ranks(
+    ranks = SeveralRanks(
         [ReplacedRow(n, "a.tar", n, n + 1) for n in range(9)], [ReplacedRow(50, "b.tar", n, 9) for n in range(8)]
     )
     with pytest.raises(

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from trainer.engines.ema import Ema
-from trainer.engines.engine import LocalSlice
+from trainer.engines.slices import LocalSlice
 
 
 def slices_of(model: nn.Module) -> list[LocalSlice]:

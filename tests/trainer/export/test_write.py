@@ -1,57 +1,26 @@
 import json
-import logging
 import os
 import shutil
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import FluxFillPipeline, FluxTransformer2DModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from configs.schema import LoraConfig
-from trainer.adapters.adapter import ADAPTER, WEIGHTS_NAME, add_adapter, save_adapter
-from trainer.export.write import export_model, verify_adapter, verify_model
+from tests.trainer.export.trained_models import change_one_number, trained_model
+from trainer.adapters.build import add_adapter
+from trainer.adapters.files import WEIGHTS_NAME, save_adapter
+from trainer.export.verify import verify_model
+from trainer.export.write import export_model
 from trainer.model.flux import load_transformer
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
-def trained_model(folder: Path):
-    """The model of a folder with other weights than there, as after training."""
-    transformer = load_transformer(folder, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in transformer.parameters():
-            parameter.mul_(1.25)
-    return transformer
-
-
 def weights_of(transformer) -> dict[str, torch.Tensor]:
     return dict(transformer.named_parameters())
-
-
-def change_one_number(file: Path, value: float) -> None:
-    """Replace the first number of the last tensor; the file keeps its metadata."""
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
-    tensors = load_file(file)
-    tensors[list(tensors)[-1]].view(-1)[0] = value
-    save_file(tensors, file, metadata=metadata)
-
-
-# --- a whole model ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def exported(tiny_model, tmp_path) -> Path:
-    transformer = trained_model(tiny_model)
-    export_model(
-        transformer, tiny_model, tmp_path / "final", weights=transformer.named_parameters(), dtype=torch.float32
-    )
-    return tmp_path / "final"
 
 
 def test_an_exported_model_is_a_pipeline_with_the_trained_weights(tiny_model, exported):
@@ -179,24 +148,6 @@ def test_bf16_export_is_rounded_once_and_verified_in_bf16(tiny_model, tmp_path):
     verify_model(transformer, tmp_path / "final", weights=transformer.named_parameters(), dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("value", [0.123, float("nan")])
-def test_one_changed_number_in_an_exported_model_is_found(tiny_model, exported, value):
-    transformer = trained_model(tiny_model)
-    verify_model(transformer, exported, weights=transformer.named_parameters(), dtype=torch.float32)
-    change_one_number(exported / WEIGHTS, value)
-    with pytest.raises(RuntimeError, match="1 tensors came back different"):
-        verify_model(transformer, exported, weights=transformer.named_parameters(), dtype=torch.float32)
-
-
-def test_a_tensor_that_is_missing_in_an_exported_model_is_found(tiny_model, exported):
-    tensors = load_file(exported / WEIGHTS)
-    del tensors["proj_out.bias"]
-    save_file(tensors, exported / WEIGHTS)
-    transformer = trained_model(tiny_model)
-    with pytest.raises(RuntimeError, match=r"proj_out\.bias"):
-        verify_model(transformer, exported, weights=transformer.named_parameters(), dtype=torch.float32)
-
-
 def test_dev_is_exported_as_a_fill_pipeline(tiny_dev_model, tmp_path):
     transformer = trained_model(tiny_dev_model)
     export_model(
@@ -218,44 +169,3 @@ def test_a_second_export_replaces_the_first(tiny_model, exported):
     verify_model(transformer, exported, weights=transformer.named_parameters(), dtype=torch.float32)
     assert not (exported / "stray").exists()
     assert [path.name for path in exported.parent.iterdir()] == ["final"]
-
-
-# --- an adapter -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(params=["fill", "dev"])
-def adapted(request, tmp_path):
-    """(transformer with a trained adapter, its model folder, the adapter's folder)."""
-    dev = request.param == "dev"
-    model = request.getfixturevalue("tiny_dev_model" if dev else "tiny_model")
-    transformer = load_transformer(model, dtype=torch.float32)
-    add_adapter(transformer, LoraConfig(type="lora", rank=4, alpha=12), expanded=dev, seed=0)
-    for parameter in transformer.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(1))
-    save_adapter(transformer, tmp_path / "final")
-    return transformer, model, tmp_path / "final"
-
-
-def test_a_good_adapter_passes_and_the_live_one_is_as_before(adapted, recwarn, caplog, monkeypatch):
-    transformer, model, folder = adapted
-    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
-    before = {name: parameter.clone() for name, parameter in transformer.named_parameters()}
-    trains = [name for name, parameter in transformer.named_parameters() if parameter.requires_grad]
-    transformer.train()
-    verify_adapter(transformer, model, folder)
-    assert not [*recwarn, *(record for record in caplog.records if record.levelno >= logging.WARNING)]
-    assert transformer.training
-    assert list(transformer.peft_config) == [ADAPTER]
-    assert transformer.active_adapters() == [ADAPTER]
-    assert [name for name, parameter in transformer.named_parameters() if parameter.requires_grad] == trains
-    assert all(torch.equal(before[name], parameter) for name, parameter in transformer.named_parameters())
-
-
-@pytest.mark.parametrize("value", [5.0, float("nan")])
-def test_one_changed_number_in_an_adapter_is_found(adapted, value):
-    transformer, model, folder = adapted
-    change_one_number(folder / WEIGHTS_NAME, value)
-    with pytest.raises(RuntimeError, match="gives another output"):
-        verify_adapter(transformer, model, folder)
-    assert list(transformer.peft_config) == [ADAPTER]

@@ -233,12 +233,14 @@ def test_expanded_dev_gives_devs_output_whatever_the_condition(tiny_dev_model, l
     assert torch.equal(expanded.x_embedder.bias, dev.x_embedder.bias)
 
 
-def test_expanded_dev_survives_save_and_reload(tiny_dev_model, tmp_path):
+def test_expanded_dev_is_built_again_from_its_config_and_from_its_files(tiny_dev_model, tmp_path):
     expanded = load_transformer(tiny_dev_model, dtype=torch.float32)
     expanded.save_pretrained(tmp_path / "transformer")
     reloaded = FluxTransformer2DModel.from_pretrained(tmp_path, subfolder="transformer")
-    assert (reloaded.config.in_channels, reloaded.config.out_channels) == (384, 64)
-    assert reloaded.proj_out.out_features == 64
+    built = FluxTransformer2DModel.from_config(expanded.config)
+    for again in (reloaded, built):
+        assert (again.config.in_channels, again.config.out_channels) == (384, 64)
+        assert (again.x_embedder.in_features, again.proj_out.out_features) == (384, 64)
     assert all(torch.equal(a, b) for a, b in zip(expanded.parameters(), reloaded.parameters(), strict=True))
 
 

@@ -196,7 +196,7 @@ def train_and_add_up_the_base(arguments: list[str]) -> dict[str, float]:
     sums = {}
 
     def add_up(config, engine, model, ema):
-        for name, layer in engine.plain_transformer.named_modules():
+        for name, layer in engine.unwrap().named_modules():
             if isinstance(layer, WeightOnlyLinear):
                 sums[name] = layer.dequantized().double().square().sum().item()
 
@@ -245,10 +245,10 @@ def train_with_codes_stored_as(dtype: torch.dtype, arguments: list[str]) -> int:
     import bitsandbytes
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    import trainer.engines.engine
+    import trainer.engines.fsdp
     from trainer.main import train
 
-    trainer.engines.engine._fsdp_precision = lambda _: MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    trainer.engines.fsdp.mixed_precision = lambda _: MixedPrecisionPolicy(param_dtype=torch.bfloat16)
 
     original = bitsandbytes.nn.Params4bit.__new__
 

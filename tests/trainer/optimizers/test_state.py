@@ -1,14 +1,16 @@
-"""8-bit moments: read back as numbers, whatever tensor of whatever rank they lie in."""
-
-import json
+"""Which state reshards; and 8-bit moments as numbers."""
 
 import pytest
 import torch
 
-from configs.errors import InputError
-from trainer.checkpoints.tensor_files import INDEX, Span, StateFiles, rank_file, write_index, write_tensors
-from trainer.engines.engine import EIGHT_BIT_LIMIT, check_eight_bit_partition
-from trainer.optimizers.state import BLOCK, dequantize, eight_bit_moments, quantize
+from trainer.optimizers.state import (
+    BLOCK,
+    dequantize,
+    eight_bit_moments,
+    elementwise_state,
+    quantize,
+    unreshardable_state,
+)
 
 
 @pytest.fixture
@@ -55,41 +57,40 @@ def test_along_other_blocks_a_number_moves_by_a_code_at_most(state):
     assert moved.max() > 0
 
 
-def test_a_parameter_is_read_out_of_the_tensors_of_several_ranks(tmp_path, state):
-    """Rank 0 holds b's start behind a in one flat partition, rank 1 the rest of b in a small tensor kept in fp32."""
-    numbers = dequantize(state["state1"], state["absmax1"], "state1").view(-1)
-    small = torch.randn(24)
-    codes = {"state/partition 0//state1": state["state1"], "state/partition 0//absmax1": state["absmax1"]}
-    write_tensors(tmp_path / rank_file(0), codes)
-    write_tensors(tmp_path / rank_file(1), {"state1/b": small})
-    spans = {
-        0: {"state1/a": Span(0, 240, "partition 0", 0), "state1/b": Span(0, 10000, "partition 0", 240)},
-        1: {"state1/b": Span(10000, 10024)},
-    }
-    write_index(tmp_path, spans, {"a": 240, "b": 10024})
-    files = StateFiles(tmp_path)
-    assert files.kinds() == {"state1"}
-    assert torch.equal(files.read("state1", "a", 0, 240), numbers[:240])
-    assert torch.equal(files.read("state1", "b", 9990, 30), torch.cat([numbers[10230:10240], small[:20]]))
-    assert json.loads((tmp_path / INDEX).read_text())["tensors"]["state1/a"] == [
-        [0, 240, rank_file(0), "partition 0", 0]
-    ]
+# --- what reshards ----------------------------------------------------------------------------------------------------
 
 
-def test_moments_that_leave_a_gap_are_not_saved(tmp_path, state):
-    spans = {0: {"state1/b": Span(0, 100, "b", 0)}, 1: {"state1/b": Span(120, 200, "b", 0)}}
-    with pytest.raises(RuntimeError, match=r"state1/b has 200 elements, saved are \[\[0, 100\], \[120, 200\]\]"):
-        write_index(tmp_path, spans, {"b": 200})
+def step(make, weight: torch.nn.Parameter) -> dict:
+    """The state of an optimizer, made by `make([weight])`, after a step."""
+    optimizer = make([weight])
+    weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    return optimizer.state[weight]
 
 
-def test_a_partition_that_bitsandbytes_cannot_count_is_refused_with_the_processes_that_it_takes():
-    """All of FLUX.1's 11.9e9 elements; the optimizer would be told the length modulo 2**32."""
-    flux = 11_902_587_968
-    with pytest.raises(InputError, match=r"engine zero2 on 4 process.* 2,975,646,992 elements.*or 6 processes or more"):
-        check_eight_bit_partition(flux, 4, "zero2")
-    with pytest.raises(InputError, match=r"engine zero1 on 5 process"):
-        check_eight_bit_partition(flux, 5, "zero1")
-    check_eight_bit_partition(flux, 6, "zero2")
-    with pytest.raises(InputError, match=r"on 2 process.*or 3 processes or more"):
-        check_eight_bit_partition(2 * EIGHT_BIT_LIMIT, 2, "zero2")
-    check_eight_bit_partition(2 * EIGHT_BIT_LIMIT - 2, 2, "zero2")
+def test_adamws_moments_reshard_and_nothing_of_it_does_not():
+    weight = torch.nn.Parameter(torch.randn(40, 256))
+    state = step(torch.optim.AdamW, weight)
+    assert [key for key, _ in elementwise_state(state, weight)] == ["exp_avg", "exp_avg_sq"]
+    assert unreshardable_state([("w", weight, state)]) == {}
+
+
+def test_a_scalars_step_count_is_no_moment():
+    weight = torch.nn.Parameter(torch.tensor(1.0))
+    assert dict(elementwise_state(step(torch.optim.AdamW, weight), weight)) == {}
+
+
+def test_8_bit_codes_and_scales_do_not_reshard_and_the_code_book_is_not_saved(state):
+    weight = torch.empty(40, 256)
+    assert dict(elementwise_state(state, weight)) == {}
+    kept = unreshardable_state([("w", weight, state)])
+    assert kept.keys() == {"w//state1", "w//absmax1", "w//state2", "w//absmax2"}
+    assert kept["w//state1"] is state["state1"]
+
+
+def test_adafactors_rows_and_columns_do_not_reshard():
+    from transformers.optimization import Adafactor
+
+    weight = torch.nn.Parameter(torch.randn(4, 6))
+    state = step(lambda weights: Adafactor(weights, lr=0.1, scale_parameter=False, relative_step=False), weight)
+    assert unreshardable_state([("w", weight, state)]).keys() >= {"w//exp_avg_sq_row", "w//exp_avg_sq_col"}

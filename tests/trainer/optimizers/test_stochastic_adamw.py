@@ -1,4 +1,4 @@
-"""Rounding at random: unbiased, exact where it can be, the same twice; and an AdamW that loses no update to it."""
+"""Stochastic rounding: unbiased, exact where it can be, the same twice; and an AdamW that loses no update to it."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 
 from configs.schema import TrainConfig
 from trainer.optimizers.optimizer import build_optimizer
-from trainer.optimizers.stochastic_adamw import StochasticAdamW, round_at_random_
+from trainer.optimizers.stochastic_adamw import StochasticAdamW, stochastic_round_
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -26,7 +26,7 @@ def adamw(weights: list[nn.Parameter], seed: int = 0, **settings) -> torch.optim
 def test_the_mean_of_many_roundings_is_the_value(value):
     count = 200_000
     exact = torch.tensor(value, dtype=torch.float32)
-    rounded = round_at_random_(exact.repeat(count), generator())
+    rounded = stochastic_round_(exact.repeat(count), generator())
     low, high = rounded.min().double(), rounded.max().double()
     assert set(rounded.tolist()) <= {low.item(), high.item()}
     assert low <= exact.double() <= high and (high - low) / abs(value) <= 2**-7
@@ -38,15 +38,15 @@ def test_what_bf16_holds_stays_as_it_is():
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     finite = every[every.isfinite()]
     assert finite.numel() > 65_000
-    assert torch.equal(round_at_random_(finite.float(), generator()).bfloat16(), finite)
+    assert torch.equal(stochastic_round_(finite.float(), generator()).bfloat16(), finite)
 
 
 def test_the_result_is_a_bf16_number_and_what_is_not_finite_stays_so():
     values = torch.randn(1000, generator=generator())
-    rounded = round_at_random_(values.clone(), generator())
+    rounded = stochastic_round_(values.clone(), generator())
     assert torch.equal(rounded.bfloat16().float(), rounded)
     assert (rounded != values).any()
-    odd = round_at_random_(torch.tensor([float("inf"), -float("inf"), float("nan")]), generator())
+    odd = stochastic_round_(torch.tensor([float("inf"), -float("inf"), float("nan")]), generator())
     assert odd[0] == float("inf") and odd[1] == -float("inf") and odd[2].isnan()
 
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[3]
 _WAITING = """
 import sys, threading
 import trainer.process.failed_ranks
-from trainer.process.command_line import run_and_report
+from trainer.process.outcome import run_and_report
 from trainer.process.stop_signals import install_stop_signals, stop_signal
 
 trainer.process.failed_ranks.GRACE_SECONDS = 0.2

@@ -39,7 +39,7 @@ def settings(config, tmp_path_factory):
     def make(name: str) -> tuple[Path, list[str], Path]:
         given = [f"run.dir={folder}", f"run.name={name}", f"train.steps={STEPS}", "train.global_batch_size=4"]
         given += ["train.micro_batch_size=2", "train.warmup_steps=5", "validation.every_steps=null"]
-        given += ["checkpoint.every_steps=null", "logging.trackers=[]"]
+        given += ["checkpoint.every_steps=null", "logging.trackers=[]", "data.preprocess=never"]
         return path, given, folder / name
 
     return make

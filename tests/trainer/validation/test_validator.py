@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from diffusers.models.autoencoders.vae import Decoder
 from PIL import Image
 from safetensors.torch import load
 
@@ -161,12 +162,12 @@ class _OneOfMany:
     def __init__(self, engine, rank: int, world_size: int) -> None:
         self.rank, self.world_size, self.is_main = rank, world_size, False
         self.device, self.compute_dtype, self.autocast = engine.device, engine.compute_dtype, engine.autocast
-        self.sent: dict = {}
+        self.ranks, self.sent = self, {}
 
-    def gather(self, item):
+    def all_gather(self, item):
         return [item]
 
-    def gather_to_main(self, item):
+    def gather(self, item):
         self.sent = item
 
 
@@ -212,6 +213,19 @@ def test_a_hole_as_large_as_the_picture_leaves_the_other_figures_finite(
         assert again[split].keys() == line[split].keys()
         assert again[split]["items"] == line[split]["items"]
         assert np.isfinite(list(again[split].values())).all()
+
+
+def test_pictures_are_decoded_one_by_one(named, engine, tiny_model, samples, monkeypatch):
+    """Four of 1024 px at once would take more memory than training on them."""
+    decode, sizes = Decoder.forward, []
+
+    def watched(self, latents, *rest):
+        sizes.append(len(latents))
+        return decode(self, latents, *rest)
+
+    monkeypatch.setattr(Decoder, "forward", watched)
+    Validator(named("sliced"), engine, tiny_model, samples)
+    assert sizes == [1] * sum(SPLITS.values())
 
 
 def test_no_text_encoder_is_loaded(named, engine, tiny_model, samples, monkeypatch):

@@ -14,20 +14,14 @@ import torch
 import xxhash
 from safetensors.torch import save_file
 
-from data.cache.manifest import (
-    EMPTY_TEXT,
-    HOLDOUT,
-    TRAIN,
-    Manifest,
-    ShardTable,
-    blank_name,
-    parse_bucket,
-    write_manifest,
-)
-from data.cache.shard_writer import SampleTensors, ShardIndex, ShardWriter, count_hole_fractions
+from data.cache.manifest import Manifest, ShardTable, write_manifest
+from data.cache.shard_index import ShardIndex, count_hole_fractions
+from data.cache.shard_writer import SampleTensors, ShardWriter
 from data.cache.validation_items import ValidationItem, write_validation_items
+from data.cache_layout import EMPTY_TEXT, full_mask_name
 from data.encoders.stored_text import store_text
 from data.samples.geometry import Bucket, Pixels
+from data.samples.plan import HOLDOUT, TRAIN
 
 HERE = Path(__file__).resolve().parent
 TEXT_LENGTH, TEXT_WIDTH, POOLED_WIDTH, VARIANTS = 16, 12, 8, 2
@@ -85,7 +79,7 @@ def make(folder: Path, text_dtype: str) -> None:
     """Write one cache."""
     indexes: list[ShardIndex] = []
     for path, _, bucket, _, count in SHARDS:
-        samples = [sample_of(key, parse_bucket(bucket)) for key in keys_of(path, count)]
+        samples = [sample_of(key, Bucket.parse(bucket)) for key in keys_of(path, count)]
         with ShardWriter(folder / path) as writer:
             for text in sorted({sample.text for sample in samples}):
                 writer.add_text(text, **text_of(text, text_dtype))
@@ -94,12 +88,12 @@ def make(folder: Path, text_dtype: str) -> None:
             indexes.append(writer.finish(plan=xxhash.xxh3_128_hexdigest(path.encode())))
     save_file(text_of("", text_dtype), folder / EMPTY_TEXT)
     for bucket in sorted({shard[2] for shard in SHARDS}):
-        blank = {"masked_latents": numbers(bucket, 16, *parse_bucket(bucket).latent_size).bfloat16()}
-        save_file(blank, folder / blank_name(bucket))
+        blank = {"masked_latents": numbers(bucket, 16, *Bucket.parse(bucket).latent_size).bfloat16()}
+        save_file(blank, folder / full_mask_name(bucket))
     path, dataset, bucket, split, _ = SHARDS[2]
     item = ValidationItem(f"{keys_of(path, 1)[0]}", split, dataset, path, 0, "a caption")
-    grey = np.full((*hole("", parse_bucket(bucket)).shape, 3), 90, dtype=np.uint8)
-    write_validation_items(folder, [(item, Pixels(grey, grey, hole("", parse_bucket(bucket))))], lambda: None)
+    grey = np.full((*hole("", Bucket.parse(bucket)).shape, 3), 90, dtype=np.uint8)
+    write_validation_items(folder, [(item, Pixels(grey, grey, hole("", Bucket.parse(bucket))))], lambda: None)
     counts: dict[str, dict[str, int]] = {}
     for _, dataset, _, split, count in SHARDS:
         splits = counts.setdefault(dataset, {TRAIN: 0, HOLDOUT: 0})

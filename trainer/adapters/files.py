@@ -1,4 +1,4 @@
-"""The adapter: which layers get one, starting from an existing one, and diffusers' format on disk."""
+"""Adapter files: a LoRA, DoRA or LoKr to start from is read or refused; a trained one is written as diffusers does."""
 
 import math
 import re
@@ -11,126 +11,33 @@ from diffusers import FluxFillPipeline, FluxTransformer2DModel
 from peft import LoKrConfig as PeftLokr
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from configs.errors import InputError
-from configs.schema import DoraConfig, LokrConfig, LoraConfig
-from data.storage.file_mode import apply_umask
-from trainer.adapters.dora import init_magnitude, patch_dora_forward
-from trainer.adapters.lokr import file_settings, lokr_misfits, lokr_settings, patch_lokr_forward, read_lokr
-
-AdapterConfig = LoraConfig | DoraConfig | LokrConfig
+from data.storage.atomic_write import apply_umask
+from trainer.adapters.lokr import file_settings, lokr_misfits, read_lokr
 
 ADAPTER = "default"
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 
-_BLOCK = r"(single_)?transformer_blocks\.\d+\."
-_ATTENTION = r"attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
-_MLP = r"(ff|ff_context)\.net\.(0\.proj|2)|proj_mlp|proj_out"
-_TARGETS = {"attention": _ATTENTION, "attention+mlp": f"{_ATTENTION}|{_MLP}"}
-
-# The 320 inputs that Fill has over dev start at zero in an expanded base: only an adapter of their full rank can learn
-# them all (BFL's control LoRAs, too, adapt the input layer).
-_EXPANDED_INPUT = "x_embedder"
-_EXPANDED_RANK = 320
-
-_LENGTHS = ".lora_magnitude_vector"  # the part of a DoRA that a LoRA has not
+_MAGNITUDE = ".lora_magnitude_vector"  # the part of a DoRA that a LoRA has not
 # Into these a file has alpha / rank multiplied: readers differ in what they do with an alpha (ComfyUI does not look for
 # diffusers' metadata), and do the same without one.
 _SCALED = (".lora_B.weight", ".lokr_w1")
 _TRANSFORMER = "transformer."  # before every name in a file of diffusers
 
 
-def adapter_targets(transformer: nn.Module, method: AdapterConfig) -> list[str]:
-    """Names of the linear layers that get an adapter, in the model's order.
+def load_adapter(transformer: FluxTransformer2DModel, source: Path) -> None:
+    """Copy an adapter on disk into the one that is there.
 
-    The named sets lie inside the blocks. A name in a list means every layer that ends so, as peft takes it; those
-    outside the blocks only if none inside is called so: `proj_out` is the blocks', not also the model's last layer.
-    Raises InputError if a name of the list matches no linear layer.
+    source: a .safetensors file, or a folder that holds one; LoRA and DoRA in any format that diffusers reads, LoKr in
+    peft's.  Its alpha need not be the config's: the product is what it was.  Raises InputError if it is missing, or its
+    kind, layers or ranks are not those of the config.
     """
-    linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    if isinstance(method.targets, str):
-        wanted = re.compile(f"{_BLOCK}({_TARGETS[method.targets]})")
-        return [name for name in linear if wanted.fullmatch(name)]
-    chosen: set[str] = set()
-    unknown = []
-    for target in method.targets:
-        matching = [name for name in linear if name == target or name.endswith(f".{target}")]
-        chosen.update([name for name in matching if re.match(_BLOCK, name)] or matching)
-        unknown += [] if matching else [target]
-    if unknown:
-        kinds = sorted({re.sub(f"^{_BLOCK}", "", name) for name in linear})
-        raise InputError(
-            f"method.targets: no linear layer is called {', '.join(unknown)}. There are: {', '.join(kinds)}."
-        )
-    return [name for name in linear if name in chosen]
-
-
-def add_adapter(transformer: FluxTransformer2DModel, method: AdapterConfig, *, expanded: bool, seed: int) -> None:
-    """Freeze the transformer and add an adapter that changes nothing yet, or the one at `method.init_from`.
-
-    expanded: the base was FLUX.1-dev, so the input layer is adapted too.  The adapter's parameters are fp32; over a
-    base in another dtype the model runs under autocast only.
-    """
-    targets = adapter_targets(transformer, method)
-    ranks, alphas = {}, {}
-    if expanded:
-        if method.type == "lokr":
-            raise InputError(
-                "method.type lokr cannot teach FLUX.1-dev the 320 inputs that it lacks: its product of two matrices "
-                "ties them to each other. Set method.type=lora, or model.base to FLUX.1-Fill-dev."
-            )
-        targets = list(dict.fromkeys([_EXPANDED_INPUT, *targets]))
-        ranks = {_EXPANDED_INPUT: max(_EXPANDED_RANK, method.rank)}
-        alphas = {_EXPANDED_INPUT: method.alpha / method.rank * ranks[_EXPANDED_INPUT]}  # the same scale everywhere
-    transformer.requires_grad_(False)
-    if method.type == "lokr":
-        config: Any = lokr_settings(transformer, method, targets)
-    else:
-        config = PeftConfig(
-            r=method.rank,
-            lora_alpha=method.alpha,
-            target_modules=targets,
-            rank_pattern=ranks,
-            alpha_pattern=alphas,
-            use_dora=method.type == "dora",
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # the same start on every rank
-        transformer.add_adapter(config, adapter_name=ADAPTER)
-    for parameter in transformer.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    init_magnitude(transformer, ADAPTER)
-    prepare_layers(transformer, ADAPTER)
-    if method.init_from is not None:
-        load_adapter(transformer, method)
-
-
-def prepare_layers(transformer: nn.Module, adapter: str) -> None:
-    """Set peft's layers up for training: their arithmetic, and no copies of their input."""
-    patch_dora_forward(transformer, adapter)
-    patch_lokr_forward(transformer)
-    for module in transformer.modules():
-        if isinstance(module, BaseTunerLayer):
-            # Autocast casts the input to the compute dtype. peft would first make an fp32 copy of it for each adapter,
-            # of which autocast then keeps a copy of its own for the backward pass.
-            module.cast_input_dtype_enabled = False
-
-
-def load_adapter(transformer: FluxTransformer2DModel, method: AdapterConfig) -> None:
-    """Copy the adapter at `method.init_from` into the one that is there: a .safetensors file, or a folder that holds
-    one; LoRA and DoRA in any format that diffusers reads, LoKr in peft's.
-
-    Its alpha need not be the config's: the product is what it was.  Raises InputError if it is missing, or its kind,
-    layers or ranks are not those of the config.
-    """
-    assert method.init_from is not None
-    file = _find_adapter_file(method.init_from)
-    if method.type == "lokr":
+    file = _find_adapter_file(source)
+    if is_lokr(transformer):
         saved = read_lokr(file, _TRANSFORMER)
         problems = lokr_misfits(get_peft_model_state_dict(transformer, adapter_name=ADAPTER), saved)
     else:
@@ -189,7 +96,7 @@ def _find_adapter_file(source: Path) -> Path:
 
 
 def _misfits(transformer: FluxTransformer2DModel, saved: Mapping[str, Tensor]) -> list[str]:
-    """Why a LoRA's tensors do not belong to the adapter that is there; empty if they do."""
+    """Reasons why a LoRA's tensors do not fit the adapter that is there; empty if they do."""
     own = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
     layers, theirs = {_layer(name) for name in own}, {_layer(name) for name in saved}
     problems = []
@@ -198,9 +105,9 @@ def _misfits(transformer: FluxTransformer2DModel, saved: Mapping[str, Tensor]) -
     if surplus := theirs - layers:
         problems.append(f"it adapts {_some(surplus)}, which this run does not: see method.targets")
     common = layers & theirs
-    trains_lengths, holds_lengths = (any(_LENGTHS in name for name in names) for names in (own, saved))
-    if trains_lengths != holds_lengths:
-        kind = "a DoRA: set method.type=dora" if holds_lengths else "a plain LoRA: set method.type=lora"
+    trains_magnitude, holds_magnitude = (any(_MAGNITUDE in name for name in names) for names in (own, saved))
+    if trains_magnitude != holds_magnitude:
+        kind = "a DoRA: set method.type=dora" if holds_magnitude else "a plain LoRA: set method.type=lora"
         return [*problems, f"it is {kind}"]
     strange = own.keys() ^ saved.keys() | {name for name in own.keys() & saved if saved[name].ndim != own[name].ndim}
     if odd := {name for name in strange if _layer(name) in common}:

@@ -1,0 +1,44 @@
+"""Every name in a cache folder, and who may delete what there.
+
+    manifest.json, shards.npz     what was cached, and the list of shards.  shards.npz is written first. manifest.json
+                                  is deleted before anything changes and written last: a cache that has it is complete
+    empty_text.safetensors        text of a dropped caption.  Replaced by preprocessing
+    blank_<bucket>.safetensors    masked latents of a picture that is all hole.  Deleted if no shard has the bucket
+    shards/<dataset>/             tars and their indexes.  Deleted if no plan names them; moved away by repair
+    validation/                   pixels to watch a run by.  Replaced as a folder by the worker that completes the cache
+    scan/<dataset>/               what was found out about pictures.  Deleted by a scan that had no use for it
+    copies/                       of remote pictures.  Deleted by the worker that completes the cache
+    crew/                         who is at work on what.  Deleted by the last worker to leave
+    *.<8 hex digits>.part         half written.  Deleted by whoever takes over a dead worker's work
+
+Whatever has another name is the user's: nothing of ours deletes it.
+"""
+
+import re
+from pathlib import Path
+
+MANIFEST, SHARD_TABLE = "manifest.json", "shards.npz"
+EMPTY_TEXT = "empty_text.safetensors"
+SHARDS, VALIDATION, SCAN, COPIES, CREW = OWN_FOLDERS = ("shards", "validation", "scan", "copies", "crew")
+
+_PART = r"\.[0-9a-f]{8}\.part"
+_SHARD_FILE = re.compile(rf"(holdout-)?\d+x\d+(-[0-9a-f]{{16}})?-\d{{6,}}\.(tar|index)({_PART})?")
+_BESIDE_MANIFEST = re.compile(rf"blank_\d+x\d+\.safetensors|.+{_PART}")
+
+
+def full_mask_name(bucket: str) -> str:
+    """The file of a bucket's full-mask latents."""
+    return f"blank_{bucket}.safetensors"
+
+
+def index_path(tar: Path) -> Path:
+    """The file of a shard's index: beside its tar."""
+    return tar.with_suffix(".index")
+
+
+def files_of_plans(cache: Path) -> list[Path]:
+    """The files in a cache that some plan named, and what is left of half-written ones: those no plan names any more
+    may be deleted."""
+    among_shards = [path for path in (cache / SHARDS).glob("*/*") if _SHARD_FILE.fullmatch(path.name)]
+    beside = [path for path in cache.glob("*") if _BESIDE_MANIFEST.fullmatch(path.name)]
+    return [path for path in among_shards + beside if path.is_file()]

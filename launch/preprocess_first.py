@@ -1,0 +1,64 @@
+"""Whether `fluxfill train` preprocesses before it trains: always, except where the cache must stay as it is.
+
+Whether a finished cache is behind its pictures is for preprocessing itself to find: its plan is the truth, it keeps
+what it has read of the pictures, and ends soon when nothing is to be done.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from configs.errors import InputError
+from configs.mask_recipe import mask_folder
+from configs.schema import Config
+from configs.urls import is_url
+from data.cache.manifest import read_manifest, refuse_other_settings
+from data.cache_layout import MANIFEST
+from data.encoders.model_folder import find_model
+
+
+def reason_to_train_at_once(config: Config, config_path: str) -> str | None:
+    """Why the cache is left as it is, for people; None: preprocess first.
+
+    Raises InputError if there is no finished cache and data.preprocess is never, or if preprocessing would replace a
+    finished cache by one of other settings or encoders: hours of work, which only `fluxfill preprocess` itself undoes.
+    """
+    data = config.data
+    if data.mode == "online":
+        return "with data.mode online the run encodes its pictures itself"
+    if not isinstance(data.cache, Path):
+        return "data.cache is a URL, and caches are made in a folder"
+    is_finished = (data.cache / MANIFEST).is_file()
+    if data.preprocess == "never":
+        if not is_finished:
+            raise InputError(
+                f"data.cache {data.cache}: no finished cache is there, and data.preprocess is never. Run `fluxfill "
+                f"preprocess {config_path}` first, or set data.preprocess=auto."
+            )
+        return "data.preprocess is never"
+    if not is_finished:
+        return None
+    if _has_checkpoint(config.run.folder):
+        return (
+            f"{config.run.folder} goes on from a checkpoint, with the pictures that it began with; a run of another "
+            "name takes new ones"
+        )
+    if missing := next((place for place in _places(config) if not place.exists()), None):
+        return f"the cache is complete, and its pictures are not on this machine ({missing})"
+    refuse_other_settings(config, find_model(config.model.base), read_manifest(data.cache))
+    return None
+
+
+def _has_checkpoint(run: Path) -> bool:
+    """Whether a run has a complete checkpoint: its order is fixed then, and other training pictures would end it."""
+    return any((run / "checkpoints").glob("step-*/COMPLETE"))
+
+
+def _places(config: Config) -> Iterator[Path]:
+    """Every folder and file on this machine that the datasets' pictures come from; of tars their folders."""
+    for dataset in config.data.datasets:
+        yield from (place for place in (dataset.target, dataset.source, mask_folder(dataset)) if place is not None)
+        if dataset.table is not None and not is_url(dataset.table):
+            yield Path(dataset.table)
+        # Of photos-{000..127}.tar the part before the braces; one that is missing alone is preprocessing's to name.
+        yield from (Path(os.path.dirname(tar.partition("{")[0])) for tar in dataset.tars or [] if not is_url(tar))

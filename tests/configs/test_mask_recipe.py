@@ -1,0 +1,41 @@
+from pathlib import Path
+
+import pytest
+
+from configs.dataset_schema import DatasetConfig
+from configs.mask_recipe import MaskRecipe, mask_folder, recipe_of
+
+
+@pytest.mark.parametrize(
+    "mask, recipe, text",
+    [
+        ("m", MaskRecipe(), "own"),
+        ({"folder": "m", "dilate": [2, 9], "variants": 3}, MaskRecipe(dilate=(2, 9), variants=3), None),
+        ({"random": {"brush": 2, "box": 0, "full": 1}}, MaskRecipe(shares=(("brush", 2.0), ("full", 1.0))), None),
+    ],
+)
+def test_a_recipe_is_what_the_config_says(mask, recipe, text):
+    found = recipe_of(DatasetConfig.model_validate({"name": "a", "target": "t", "mask": mask}))
+    assert found == recipe
+    assert text is None or str(found) == text
+
+
+def test_recipes_that_differ_are_told_apart_by_their_text():
+    recipes = [
+        MaskRecipe(),
+        MaskRecipe(dilate=(0, 4)),
+        MaskRecipe(dilate=(0, 4), variants=2),
+        MaskRecipe(shares=(("box", 1.0),)),
+        MaskRecipe(shares=(("box", 1.0),), variants=2),
+        MaskRecipe(shares=(("box", 1.5),)),
+        MaskRecipe(shares=(("box", 1.0), ("full", 1.0))),
+    ]
+    assert len({str(recipe) for recipe in recipes}) == len(recipes)
+    assert str(recipes[2]) == "own, grown by 0 to 4 pixels; 2 variants"
+
+
+@pytest.mark.parametrize(
+    "mask, folder", [("m", Path("m")), ({"folder": "m", "dilate": [0, 4]}, Path("m")), ({"random": {"box": 1}}, None)]
+)
+def test_the_folder_of_own_masks_is_found_whichever_way_it_is_said(mask, folder):
+    assert mask_folder(DatasetConfig.model_validate({"name": "a", "target": "t", "mask": mask})) == folder
