@@ -10,7 +10,6 @@ MOST_LINES = 400
 
 # Modules without a test file of their name, and why.
 TESTED_ELSEWHERE = {
-    "benchmarks/online.py": "measures for minutes; what it calls is tested",
     "benchmarks/planning.py": "measures for minutes; what it calls is tested",
     "benchmarks/preprocess.py": "measures for minutes; what it calls is tested",
     "benchmarks/verify.py": "measures for minutes; what it calls is tested",
@@ -24,6 +23,7 @@ ACROSS_MODULES = {
     "tests/test_house.py": "all files",
     "tests/test_imports.py": "all imports",
     "tests/configs/test_recipes.py": "the YAML files of configs/",
+    "tests/data/preprocessing/test_shared_job.py": "several workers on one cache, alive, dead and late",
     "tests/data/cache/test_format_v1.py": "a cache of format 1, kept as files",
     "tests/data/samples/test_variants.py": "recipes and sources, from the config to the bytes of the shards",
     "tests/data/storage/test_object_stores.py": "S3 and GCS through every module that opens URLs",
@@ -34,18 +34,6 @@ ACROSS_MODULES = {
 }
 
 NOT_YET = {  # their rooms are being put in order
-    "data/batches/cached_rows.py",
-    "data/batches/row_source.py",
-    "data/batches/training_set.py",
-    "data/online/batch_encoder.py",
-    "data/online/caption_texts.py",
-    "data/online/encoded_rows.py",
-    "data/online/finished_shards.py",
-    "data/preprocess.py",
-    "data/show/statistics_report.py",
-    "data/show/stored_samples.py",
-    "data/verify/shard.py",
-    "data/verify/tar.py",
     "trainer/adapters/dora.py",
     "trainer/adapters/lokr.py",
     "trainer/checkpoints/tensor_files.py",
@@ -53,9 +41,6 @@ NOT_YET = {  # their rooms are being put in order
     "trainer/main.py",
     "trainer/model/check_quantized.py",
     "tests/configs/test_datasets.py",
-    "trainer/optimizers/prodigy.py",
-    "tests/data/preprocessing/test_run.py",
-    "tests/data/preprocessing/test_workers.py",
     "tests/launch/test_preprocess_workers.py",
     "tests/trainer/adapters/test_methods.py",
     "tests/trainer/test_online.py",

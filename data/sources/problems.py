@@ -1,4 +1,4 @@
-"""What is wrong with pictures, masks and captions: gathered from all threads, stages and datasets, and shown at once."""
+"""What is wrong with pictures, masks and captions: gathered from all threads, stages and datasets, shown at once."""
 
 import os
 from collections.abc import Iterator, Sequence

@@ -16,7 +16,7 @@ from configs.errors import InputError
 from configs.mask_recipe import MaskRecipe
 from data.cache.open_cache import open_cache
 from data.cache.validation_items import read_validation_items
-from data.preprocess import preprocess
+from data.preprocessing.run import preprocess
 from data.samples.geometry import Bucket
 from data.samples.masks import dilate_masks, draw_masks
 from data.samples.shard_plan import sample_bytes
