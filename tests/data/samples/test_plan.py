@@ -19,7 +19,6 @@ OTHER_VALUES: dict[str, Any] = {
     "preprocess": "never",
     "mode": "online",
     "encoder_devices": ["cpu"],
-    "write_through": True,
     "local_cache": "copies",
     "local_cache_gib": 1.0,
     "datasets.name": "cats",
@@ -48,7 +47,7 @@ OTHER_VALUES: dict[str, Any] = {
     "streams": 2,
 }
 PLACES = {"cache", *(f"datasets.{key}" for key in ("tars", "table", "target", "members", "columns", "source"))}
-NEEDS_ONLINE = ("encoder_devices", "write_through")
+NEEDS_ONLINE = ("encoder_devices",)
 
 
 @pytest.fixture(scope="module")
