@@ -221,7 +221,7 @@ def test_16_bit_grey_keeps_its_shades(tmp_path, suffix):
 def test_32_bit_pixels_are_refused(tmp_path):
     path = tmp_path / "depth.tif"
     Image.fromarray(np.ones((4, 4), np.float32)).save(path)
-    with pytest.raises(InputError, match=r"depth.tif: has 32-bit pixels.* Save it with 8 bits"):
+    with pytest.raises(InputError, match=r"depth.tif: has 32-bit pixels.* Save it as PNG of 8 bits"):
         load_mask(path, max_megapixels=LIMIT)
 
 

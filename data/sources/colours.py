@@ -1,0 +1,134 @@
+"""Samples of any mode and depth, and the profile that says what they mean -> sRGB as the VAE takes it."""
+
+import io
+from collections.abc import Callable
+from functools import lru_cache, partial
+
+import numpy as np
+from PIL import Image, ImageCms
+
+# The colour space of a profile -> the mode of its samples.
+_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
+_BAND_PIXELS = 1 << 20  # how many pixels of 16 bits are converted at a time
+
+
+def has_alpha(picture: Image.Image) -> bool:
+    """Whether some of a picture may be transparent."""
+    return "A" in picture.getbands() or "transparency" in picture.info
+
+
+def to_srgb(picture: Image.Image) -> Image.Image:
+    """A picture of 8 bits per channel in RGB: the colours that its profile means, transparent parts on white."""
+    rgba = picture.convert("RGBA") if has_alpha(picture) else None
+    if picture.mode in ("1", "L", "LA"):
+        colours = picture.convert("L")
+    elif picture.mode in _MODES.values():
+        colours = picture
+    else:
+        colours = (rgba or picture).convert("RGB")
+    rgb = _convert(colours, picture.info.get("icc_profile"))
+    if rgba is None:
+        return rgb
+    rgb.putalpha(rgba.getchannel("A"))
+    return Image.alpha_composite(Image.new("RGBA", rgb.size, "white"), rgb).convert("RGB")
+
+
+def to_srgb_from_16_bits(
+    colours: np.ndarray, alpha: np.ndarray | None, profile: bytes | None, *, premultiplied: bool
+) -> Image.Image:
+    """As `to_srgb`, of samples of 16 bits, rounded to 8 at the end: a curve or a matrix on rounded samples would be
+    some levels off.
+
+    colours: uint16 [H, W, C], C 1 (grey), 3 (RGB) or 4 (CMYK).  alpha: uint16 [H, W], by which the colours are
+    multiplied already if `premultiplied`.
+    """
+    height, width, _ = colours.shape
+    convert = partial(_convert, profile=profile)
+    rgb = np.empty((height, width, 3), np.uint8)
+    rows = max(1, _BAND_PIXELS // width)
+    for top in range(0, height, rows):
+        band = slice(top, top + rows)
+        levels = colours[band] / np.float32(257)
+        if alpha is None:
+            shown = _interpolate(levels, convert)
+        else:
+            opaque = alpha[band, :, None] / np.float32(65535)
+            if premultiplied:
+                levels = np.minimum(levels / np.maximum(opaque, np.float32(1e-6)), 255)
+            shown = _interpolate(levels, convert) * opaque + 255 * (1 - opaque)
+        rgb[band] = np.rint(shown)
+    return Image.fromarray(rgb)
+
+
+def _interpolate(levels: np.ndarray, convert: Callable[[Image.Image], Image.Image]) -> np.ndarray:
+    """What `convert`, which takes whole levels, makes of levels in between: float32 [H, W, 3].
+
+    levels: float32 [H, W, C], 0 to 255.  Between the corners of a cell one goes along each axis in turn, the longest
+    way first: so grey stays grey.
+    """
+    corner = np.minimum(levels, 254).astype(np.uint8)
+    part = levels - corner
+    order = np.argsort(-part, axis=-1)  # [H, W, C] channels
+    steps = np.take_along_axis(part, order, axis=-1)
+    result = _levels_of(convert, corner) * (1 - steps[..., :1])
+    channels = np.arange(levels.shape[-1])
+    for index in channels:
+        corner = corner + (channels == order[..., index, None]).astype(np.uint8)
+        next_step = steps[..., index + 1, None] if index < channels[-1] else 0
+        result += _levels_of(convert, corner) * (steps[..., index, None] - next_step)
+    return result
+
+
+def _levels_of(convert: Callable[[Image.Image], Image.Image], samples: np.ndarray) -> np.ndarray:
+    mode = {1: "L", 3: "RGB", 4: "CMYK"}[samples.shape[-1]]
+    picture = Image.frombytes(mode, (samples.shape[1], samples.shape[0]), samples.tobytes())
+    return np.asarray(convert(picture), dtype=np.float32)
+
+
+def _convert(colours: Image.Image, profile: bytes | None) -> Image.Image:
+    """An opaque picture in L, RGB, CMYK or LAB -> RGB by its profile."""
+    transform = _transform(profile, colours.mode) if profile else None
+    if transform is None and colours.mode == "L" and profile:
+        colours = colours.convert("RGB")  # a grey picture may have a profile of colours
+        transform = _transform(profile, "RGB")
+    if transform is None:
+        return colours if colours.mode == "RGB" else colours.convert("RGB")
+    return transform.apply(colours)
+
+
+@lru_cache(maxsize=16)
+def _transform(profile_bytes: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From the colours of a profile to sRGB.
+
+    None if it would change next to nothing, whatever the profile calls itself; and if the profile is damaged, or not
+    for samples of this mode: viewers too show the picture as it is then.
+    """
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(profile_bytes))
+        if _MODES.get(profile.profile.xcolor_space.strip()) != mode:
+            return None
+        transform = ImageCms.buildTransform(
+            profile,
+            ImageCms.createProfile("sRGB"),
+            mode,
+            "RGB",
+            renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None
+    if mode in ("L", "RGB"):
+        probe = _probe(mode)
+        change = np.asarray(transform.apply(probe), np.int16) - np.asarray(probe.convert("RGB"), np.int16)
+        if abs(change).max() <= 1:
+            return None
+    return transform
+
+
+def _probe(mode: str) -> Image.Image:
+    """All greys, or colours from all over RGB, the darkest among them."""
+    if mode == "L":
+        return Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+    levels = np.array([0, 1, 2, 4, 8, 16, *range(32, 256, 16), 255], np.uint8)
+    grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1)
+    return Image.fromarray(grid.reshape(len(levels), -1, 3))
