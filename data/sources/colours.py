@@ -9,6 +9,7 @@ from PIL import Image, ImageCms
 
 # The colour space of a profile -> the mode of its samples.
 _MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
+_LAB = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()  # what a picture in Lab means by itself
 _BAND_PIXELS = 1 << 20  # how many pixels of 16 bits are converted at a time
 
 
@@ -87,48 +88,52 @@ def _levels_of(convert: Callable[[Image.Image], Image.Image], samples: np.ndarra
 
 def _convert(colours: Image.Image, profile: bytes | None) -> Image.Image:
     """An opaque picture in L, RGB, CMYK or LAB -> RGB by its profile."""
-    transform = _transform(profile, colours.mode) if profile else None
-    if transform is None and colours.mode == "L" and profile:
+    if colours.mode == "LAB":
+        profile = profile or _LAB
+    converter = _converter(profile, colours.mode) if profile else None
+    if converter is None and colours.mode == "L" and profile:
         colours = colours.convert("RGB")  # a grey picture may have a profile of colours
-        transform = _transform(profile, "RGB")
-    if transform is None:
-        return colours if colours.mode == "RGB" else colours.convert("RGB")
-    return transform.apply(colours)
+        converter = _converter(profile, "RGB")
+    if converter is not None:
+        return converter(colours)
+    return colours if colours.mode == "RGB" else colours.convert("RGB")
 
 
 @lru_cache(maxsize=16)
-def _transform(profile_bytes: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+def _converter(profile_bytes: bytes, mode: str) -> Callable[[Image.Image], Image.Image] | None:
     """From the colours of a profile to sRGB.
 
     None if it would change next to nothing, whatever the profile calls itself; and if the profile is damaged, or not
     for samples of this mode: viewers too show the picture as it is then.
     """
+    # Unless told not to, littlecms reads all but plain matrices off a coarse grid: up to 18 levels wrong in the dark.
+    flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(profile_bytes))
         if _MODES.get(profile.profile.xcolor_space.strip()) != mode:
             return None
+        if mode != "RGB" or not profile.profile.is_matrix_shaper:
+            flags |= ImageCms.Flags.NOOPTIMIZE
+        intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
         transform = ImageCms.buildTransform(
-            profile,
-            ImageCms.createProfile("sRGB"),
-            mode,
-            "RGB",
-            renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
-            flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+            profile, ImageCms.createProfile("sRGB"), mode, "RGB", renderingIntent=intent, flags=flags
         )
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return None
-    if mode in ("L", "RGB"):
-        probe = _probe(mode)
-        change = np.asarray(transform.apply(probe), np.int16) - np.asarray(probe.convert("RGB"), np.int16)
+    if mode == "L":
+        levels = transform.apply(Image.frombytes("L", (256, 1), bytes(range(256)))).getchannel("G").tobytes()
+        if max(abs(level - shown) for level, shown in enumerate(levels)) <= 1:
+            return None
+        return lambda grey: grey.point(levels).convert("RGB")
+    if mode == "RGB":
+        probe = _colours_from_all_over()
+        change = np.asarray(transform.apply(probe), np.int16) - np.asarray(probe, np.int16)
         if abs(change).max() <= 1:
             return None
-    return transform
+    return transform.apply
 
 
-def _probe(mode: str) -> Image.Image:
-    """All greys, or colours from all over RGB, the darkest among them."""
-    if mode == "L":
-        return Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+def _colours_from_all_over() -> Image.Image:
     levels = np.array([0, 1, 2, 4, 8, 16, *range(32, 256, 16), 255], np.uint8)
     grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1)
     return Image.fromarray(grid.reshape(len(levels), -1, 3))

@@ -26,8 +26,8 @@ def raw_mode(picture: ImageFile.ImageFile) -> str:
 
 
 def has_deep_samples(picture: ImageFile.ImageFile) -> bool:
-    """Whether an opened, not yet decoded picture has 16 bits a channel."""
-    return ";16" in raw_mode(picture)
+    """Whether an opened, not yet decoded picture has more than 8 bits a channel."""
+    return picture.mode.startswith("I;16") or ";16" in raw_mode(picture)
 
 
 def read_deep_samples(
