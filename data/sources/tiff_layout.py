@@ -12,6 +12,7 @@ TiffImagePlugin.READ_LIBTIFF = True
 
 _SUBFILE, _OLD_SUBFILE, _BITS, _PHOTOMETRIC, _SAMPLES = 254, 255, 258, 262, 277
 _PLANAR, _COLOURMAP, _EXTRA_SAMPLES, _SAMPLE_FORMAT, _COMPRESSION = 284, 320, 338, 339, 259
+_INK_SET = 332
 _WHITE_IS_ZERO = 0
 _SEPARATE_PLANES = 2
 _PHOTOMETRICS = {0: "white is zero", 1: "black is zero", 2: "RGB", 3: "palette", 5: "CMYK", 6: "YCbCr", 8: "CIELab"}
@@ -51,6 +52,8 @@ def tiff_problem(picture: TiffImagePlugin.TiffImageFile, data: bytes) -> str:
         return "has its transparency in a plane of its own"
     if tags.get(_PLANAR) == _SEPARATE_PLANES and max(tags.get(_BITS, (1,))) > 8:
         return "has more than 8 bits in planes of their own"
+    if picture.mode == "CMYK" and tags.get(_INK_SET, 1) != 1:
+        return "has inks other than cyan, magenta, yellow and black"
     if tags.get(_SUBFILE, 0) & 1:
         return "is a thumbnail on its first page"
     pages = [tags for tags in _pages(data) if not tags.get(_SUBFILE, 0) and tags.get(_OLD_SUBFILE, 1) == 1]
