@@ -1,8 +1,6 @@
 """Opening pictures that strangers made: checked before they are decoded, upright, in RGB of the colour space sRGB."""
 
 import io
-import os
-import struct
 import threading
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from configs.errors import InputError
 from data.sources.colours import has_alpha, to_srgb, to_srgb_from_16_bits
 from data.sources.deep_samples import has_deep_samples, read_deep_samples
+from data.sources.file_signatures import foreign_colours, format_by_signature, png_chunks
 from data.sources.picture_file import PictureBytes, PictureFile, byte_limit
 from data.sources.tiff_layout import as_tiff_shows, describe_tiff, tiff_problem
 
@@ -73,16 +72,7 @@ def _open(picture_bytes: PictureBytes, max_megapixels: float) -> ImageFile.Image
     try:
         picture = Image.open(io.BytesIO(picture_bytes.data), formats=_FORMATS)
     except UnidentifiedImageError:
-        layout = describe_tiff(picture_bytes.data)
-        if layout:
-            raise InputError(
-                f"{picture_bytes}: a TIFF of a layout that is not read ({layout}). Save it as PNG of 8 bits."
-            ) from None
-        begin = bytes(picture_bytes.data[:16])
-        raise InputError(
-            f"{picture_bytes}: not a readable picture (not one of {', '.join(_FORMATS)}: it begins with {begin!r}). "
-            "Replace or remove the file, or convert it to PNG."
-        ) from None
+        raise InputError(f"{picture_bytes}: {_describe_unread(picture_bytes.data)}") from None
     except Exception as error:  # Pillow raises a dozen types for bytes that are no picture
         raise _unreadable(picture_bytes, "not a readable picture", error) from error
     try:
@@ -109,17 +99,33 @@ def _refuse(picture: ImageFile.ImageFile, picture_bytes: PictureBytes, max_megap
             f"{picture_bytes}: {picture.width}x{picture.height} is more than {LONGEST_ASPECT} times as long as wide: "
             "next to nothing of it would be left at the size that is trained. Cut it into pictures, or remove it."
         )
-    frames = getattr(picture, "n_frames", 1)
     if picture.mode in ("I", "F"):
         problem = "has 32-bit pixels, whose white is anyone's guess"
     elif isinstance(picture, TiffImageFile):
         problem = tiff_problem(picture, picture_bytes.data)
-    elif frames > 1 and picture.format != "MPO":  # what cameras store beside a photograph: depth, a gain map
+    elif (
+        picture.format != "MPO" and (frames := getattr(picture, "n_frames", 1)) > 1
+    ):  # an MPO's first is the photograph
         problem = f"is an animation of {frames} frames, and nothing says which is meant"
+    elif not picture.info.get("icc_profile") and (colours := foreign_colours(picture_bytes.data, picture.format)):
+        problem = f"has colours other than sRGB ({colours}), and no profile that says how to show them"
     else:
         problem = ""
     if problem:
         raise InputError(f"{picture_bytes}: {problem}. Save it as PNG of 8 bits.")
+
+
+def _describe_unread(data: bytes) -> str:
+    layout = describe_tiff(data)
+    if layout:
+        return f"a TIFF of a layout that is not read ({layout}). Save it as PNG of 8 bits."
+    named = format_by_signature(data)
+    if named:
+        return f"not a readable picture (a {named}). Convert it to PNG of 8 bits, or remove it."
+    return (
+        f"not a readable picture (not one of {', '.join(_FORMATS)}: it begins with {data[:16]!r}). Replace or remove "
+        "the file, or convert it to PNG."
+    )
 
 
 def _unreadable(name: object, what: str, error: Exception) -> InputError:
@@ -151,16 +157,8 @@ def _orientation(picture: Image.Image) -> int:
 
 def _says_more_behind_its_pixels(png: bytes) -> bool:
     """Whether a PNG holds metadata behind its pixels, as some tools write it: seen only by decoding."""
-    pixels_seen = False
-    file = io.BytesIO(png)
-    file.seek(8)  # the signature; then chunks of length, kind, data and checksum
-    while len(head := file.read(8)) == 8:
-        length, kind = struct.unpack(">I4s", head)
-        if pixels_seen and kind in _PNG_METADATA:
-            return True
-        pixels_seen |= kind == b"IDAT"
-        file.seek(length + 4, os.SEEK_CUR)
-    return False
+    kinds = [kind for kind, _ in png_chunks(png)]
+    return b"IDAT" in kinds and not _PNG_METADATA.isdisjoint(kinds[kinds.index(b"IDAT") :])
 
 
 def picture_size(picture_file: Picture, *, max_megapixels: float) -> tuple[int, int]:
