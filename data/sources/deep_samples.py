@@ -27,7 +27,8 @@ def raw_mode(picture: ImageFile.ImageFile) -> str:
 
 def has_deep_samples(picture: ImageFile.ImageFile) -> bool:
     """Whether an opened, not yet decoded picture has more than 8 bits a channel."""
-    return picture.mode.startswith("I;16") or ";16" in raw_mode(picture)
+    # Not "BGR;16", which is 16 bits a pixel.
+    return picture.mode.startswith("I;16") or raw_mode(picture).endswith((";16B", ";16L", ";16N"))
 
 
 def read_deep_samples(

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 # (where they stand, the bytes, the format)
 _SIGNATURES = (
-    (0, b"\xff\xd8\xff", "JPEG that is damaged, or of 12 bits"),
+    (0, b"\xff\xd8\xff", "JPEG, damaged or of 12 bits"),
     (0, b"\x00\x00\x00\x0cjP  \r\n\x87\n", "JPEG 2000"),
     (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
     (0, b"\xff\x0a", "JPEG XL"),
@@ -13,7 +13,7 @@ _SIGNATURES = (
     (4, b"ftypheic", "HEIC"),
     (4, b"ftypheix", "HEIC"),
     (4, b"ftypmif1", "HEIF"),
-    (4, b"ftypavif", "AVIF that is damaged, or that this Pillow cannot read"),
+    (4, b"ftypavif", "AVIF, damaged or more than this Pillow reads"),
     (0, b"8BPS", "Photoshop document"),
     (0, b"v/1\x01", "OpenEXR"),
     (0, b"#?RADIANCE", "Radiance HDR"),

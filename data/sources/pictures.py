@@ -121,7 +121,7 @@ def _describe_unread(data: bytes) -> str:
         return f"a TIFF of a layout that is not read ({layout}). Save it as PNG of 8 bits."
     named = format_by_signature(data)
     if named:
-        return f"not a readable picture (a {named}). Convert it to PNG of 8 bits, or remove it."
+        return f"not a readable picture (kind: {named}). Convert it to PNG of 8 bits, or restore or remove the file."
     return (
         f"not a readable picture (not one of {', '.join(_FORMATS)}: it begins with {data[:16]!r}). Replace or remove "
         "the file, or convert it to PNG."

@@ -34,7 +34,7 @@ def saved_as(kind):
         (imagecodecs.jpeg2k_encode(LEVELS, codecformat="j2k"), "JPEG 2000"),
         (imagecodecs.jpegxl_encode(LEVELS), "JPEG XL"),
         (imagecodecs.jpegxl_encode(LEVELS, usecontainer=True), "JPEG XL"),
-        (imagecodecs.jpeg8_encode(LEVELS.astype(np.uint16) * 16, bitspersample=12), "JPEG that is damaged, or of 12"),
+        (imagecodecs.jpeg8_encode(LEVELS.astype(np.uint16) * 16, bitspersample=12), "JPEG, damaged or of 12"),
         (saved_as("TGA"), "TGA"),
         (saved_as("DDS"), "DDS"),
         (saved_as("PPM"), "PPM"),
@@ -46,7 +46,7 @@ def saved_as(kind):
 )
 def test_a_format_that_is_not_read_is_named_with_its_cure(tmp_path, data, name):
     message = refusal(tmp_path / "a.png", data)
-    assert f"a.png: not a readable picture (a {name}" in message
+    assert f"a.png: not a readable picture (kind: {name}" in message
     assert "Convert it to PNG" in message
 
 

@@ -1,3 +1,4 @@
+import struct
 import zlib
 from pathlib import Path
 
@@ -175,7 +176,7 @@ def test_a_truncated_picture_is_named(tmp_path, load, suffix):
     Image.fromarray(asymmetric_picture(200, 300)).save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=rf"cut{suffix}: .* Replace or remove the file"):
+    with pytest.raises(InputError, match=rf"cut{suffix}: .* (Replace|restore) or remove the file"):
         load(path, max_megapixels=LIMIT)
 
 
@@ -356,6 +357,35 @@ def test_an_avif_of_more_bits_is_what_was_encoded(tmp_path, bits):
     samples = np.rint(SMOOTH / 255 * (2**bits - 1)).astype(np.uint16)
     data = imagecodecs.avif_encode(samples, 100, bitspersample=bits)
     assert abs(load_bytes(tmp_path, data) - SMOOTH).max() <= 1
+
+
+def bmp(bits, pixels, masks=()):
+    """pixels: [H, W] words, stored from the lowest row up.  masks: of red, green, blue (and alpha) in a word."""
+    header_size = 124 if len(masks) == 4 else 40
+    size = (header_size, pixels.shape[1], pixels.shape[0], 1, bits, 3 if masks else 0, 0, 0, 0, 0, 0)
+    header = struct.pack("<IiiHHIIiiII", *size) + struct.pack(f"<{len(masks)}I", *masks)
+    header = header.ljust(header_size, b"\0")
+    return struct.pack("<2sIII", b"BM", 0, 0, 14 + len(header)) + header + pixels[::-1].tobytes()
+
+
+@pytest.mark.parametrize("masks", [(), (0xF800, 0x7E0, 0x1F)])
+def test_a_bmp_of_16_bits_a_pixel_spans_black_to_white(tmp_path, masks):
+    words = np.random.default_rng(0).integers(0, 65536, (6, 8)).astype("<u2")
+    parts = (
+        [(words >> 11 & 31) / 31, (words >> 5 & 63) / 63]
+        if masks
+        else [(words >> place & 31) / 31 for place in (10, 5)]
+    )
+    expected = 255 * np.stack([*parts, (words & 31) / 31], axis=-1)
+    assert abs(load_bytes(tmp_path, bmp(16, words, masks)) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("masks", [(), (0xFF0000, 0xFF00, 0xFF, 0xFF000000), (0xFF0000, 0xFF00, 0xFF, 0)])
+def test_a_bmps_fourth_byte_is_alpha_where_it_says_so(tmp_path, masks):
+    samples = np.random.default_rng(0).integers(0, 256, (6, 8, 4), dtype=np.uint8)
+    pixels = samples[..., [2, 1, 0, 3]].copy().view("<u4")[..., 0]
+    expected = on_white(samples.astype(float) if masks and masks[3] else samples[..., :3].astype(float))
+    assert abs(load_bytes(tmp_path, bmp(32, pixels, masks)) - expected).max() <= 1
 
 
 # --- formats ----------------------------------------------------------------------------------------------------------
