@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -44,59 +44,66 @@ def to_srgb_from_16_bits(
     multiplied already if `premultiplied`.
     """
     height, width, _ = colours.shape
-    convert = partial(_convert, profile=profile)
     rgb = np.empty((height, width, 3), np.uint8)
     rows = max(1, _BAND_PIXELS // width)
     for top in range(0, height, rows):
         band = slice(top, top + rows)
         levels = colours[band] / np.float32(257)
         if alpha is None:
-            shown = _interpolate(levels, convert)
+            shown = _interpolate(levels, profile)
         else:
             opaque = alpha[band, :, None] / np.float32(65535)
             if premultiplied:
                 levels = np.minimum(levels / np.maximum(opaque, np.float32(1e-6)), 255)
-            shown = _interpolate(levels, convert) * opaque + 255 * (1 - opaque)
+            shown = _interpolate(levels, profile) * opaque + 255 * (1 - opaque)
         rgb[band] = np.rint(shown)
     return Image.fromarray(rgb)
 
 
-def _interpolate(levels: np.ndarray, convert: Callable[[Image.Image], Image.Image]) -> np.ndarray:
-    """What `convert`, which takes whole levels, makes of levels in between: float32 [H, W, 3].
+def _interpolate(levels: np.ndarray, profile: bytes | None) -> np.ndarray:
+    """As `_convert`, of levels in between whole ones: float32 [H, W, 3].
 
     levels: float32 [H, W, C], 0 to 255.  Between the corners of a cell one goes along each axis in turn, the longest
     way first: so grey stays grey.
     """
+    channels = np.arange(levels.shape[-1])
+    mode = {1: "L", 3: "RGB", 4: "CMYK"}[len(channels)]
+    if mode != "CMYK" and _find_converter(profile, mode) is None:
+        return np.broadcast_to(levels, (*levels.shape[:-1], 3))
+
+    def convert(corner: np.ndarray) -> np.ndarray:
+        picture = Image.frombytes(mode, (corner.shape[1], corner.shape[0]), corner.tobytes())
+        return np.asarray(_convert(picture, profile), dtype=np.float32)
+
     corner = np.minimum(levels, 254).astype(np.uint8)
     part = levels - corner
     order = np.argsort(-part, axis=-1)  # [H, W, C] channels
     steps = np.take_along_axis(part, order, axis=-1)
-    result = _levels_of(convert, corner) * (1 - steps[..., :1])
-    channels = np.arange(levels.shape[-1])
+    result = convert(corner) * (1 - steps[..., :1])
     for index in channels:
         corner = corner + (channels == order[..., index, None]).astype(np.uint8)
         next_step = steps[..., index + 1, None] if index < channels[-1] else 0
-        result += _levels_of(convert, corner) * (steps[..., index, None] - next_step)
+        result += convert(corner) * (steps[..., index, None] - next_step)
     return result
-
-
-def _levels_of(convert: Callable[[Image.Image], Image.Image], samples: np.ndarray) -> np.ndarray:
-    mode = {1: "L", 3: "RGB", 4: "CMYK"}[samples.shape[-1]]
-    picture = Image.frombytes(mode, (samples.shape[1], samples.shape[0]), samples.tobytes())
-    return np.asarray(convert(picture), dtype=np.float32)
 
 
 def _convert(colours: Image.Image, profile: bytes | None) -> Image.Image:
     """An opaque picture in L, RGB, CMYK or LAB -> RGB by its profile."""
-    if colours.mode == "LAB":
-        profile = profile or _LAB
-    converter = _converter(profile, colours.mode) if profile else None
-    if converter is None and colours.mode == "L" and profile:
-        colours = colours.convert("RGB")  # a grey picture may have a profile of colours
-        converter = _converter(profile, "RGB")
+    converter = _find_converter(profile, colours.mode)
     if converter is not None:
         return converter(colours)
     return colours if colours.mode == "RGB" else colours.convert("RGB")
+
+
+def _find_converter(profile: bytes | None, mode: str) -> Callable[[Image.Image], Image.Image] | None:
+    if mode == "LAB":
+        profile = profile or _LAB
+    if not profile:
+        return None
+    converter = _converter(profile, mode)
+    if converter is None and mode == "L" and (of_colours := _converter(profile, "RGB")) is not None:
+        return lambda grey: of_colours(grey.convert("RGB"))
+    return converter
 
 
 @lru_cache(maxsize=16)

@@ -2,6 +2,7 @@
 
 import struct
 from collections.abc import Iterator
+from itertools import takewhile
 
 # (where they stand, the bytes, the format)
 _SIGNATURES = (
@@ -56,7 +57,8 @@ def foreign_colours(data: bytes, picture_format: str | None) -> str:
     """The colours that a PNG's cICP chunk or an AVIF's nclx box asks for, "" if sRGB's, or near enough."""
     numbers = b""
     if picture_format == "PNG":
-        numbers = next((bytes(content) for kind, content in png_chunks(data) if kind == b"cICP"), b"")[:2]
+        head = takewhile(lambda chunk: chunk[0] != b"IDAT", png_chunks(data))
+        numbers = next((bytes(content[:2]) for kind, content in head if kind == b"cICP"), b"")
     elif picture_format == "AVIF" and (place := data.find(b"colrnclx")) >= 0:
         numbers = data[place + 9 : place + 13 : 2]
     if len(numbers) < 2:

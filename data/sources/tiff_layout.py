@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 from PIL import Image, TiffImagePlugin
@@ -13,6 +14,7 @@ TiffImagePlugin.READ_LIBTIFF = True
 _SUBFILE, _OLD_SUBFILE, _BITS, _PHOTOMETRIC, _SAMPLES = 254, 255, 258, 262, 277
 _PLANAR, _COLOURMAP, _EXTRA_SAMPLES, _SAMPLE_FORMAT, _COMPRESSION = 284, 320, 338, 339, 259
 _INK_SET = 332
+_MOST_PAGES = 100  # that are looked at: each may be as slow to read as the file is long
 _WHITE_IS_ZERO = 0
 _SEPARATE_PLANES = 2
 _PHOTOMETRICS = {0: "white is zero", 1: "black is zero", 2: "RGB", 3: "palette", 5: "CMYK", 6: "YCbCr", 8: "CIELab"}
@@ -54,22 +56,30 @@ def tiff_problem(picture: TiffImagePlugin.TiffImageFile, data: bytes) -> str:
         return "has more than 8 bits in planes of their own"
     if picture.mode == "CMYK" and tags.get(_INK_SET, 1) != 1:
         return "has inks other than cyan, magenta, yellow and black"
-    if tags.get(_SUBFILE, 0) & 1:
-        return "is a thumbnail on its first page"
-    pages = [tags for tags in _pages(data) if not tags.get(_SUBFILE, 0) and tags.get(_OLD_SUBFILE, 1) == 1]
-    if len(pages) > 1:
-        return f"has {len(pages)} pages, and nothing says which is meant"
+    pages = list(islice(_pages(data), _MOST_PAGES))
+    pictures = [page for page in pages if not _stands_beside(page)]
+    if len(pictures) > 1:
+        return f"has {len(pictures)} pages, and nothing says which is meant"
+    if pictures and pages[0] is not pictures[0]:
+        return "has a thumbnail on its first page"
     return ""
 
 
+def _stands_beside(page: ImageFileDirectory_v2) -> bool:
+    """Whether a page is a smaller copy of a picture, or its transparency."""
+    return bool(page.get(_SUBFILE, 0) & 0b101) or page.get(_OLD_SUBFILE) == 2
+
+
 def _pages(data: bytes) -> Iterator[ImageFileDirectory_v2]:
-    tags = ImageFileDirectory_v2(data[:16] if data[2:3] == b"\x2b" else data[:8])
-    file, seen = io.BytesIO(data), set[int]()
-    while tags.next and tags.next not in seen:
-        seen.add(tags.next)
-        file.seek(tags.next)
-        tags.load(file)
-        yield tags
+    head = data[:16] if data[2:3] == b"\x2b" else data[:8]
+    place, seen, file = ImageFileDirectory_v2(head).next, set[int](), io.BytesIO(data)
+    while place and place not in seen:
+        seen.add(place)
+        page = ImageFileDirectory_v2(head)
+        file.seek(place)
+        page.load(file)
+        yield page
+        place = page.next
 
 
 def as_tiff_shows(picture: TiffImagePlugin.TiffImageFile) -> Image.Image:

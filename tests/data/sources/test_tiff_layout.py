@@ -156,9 +156,10 @@ def test_grey_of_few_bits_spans_black_to_white_or_is_refused(tmp_path, bits, pho
 def test_pages_are_refused_and_a_thumbnail_beside_the_picture_is_not(tmp_path, order):
     levels = np.rint(255 * scene(3)).astype(np.uint8)
     path = tmp_path / "a.tif"
-    tifffile.imwrite(path, np.stack([levels, levels]), photometric="rgb", byteorder=order)
-    with pytest.raises(InputError, match=r"a\.tif: has 2 pages, and nothing says which is meant"):
-        picture_size(path, max_megapixels=1)
+    for kind in (0, 2):  # 2: said to be pages of one document
+        tifffile.imwrite(path, np.stack([levels, levels]), photometric="rgb", byteorder=order, subfiletype=kind)
+        with pytest.raises(InputError, match=r"a\.tif: has 2 pages, and nothing says which is meant"):
+            picture_size(path, max_megapixels=1)
     with tifffile.TiffWriter(path, byteorder=order) as file:
         file.write(levels, photometric="rgb")
         file.write(levels[::2, ::2], photometric="rgb", subfiletype=1)
@@ -166,8 +167,10 @@ def test_pages_are_refused_and_a_thumbnail_beside_the_picture_is_not(tmp_path, o
     with tifffile.TiffWriter(path, byteorder=order) as file:
         file.write(levels[::2, ::2], photometric="rgb", subfiletype=1)
         file.write(levels, photometric="rgb")
-    with pytest.raises(InputError, match=r"a\.tif: is a thumbnail on its first page"):
+    with pytest.raises(InputError, match=r"a\.tif: has a thumbnail on its first page"):
         picture_size(path, max_megapixels=1)
+    tifffile.imwrite(path, levels, photometric="rgb", byteorder=order, subfiletype=1)  # and nothing else
+    np.testing.assert_array_equal(load(path), levels)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of tags it reads in the wrong place
