@@ -109,7 +109,7 @@ def preprocess(
     run = load_config(config, overrides or [])
     which = which_worker(os.environ, worker=worker, workers=workers)
     quiet_libraries()
-    from data import preprocess as job  # imports torch, which the other commands do without
+    from data.preprocessing import run as job  # imports torch, which the other commands do without
 
     (job.dry_run if dry_run else job.preprocess)(run, Console(), which)
 

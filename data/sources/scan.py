@@ -38,9 +38,9 @@ from data.sources.scan_cache import (
     ScannedItem,
     is_in_pack,
     item_of,
-    row_of_facts,
+    row_of_infos,
     row_of_item,
-    with_facts,
+    with_infos,
 )
 from data.sources.tables import find_tables, list_table, names_are_below
 from data.sources.tars import expand_tars, list_tar
@@ -51,7 +51,7 @@ _UNIT_ITEMS = 1024
 
 
 def scan_dataset(dataset: DatasetConfig, data: DataConfig, advance: Callable[[int], None]) -> list[ScannedItem]:
-    """All items of a dataset, sorted by name, with the facts about their pictures.
+    """All items of a dataset, sorted by name, with the infos of their pictures.
 
     advance: told how many more are done.  Raises one InputError that lists all that is wrong with items and pictures.
     """
@@ -163,10 +163,10 @@ class _Scanner:
             outwait_the_clock([tar])
             with self.copies.local(tar, stamp) as file:
                 scanned = self._scan(list_tar(tar, file, self.dataset, masks=self.masks), packed=None)
-            rows = [[*row_of_item(entry.item, tar), *row_of_facts(entry)] for entry in scanned]
+            rows = [[*row_of_item(entry.item, tar), *row_of_infos(entry)] for entry in scanned]
             self.results.write(key, rows)
         # Of the rows even if the items were just list_problems: those have their copy where it was while they were.
-        return [with_facts(item_of(row, tar, copy), row[ITEM_COLUMNS:]) for row in rows]
+        return [with_infos(item_of(row, tar, copy), row[ITEM_COLUMNS:]) for row in rows]
 
     def scan_files(self, items: Sequence[Item]) -> list[ScannedItem]:
         """Items whose pictures are files of their own, or in a table's."""
@@ -188,14 +188,14 @@ class _Scanner:
                     scanned = self._scan(items, packed=Pack(packed))
             else:
                 pack, scanned = "", self._scan(items, packed=None)
-            found = [[pack], *(row_of_facts(entry) for entry in scanned)]
+            found = [[pack], *(row_of_infos(entry) for entry in scanned)]
             self.results.write(key, found)
         (pack,), *rows = found
-        return [with_facts(item, row, self.copies.folder / pack) for item, row in zip(items, rows, strict=True)]
+        return [with_infos(item, row, self.copies.folder / pack) for item, row in zip(items, rows, strict=True)]
 
     def _stamp_of_file(self, place: str) -> str:
         """As `stamp_of`; of a table's pack its name, which is a hash of the table's own stamp: when it is gone it is
-        written anew, with the same bytes."""
+        written again, with the same bytes."""
         path = Path(place)
         return path.name if path.parent == self.copies.folder else stamp_of(place)
 

@@ -211,11 +211,11 @@ def _read_jsonl(table: str, file: Path) -> Iterator[tuple[int, str, dict[str, An
                 row = json.loads(line)
                 is_text = "\\u" not in line or is_utf8(json.dumps(row, ensure_ascii=False))
             except (ValueError, RecursionError) as error:
-                raise InputError(f"{where}: no JSON ({error}). Correct the line, or write the list anew.") from error
+                raise InputError(f"{where}: no JSON ({error}). Correct the line, or write the list again.") from error
             if not isinstance(row, dict):
                 raise InputError(f'{where}: no JSON object. Write {{"target": ..., "mask": ...}}.')
             if not is_text:
-                raise InputError(f"{where}: {HALF_A_CHARACTER}. Correct the line, or write the list anew.")
+                raise InputError(f"{where}: {HALF_A_CHARACTER}. Correct the line, or write the list again.")
             yield number, where, _with_file_names(row)
 
 
@@ -263,7 +263,7 @@ def _read_with_pyarrow(table: str, file: Path) -> Iterator[tuple[int, str, dict[
                 yield number, f"{shown(table)}, row {number + 1}", row
                 number += 1
     except pa.ArrowException as error:
-        raise InputError(f"{shown(table)}: damaged ({error}). Fetch or write it anew.") from error
+        raise InputError(f"{shown(table)}: damaged ({error}). Fetch or write it again.") from error
 
 
 def _arrow_batches(pa, file: Path) -> Iterator[Any]:

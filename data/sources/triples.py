@@ -51,7 +51,7 @@ def content_of(picture_contents: Iterable[str]) -> str:
 def list_triples(
     dataset: DatasetConfig, data: DataConfig, advance: Callable[[int], None]
 ) -> list[tuple[Triple, tuple[int, int]]]:
-    """All triples of one dataset with their upright (width, height), sorted by name; each is checked to be whole.
+    """All triples of one dataset with their upright (width, height), sorted by name, each checked.
 
     advance: told how many more were read.  Raises one InputError that lists every triple at fault.
     """
@@ -62,7 +62,7 @@ def list_triples(
         scanned = found.pop()
         problems += _problems_of(scanned)
         item = scanned.item
-        contents = [facts.content for facts in scanned[1:] if facts is not None]
+        contents = [info.content for info in scanned[1:] if info is not None]
         triple = Triple(
             dataset.name,
             item.name,
@@ -82,11 +82,11 @@ def list_triples(
 def _problems_of(scanned: ScannedItem) -> list[str]:
     """What keeps a triple from being used: its pictures differ in size, or its mask has nothing to paint or to keep."""
     item, target, problems = scanned.item, scanned.target, []
-    for role, file, facts in (("mask", item.mask, scanned.mask), ("source", item.source, scanned.source)):
-        if facts is not None and (facts.width, facts.height) != (target.width, target.height):
+    for role, file, info in (("mask", item.mask, scanned.mask), ("source", item.source, scanned.source)):
+        if info is not None and (info.width, info.height) != (target.width, target.height):
             problems.append(
-                f"{file}: the {role} is {facts.width}x{facts.height}, its target {item.target} is "
-                f"{target.width}x{target.height}. Make the {role} anew at the target's size: stretching it would shift "
+                f"{file}: the {role} is {info.width}x{info.height}, its target {item.target} is "
+                f"{target.width}x{target.height}. Make the {role} at the target's size: stretching it would shift "
                 "the hole."
             )
     if not problems and scanned.mask is not None:
@@ -107,7 +107,7 @@ def _problems_of(scanned: ScannedItem) -> list[str]:
 def held_out(contents: Iterable[str], count: int) -> frozenset[str]:
     """Content hashes of the held-out pictures: the `count` smallest.
 
-    A picture's split hangs on its bytes alone, so copies of it under other names, its repeats and its variants are on
+    A picture's split depends on its bytes alone, so copies of it under other names, its repeats and its variants are on
     one side; adding pictures moves as few across as there are new ones among the smallest.
     """
     return frozenset(sorted(set(contents))[:count])
