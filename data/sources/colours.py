@@ -106,7 +106,7 @@ def _find_converter(profile: bytes | None, mode: str) -> Callable[[Image.Image],
     return converter
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=8)
 def _converter(profile_bytes: bytes, mode: str) -> Callable[[Image.Image], Image.Image] | None:
     """From the colours of a profile to sRGB.
 

@@ -10,21 +10,13 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from configs.errors import InputError
 from data.sources.colours import has_alpha, to_srgb, to_srgb_from_16_bits
-from data.sources.deep_samples import has_deep_samples, read_deep_samples
+from data.sources.deep_samples import has_deep_samples, raw_mode, read_deep_samples
 from data.sources.file_signatures import foreign_colours, format_by_signature, png_chunks
 from data.sources.picture_file import PictureBytes, PictureFile, byte_limit
 from data.sources.tiff_layout import as_tiff_shows, describe_tiff, tiff_problem
 
 PICTURE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
-)
-# What people call a picture too, and what is not read: it is converted to PNG first.
-UNREAD_SUFFIXES = frozenset(
-    {
-        *{".heic", ".heif", ".jxl", ".jp2", ".j2k", ".jpx", ".tga", ".psd", ".psb", ".exr", ".hdr", ".svg", ".dds"},
-        *{".ico", ".ppm", ".pgm", ".pbm", ".pnm", ".pcx", ".apng", ".dib", ".eps", ".xcf", ".kra", ".qoi"},
-        *{".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"},
-    }
 )
 # Pillow's other readers are code that no picture here needs.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", *(("AVIF",) if features.check("avif") else ()))
@@ -99,20 +91,24 @@ def _refuse(picture: ImageFile.ImageFile, picture_bytes: PictureBytes, max_megap
             f"{picture_bytes}: {picture.width}x{picture.height} is more than {LONGEST_ASPECT} times as long as wide: "
             "next to nothing of it would be left at the size that is trained. Cut it into pictures, or remove it."
         )
-    if picture.mode in ("I", "F"):
-        problem = "has 32-bit pixels, whose white is anyone's guess"
-    elif isinstance(picture, TiffImageFile):
-        problem = tiff_problem(picture, picture_bytes.data)
-    elif (
-        picture.format != "MPO" and (frames := getattr(picture, "n_frames", 1)) > 1
-    ):  # an MPO's first is the photograph
-        problem = f"is an animation of {frames} frames, and nothing says which is meant"
-    elif not picture.info.get("icc_profile") and (colours := foreign_colours(picture_bytes.data, picture.format)):
-        problem = f"has colours other than sRGB ({colours}), and no profile that says how to show them"
-    else:
-        problem = ""
+    problem = _problem(picture, picture_bytes.data)
     if problem:
         raise InputError(f"{picture_bytes}: {problem}. Save it as PNG of 8 bits.")
+
+
+def _problem(picture: ImageFile.ImageFile, data: bytes) -> str:
+    """Why an opened picture would be decoded to something else than it shows, "" if it would not."""
+    if picture.mode in ("I", "F"):
+        return "has 32-bit pixels, whose white is anyone's guess"
+    if isinstance(picture, TiffImageFile):
+        return tiff_problem(picture, data)
+    frames = getattr(picture, "n_frames", 1)
+    if frames > 1 and picture.format != "MPO":  # of an MPO, the first is the photograph
+        return f"is an animation of {frames} frames, and nothing says which is meant"
+    colours = "" if picture.info.get("icc_profile") else foreign_colours(data, picture.format)
+    if colours:
+        return f"has colours other than sRGB ({colours}), and no profile that says how to show them"
+    return ""
 
 
 def _describe_unread(data: bytes) -> str:
@@ -172,6 +168,10 @@ def picture_size(picture_file: Picture, *, max_megapixels: float) -> tuple[int, 
 
 
 def _decode_upright(picture: ImageFile.ImageFile, name: object) -> Image.Image:
+    """A picture's pixels as it is stored, in any mode, upright."""
+    spread = {"L;2": 85, "L;4": 17}.get(raw_mode(picture))
+    if spread is not None and "transparency" in picture.info:  # Pillow spreads levels over 0 to 255, and forgets this
+        picture.info["transparency"] *= spread
     _decode(picture, name)
     shown = as_tiff_shows(picture) if isinstance(picture, TiffImageFile) else picture
     orientation = _orientation(picture)
@@ -187,8 +187,7 @@ def load_picture(picture_file: Picture, *, max_megapixels: float) -> Image.Image
     read = read_picture(picture_file, max_megapixels=max_megapixels)
     with _open(read, max_megapixels) as picture:
         if not has_deep_samples(picture):
-            upright = _decode_upright(picture, read)
-            return to_srgb(upright.convert("LA") if upright.mode == "La" else upright)
+            return to_srgb(_decode_upright(picture, read))
         profile = picture.info.get("icc_profile")
     samples = read_deep_samples(lambda: _open(read, max_megapixels), lambda opened: _decode_upright(opened, read))
     return to_srgb_from_16_bits(samples.colours, samples.alpha, profile, premultiplied=samples.premultiplied)
@@ -206,8 +205,6 @@ def load_mask(picture_file: Picture, *, max_megapixels: float) -> Image.Image:
     if picture.mode.startswith("I;16"):
         # Pillow's own conversion clips at 255: all but the darkest grey would be white.
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.mode == "La":
-        picture = picture.convert("LA")
     # Pillow knows the way from Lab to RGB, but none to grey.
     mask = (picture.convert("RGB") if picture.mode == "LAB" else picture).convert("L")
     if has_alpha(picture) and not _agree(np.asarray(mask), np.asarray(picture.convert("RGBA").getchannel("A"))):

@@ -12,8 +12,7 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 TiffImagePlugin.READ_LIBTIFF = True
 
 _SUBFILE, _OLD_SUBFILE, _BITS, _PHOTOMETRIC, _SAMPLES = 254, 255, 258, 262, 277
-_PLANAR, _COLOURMAP, _EXTRA_SAMPLES, _SAMPLE_FORMAT, _COMPRESSION = 284, 320, 338, 339, 259
-_INK_SET = 332
+_COMPRESSION, _PLANAR, _COLOURMAP, _INK_SET, _SAMPLE_FORMAT = 259, 284, 320, 332, 339
 _MOST_PAGES = 100  # that are looked at: each may be as slow to read as the file is long
 _WHITE_IS_ZERO = 0
 _SEPARATE_PLANES = 2
@@ -83,7 +82,7 @@ def _pages(data: bytes) -> Iterator[ImageFileDirectory_v2]:
 
 
 def as_tiff_shows(picture: TiffImagePlugin.TiffImageFile) -> Image.Image:
-    """A decoded TIFF with its palette and its 16 bits of grey as its tags mean them."""
+    """A decoded TIFF with its palette, its alpha and its 16 bits of grey as its tags mean them."""
     tags = picture.tag_v2
     if picture.mode in ("P", "PA") and max(tags[_COLOURMAP]) < 256:
         # Some programs write levels of 8 bits where 16 belong: all would be black. libtiff sees it likewise.
@@ -96,4 +95,4 @@ def as_tiff_shows(picture: TiffImagePlugin.TiffImageFile) -> Image.Image:
         upright = Image.fromarray(levels)
         upright.info = dict(picture.info)
         return upright
-    return picture
+    return picture.convert("LA") if picture.mode == "La" else picture  # colours multiplied by their alpha

@@ -308,6 +308,14 @@ def test_a_png_is_what_another_decoder_reads(tmp_path, interlaced, colour_type, 
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_a_transparent_level_of_grey_is_what_another_decoder_reads(tmp_path, bits):
+    samples = np.random.default_rng(0).integers(0, 2**bits, (19, 26, 1))
+    for level in range(0, 2**bits, 3):
+        data = png(samples, GREY, bits, chunks=[png_chunk(b"tRNS", level.to_bytes(2, "big"))])
+        assert abs(load_bytes(tmp_path, data) - on_white(imagecodecs.png_decode(data))).max() <= 1
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize("transparent", [False, True])
 def test_a_palette_is_what_another_decoder_reads(tmp_path, bits, transparent):
     rng = np.random.default_rng(0)
