@@ -61,6 +61,26 @@ def test_a_picture_stands_upright(tmp_path, suffix, orientation):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_of_16_bits_stands_upright(tmp_path, orientation):
+    upright = asymmetric_picture()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    chunks = [png_chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))]
+    data = png(stored_as(upright, orientation).astype(np.uint16) * 257, RGB, 16, chunks=chunks)
+    np.testing.assert_array_equal(load_bytes(tmp_path, data), upright)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_avif_stands_upright_by_its_own_marks(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "turned.avif"
+    Image.fromarray(stored_as(SMOOTH, orientation)).save(path, exif=exif, quality=100, subsampling="4:4:4")
+    assert picture_size(path, max_megapixels=LIMIT) == (64, 43)
+    assert abs(np.asarray(load_picture(path, max_megapixels=LIMIT)).astype(int) - SMOOTH).max() <= 4
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_mask_stands_upright(tmp_path, orientation):
     upright = asymmetric_picture()[..., 0]
     path = tmp_path / "mask.png"
