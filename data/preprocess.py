@@ -64,7 +64,7 @@ from data.samples.geometry import Pixels
 from data.samples.plan import plan_samples
 from data.samples.shard_plan import PlannedShard, plan_shards
 from data.sources.download_cache import delete_copies
-from data.sources.problems import ProblemsFound, print_problems
+from data.sources.problems import Findings, ProblemsFound, print_problems
 from data.sources.scan import scan_dataset
 from data.storage.disk_full import DiskFull, raise_disk_full
 
@@ -174,7 +174,7 @@ def _scan(job: Job, progress: Progress) -> None:
     """Read the pictures that nobody has read yet; what is found is kept in the cache, for the one who plans."""
     bar = progress.add_task("reading pictures", total=None)
     for dataset in job.config.data.datasets:
-        scan_dataset(dataset, job.config.data, partial(progress.advance, bar))
+        scan_dataset(dataset, job.config.data, partial(progress.advance, bar), Findings())
 
 
 def make_plan(job: Job, progress: Progress) -> list[PlannedShard]:

@@ -10,6 +10,7 @@ from configs.errors import InputError
 from configs.mask_recipe import OWN_MASKS, MaskRecipe, recipe_of
 from configs.schema import Config
 from data.samples.geometry import Bucket, Crop, choose_buckets, plan_crop
+from data.sources.problems import Findings
 from data.sources.triples import Triple, held_out, list_triples
 
 TRAIN, HOLDOUT = "train", "holdout"  # the splits
@@ -45,20 +46,23 @@ def text_name(caption: str) -> str:
     return f"text-{xxhash.xxh3_64_hexdigest(caption.encode())}"
 
 
-def plan_samples(config: Config, progress: Progress) -> list[PlannedSample]:
+def plan_samples(config: Config, progress: Progress, *, thorough: bool = False) -> list[PlannedSample]:
     """Every triple in its bucket(s), split and crop; no pixels are kept. Results of the scan are kept in data.cache.
 
     A mirror image is a sample of its own, since the latents of a mirrored picture are not its mirrored latents. It has
     its original's caption and split: a held-out picture must not be trained on the other way round.
-    Raises one InputError that lists every triple at fault, or says that nothing is left to train on.
+    thorough: decode every picture in full.
+    Raises one ProblemsFound of all that is wrong in any dataset, or InputError if nothing is left to train on.
     """
     data, policy = config.data, config.data.resolution_policy
     bar = progress.add_task("reading pictures", total=None)
+    findings = Findings()
     found = [
         (dataset, triple, size)
         for dataset in data.datasets
-        for triple, size in list_triples(dataset, data, advance=partial(progress.advance, bar))
+        for triple, size in list_triples(dataset, data, partial(progress.advance, bar), findings, thorough=thorough)
     ]
+    findings.raise_problems(data.cache_folder)
     progress.update(bar, total=len(found), completed=len(found))
     kept = held_out((triple.target_content for _, triple, _ in found), data.holdout)
     if all(triple.target_content in kept for _, triple, _ in found):

@@ -1,4 +1,4 @@
-"""What is wrong with pictures, masks and captions: gathered from all threads, stages and datasets, and shown at once."""
+"""What is wrong with pictures, masks and captions: gathered from all threads, stages and datasets, shown at once."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -38,10 +38,10 @@ class Problem(NamedTuple):
 
     @classmethod
     def of(cls, error: InputError, kind: str, where: object = "") -> "Problem":
-        """The problem that a message tells, which ends in the sentence that says what to do, as they all do."""
+        """The problem that a message tells: "WHERE: what. What to do." """
         text = str(error).removeprefix(f"{where}: ") if where else str(error)
         what, _, cure = text.rpartition(". ")
-        return cls(kind, str(where) if where else "", what or cure, cure if what else "")
+        return cls(kind, str(where) if len(text) < len(str(error)) else "", what or cure, cure if what else "")
 
 
 class ProblemsFound(InputError):

@@ -18,6 +18,7 @@ from configs.errors import InputError
 from configs.urls import is_url, shown
 from data.sources.items import HALF_A_CHARACTER, Item, is_utf8
 from data.sources.picture_file import PictureFile
+from data.sources.problems import LISTS, Findings
 from data.sources.walk import walk_folder
 from data.storage.remote_files import check_url
 
@@ -76,13 +77,21 @@ def names_are_below(table: str, place: str) -> str:
 
 
 def list_table(
-    table: str, file: Path, below: str, dataset: DatasetConfig, *, masks: bool, pack: Path, packed: BinaryIO
+    table: str,
+    file: Path,
+    below: str,
+    dataset: DatasetConfig,
+    findings: Findings,
+    *,
+    masks: bool,
+    pack: Path,
+    packed: BinaryIO,
 ) -> list[Item]:
     """The items of one table, in its order.
 
-    table: its path or URL.  file: what to read, `table` itself if it is local.  below: see `names_are_below`.  masks:
-    whether they are in it.  pack: the file to which pictures inside the table are copied, open as `packed`.
-    Raises one InputError that names every row at fault, or whatever keeps the table from being read.
+    table: its path or URL.  file: what to read, `table` itself if it is local.  below: see `names_are_below`.
+    findings: takes every row at fault, and whatever keeps the rest from being read.  masks: whether they are in it.
+    pack: the file to which pictures inside the table are copied, open as `packed`.
     """
     columns = dataset.columns
     wanted = {"target": columns.target} | ({"mask": columns.mask} if masks else {})
@@ -108,28 +117,30 @@ def list_table(
         caption = row.get(columns.caption)
         if not isinstance(caption, str | None):
             raise InputError(f"{where}: {columns.caption} is {caption!r:.60}, no text. Correct it.")
-        files = {role: find_picture(row[column], f"{where}, {column}", number) for role, column in wanted.items()}
+        files = {role: find_picture(row[column], f"{where}: {column}", number) for role, column in wanted.items()}
         name = _name(row, columns.name, files["target"], below, where)
         return Item(name, files["target"], files.get("mask"), files.get("source"), caption)
 
     items: list[Item] = []
-    problems: list[str] = []
     seen: set[str] = set()
-    for number, where, row in _read_rows(table, file):
-        seen |= row.keys()
-        try:
-            items.append(read_row(number, where, row))
-        except InputError as error:
-            problems.append(str(error))
+    try:
+        for number, where, row in _read_rows(table, file, findings):
+            try:
+                seen |= row.keys()
+                items.append(read_row(number, where, row))
+            except InputError as error:
+                findings.add_error(error, LISTS, where)
+    except InputError as error:
+        findings.add_error(error, LISTS, shown(table))
     if "caption" in columns.model_fields_set and columns.caption not in seen:
-        problems.append(
-            f"{shown(table)}: no row has the column {columns.caption}, but {', '.join(sorted(seen))}. Correct "
-            "data.datasets.*.columns.caption."
+        findings.add(
+            LISTS,
+            shown(table),
+            f"no row has the column {columns.caption}, but {', '.join(sorted(seen))}",
+            "Correct data.datasets.*.columns.caption.",
         )
-    if problems:
-        raise InputError("\n".join(problems))
-    if not items:
-        raise InputError(f"{shown(table)}: holds no row. Correct data.datasets.*.table.")
+    if not items and not findings.problems:
+        findings.add(LISTS, shown(table), "holds no row", "Correct data.datasets.*.table.")
     return items
 
 
@@ -186,13 +197,13 @@ def _resolve(table: str, cell: object, where: str) -> str:
 # --- rows: (number from 0, how messages call it, column -> cell) ------------------------------------------------------
 
 
-def _read_rows(table: str, file: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
+def _read_rows(table: str, file: Path, findings: Findings) -> Iterator[tuple[int, str, dict[str, Any]]]:
     suffix = PurePosixPath(table.partition("?")[0]).suffix
     try:
         if suffix == ".jsonl":
-            yield from _read_jsonl(table, file)
+            yield from _read_jsonl(table, file, findings)
         elif suffix == ".csv":
-            yield from _read_csv(table, file)
+            yield from _read_csv(table, file, findings)
         else:
             yield from _read_with_pyarrow(table, file)
     except UnicodeDecodeError as error:
@@ -201,7 +212,7 @@ def _read_rows(table: str, file: Path) -> Iterator[tuple[int, str, dict[str, Any
         raise InputError(f"{shown(table)}: cannot be read ({error}). Restore the file or its permissions.") from error
 
 
-def _read_jsonl(table: str, file: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
+def _read_jsonl(table: str, file: Path, findings: Findings) -> Iterator[tuple[int, str, dict[str, Any]]]:
     with file.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines):
             if not line.strip():
@@ -211,25 +222,30 @@ def _read_jsonl(table: str, file: Path) -> Iterator[tuple[int, str, dict[str, An
                 row = json.loads(line)
                 is_text = "\\u" not in line or is_utf8(json.dumps(row, ensure_ascii=False))
             except (ValueError, RecursionError) as error:
-                raise InputError(f"{where}: no JSON ({error}). Correct the line, or write the list anew.") from error
+                findings.add(LISTS, where, f"no JSON ({error})", "Correct the line, or write the list anew.")
+                continue
             if not isinstance(row, dict):
-                raise InputError(f'{where}: no JSON object. Write {{"target": ..., "mask": ...}}.')
-            if not is_text:
-                raise InputError(f"{where}: {HALF_A_CHARACTER}. Correct the line, or write the list anew.")
-            yield number, where, _with_file_names(row)
+                findings.add(LISTS, where, "no JSON object", 'Write {"target": ..., "mask": ...}.')
+            elif not is_text:
+                findings.add(LISTS, where, HALF_A_CHARACTER, "Correct the line, or write the list anew.")
+            else:
+                yield number, where, _with_file_names(row)
 
 
-def _read_csv(table: str, file: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
+def _read_csv(table: str, file: Path, findings: Findings) -> Iterator[tuple[int, str, dict[str, Any]]]:
     with file.open(encoding="utf-8-sig", newline="") as lines:
         rows = csv.DictReader(lines, strict=True)  # else a quote that is never closed swallows the rows behind it
         try:
             for number, row in enumerate(rows):
                 where = f"{shown(table)}, line {rows.line_num}"
                 if None in row:
-                    raise InputError(
-                        f"{where}: {len(row[None])} cell(s) more than the first line has columns, from "
-                        f'{row[None][0]!r:.60} on. Put a text with commas in quotes: "a red, old car".'
+                    findings.add(
+                        LISTS,
+                        where,
+                        f"{len(row[None])} cell(s) more than the first line has columns, from {row[None][0]!r:.60} on",
+                        'Put a text with commas in quotes: "a red, old car".',
                     )
+                    continue
                 yield number, where, _with_file_names({name: cell or None for name, cell in row.items()})
         except csv.Error as error:
             raise InputError(

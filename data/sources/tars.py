@@ -13,6 +13,7 @@ from configs.errors import InputError
 from configs.urls import is_url, shown
 from data.sources.items import HALF_A_CHARACTER, Item, decode_text, is_utf8
 from data.sources.picture_file import PictureFile
+from data.sources.problems import CAPTIONS, NAMES, Findings
 from data.storage.remote_files import check_url
 from data.storage.tar_members import Member, read_members
 
@@ -53,23 +54,24 @@ def tar_name(tar: str) -> str:
     return tar.partition("?")[0].rpartition("/")[2].partition(".")[0]
 
 
-def list_tar(tar: str, copy: Path, dataset: DatasetConfig, *, masks: bool) -> list[Item]:
+def list_tar(tar: str, copy: Path, dataset: DatasetConfig, findings: Findings, *, masks: bool) -> list[Item]:
     """The items of one tar, in its order. copy: the file to read, `tar` itself if it is local. masks: whether they are
-    in it.
+    in it.  findings: takes every sample without target, mask or source.
 
-    Raises one InputError that names every sample without target, mask or source, or whatever `read_members` refuses.
+    Raises InputError for whatever `read_members` refuses.
     """
     samples: dict[str, dict[str, Member]] = defaultdict(dict)
-    problems = []
     for member in read_members(copy, shown(tar)):
         match = _KEY_AND_SUFFIX.match(member.name)
         if not match or member.name.rpartition("/")[2].startswith("__"):
             continue  # no sample's; WebDataset too passes over what is hidden, has no suffix or begins with __
         if not is_utf8(member.name):
-            problems.append(f"{shown(tar)}: the name of the member {member.name!a} is not UTF-8. Rename it.")
+            findings.add(NAMES, shown(tar), f"the name of the member {member.name!a} is not UTF-8", "Rename it.")
+            continue
         key, suffix = match[1], match[2].lower()
         if suffix in samples[key]:
-            problems.append(f"{shown(tar)}: {key}.{suffix} is there twice. Write the tar with one sample of that name.")
+            cure = "Write the tar with one sample of that name."
+            findings.add(NAMES, shown(tar), f"{key}.{suffix} is there twice", cure)
         samples[key][suffix] = member
     names = dataset.members
     wanted = [("target", names.target)] + ([("mask", names.mask)] if masks else [])
@@ -78,27 +80,31 @@ def list_tar(tar: str, copy: Path, dataset: DatasetConfig, *, masks: bool) -> li
     for key, members in samples.items():
         found = {role: _first(members, suffixes) for role, suffixes in wanted}
         lacking = [role for role, member in found.items() if member is None]
-        problems += [
-            f"{shown(tar)}: sample {key} has no {role} ({', '.join(dict(wanted)[role])}), but "
-            f"{', '.join(sorted(members))}. Add it, or correct data.datasets.*.members.{role}."
-            for role in lacking
-        ]
-        if not lacking and not problems:
+        for role in lacking:
+            findings.add(
+                NAMES,
+                shown(tar),
+                f"sample {key} has no {role} ({', '.join(dict(wanted)[role])}), but {', '.join(sorted(members))}",
+                f"Add it, or correct data.datasets.*.members.{role}.",
+            )
+        if not lacking:
             copied = "" if tar == str(copy) else str(copy)
             pictures = {
                 role: PictureFile(tar, member.offset, member.size, member.name, copied, member.offset)
                 for role, member in found.items()
                 if member is not None
             }
-            caption = _read_caption(tar, copy, _first(members, names.caption))
+            caption = None
+            try:
+                caption = _read_caption(tar, copy, _first(members, names.caption))
+            except InputError as error:
+                findings.add_error(error, CAPTIONS, shown(tar))
             items.append(
                 Item(
                     f"{tar_name(tar)}/{key}", pictures["target"], pictures.get("mask"), pictures.get("source"), caption
                 )
             )
-    if problems:
-        raise InputError("\n".join(problems))
-    if not items:
+    if not items and not findings.problems:
         raise InputError(f"{shown(tar)}: holds no sample. Remove it from data.datasets.*.tars.")
     return items
 

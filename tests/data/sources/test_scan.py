@@ -19,6 +19,7 @@ from PIL import Image
 from configs.data_schema import DataConfig
 from configs.errors import InputError, StorageFailed
 from data.sources.download_cache import delete_copies
+from data.sources.problems import Findings
 from data.sources.scan import scan_dataset
 
 NAMES = [f"{letter}/{number:02d}" for letter in "ab" for number in range(10)]
@@ -65,6 +66,13 @@ def reads(monkeypatch):
     return seen
 
 
+def scanned_by(data, advance=lambda count: None, **options):
+    findings = Findings()
+    scanned = scan_dataset(data.datasets[0], data, advance, findings, **options)
+    findings.raise_problems()
+    return scanned
+
+
 @pytest.fixture
 def scan(tmp_path):
     """Scans a dataset: `scan(copies_gib=1, tars=...)` -> its items and facts."""
@@ -73,7 +81,7 @@ def scan(tmp_path):
         config = {"name": "photos", **dataset}
         data = DataConfig.model_validate({"cache": tmp_path / "cache", "datasets": [config], "copies_gib": copies_gib})
         advanced = []
-        scanned = scan_dataset(data.datasets[0], data, advanced.append)
+        scanned = scanned_by(data, advanced.append)
         assert sum(advanced) == len(scanned)
         return scanned
 
@@ -145,7 +153,7 @@ def test_every_change_is_seen(scan, folders, reads, tmp_path, change):
     found = facts_by_name(scan(**folders))
     fresh_cache = {"cache": tmp_path / "fresh", "datasets": [{"name": "photos", **folders}]}
     data = DataConfig.model_validate(fresh_cache)
-    assert found == facts_by_name(scan_dataset(data.datasets[0], data, lambda count: None))
+    assert found == facts_by_name(scanned_by(data))
 
 
 def test_a_caption_is_read_every_time(scan, folders, reads, tmp_path):
@@ -214,9 +222,9 @@ def test_what_another_worker_found_is_taken_over(folders, reads, tmp_path):
             assert other_is_done.wait(30)
 
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(scan_dataset, data.datasets[0], data, stop_halfway)
+        first = pool.submit(scanned_by, data, stop_halfway)
         assert halfway.wait(30)
-        second = scan_dataset(data.datasets[0], data, lambda count: None)
+        second = scanned_by(data)
         other_is_done.set()
         assert first.result() == second and len(second) == 620
     assert len(reads) == 2 * 620
@@ -298,7 +306,7 @@ def test_names_that_meet_are_refused(scan, tmp_path, folders):
     for name in ("one", "two"):
         (tmp_path / f"{name}.jsonl").write_text('{"target": "target/a/00.png", "mask": "mask/a/00.png"}\n' * 2)
     with pytest.raises(
-        InputError, match=r"target/a/00\.png make two samples of the name target/a/00\. Rename one; in a"
+        InputError, match=r"target/a/00\.png: makes a second sample of the name target/a/00 in dataset photos, beside"
     ):
         scan(table=str(tmp_path / "one.jsonl"))
 
@@ -366,7 +374,7 @@ def test_a_cache_may_be_called_otherwise(scan, parquet, reads, tmp_path):
     (tmp_path / "cache").rename(tmp_path / "moved")
     data = DataConfig.model_validate({"cache": tmp_path / "moved", "datasets": [{"name": "photos", **parquet}]})
     reads.clear()
-    read_all(scan_dataset(data.datasets[0], data, lambda count: None))
+    read_all(scanned_by(data))
     assert reads == []
 
 
@@ -536,7 +544,7 @@ def test_a_picture_that_the_server_lacks_is_named_at_once_and_no_token(scan, ser
     (tmp_path / "list.jsonl").write_text(json.dumps(row))
     with pytest.raises(InputError, match=rf"^{url}/nothing\.png: the server answers 404 Not Found\. Correct the URL"):
         scan(table=str(tmp_path / "list.jsonl"))
-    assert len(requests) == 1
+    assert len(requests) == 2, "each is asked for once: what the server lacks it lacks"
 
 
 def test_no_message_holds_the_token_of_a_signed_url(scan, serve, no_waits, caplog):

@@ -7,6 +7,7 @@ import pytest
 
 from configs.dataset_schema import DatasetConfig
 from configs.errors import InputError
+from data.sources.problems import Findings
 from data.sources.tars import expand_tars, list_tar, tar_name
 
 
@@ -26,7 +27,10 @@ def items_of(tmp_path):
         path = tmp_path / "photos-0.tar"
         write_tar(path, members)
         dataset = DatasetConfig.model_validate({"name": "web", "tars": str(path), "members": config})
-        return list_tar(str(path), path, dataset, masks=masks)
+        findings = Findings()
+        items = list_tar(str(path), path, dataset, findings, masks=masks)
+        findings.raise_problems()
+        return items
 
     return make
 

@@ -13,6 +13,7 @@ from PIL import Image
 from configs.data_schema import CaptionsConfig, DataConfig
 from configs.dataset_schema import DatasetConfig
 from configs.errors import InputError
+from data.sources.problems import Findings
 from data.sources.triples import Triple, held_out, list_triples
 
 
@@ -43,7 +44,10 @@ def dataset(folder, *, source=False):
 def triples_of(folder, *, source=False, **captions):
     config = dataset(folder, source=source)
     data = DataConfig(cache=folder / "cache", datasets=[config], captions=CaptionsConfig(**captions))
-    return [triple for triple, _ in list_triples(config, data, advance=lambda count: None)]
+    findings = Findings()
+    triples = [triple for triple, _ in list_triples(config, data, lambda count: None, findings)]
+    findings.raise_problems()
+    return triples
 
 
 def test_files_of_one_name_make_a_triple(tmp_path):
