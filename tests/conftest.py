@@ -73,7 +73,7 @@ def cache(demo_config: Callable[..., Config], tmp_path_factory: pytest.TempPathF
     from rich.console import Console
 
     from data.cache.open_cache import open_cache
-    from data.preprocess import preprocess
+    from data.preprocessing.run import preprocess
 
     config = demo_config(tmp_path_factory.mktemp("cache") / "cache")
     preprocess(config, Console(quiet=True))

@@ -4,5 +4,5 @@ from configs.library_warnings import quiet_libraries
 
 quiet_libraries()
 
-import data.preprocess  # noqa: E402, F401
+import data.preprocessing.run  # noqa: E402, F401
 import trainer.main  # noqa: E402, F401

@@ -14,7 +14,7 @@ _SIGMA, _NOISE, _VARIANT, _DROPOUT, _WHOLE_HOLE = range(5)
 
 
 class _Generators(threading.local):
-    """A generator for each thread: making one anew for every draw takes five times as long as setting it back."""
+    """A generator for each thread: making one for every draw takes five times as long as resetting it."""
 
     def __init__(self) -> None:
         self.bits = np.random.Philox(key=[0, 0])

@@ -1,4 +1,4 @@
-"""Holes for pictures that come without: brush strokes, boxes, polygons, borders; and a user's own masks, dilated.
+"""Masks: random holes (brush strokes, boxes, polygons, borders) for pictures that come without; a user's own, dilated.
 
 A mask is a function of (content of the picture, variant): the order of the pictures, the worker and the batch change
 nothing. Shapes are drawn in a unit of their own, so a picture has the same hole at 512 and at 1024 pixels.
@@ -54,7 +54,7 @@ def dilate_masks(mask: np.ndarray, recipe: MaskRecipe, content: str) -> list[np.
 
 
 def _grow(mask: np.ndarray, radius: int) -> np.ndarray:
-    """Only the hole's surroundings are looked at: distances over a whole picture take tenths of a second."""
+    """The mask dilated by a disc, computed around the hole alone: over all of a picture it takes tenths of a second."""
     if radius == 0:
         return mask
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))

@@ -1,4 +1,4 @@
-"""What becomes a sample: every triple in its bucket(s), split and crop, and its mirror image where that is wanted."""
+"""Planned samples: every triple in its bucket(s), split and crop, and its mirror image where that is wanted."""
 
 from dataclasses import dataclass
 from functools import partial

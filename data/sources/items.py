@@ -1,4 +1,4 @@
-"""What a source lists: pictures that belong together, not read yet."""
+"""Items: the pictures and the caption that belong together, as a source lists them, not read yet."""
 
 import re
 from dataclasses import dataclass

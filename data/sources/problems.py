@@ -106,15 +106,23 @@ def _first_lines(of_kind: Sequence[Problem]) -> list[str]:
     return [*map(str, of_kind[:_SHOWN]), *([f"... and {more} more of the kind {of_kind[0].kind}."] if more > 0 else [])]
 
 
-def print_problems(console: Console, problems: Sequence[Problem], *, title: str, listed_in: Path | None = None) -> None:
+def print_found(console: Console, error: ProblemsFound) -> None:
+    """The table of all that ended a run."""
+    count = len(error.problems)
+    print_problems(console, error.problems, title=f"{count} problem{'s' if count > 1 else ''}", style="red")
+    if error.listed_in is not None:
+        console.print(Text(f"All are listed in {printable(str(error.listed_in))}."), soft_wrap=True)
+
+
+def print_problems(console: Console, problems: Sequence[Problem], *, title: str, style: str) -> None:
     """One table of problems: a part for each kind with its count, the first of them, and what to do: once for those in
     a row that need the same."""
     ordered = sorted_by_kind(problems)
     folder = _folder_of_all(ordered)
     shown = {kind: of_kind for kind, of_kind in _by_kind(ordered)}
     below = f", all below {printable(folder)}" if folder else ""
-    table = Table(title=Text(f"{title}{below}"), title_justify="left", expand=False)
-    table.add_column("kind", style="bold")
+    table = Table(title=Text(f"{title}{below}", style=f"bold {style}"), title_justify="left")
+    table.add_column("kind", style=f"bold {style}")
     table.add_column("where", overflow="fold", ratio=2)
     table.add_column("what, and what to do", overflow="fold", ratio=3)
     for kind, of_kind in shown.items():
@@ -129,8 +137,6 @@ def print_problems(console: Console, problems: Sequence[Problem], *, title: str,
             table.add_row("", Text(f"... and {len(of_kind) - len(first)} more"), "")
         table.add_section()
     console.print(table)
-    if listed_in is not None:
-        console.print(Text(f"All are listed in {printable(str(listed_in))}."), soft_wrap=True)
 
 
 def _folder_of_all(problems: Sequence[Problem]) -> str:

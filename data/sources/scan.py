@@ -40,9 +40,9 @@ from data.sources.scan_cache import (
     ScannedItem,
     is_in_pack,
     item_of,
-    row_of_facts,
+    row_of_infos,
     row_of_item,
-    with_facts,
+    with_infos,
 )
 from data.sources.tables import find_tables, list_table, names_are_below
 from data.sources.tars import expand_tars, list_tar
@@ -60,7 +60,7 @@ def scan_dataset(
     *,
     thorough: bool = False,
 ) -> list[ScannedItem]:
-    """The items of a dataset whose pictures can be read, sorted by name, with the facts about them.
+    """The items of a dataset whose pictures can be read, sorted by name, with the infos of their pictures.
 
     advance: told how many more are done.  findings: takes all that is wrong with items and pictures.  thorough: decode
     every picture in full, once: a file that was cut off looks sound by its header.
@@ -182,12 +182,12 @@ class _Scanner:
             own = Findings()
             with self.copies.local(tar, stamp) as file:
                 scanned = self._scan(list_tar(tar, file, self.dataset, own, masks=self.masks), own, packed=None)
-            found = [own.notes, *([*row_of_item(entry.item, tar), *row_of_facts(entry)] for entry in scanned)]
+            found = [own.notes, *([*row_of_item(entry.item, tar), *row_of_infos(entry)] for entry in scanned)]
             self._keep(key, found, own)
         notes, *rows = found
         self.findings.notes += [Problem(*note) for note in notes]
         # Of the rows even if the items were just listed: those have their copy where it was while they were.
-        scanned = [with_facts(item_of(row, tar, copy), row[ITEM_COLUMNS:]) for row in rows]
+        scanned = [with_infos(item_of(row, tar, copy), row[ITEM_COLUMNS:]) for row in rows]
         return self._decoded(scanned, key)
 
     def scan_files(self, items: Sequence[Item]) -> list[ScannedItem]:
@@ -203,7 +203,7 @@ class _Scanner:
         if (found := self.results.read(key)) is not None:
             (pack,), *rows = found
             pack_path = self.copies.folder / pack
-            return self._decoded([with_facts(*pair, pack_path) for pair in zip(items, rows, strict=True)], key)
+            return self._decoded([with_infos(*pair, pack_path) for pair in zip(items, rows, strict=True)], key)
         outwait_the_clock(places)
         own = Findings()
         if any(map(is_url, places)) and not self.copies.are_too_many():
@@ -214,9 +214,9 @@ class _Scanner:
                 scanned = self._scan(items, own, packed=Pack(packed))
         else:
             pack, scanned = "", self._scan(items, own, packed=None)
-        self._keep(key, [[pack], *(row_of_facts(entry) for entry in scanned)], own)
+        self._keep(key, [[pack], *(row_of_infos(entry) for entry in scanned)], own)
         pack_path = self.copies.folder / pack
-        return self._decoded([with_facts(entry.item, row_of_facts(entry), pack_path) for entry in scanned], key)
+        return self._decoded([with_infos(entry.item, row_of_infos(entry), pack_path) for entry in scanned], key)
 
     def _keep(self, key: str, rows: list[Row], own: Findings) -> None:
         """Store what was found out by a key if nothing was wrong; what was is told again by the next scan."""
@@ -233,7 +233,7 @@ class _Scanner:
 
     def _stamp_of_file(self, place: str) -> str:
         """As `stamp_of`; of a table's pack its name, which is a hash of the table's own stamp: when it is gone it is
-        written anew, with the same bytes."""
+        written again, with the same bytes."""
         path = Path(place)
         return path.name if path.parent == self.copies.folder else stamp_of(place)
 

@@ -1,4 +1,4 @@
-"""What scanning found out about pictures, and the files in which it is kept."""
+"""The scan cache: result files of what was found out about pictures, one a unit, and their rows."""
 
 import errno
 import json
@@ -37,7 +37,7 @@ class PictureInfo(NamedTuple):
 
 
 class ScannedItem(NamedTuple):
-    """An item and the facts about its pictures: target, mask (None where masks are random), source (or None)."""
+    """An item and the infos of its pictures: target, mask (None where masks are random), source (or None)."""
 
     item: Item
     target: PictureInfo
@@ -46,7 +46,7 @@ class ScannedItem(NamedTuple):
 
 
 class ScanCache:
-    """A folder of results, each a list of rows under a key that names all that it hangs on."""
+    """A folder of results, each a list of rows under a key: a hash of all its inputs."""
 
     def __init__(self, cache: Path, dataset: str) -> None:
         """Makes nothing yet. Raises InputError if <cache>/scan/<dataset> could not be made."""
@@ -60,7 +60,7 @@ class ScanCache:
             )
 
     def key(self, *parts: object) -> str:
-        """The key of what hangs on these parts (of JSON's types)."""
+        """The key of a result with these inputs (of JSON's types)."""
         key = xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
         self._used.add(key)
         return key
@@ -87,7 +87,7 @@ class ScanCache:
                 file.unlink(missing_ok=True)
 
 
-# --- rows: items and facts in types of JSON ---------------------------------------------------------------------------
+# --- rows: items and infos in types of JSON ---------------------------------------------------------------------------
 
 ITEM_COLUMNS = 5  # name, target, mask, source, caption
 
@@ -103,7 +103,7 @@ def row_of_item(item: Item, file: str = "") -> Row:
 
 
 def is_in_pack(row: Row) -> bool:
-    """Whether a picture of a table's row lies in the table's pack."""
+    """Whether a picture of a table's row is in the table's pack."""
     return any(picture is not None and picture[0] == "" for picture in row[1 : ITEM_COLUMNS - 1])
 
 
@@ -117,19 +117,19 @@ def item_of(row: Row, file: str = "", copy: str = "") -> Item:
     return Item(name, picture(*target), mask and picture(*mask), source and picture(*source), caption)
 
 
-def row_of_facts(scanned: ScannedItem) -> Row:
-    """The facts of an item as a row of three."""
-    return [facts and list(facts) for facts in (scanned.target, scanned.mask, scanned.source)]
+def row_of_infos(scanned: ScannedItem) -> Row:
+    """The infos of an item as a row of three."""
+    return [info and list(info) for info in (scanned.target, scanned.mask, scanned.source)]
 
 
-def with_facts(item: Item, row: Row, pack: Path | None = None) -> ScannedItem:
-    """An item with the facts of a row. pack: where copies of its remote pictures are, if there are any."""
-    target, mask, source = (None if facts is None else PictureInfo(*facts) for facts in row)
+def with_infos(item: Item, row: Row, pack: Path | None = None) -> ScannedItem:
+    """An item with the infos of a row. pack: where copies of its remote pictures are, if there are any."""
+    target, mask, source = (None if info is None else PictureInfo(*info) for info in row)
 
-    def copied(file: PictureFile, facts: PictureInfo) -> PictureFile:
-        if not facts.size:
+    def copied(file: PictureFile, info: PictureInfo) -> PictureFile:
+        if not info.size:
             return file
-        return replace(file, size=facts.size, copy=str(pack), copy_offset=facts.copy_offset)
+        return replace(file, size=info.size, copy=str(pack), copy_offset=info.copy_offset)
 
     assert target is not None
     item = replace(

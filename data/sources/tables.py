@@ -222,12 +222,12 @@ def _read_jsonl(table: str, file: Path, findings: Findings) -> Iterator[tuple[in
                 row = json.loads(line)
                 is_text = "\\u" not in line or is_utf8(json.dumps(row, ensure_ascii=False))
             except (ValueError, RecursionError) as error:
-                findings.add(LISTS, where, f"no JSON ({error})", "Correct the line, or write the list anew.")
+                findings.add(LISTS, where, f"no JSON ({error})", "Correct the line, or write the list again.")
                 continue
             if not isinstance(row, dict):
                 findings.add(LISTS, where, "no JSON object", 'Write {"target": ..., "mask": ...}.')
             elif not is_text:
-                findings.add(LISTS, where, HALF_A_CHARACTER, "Correct the line, or write the list anew.")
+                findings.add(LISTS, where, HALF_A_CHARACTER, "Correct the line, or write the list again.")
             else:
                 yield number, where, _with_file_names(row)
 
@@ -279,7 +279,7 @@ def _read_with_pyarrow(table: str, file: Path) -> Iterator[tuple[int, str, dict[
                 yield number, f"{shown(table)}, row {number + 1}", row
                 number += 1
     except pa.ArrowException as error:
-        raise InputError(f"{shown(table)}: damaged ({error}). Fetch or write it anew.") from error
+        raise InputError(f"{shown(table)}: damaged ({error}). Fetch or write it again.") from error
 
 
 def _arrow_batches(pa, file: Path) -> Iterator[Any]:

@@ -57,7 +57,7 @@ def list_triples(
     *,
     thorough: bool = False,
 ) -> list[tuple[Triple, tuple[int, int]]]:
-    """The triples of one dataset that can be used, with their upright (width, height), sorted by name.
+    """The triples of one dataset whose pictures can be read, with their upright (width, height), sorted by name.
 
     advance, findings, thorough: as `scan_dataset` takes them.
     """
@@ -68,7 +68,7 @@ def list_triples(
         scanned = found.pop()
         _check(scanned, findings)
         item = scanned.item
-        contents = [facts.content for facts in scanned[1:] if facts is not None]
+        contents = [info.content for info in scanned[1:] if info is not None]
         triple = Triple(
             dataset.name,
             item.name,
@@ -86,15 +86,14 @@ def list_triples(
 def _check(scanned: ScannedItem, findings: Findings) -> None:
     """What keeps a triple from being used: its pictures differ in size, or its mask has nothing to paint or to keep."""
     item, target, fits = scanned.item, scanned.target, True
-    for role, file, facts in (("mask", item.mask, scanned.mask), ("source", item.source, scanned.source)):
-        if facts is not None and (facts.width, facts.height) != (target.width, target.height):
+    for role, file, info in (("mask", item.mask, scanned.mask), ("source", item.source, scanned.source)):
+        if info is not None and (info.width, info.height) != (target.width, target.height):
             fits = False
             findings.add(
                 SIZES,
                 file,
-                f"the {role} is {facts.width}x{facts.height}, its target {item.target} is "
-                f"{target.width}x{target.height}",
-                f"Make the {role} anew at the target's size: stretching it would shift the hole.",
+                f"the {role} is {info.width}x{info.height}, its target {item.target} is {target.width}x{target.height}",
+                f"Make the {role} at the target's size: stretching it would shift the hole.",
             )
     if fits and scanned.mask is not None:
         darkest, brightest = scanned.mask.darkest, scanned.mask.brightest
@@ -117,7 +116,7 @@ def _check(scanned: ScannedItem, findings: Findings) -> None:
 def held_out(contents: Iterable[str], count: int) -> frozenset[str]:
     """Content hashes of the held-out pictures: the `count` smallest.
 
-    A picture's split hangs on its bytes alone, so copies of it under other names, its repeats and its variants are on
+    A picture's split depends on its bytes alone, so copies of it under other names, its repeats and its variants are on
     one side; adding pictures moves as few across as there are new ones among the smallest.
     """
     return frozenset(sorted(set(contents))[:count])

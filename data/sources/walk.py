@@ -1,4 +1,4 @@
-"""All files below a folder, those behind links to folders too, and none left out in silence."""
+"""The walk of a folder: all files below it, behind links too; one that cannot be read is an error."""
 
 import os
 from collections.abc import Iterator

@@ -82,7 +82,7 @@ def find_checkpoint(source: Path) -> Path:
         return source
     if (source / "checkpoints").is_dir() and (found := latest_checkpoint(source)) is not None:
         return found
-    what = "holds no whole checkpoint" if source.is_dir() else "there is no such folder"
+    what = "holds no intact checkpoint" if source.is_dir() else "there is no such folder"
     raise InputError(f"{source}: {what}. Give a run's folder, or one of its checkpoints/step-<number>.")
 
 

@@ -226,5 +226,5 @@ def test_more_damage_than_allowed_stops_and_says_where(make_cache):
 def test_a_shard_without_a_whole_row_is_named(make_cache):
     cache = make_cache([("a", "32x32", 3)])
     damage(cache, 0, 1, 2)
-    with pytest.raises(DamagedShard, match=r"32x32-000000\.tar: a-0-\d .* No other sample of the shard is whole"):
+    with pytest.raises(DamagedShard, match=r"32x32-000000\.tar: a-0-\d .* No other sample of the shard is intact"):
         by_key(cache, 1, size=3, policy=RowPolicy(max_bad_samples=9))

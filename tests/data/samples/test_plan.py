@@ -16,6 +16,7 @@ from data.samples.shard_plan import plan_shards
 
 # Of every key that does not only say where pictures lie: a value other than the default.
 OTHER_VALUES: dict[str, Any] = {
+    "preprocess": "never",
     "mode": "online",
     "encoder_devices": ["cpu"],
     "write_through": True,

@@ -19,7 +19,7 @@ from data.sources.problems import (
 
 def table_of(problems, width=80):
     console = Console(file=io.StringIO(), width=width)
-    print_problems(console, problems, title=f"{len(problems)} problems")
+    print_problems(console, problems, title=f"{len(problems)} problems", style="red")
     return console.file.getvalue()
 
 

@@ -2,8 +2,8 @@ import pytest
 
 from configs.errors import InputError
 from data.sources.folders import list_folders
-from data.sources.tables import find_tables
 from data.sources.problems import Findings
+from data.sources.tables import find_tables
 from data.sources.walk import walk_folder
 
 

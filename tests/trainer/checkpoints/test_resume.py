@@ -76,6 +76,6 @@ def test_a_machine_that_sees_another_folder_does_not_send_the_run_back(config, s
     monkeypatch.setattr(Ranks, "all_gather", lambda self, item: [item, "rank-00001.safetensors is missing"])
     monkeypatch.setattr(engine, "world_size", 2)
     with pytest.raises(
-        InputError, match=rf"{folder}: rank 1 finds that rank-00001.* is missing, rank 0 finds it whole"
+        InputError, match=rf"{folder}: rank 1 finds that rank-00001.* is missing, rank 0 finds it intact"
     ):
         choose_checkpoint(run, "auto", engine)
