@@ -29,8 +29,9 @@ class Item:
 
 
 def finish_caption(text: str | None, captions: CaptionsConfig) -> str:
-    """A caption on one line, or the default where there is none; the trigger word in front, unless it is in it."""
-    text = captions.default if text is None else " ".join(text.split())
+    """A caption on one line, or the default where there is none, or an empty one; the trigger word in front, unless it
+    is in it."""
+    text = " ".join((text or "").split()) or captions.default
     if captions.trigger and not _holds_word(text, captions.trigger):
         text = f"{captions.trigger}, {text}" if text else captions.trigger
     return text

@@ -115,8 +115,8 @@ def print_found(console: Console, error: ProblemsFound) -> None:
 
 
 def print_problems(console: Console, problems: Sequence[Problem], *, title: str, style: str) -> None:
-    """Problems by kind, with counts, the first of each kind and what to do: a table on a terminal; in a log a line each,
-    so that a search finds it."""
+    """Problems by kind, with counts, the first of each kind and what to do: a table on a terminal; in a log a line
+    each, so that a search finds it."""
     shown = dict(_by_kind(sorted_by_kind(problems)))
     if console.is_terminal:
         console.print(_table_of(shown, title, style))

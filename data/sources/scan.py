@@ -25,9 +25,10 @@ from configs.errors import InputError
 from configs.mask_recipe import mask_folder, recipe_of
 from configs.urls import is_url
 from data.cache_layout import COPIES, OWN_FOLDERS
+from data.sources.caption_files import read_caption_file
 from data.sources.download_cache import DownloadCache, Pack, open_new_file
 from data.sources.file_stamps import outwait_the_clock, stamp_of
-from data.sources.folders import list_folders, read_caption_file
+from data.sources.folders import list_folders
 from data.sources.items import Item
 from data.sources.picture_file import PictureFile
 from data.sources.pictures import load_mask, load_picture, picture_size, read_picture
