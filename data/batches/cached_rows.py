@@ -65,8 +65,8 @@ class CachedRows:
         self._filler = RowFiller(
             order.settings.seed,
             policy,
-            empty_text=read_empty_caption(cache) if policy.caption_dropout else {},
-            blanks={bucket: read_full_mask(cache, bucket) for bucket in buckets},
+            empty_caption=read_empty_caption(cache) if policy.caption_dropout else {},
+            full_masks={bucket: read_full_mask(cache, bucket) for bucket in buckets},
             replaced=replaced,
         )
         self._cache, self._order, self._threads = cache, order, threads

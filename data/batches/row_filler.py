@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 
 from configs.errors import InputError
 from data.batches.batch_memory import BatchViews
-from data.batches.noise import draw_dropout, draw_noise, draw_uniform, draw_variant, draw_whole_hole
+from data.batches.noise import draw_caption_dropout, draw_mask_dropout, draw_noise, draw_uniform, draw_variant
 from data.batches.shard_reader import Buffers, DamagedSample, DamagedShard
 from data.samples.geometry import Bucket
 
@@ -64,7 +64,7 @@ def refuse_too_many(replaced: Iterable[ReplacedRow], max_bad_samples: int) -> No
 class RowFiller:
     """Random draws, dropped parts and replacements of damaged samples, row by row; safe to call from many threads.
 
-    empty_text: what a dropped caption becomes.  blanks: bucket -> what the mask becomes in a hole as large as the
+    empty_caption: tensors of a dropped caption.  full_masks: bucket -> mask and latents of a hole as large as the
     picture.  replaced: rows that were replaced so far, those of earlier processes of the run included.
     """
 
@@ -72,25 +72,25 @@ class RowFiller:
         self,
         seed: int,
         policy: RowPolicy,
-        empty_text: Buffers,
-        blanks: Mapping[Bucket, Buffers],
+        empty_caption: Buffers,
+        full_masks: Mapping[Bucket, Buffers],
         replaced: Iterable[ReplacedRow] = (),
     ) -> None:
         self.replaced = set(replaced)
         self._seed, self._policy = seed, policy
-        self._empty_text, self._blanks = empty_text, blanks
+        self._empty_caption, self._full_masks = empty_caption, full_masks
         self._lock = threading.Lock()
 
     def begin(self, rows: BatchViews, place: int, position: int) -> dict[str, memoryview]:
         """Draw a row's noise and dropout, and fill in what was dropped. Returns the buffers that are still to be filled
         from its sample, by name."""
         seed, policy, out = self._seed, self._policy, dict(rows.stored[place])
-        if policy.caption_dropout and draw_dropout(seed, position, policy.caption_dropout):
-            for name, empty in self._empty_text.items():
+        if policy.caption_dropout and draw_caption_dropout(seed, position, policy.caption_dropout):
+            for name, empty in self._empty_caption.items():
                 out.pop(name)[:] = empty
-        if policy.mask_dropout and draw_whole_hole(seed, position, policy.mask_dropout):
-            for name, blank in self._blanks[rows.batch.bucket].items():
-                out.pop(name)[:] = blank
+        if policy.mask_dropout and draw_mask_dropout(seed, position, policy.mask_dropout):
+            for name, full in self._full_masks[rows.batch.bucket].items():
+                out.pop(name)[:] = full
         draw_noise(seed, position, rows.noise[place])
         rows.uniform[place] = draw_uniform(seed, position)
         rows.weight[place] = 1.0

@@ -95,8 +95,10 @@ class OnlineTrainingSet:
         filler = RowFiller(
             order.settings.seed,
             policy,
-            empty_text=_bytes_of(encode_empty_caption(self._encoders, captions)) if policy.caption_dropout else {},
-            blanks={bucket: self._blank(bucket) for bucket in _buckets_of(order)} if policy.mask_dropout else {},
+            empty_caption=_bytes_of(encode_empty_caption(self._encoders, captions)) if policy.caption_dropout else {},
+            full_masks={bucket: self._full_mask(bucket) for bucket in _buckets_of(order)}
+            if policy.mask_dropout
+            else {},
             replaced=replaced,
         )
         return EncodedRows(
@@ -109,7 +111,7 @@ class OnlineTrainingSet:
             threads=self._worker.decode_threads,
         )
 
-    def _blank(self, bucket: Bucket) -> dict[str, memoryview]:
+    def _full_mask(self, bucket: Bucket) -> dict[str, memoryview]:
         mask = memoryview(b"\xff" * (bucket.height * bucket.width // 8))
         return _bytes_of(encode_full_mask(self._encoders, bucket)) | {"mask": mask}
 

@@ -13,10 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from configs.combinations import QuantizedPrecision
 from configs.errors import InputError
-
-Precision = Literal["nf4", "int8", "fp8"]
-QUANTIZED: tuple[Precision, ...] = ("nf4", "int8", "fp8")
 
 # The blocks' linear layers are 99.5 % of FLUX.1's weights; what lies outside of them is small and sensitive.
 _IN_A_BLOCK = re.compile(r"(single_)?transformer_blocks\.\d+\..+")
@@ -160,7 +158,7 @@ def quantizable_layers(transformer: nn.Module) -> Iterator[tuple[str, nn.Linear]
 
 
 @torch.no_grad()
-def quantize_base(transformer: nn.Module, precision: Precision, from_main: Callable[[Tensor], Tensor]) -> None:
+def quantize_base(transformer: nn.Module, precision: QuantizedPrecision, from_main: Callable[[Tensor], Tensor]) -> None:
     """Quantize the blocks' linear layers in place, and bring the model to this rank's device. All ranks call it.
 
     transformer: bf16, on rank 0 with its weights, elsewhere on the meta device.  from_main: rank 0's tensor on every

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import InputError
-from data.batches.noise import draw_dropout, draw_noise, draw_uniform, draw_variant
+from data.batches.noise import draw_caption_dropout, draw_noise, draw_uniform, draw_variant
 from data.batches.row_filler import RowPolicy
 from data.samples.geometry import Bucket
 from tests.data.batches.streams import SEED, SHARDS, copy_of, damage, open_stream, open_tars, rows_by_position, take
@@ -190,7 +190,7 @@ def test_texts_of_an_int8_cache_are_bf16_once_their_rows_are_moved(make_cache, m
             assert rows.t5.dtype == torch.int8 and moved.t5.dtype == torch.bfloat16 and moved.t5_scale is None
             keys = stream.keys(stream.current)
             for place, position in enumerate(rows.position.tolist()):
-                dropped = draw_dropout(SEED, position, 0.4)
+                dropped = draw_caption_dropout(SEED, position, 0.4)
                 num_dropped += dropped
                 stored = empty if dropped else texts[int(keys[position - 7 * index].split("-")[2]) % 2]
                 expected = (stored["t5"].float() * stored["t5_scale"][:, None]).bfloat16()

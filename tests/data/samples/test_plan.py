@@ -19,7 +19,6 @@ OTHER_VALUES: dict[str, Any] = {
     "preprocess": "never",
     "mode": "online",
     "encoder_devices": ["cpu"],
-    "write_through": True,
     "local_cache": "copies",
     "local_cache_gib": 1.0,
     "datasets.name": "cats",
@@ -48,7 +47,6 @@ OTHER_VALUES: dict[str, Any] = {
     "streams": 2,
 }
 PLACES = {"cache", *(f"datasets.{key}" for key in ("tars", "table", "target", "members", "columns", "source"))}
-NEEDS_ONLINE = ("encoder_devices", "write_through")
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +72,7 @@ def plan_of(folder, key: str = "", value: object = None) -> dict[str, str]:
         data[section] = {last: value}
     elif key:
         data[key] = value
-    if key in NEEDS_ONLINE:
+    if key == "encoder_devices":
         data["mode"] = "online"
     config = Config.model_validate(
         {
