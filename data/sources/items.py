@@ -37,6 +37,16 @@ def finish_caption(text: str | None, captions: CaptionsConfig) -> str:
     return text
 
 
+OWN, DEFAULT, NONE = "of their own", "the default", "none"  # whose caption a sample has
+
+
+def whose_caption(caption: str, captions: CaptionsConfig) -> str:
+    """Of a finished caption: OWN, DEFAULT, or NONE where not even a default is set."""
+    if caption != finish_caption(None, captions):
+        return OWN
+    return DEFAULT if captions.default.strip() else NONE
+
+
 def _holds_word(text: str, word: str) -> bool:
     """Whether a text holds a word, not as part of another ("masks" does not hold "sks"); Chinese needs no gaps."""
     return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.ASCII) is not None
