@@ -45,7 +45,7 @@ from data.sources.scan_cache import (
     row_of_item,
     with_infos,
 )
-from data.sources.tables import find_tables, list_table, names_are_below
+from data.sources.tables import find_tables, list_table, names_are_below, number_repeats
 from data.sources.tars import expand_tars, list_tar
 
 _SCAN_VERSION = 3
@@ -152,7 +152,8 @@ class _Scanner:
         place = dataset.table or ""
         tables = find_tables(place, dataset.name)
         with ThreadPoolExecutor(_UNIT_THREADS) as pool:
-            return [item for items in pool.map(partial(self._list_table, place), tables) for item in items]
+            items = [item for items in pool.map(partial(self._list_table, place), tables) for item in items]
+        return items if dataset.columns.name is not None else number_repeats(items, self.findings)
 
     def _list_table(self, place: str, table: str) -> list[Item]:
         below = names_are_below(table, place)

@@ -19,7 +19,7 @@ from PIL import Image
 from configs.data_schema import DataConfig
 from configs.errors import InputError, StorageFailed
 from data.sources.download_cache import delete_copies
-from data.sources.problems import Findings
+from data.sources.problems import TRUNCATED, Findings, ProblemsFound
 from data.sources.scan import scan_dataset
 
 NAMES = [f"{letter}/{number:02d}" for letter in "ab" for number in range(10)]
@@ -77,11 +77,11 @@ def scanned_by(data, advance=lambda count: None, **options):
 def scan(tmp_path):
     """Scans a dataset: `scan(copies_gib=1, tars=...)` -> its items and facts."""
 
-    def run(*, copies_gib=1, **dataset):
+    def run(*, copies_gib=1, thorough=False, **dataset):
         config = {"name": "photos", **dataset}
         data = DataConfig.model_validate({"cache": tmp_path / "cache", "datasets": [config], "copies_gib": copies_gib})
         advanced = []
-        scanned = scanned_by(data, advanced.append)
+        scanned = scanned_by(data, advanced.append, thorough=thorough)
         assert sum(advanced) == len(scanned)
         return scanned
 
@@ -247,6 +247,21 @@ def test_every_picture_at_fault_is_named_and_the_good_ones_are_kept(scan, reads,
     assert 0 < len(reads) < 2 * 200
 
 
+def test_a_picture_that_was_cut_off_is_found_by_decoding_once(scan, folders, tmp_path, monkeypatch):
+    sound, decoded = scan(**folders), []
+    assert scan(thorough=True, **folders) == sound
+    monkeypatch.setattr("data.sources.scan.load_picture", lambda *a, **k: decoded.append(a))
+    scan(**folders)
+    scan(thorough=True, **folders)
+    assert not decoded, "that they can be decoded was found out before"
+    monkeypatch.undo()
+    path = tmp_path / "target" / "a" / "00.png"
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ProblemsFound) as caught:
+        scan(thorough=True, **folders)
+    assert [(problem.kind, problem.where) for problem in caught.value.problems] == [(TRUNCATED, str(path))]
+
+
 # --- tars -------------------------------------------------------------------------------------------------------------
 
 
@@ -302,13 +317,30 @@ def test_a_picture_in_a_tar_that_is_none_is_named(scan, tmp_path):
         scan(tars=str(tmp_path / "a.tar"))
 
 
-def test_names_that_meet_are_refused(scan, tmp_path, folders):
-    for name in ("one", "two"):
-        (tmp_path / f"{name}.jsonl").write_text('{"target": "target/a/00.png", "mask": "mask/a/00.png"}\n' * 2)
-    with pytest.raises(
-        InputError, match=r"target/a/00\.png: makes a second sample of the name target/a/00 in dataset photos, beside"
-    ):
+def test_rows_that_are_there_twice_are_refused(scan, tmp_path, folders):
+    row = '{"target": "target/a/00.png", "mask": "mask/a/00.png"}\n'
+    (tmp_path / "one.jsonl").write_text(row * 2)
+    with pytest.raises(InputError, match=r"target/a/00\.png: is there twice, with the same mask, source and caption\."):
         scan(table=str(tmp_path / "one.jsonl"))
+
+
+def test_names_that_meet_are_refused(scan, tmp_path, folders):
+    rows = [{"target": f"target/a/{n}.png", "mask": "mask/a/00.png", "id": "same"} for n in ("00", "01")]
+    (tmp_path / "one.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    message = r"target/a/01\.png: makes a second sample of the name same in dataset photos, beside"
+    with pytest.raises(InputError, match=message):
+        scan(table=str(tmp_path / "one.jsonl"), columns={"name": "id"})
+
+
+def test_rows_of_one_picture_are_samples_of_their_own(scan, tmp_path, folders):
+    rows = [{"target": "target/a/00.png", "mask": f"mask/a/0{number}.png"} for number in range(3)]
+    rows += [rows[0] | {"caption": "another"}, {"target": "target/a/01.png", "mask": "mask/a/01.png"}]
+    (tmp_path / "one.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    scanned = scan(table=str(tmp_path / "one.jsonl"))
+    assert [entry.item.name for entry in scanned] == [
+        *("target/a/00", "target/a/00#2", "target/a/00#3", "target/a/00#4", "target/a/01"),
+    ]
+    assert len({entry.target.content for entry in scanned[:4]}) == 1, "of one split"
 
 
 @pytest.mark.parametrize(
