@@ -38,7 +38,7 @@ from configs.schema import Config
 from data.cache.shard_writer import SampleTensors, ShardWriter
 from data.encoders.encode import collate_pixels, encode_captions, encode_pixels
 from data.encoders.load import Encoders, load_encoders
-from data.preprocess import preprocess
+from data.preprocessing.run import preprocess
 from data.samples.decode import in_batches, load_pixels
 from data.samples.geometry import LATENT_CHANNELS
 from data.samples.plan import plan_samples
@@ -162,7 +162,7 @@ def measure(folder: Path, *, pictures: int, batch_size: int, repeats: int, threa
     plans = plan(config)
 
     def run_job() -> None:
-        with mock.patch("data.preprocess.load_encoders", return_value=encoders):
+        with mock.patch("data.preprocessing.run.load_encoders", return_value=encoders):
             preprocess(config, Console(quiet=True))
 
     ways = {

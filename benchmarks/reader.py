@@ -228,7 +228,8 @@ def measure(cache: Cache, plain: list[str], side: int, batch_size: int, *, repea
         time.sleep(SETTLE_SECONDS)
         for name in ("fluxfill", "fluxfill_with_noise"):
             stream = open_stream(cache, batch_size)
-            with mock.patch("data.row_filler.draw_noise", _draw_nothing) if name == "fluxfill" else nullcontext():
+            no_noise = mock.patch("data.batches.row_filler.draw_noise", _draw_nothing)
+            with no_noise if name == "fluxfill" else nullcontext():
                 runs[name].append(rate(_micro_batches(stream), lambda rows: len(rows.weight), PASSES * num_samples))
                 stream.close()
     medians = {name: statistics.median(values) for name, values in runs.items()}

@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
-from typing import get_args
+from typing import Literal, get_args
 
 from configs.errors import InputError
 from configs.schema import Config, EngineName
 
 ADAPTERS = ("lora", "dora", "lokr")
-QUANTIZED = ("int8", "nf4", "fp8")
+QuantizedPrecision = Literal["int8", "nf4", "fp8"]
+QUANTIZED: tuple[QuantizedPrecision, ...] = get_args(QuantizedPrecision)
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 FSDP = tuple(engine for engine in ENGINES if engine.startswith(("fsdp2", "hsdp")))
 ZERO = tuple(engine for engine in ENGINES if engine.startswith("zero"))

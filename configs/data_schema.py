@@ -32,7 +32,7 @@ class CaptionsConfig(Section):
     """The text that goes with a picture."""
 
     default: Annotated[str, Shapes.SAMPLES] = ""
-    """Caption of a picture without a .txt file."""
+    """Caption of a picture without one of its own, or with an empty one."""
 
     trigger: Annotated[Annotated[str, Field(min_length=1)] | None, Shapes.SAMPLES] = None
     """Put in front of every caption that does not hold it already."""
@@ -71,7 +71,8 @@ class DataConfig(Section):
 
     mode: Annotated[Literal["cached", "online"], Shapes.NOTHING] = "cached"
     """cached: train from what `fluxfill preprocess` encoded. online: encode pictures and captions while training, with
-    the same outcome; nothing has to be preprocessed, and every epoch encodes anew (but see write_through)."""
+    the same outcome; nothing has to be preprocessed. Shards that are finished in `cache` are read, so that `fluxfill
+    preprocess` may run before or beside it; without them every epoch encodes again."""
 
     preprocess: Annotated[Literal["auto", "never"], Shapes.NOTHING] = "auto"
     """With mode cached, what `fluxfill train` does first. auto: what `fluxfill preprocess` does, on the GPUs that are
@@ -90,16 +91,10 @@ class DataConfig(Section):
     train` trains on the GPUs before the first of them: cuda:0 where it is [cuda:1]. null: each process encodes on the
     GPU that it trains on."""
 
-    write_through: Annotated[bool, Field(strict=True), Shapes.NOTHING] = False
-    """With mode online: while the encoders have nothing to do for the training, they make the shards that `fluxfill
-    preprocess` would make, and rows of a finished shard are read, not encoded. For runs of several epochs whose steps
-    take longer than encoding a batch. Whether a row is read or encoded depends on time, and may be one step of bf16 in
-    its tensors: such a run can be repeated up to that."""
-
     cache: Annotated[FolderOrUrl, Field(examples=["/data/cache/removal"]), Shapes.NOTHING]
     """Folder of the encoded samples: written by `fluxfill preprocess`, read by the trainer. For training also an
-    https://, s3:// or gs:// URL of such a folder. With mode online only what was found out about the pictures is kept
-    there, unless write_through is set."""
+    https://, s3:// or gs:// URL of such a folder. A run with mode online keeps there what it found out about the
+    pictures, and writes no shards."""
 
     local_cache: Annotated[PathText | None, Shapes.NOTHING] = None
     """With a URL as `cache`: folder on each node that shards are copied to, shared by the node's processes."""
@@ -140,6 +135,12 @@ class DataConfig(Section):
     max_megapixels: Annotated[PositiveFloat, Shapes.PLAN] = 64.0
     """Pictures of more megapixels are refused, not decoded."""
 
+    min_side: Annotated[PositiveInt | None, Shapes.SAMPLES] = None
+    """Pictures whose shorter side has fewer pixels are left out. null: none is."""
+
+    max_enlarge: Annotated[Annotated[float, Field(strict=True, ge=1)] | None, Shapes.SAMPLES] = None
+    """Pictures that would be enlarged by more than this to fill their bucket are left out. null: none is."""
+
     copies_gib: Annotated[NonNegativeFloat, Shapes.NOTHING] = 100.0
     """Room beside the cache, in GiB, for copies of remote pictures until they are encoded; those beyond it are fetched
     twice."""
@@ -164,13 +165,6 @@ class DataConfig(Section):
         if devices is not None and info.data.get("mode") == "cached":
             raise ValueError("with mode cached nothing is encoded while training: set data.mode=online, or remove it")
         return devices
-
-    @field_validator("write_through")
-    @classmethod
-    def _something_is_encoded_to_be_written(cls, write_through: bool, info: ValidationInfo) -> bool:
-        if write_through and info.data.get("mode") == "cached":
-            raise ValueError("with mode cached nothing is encoded while training: set data.mode=online, or remove it")
-        return write_through
 
     @property
     def cache_folder(self) -> Path:

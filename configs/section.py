@@ -1,4 +1,4 @@
-"""What the sections of a config have in common: their base, and the words, numbers and places that they are made of."""
+"""The base of a config's sections, the types of their keys, and the marks that say what a key shapes."""
 
 from enum import IntEnum
 from pathlib import Path

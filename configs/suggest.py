@@ -1,4 +1,4 @@
-"""Which key someone meant who wrote one that does not exist."""
+"""The key that was meant by one that does not exist."""
 
 import difflib
 from collections.abc import Iterable
@@ -92,6 +92,8 @@ _ADVICE = {
 REMOVED = {
     "checkpoint.requantize": "Remove it: 8-bit optimizer state that another engine or number of GPUs goes on with is "
     "quantized again by itself, and the log says so.",
+    "data.write_through": "Remove it: with data.mode online every finished shard of data.cache is read, and `fluxfill "
+    "preprocess` beside the run makes them (docs/online.md).",
 }
 """Keys of earlier releases, which a config that was saved by one of them still holds."""
 

@@ -148,7 +148,7 @@ def _print_verdict(console: Console, cache: Path, checked: "CheckedCache") -> No
     if not problems:
         console.print(f"{cache}: all is as it was written.", **_PLAIN)
         return
-    table = Table(title=f"{cache}: not as it was written", title_justify="left")
+    table = Table(title=f"{escape(str(cache))}: not as it was written", title_justify="left")
     for column in ("file", "member", "what is wrong"):
         table.add_column(column, overflow="fold")  # names are what it is read for
     for row in problems[:_SHOWN_PROBLEMS]:

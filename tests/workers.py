@@ -57,7 +57,7 @@ class WorkerProcess:
 def preprocess_quietly(config: Config, worker: Worker) -> None:
     from rich.console import Console
 
-    from data.preprocess import preprocess
+    from data.preprocessing.run import preprocess
 
     preprocess(config, Console(quiet=True), worker)
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 from diffusers import FluxTransformer2DModel
 
-from configs.combinations import notes_of
+from configs.combinations import QUANTIZED, notes_of
 from configs.schema import Config
 from data.encoders.model_folder import read_part_config
 from trainer.adapters.build import add_adapter
 from trainer.engines.base import Engine
 from trainer.model.flux import DEV_CHANNELS, empty_transformer, load_transformer
-from trainer.model.quantize import QUANTIZED, quantize_base
+from trainer.model.quantize import quantize_base
 
 log = logging.getLogger("fluxfill")
 

@@ -11,7 +11,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
-from data.batches.micro_batch import BatchBuffer, BufferLease, MicroBatch, row_fields
+from data.batches.batch_memory import BatchBuffer, BufferLease, buffer_bytes
+from data.batches.micro_batch import MicroBatch, row_fields
 from data.batches.order import Batch, Order, num_micro_steps, rank_rows
 from data.batches.row_filler import ReplacedRow
 from data.batches.row_source import PlannedMicroBatch, RowSource
@@ -21,7 +22,7 @@ from data.samples.geometry import Bucket
 
 @dataclass(frozen=True)
 class _Ahead:
-    """A micro-batch that is being filled."""
+    """A micro-batch in the making."""
 
     planned: PlannedMicroBatch
     memory: BufferLease
@@ -29,15 +30,15 @@ class _Ahead:
 
 
 class BatchStream:
-    """This rank's share of the global batches, in order, begun ahead.
+    """This rank's rows of the global batches, in order, begun ahead.
 
-    `next(stream)` gives an iterator over the micro-batches of the next global batch: as many on every rank, rows that
-    only fill up have weight 0. A micro-batch's memory is used again after the next one has been asked for; with
+    `next(stream)` gives an iterator over the micro-batches of the next global batch: as many on every rank, padding
+    rows have weight 0. A micro-batch's memory is used again after the next one has been asked for; with
     `pin_memory` after the CUDA work queued by then has run, so copy it to the device and forget it. An iterator that is
     not read to its end has ended once the next global batch is asked for.
 
-    What the source could not fill is raised where its micro-batch would have come, and again at every later try: the
-    stream does not pass over it.
+    An error of the source is raised in the place of its micro-batch, and again at every later try: the stream does not
+    pass over it.
 
     current: the global batch last asked for, this rank's rows of it.  batch_start: when, by the monotonic clock.
     wait_seconds: how long its user waited for it.
@@ -71,11 +72,11 @@ class BatchStream:
         self._fields = {bucket: row_fields(bucket, manifest) for bucket in self._buckets.values()}
         self._most_rows = -(-order.settings.global_batch_size // world_size)
         self._depth = max(depth, source.least_depth(min(micro_batch_size, self._most_rows)))
-        slot_bytes = max(
-            sum(field.slot_bytes(min(self.micro_batch_size(bucket), self._most_rows)) for field in fields)
+        num_bytes = max(
+            buffer_bytes(fields, min(self.micro_batch_size(bucket), self._most_rows))
             for bucket, fields in self._fields.items()
         )
-        self._free = [BatchBuffer(slot_bytes, pin_memory) for _ in range(self._depth + 1)]
+        self._free = [BatchBuffer(num_bytes, pin_memory) for _ in range(self._depth + 1)]
         self._lent: BufferLease | None = None
         # A batch is asked for twice: when the first of it is begun ahead, and when its user comes to it.
         self._batch = lru_cache(maxsize=self._depth + 2)(partial(order.batch, part=self._mine))
@@ -148,8 +149,8 @@ class BatchStream:
 
     def keys(self, batch: Batch) -> list[str]:
         """Names of all of a global batch's samples, in order. Of a cache this opens every shard that it touches."""
-        whole = self.order.batch(batch.index)
-        return [self._source.key(int(s), int(r)) for s, r in zip(whole.shards, whole.rows, strict=True)]
+        complete = self.order.batch(batch.index)  # not this rank's part alone
+        return [self._source.key(int(s), int(r)) for s, r in zip(complete.shards, complete.rows, strict=True)]
 
     def __enter__(self) -> "BatchStream":
         return self

@@ -1,14 +1,14 @@
-"""Rows that were encoded before: read from the shards of a cache, by threads.
+"""Rows of a cache, read from its shards by threads.
 
 A row's bytes go from the shard straight to their place in the batch (`shard_reader.py`); none pass between processes.
-Beside the stored tensors a row gets what is random about it (`noise.py`), drawn here in the threads.
+Beside the stored tensors a row gets its random draws (`noise.py`), made here in the threads.
 """
 
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from data.batches.micro_batch import BatchViews, BufferLease
+from data.batches.batch_memory import BatchViews, BufferLease
 from data.batches.order import Batch, Order
 from data.batches.prefetch import Prefetcher
 from data.batches.row_filler import ReplacedRow, RowFiller, RowPolicy
@@ -65,8 +65,8 @@ class CachedRows:
         self._filler = RowFiller(
             order.settings.seed,
             policy,
-            empty_text=read_empty_caption(cache) if policy.caption_dropout else {},
-            blanks={bucket: read_full_mask(cache, bucket) for bucket in buckets},
+            empty_caption=read_empty_caption(cache) if policy.caption_dropout else {},
+            full_masks={bucket: read_full_mask(cache, bucket) for bucket in buckets},
             replaced=replaced,
         )
         self._cache, self._order, self._threads = cache, order, threads
@@ -115,15 +115,17 @@ class CachedRows:
         for place in range(first, planned.width, filling.shares):
             wanted = planned.at(place)
             if wanted is None:
-                rows.clear(place)
+                rows.pad(place)
             else:
                 self._fill_row(rows, place, wanted)
 
     def _fill_row(self, rows: BatchViews, place: int, wanted: PlannedRow) -> None:
         reader, filler, shard, position = self._reader, self._filler, wanted.shard, wanted.position
         out = filler.begin(rows, place, position)
-        variant = filler.choose_variant(reader.num_variants(shard), row=wanted.row, turn=wanted.turn, position=position)
-        filler.first_whole(
+        variant = filler.choose_variant(
+            reader.num_variants(shard), row=wanted.row, stream_epoch=wanted.stream_epoch, position=position
+        )
+        filler.first_intact(
             lambda row: reader.read(shard, row, out, variant=variant),
             shard=str(reader.table.path[shard]),
             num_samples=reader.num_samples(shard),

@@ -14,7 +14,7 @@ _SIGMA, _NOISE, _VARIANT, _DROPOUT, _WHOLE_HOLE = range(5)
 
 
 class _Generators(threading.local):
-    """A generator for each thread: making one anew for every draw takes five times as long as setting it back."""
+    """A generator for each thread: making one for every draw takes five times as long as resetting it."""
 
     def __init__(self) -> None:
         self.bits = np.random.Philox(key=[0, 0])
@@ -50,11 +50,11 @@ def draw_variant(seed: int, position: int, num_variants: int) -> int:
     return int(_generator(seed, position, _VARIANT).integers(num_variants))
 
 
-def draw_dropout(seed: int, position: int, probability: float) -> bool:
+def draw_caption_dropout(seed: int, position: int, probability: float) -> bool:
     """Whether the sample's caption is dropped (replaced by the empty one)."""
     return bool(_generator(seed, position, _DROPOUT).random() < probability)
 
 
-def draw_whole_hole(seed: int, position: int, probability: float) -> bool:
+def draw_mask_dropout(seed: int, position: int, probability: float) -> bool:
     """Whether the sample's mask is dropped (the hole is the whole picture)."""
     return bool(_generator(seed, position, _WHOLE_HOLE).random() < probability)

@@ -1,7 +1,7 @@
-"""Which sample stands where: the sequence of global batches as arithmetic, not state.
+"""The order of the samples: the sequence of global batches as arithmetic, not state.
 
 A pool is all training shards of one dataset and bucket, dealt to C streams by rows (so that they are equal within one,
-a shard at a border belongs to two; a pool of fewer than 4 C shards stays whole). A stream's rows form an endless
+a shard at a border belongs to two; a pool of fewer than 4 C shards is not dealt). A stream's rows form an endless
 sequence: epoch after epoch, each a permutation made in two steps (shards into blocks, samples within a block), so that
 a reader touches few shards at a time. Batch j of a pool takes rows [j * GB / C, (j + 1) * GB / C) of each stream: laid
 end to end, so no sample is ever left out and a pool smaller than a batch trains too. Neighbouring ranks get
@@ -71,7 +71,7 @@ class OrderSettings:
 def hash_shards(paths: np.ndarray, samples: np.ndarray, plans: np.ndarray) -> str:
     """OrderSettings.shards: of shards' paths, samples that train and plans, in the shard table's order.
 
-    Not of their bytes: shards that were encoded anew from the same pictures, on another GPU, are the same run's.
+    Not of their bytes: shards that were encoded again from the same pictures, on another GPU, are the same run's.
     """
     digest = xxhash.xxh3_128("\n".join(paths[samples > 0].tolist()).encode())
     digest.update(plans[samples > 0].astype("S32").data)  # 32 hex digits; a million of them as one piece
@@ -82,7 +82,7 @@ def hash_shards(paths: np.ndarray, samples: np.ndarray, plans: np.ndarray) -> st
 @dataclass(frozen=True)
 class Batch:
     """One global batch, or a part of it.  shards, rows: int64, row `rows[i]` of shard `shards[i]` (index into the shard
-    table) is row `part[i]` of the batch.  rounds: how many times its stream had been through by then.
+    table) is row `part[i]` of the batch.  stream_epochs: how often its stream had been passed before.
 
     pool: its dataset and bucket.  epoch: of the run.  position: of the batch's first row in the order; row i stands at
     position + i.
@@ -95,7 +95,7 @@ class Batch:
     part: range
     shards: np.ndarray
     rows: np.ndarray
-    rounds: np.ndarray
+    stream_epochs: np.ndarray
 
 
 def _generator(key: np.ndarray, purpose: int, epoch: int = 0, block: int = 0) -> np.random.Generator:
@@ -138,7 +138,7 @@ class _Stream:
         return shards[shuffle], rows[shuffle]
 
     def slice(self, start: int, count: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Runs of (shards, rows, rounds), `count` rows in all, of the sequence from `start` on."""
+        """Runs of (shards, rows, stream_epochs), `count` rows in all, of the sequence from `start` on."""
         runs = []
         while count:
             epoch, inside = divmod(start, self._num_rows)
@@ -169,7 +169,7 @@ class _Pool:
         self._stream = lru_cache(maxsize=None)(self._cut_stream)
 
     def _cut_stream(self, number: int) -> _Stream:
-        """One of the streams: an equal share of the rows, neighbouring shards whole but for the first and the last."""
+        """One of the streams: an equal share of the rows, neighbouring shards, the first and the last in part."""
         if self.num_streams == 1:
             firsts = np.zeros(len(self._shards), dtype=np.int64)
             return _Stream(self._shards, firsts, self._samples, self._key, self._settings.block_shards)
@@ -192,7 +192,7 @@ class _Pool:
         return (np.arange(count) + _generator(self._key, _OFFSETS, epoch).random(count)) / count
 
     def batch(self, ordinal: int, part: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(shards, rows, rounds), int64 [len(part)] each, of some rows of the pool's batch number `ordinal`."""
+        """(shards, rows, stream_epochs), int64 [len(part)] each, of some rows of the pool's batch number `ordinal`."""
         share = self._settings.global_batch_size // self.num_streams  # rows of each stream, one after the other
         runs = []
         for number in range(part.start // share, -(-part.stop // share)):
@@ -200,8 +200,8 @@ class _Pool:
             runs += self._stream(number).slice(ordinal * share + low - number * share, high - low)
         if not runs:
             return (np.empty(0, dtype=np.int64),) * 3
-        shards, rows, rounds = zip(*runs, strict=True)
-        return np.concatenate(shards), np.concatenate(rows), np.concatenate(rounds)
+        shards, rows, stream_epochs = zip(*runs, strict=True)
+        return np.concatenate(shards), np.concatenate(rows), np.concatenate(stream_epochs)
 
 
 class Order:
@@ -290,7 +290,7 @@ class Order:
         return low, batch - sum(self._batches_before(low))
 
     def batch(self, index: int, part: range | None = None) -> Batch:
-        """Global batch number `index`, counted from the start of the run; costs the same wherever it stands.
+        """Global batch number `index`, counted from the start of the run; O(1) whatever the index.
 
         part: only these of its rows are found, for whoever needs no others.
         """

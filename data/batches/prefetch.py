@@ -1,4 +1,4 @@
-"""Fetching the shards that the order comes to, ahead of the reader, and holding them until it has passed them."""
+"""Prefetching of remote shards in the order's sequence, ahead of the reader, each held until it has passed it."""
 
 import logging
 import threading
@@ -51,7 +51,7 @@ class Prefetcher:
             thread.start()
 
     def reached(self, batch: int) -> None:
-        """The reader is at a batch: let go of what only earlier ones needed."""
+        """Release what only batches before this one needed: the reader is at it."""
         with self._changed:
             self._current = batch
             for shard in [shard for shard, held in self._held.items() if held.last_batch < batch]:
@@ -59,7 +59,7 @@ class Prefetcher:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Stop fetching and let go of everything."""
+        """Stop fetching and release everything."""
         with self._changed:
             self._stop.set()
             self._changed.notify_all()

@@ -1,5 +1,5 @@
-"""One row of a batch: which parts of a sample it takes, or of which other one if that is damaged, and what is random in
-it.
+"""One row of a batch: the parts of its sample that it takes, the replacement of a damaged sample, and the row's random
+draws.
 
 All of it is a function of the row's position in the order, whoever fills it and whenever.
 """
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from configs.errors import InputError
-from data.batches.micro_batch import BatchViews
-from data.batches.noise import draw_dropout, draw_noise, draw_uniform, draw_variant, draw_whole_hole
+from data.batches.batch_memory import BatchViews
+from data.batches.noise import draw_caption_dropout, draw_mask_dropout, draw_noise, draw_uniform, draw_variant
 from data.batches.shard_reader import Buffers, DamagedSample, DamagedShard
 from data.samples.geometry import Bucket
 
@@ -56,16 +56,15 @@ def refuse_too_many(replaced: Iterable[ReplacedRow], max_bad_samples: int) -> No
         places = ", ".join(f"{shard} row {row}" for shard, row in damaged)
         raise InputError(
             f"{len(damaged)} damaged sample(s), guard.max_bad_samples is {max_bad_samples}: {places}. Run "
-            "`fluxfill shards verify` on data.cache, with --repair to encode them anew (with data.mode online mend the "
-            "pictures that were named), then start again: the run goes on from its last checkpoint."
+            "`fluxfill shards verify` on data.cache, with --repair to encode them again (with data.mode online mend "
+            "the pictures that were named), then start again: the run goes on from its last checkpoint."
         )
 
 
 class RowFiller:
-    """Fills in what does not come from a row's own sample, and finds another sample where that one is damaged; safe to
-    call from many threads.
+    """Random draws, dropped parts and replacements of damaged samples, row by row; safe to call from many threads.
 
-    empty_text: what a dropped caption becomes.  blanks: bucket -> what the mask becomes in a hole as large as the
+    empty_caption: tensors of a dropped caption.  full_masks: bucket -> mask and latents of a hole as large as the
     picture.  replaced: rows that were replaced so far, those of earlier processes of the run included.
     """
 
@@ -73,46 +72,46 @@ class RowFiller:
         self,
         seed: int,
         policy: RowPolicy,
-        empty_text: Buffers,
-        blanks: Mapping[Bucket, Buffers],
+        empty_caption: Buffers,
+        full_masks: Mapping[Bucket, Buffers],
         replaced: Iterable[ReplacedRow] = (),
     ) -> None:
         self.replaced = set(replaced)
         self._seed, self._policy = seed, policy
-        self._empty_text, self._blanks = empty_text, blanks
+        self._empty_caption, self._full_masks = empty_caption, full_masks
         self._lock = threading.Lock()
 
     def begin(self, rows: BatchViews, place: int, position: int) -> dict[str, memoryview]:
-        """Draw what is random about a row, and fill in what was dropped; returns what is still to be filled, by name:
-        what of its sample is wanted."""
+        """Draw a row's noise and dropout, and fill in what was dropped. Returns the buffers that are still to be filled
+        from its sample, by name."""
         seed, policy, out = self._seed, self._policy, dict(rows.stored[place])
-        if policy.caption_dropout and draw_dropout(seed, position, policy.caption_dropout):
-            for name, empty in self._empty_text.items():
+        if policy.caption_dropout and draw_caption_dropout(seed, position, policy.caption_dropout):
+            for name, empty in self._empty_caption.items():
                 out.pop(name)[:] = empty
-        if policy.mask_dropout and draw_whole_hole(seed, position, policy.mask_dropout):
-            for name, blank in self._blanks[rows.batch.bucket].items():
-                out.pop(name)[:] = blank
+        if policy.mask_dropout and draw_mask_dropout(seed, position, policy.mask_dropout):
+            for name, full in self._full_masks[rows.batch.bucket].items():
+                out.pop(name)[:] = full
         draw_noise(seed, position, rows.noise[place])
         rows.uniform[place] = draw_uniform(seed, position)
         rows.weight[place] = 1.0
         rows.position[place] = position
         return out
 
-    def choose_variant(self, num_variants: int, *, row: int, turn: int, position: int) -> int:
+    def choose_variant(self, num_variants: int, *, row: int, stream_epoch: int, position: int) -> int:
         """Which of its sample's mask variants a row has."""
         if num_variants == 1 or self._policy.mask_choice == "first":
             return 0
         if self._policy.mask_choice == "cycle":
-            return (turn + row) % num_variants  # not all samples of an epoch at the same variant
+            return (stream_epoch + row) % num_variants  # not all samples of an epoch at the same variant
         return draw_variant(self._seed, position, num_variants)
 
-    def first_whole(
+    def first_intact(
         self, read: Callable[[int], _T], *, shard: str, num_samples: int, row: int, position: int
     ) -> tuple[int, _T]:
-        """(row, what `read` gives for it) of a row, or of the next one of its shard that is whole.
+        """(row, outcome of `read`) of a row, or of the next intact one of its shard.
 
         shard: its path.  read: raises DamagedSample for a row that is not.
-        Raises DamagedShard if the shard has no whole row, InputError if too many samples are damaged.
+        Raises DamagedShard if no row of the shard is intact, InputError if too many samples are damaged.
         """
         damage = ""  # not the error: kept in a frame that it passed, it would hold the shard's file for a while
         for step in range(num_samples):
@@ -125,7 +124,7 @@ class RowFiller:
             if damage:
                 self._record(ReplacedRow(position, shard, row, candidate), damage)
             return candidate, found
-        raise DamagedShard(f"{damage} No other sample of the shard is whole.")
+        raise DamagedShard(f"{damage} No other sample of the shard is intact.")
 
     def _record(self, replaced: ReplacedRow, damage: str) -> None:
         with self._lock:

@@ -1,10 +1,10 @@
-"""The seam between the order of the samples and where their tensors come from: shards, or encoders."""
+"""The interface between the order of the samples and the source of their tensors: shards, or encoders."""
 
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
-from data.batches.micro_batch import BufferLease
+from data.batches.batch_memory import BufferLease
 from data.batches.order import Batch
 from data.batches.row_filler import ReplacedRow
 from data.samples.geometry import Bucket
@@ -12,17 +12,17 @@ from data.samples.geometry import Bucket
 
 @dataclass(frozen=True)
 class PlannedRow:
-    """Sample `row` of shard `shard`, at `position` of the order, for the `turn`-th time (from 0)."""
+    """Sample `row` of shard `shard`, at `position` of the order.  stream_epoch: how often its stream was passed."""
 
     position: int
     shard: int
     row: int
-    turn: int
+    stream_epoch: int
 
 
 @dataclass(frozen=True)
 class PlannedMicroBatch:
-    """One micro-batch to come. rows: of the global batch.  width: rows per forward; those that are missing fill up."""
+    """One micro-batch to come.  rows: of the global batch.  width: rows per forward, the missing ones padding rows."""
 
     batch: Batch
     is_last: bool
@@ -31,13 +31,16 @@ class PlannedMicroBatch:
     width: int
 
     def at(self, place: int) -> PlannedRow | None:
-        """What a place holds; None if it only fills up."""
+        """The row at a place; None for a padding row."""
         if place >= len(self.rows):
             return None
         batch, number = self.batch, self.rows[place]
         at = number - batch.part.start
         return PlannedRow(
-            batch.position + number, int(batch.shards[at]), int(batch.rows[at]), turn=int(batch.rounds[at])
+            batch.position + number,
+            int(batch.shards[at]),
+            int(batch.rows[at]),
+            stream_epoch=int(batch.stream_epochs[at]),
         )
 
 
@@ -46,7 +49,7 @@ class RowSource(Protocol):
 
     @property
     def replaced(self) -> set[ReplacedRow]:
-        """Rows that another one stands in for, those of earlier processes of the run included."""
+        """Rows that were replaced, those of earlier processes of the run included."""
 
     def reached(self, batch: Batch) -> None:
         """The stream is at this global batch (`batch.part` of it is its own), or will begin with it."""
@@ -62,4 +65,4 @@ class RowSource(Protocol):
         """A sample's name."""
 
     def close(self) -> None:
-        """Stop, and let go of everything."""
+        """Stop, and release everything."""

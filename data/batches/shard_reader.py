@@ -31,10 +31,10 @@ log = logging.getLogger("fluxfill")
 # File handles and indexes that a reader keeps. The order stays within a block or two of shards per dataset and bucket,
 # but goes round all of these; a process may have 1024 files open where nobody raised the limit.
 _OPEN_SHARDS = 256
-_FETCH_ANEW_SECONDS = 3600.0
+_REFETCH_SECONDS = 3600.0
 _MAX_GAP = 4096  # bytes between two members that are read along rather than by a call of their own: tar's header
 
-_ENCODE_ANEW = "Delete the shard and run `fluxfill preprocess CONFIG` again: only that shard is encoded anew."
+_ENCODE_AGAIN = "Delete the shard and run `fluxfill preprocess CONFIG` again: only that shard is encoded."
 
 Buffers = Mapping[str, memoryview]  # tensor name -> its bytes, contiguous and writable
 
@@ -65,12 +65,12 @@ def _parse_layout(kind: str, data: bytes, expected: Tensors, where: str) -> _Lay
     try:
         length, entries = parse_header(data)
     except ValueError as error:
-        raise DamagedShard(f"{where}: no safetensors header ({error}). {_ENCODE_ANEW}") from error
+        raise DamagedShard(f"{where}: no safetensors header ({error}). {_ENCODE_AGAIN}") from error
     found = {name: (entry["dtype"], entry["shape"]) for name, entry in entries.items()}
     starts = {name: entry["data_offsets"][0] for name, entry in entries.items()}
     if found != expected:
         raise DamagedShard(
-            f"{where}: holds {found}, the cache's bucket and text length ask for {expected}. {_ENCODE_ANEW}"
+            f"{where}: holds {found}, the cache's bucket and text length ask for {expected}. {_ENCODE_AGAIN}"
         )
     names = tuple(sorted(starts, key=starts.__getitem__))
     return _Layout(kind, data[:length], names, length + num_bytes(expected))
@@ -129,7 +129,7 @@ class ShardReader:
         self._lock = threading.Lock()
         self._scratch = threading.local()
         self._closing = threading.Event()
-        self._fetched_anew: dict[int, float] = {}
+        self._last_fetch: dict[int, float] = {}
         self._max_open = _OPEN_SHARDS if cache.copies is None else min(_OPEN_SHARDS, cache.copies.max_open)
 
     def shard(self, number: int) -> _OpenShard:
@@ -178,8 +178,8 @@ class ShardReader:
         assert handle is not None  # it may exceed the limit
         try:
             return self._open_file(number, path, handle, where)
-        except (InputError, OSError) as error:  # of the copy or its index: the shard may be whole where it comes from
-            log.warning("%s: damaged, fetched anew (%s)", where, error)
+        except (InputError, OSError) as error:  # of the copy or its index: the shard may be intact where it comes from
+            log.warning("%s: damaged, fetched again (%s)", where, error)
             self._copies.discard(number, handle)
         handle = self._copies.open(number, stop=self._closing)
         assert handle is not None
@@ -223,7 +223,7 @@ class ShardReader:
 
         out: `latents`; `masked_latents` and `mask`, of one variant; `t5` and `pooled` (and `t5_scale` where texts are
         int8).
-        Raises DamagedSample if they are not what was written, DamagedShard if the whole shard is not, InputError if the
+        Raises DamagedSample if they are not what was written, DamagedShard if the shard is not, InputError if the
         storage keeps failing.
         """
         opened = self.shard(shard)
@@ -236,7 +236,7 @@ class ShardReader:
                 self._read(self.shard(shard), row, out, variant)
         except OSError as error:
             where = f"{opened.where}: {opened.index.keys[row]} cannot be read ({error.strerror})"
-            with_retries(lambda: self._read_anew(shard, row, out, variant), where, stop=self._closing)
+            with_retries(lambda: self._refetch_and_read(shard, row, out, variant), where, stop=self._closing)
 
     def _copy_is_replaced(self, shard: int, opened: _OpenShard) -> bool:
         """Whether a shard is worth another look: it is a copy, which was perhaps damaged on this node. Once an hour, as
@@ -248,16 +248,16 @@ class ShardReader:
             if current is not None and current is not opened:
                 return True  # another thread was first to see it
             now = time.monotonic()
-            if now - self._fetched_anew.get(shard, -math.inf) < _FETCH_ANEW_SECONDS:
+            if now - self._last_fetch.get(shard, -math.inf) < _REFETCH_SECONDS:
                 return current is None  # another thread fetches it just now
-            self._fetched_anew[shard] = now
+            self._last_fetch[shard] = now
             # Under the lock: another thread that opened it now would find the damaged copy once more.
             self._open.pop(shard, None)
             self._copies.discard(shard, opened.handle)
-        log.warning("%s: damaged, fetched anew", opened.where)
+        log.warning("%s: damaged, fetched again", opened.where)
         return True
 
-    def _read_anew(self, shard: int, row: int, out: Buffers, variant: int) -> None:
+    def _refetch_and_read(self, shard: int, row: int, out: Buffers, variant: int) -> None:
         """Read with a new handle: that of a file that was replaced, or of a server that came back, stays stale."""
         with self._lock:
             self._open.pop(shard, None)
@@ -294,7 +294,7 @@ class ShardReader:
             if member.size != layout.num_bytes:
                 raise DamagedSample(
                     f"{_where(opened, member)} should have {layout.num_bytes} bytes, as the others of its shard. "
-                    f"{_ENCODE_ANEW}"
+                    f"{_ENCODE_AGAIN}"
                 )
             gap = member.offset - end
             if gap:
@@ -314,10 +314,10 @@ class ShardReader:
             for name in member.layout.names:
                 digest.update(out[name])
             if digest.intdigest() != member.xxh3:
-                raise DamagedSample(f"{_where(opened, member)} does not match its checksum. {_ENCODE_ANEW}")
+                raise DamagedSample(f"{_where(opened, member)} does not match its checksum. {_ENCODE_AGAIN}")
             if header != member.layout.header:
                 raise DamagedSample(
-                    f"{_where(opened, member)} holds other tensors than the others of its shard. {_ENCODE_ANEW}"
+                    f"{_where(opened, member)} holds other tensors than the others of its shard. {_ENCODE_AGAIN}"
                 )
 
 
@@ -330,7 +330,7 @@ def _where(opened: _OpenShard, member: _Member) -> str:
 
 
 def _find_layout(handle: int, where: str, kind: str, places: np.ndarray, expected: Tensors) -> _Layout:
-    """The layout that a shard's members of one kind share: of the first one whose header is whole.
+    """The layout that a shard's members of one kind share: of the first one with an intact header.
 
     places: int64 [n, 2], offset and size of each.  Raises DamagedShard, of the first one, if no header is.
     """
@@ -343,7 +343,7 @@ def _find_layout(handle: int, where: str, kind: str, places: np.ndarray, expecte
             )
         except DamagedShard as error:
             problem = problem or error
-    raise problem or DamagedShard(f"{where}: holds no {kind} member. {_ENCODE_ANEW}")
+    raise problem or DamagedShard(f"{where}: holds no {kind} member. {_ENCODE_AGAIN}")
 
 
 def _read_again(opened: _OpenShard, parts: list[memoryview], run: list[_Member]) -> None:
@@ -354,7 +354,7 @@ def _read_again(opened: _OpenShard, parts: list[memoryview], run: list[_Member])
         data += piece
     cut = next((m for m in run if m.offset + m.size > start + len(data)), None)
     if cut is not None:
-        raise DamagedShard(f"{_where(opened, cut)}: the file ends there. {_ENCODE_ANEW}")
+        raise DamagedShard(f"{_where(opened, cut)}: the file ends there. {_ENCODE_AGAIN}")
     at = 0
     for part in parts:
         part[:] = data[at : at + len(part)]

@@ -1,4 +1,4 @@
-"""What a run trains on, cached or not."""
+"""The samples of a run, cached or encoded online: one interface for both."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from data.samples.geometry import Bucket, Pixels
 
 @dataclass(frozen=True)
 class ValidationSample:
-    """A sample that the run is watched by.  tensors: what shards store of it, of its first mask variant, by name."""
+    """A sample for validation.  tensors: its stored ones, of its first mask variant, by name."""
 
     item: ValidationItem
     pixels: Pixels
@@ -44,14 +44,14 @@ class TrainingSet(Protocol):
     copies: NodeCache | None
 
     def open_rows(self, order: Order, policy: RowPolicy, replaced: Iterable[ReplacedRow]) -> RowSource:
-        """What fills this rank's micro-batches.  replaced: rows that earlier processes of the run replaced."""
+        """The source of this rank's micro-batches.  replaced: rows that earlier processes of the run replaced."""
 
     def validation_samples(self, *, split: str, count: int) -> Sequence[ValidationSample]:
-        """The first `count` of a split that are watched."""
+        """The first `count` validation samples of a split."""
 
 
 class CachedTrainingSet:
-    """Those of a finished cache: nothing is encoded, no encoder is loaded.  threads: that read."""
+    """The samples of a finished cache: nothing is encoded, no encoder is loaded.  threads: that read."""
 
     def __init__(self, cache: Cache, *, threads: int = 2) -> None:
         self.manifest, self.table, self.copies = cache.manifest, cache.table, cache.copies

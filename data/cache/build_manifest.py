@@ -1,5 +1,4 @@
-"""The head of a cache folder: what its manifest and its table of shards say, whether they are true, and what else lies
-there."""
+"""The manifest and the shard table of a cache that is about to be complete, and the deletion of what no plan names."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from data.samples.shard_plan import ShardSpec
 
 
 def delete_unplanned(cache: Path, plans: Sequence[ShardSpec]) -> None:
-    """Remove shards that no plan names (their pictures went elsewhere) and what an interrupted job left."""
+    """Delete shards that no plan names (their pictures went elsewhere) and what an interrupted job left."""
     planned = {cache / plan.path for plan in plans}
     planned |= {index_path(tar) for tar in planned}
     planned |= {cache / full_mask_name(str(plan.bucket)) for plan in plans}
@@ -38,7 +37,7 @@ def describe_cache(
     plans: Sequence[ShardSpec],
     shards: Sequence[ShardSummary],
 ) -> tuple[Manifest, ShardTable]:
-    """The head of the finished cache."""
+    """The manifest and the shard table of the finished cache."""
     holes = {dataset.name: _count_holes(plans, shards, dataset.name) for dataset in config.data.datasets}
     return describe_samples(config, model, encoders, plans, holes), shard_table(plans, shards)
 
@@ -50,7 +49,7 @@ def describe_samples(
     plans: Sequence[ShardSpec],
     hole_fractions: dict[str, list[int]],
 ) -> Manifest:
-    """What is true of all samples of a plan, encoded or not."""
+    """The manifest of a plan, whether its samples are encoded yet or not."""
     names = [dataset.name for dataset in config.data.datasets]
     return Manifest(
         format_version=FORMAT_VERSION,
@@ -70,16 +69,16 @@ def describe_samples(
 
 
 def is_current(cache: Path, manifest: Manifest, table: ShardTable) -> bool:
-    """Whether a cache has this very head, and what else belongs to it."""
+    """Whether a cache has this very manifest and table, its dropout tensors and its validation items."""
     try:
         found, found_table = read_manifest(cache), read_shard_table(cache)
     except InputError:
         return False
-    constants = [cache / EMPTY_TEXT, *(cache / full_mask_name(bucket) for bucket in np.unique(table.bucket))]
+    dropout_tensors = [cache / EMPTY_TEXT, *(cache / full_mask_name(bucket) for bucket in np.unique(table.bucket))]
     return (
         found == replace(manifest, files=hash_files(cache, found.files))
         and all(np.array_equal(column, vars(found_table)[name]) for name, column in vars(table).items())
-        and all(path.is_file() for path in constants)
+        and all(path.is_file() for path in dropout_tensors)
         and validation_items_are_there(cache)
     )
 

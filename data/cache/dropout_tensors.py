@@ -1,11 +1,10 @@
-"""The dropout tensors: the empty-caption embedding, and per bucket the full-mask latents: a picture all hole.
+"""The dropout tensors: the empty-caption embedding, and per bucket the full-mask latents (all of the picture is hole).
 
 Training takes them for the samples whose caption (captions.dropout) or mask (mask_dropout) is dropped.
 """
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -68,18 +67,13 @@ def write_dropout_tensors(
     encoding: Mapping[str, object],
     captions: CaptionsConfig,
     check: Callable[[], object],
-    *,
-    turn: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> None:
-    """Encode and write all of them, each atomically.  check: called before each is written; raises if it must not be.
-    turn: entered for each that is encoded."""
-    with turn():
-        empty = encode_empty_caption(encoders, captions)
+    """Encode and write all of them, each atomically.  check: called before each write; raises if it must not be."""
+    empty = encode_empty_caption(encoders, captions)
     check()
     _write(cache / EMPTY_TEXT, empty, encoding)
     for bucket in buckets:
-        with turn():
-            latents = encode_full_mask(encoders, bucket)
+        latents = encode_full_mask(encoders, bucket)
         check()
         _write(cache / full_mask_name(str(bucket)), latents, encoding)
 

@@ -1,4 +1,4 @@
-"""The cache folder's head: manifest.json says what was cached and by which encoders, shards.npz lists the shards."""
+"""The manifest of a cache, manifest.json: what was cached, by which encoders; and its shard table, shards.npz."""
 
 import json
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from configs.cache_settings import manifest_settings
+from configs.cache_settings import LATER_KEYS, manifest_settings
 from configs.errors import InputError
 from configs.schema import Config
 from data.cache_layout import MANIFEST, SHARD_TABLE, SHARDS, VALIDATION
@@ -42,13 +42,13 @@ class ShardTable:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is true of all shards of a cache.
+    """The properties that all shards of a cache share.
 
     settings: `manifest_settings` of the config.  encoders: part -> fingerprint.
     vae_shift, vae_scale: latents = (z - shift) * scale.  text_width, pooled_width: numbers per T5 token and of CLIP.
     mask_variants: per dataset.  samples: dataset -> split -> count.  hole_fractions: dataset -> masks, all variants,
     per tenth of the area that is painted.
-    files: path below the cache -> xxh3-128, of all that lies beside the shards; `write_manifest` fills it.
+    files: path below the cache -> xxh3-128, of all files beside the shards; `write_manifest` fills it.
     """
 
     format_version: int
@@ -68,8 +68,8 @@ class Manifest:
 
 
 def write_manifest(cache: Path, manifest: Manifest, table: ShardTable) -> Manifest:
-    """Write shards.npz, then manifest.json: a cache with a manifest is whole. Returns what was written, `files` filled:
-    whatever else belongs to the cache has to be there."""
+    """Write shards.npz, then manifest.json: a cache with a manifest is complete, so all else that belongs to it has to
+    be there. Returns the manifest with `files` filled."""
 
     def write_table(temporary: Path) -> None:
         with temporary.open("wb") as file:
@@ -109,7 +109,7 @@ def _checksum(fields: dict) -> str:
 
 
 def read_manifest(cache: Path) -> Manifest:
-    """Raises InputError if there is no whole cache, or one of a newer format."""
+    """The manifest of a cache. Raises InputError if the cache is not complete, or of a newer format."""
     path = cache / MANIFEST
     if not path.is_file():
         raise InputError(
@@ -141,7 +141,8 @@ def parse_manifest(data: bytes, path: Path | str) -> Manifest:
 
 
 def read_shard_table(cache: Path) -> ShardTable:
-    """Raises InputError if shards.npz is missing or damaged, or names a file outside of the cache."""
+    """The shard table of a cache. Raises InputError if shards.npz is missing or damaged, or names a file outside of the
+    cache."""
     path = cache / SHARD_TABLE
     try:
         with np.load(path, allow_pickle=False) as columns:
@@ -183,9 +184,9 @@ def refuse_other_settings(config: Config, model: Path, manifest: Manifest) -> No
         for part in encoders
         if encoders[part] != manifest.encoders.get(part)
     ] + [
-        f"{key} is {wanted[key]!r}, the cache was made with {manifest.settings.get(key)!r}"
-        for key in wanted
-        if wanted[key] != manifest.settings.get(key)
+        f"{key} is {wanted.get(key)!r}, the cache was made with {manifest.settings.get(key)!r}"
+        for key in [*wanted, *sorted(LATER_KEYS - wanted.keys())]
+        if wanted.get(key) != manifest.settings.get(key)
     ]
     if problems:
         raise InputError(

@@ -1,4 +1,4 @@
-"""What the members of a shard hold: the tensors' names, types and shapes, as a cache's manifest has them."""
+"""The members of a shard: the tensors' names, types and shapes, which follow from the bucket and the manifest."""
 
 import json
 import math
@@ -30,7 +30,7 @@ def sample_tensors(bucket: Bucket, manifest: Manifest) -> dict[str, Tensors]:
 
 
 def text_tensors(manifest: Manifest) -> Tensors:
-    """What a text member holds, and empty_text.safetensors."""
+    """The tensors of a text member, and of empty_text.safetensors."""
     length, pooled = manifest.text_length, ("BF16", [manifest.pooled_width])
     if manifest.text_dtype == "int8":
         return {"t5": ("I8", [length, manifest.text_width]), "t5_scale": ("F32", [length]), "pooled": pooled}

@@ -1,4 +1,4 @@
-"""Whole shards of a remote cache, copied to a folder of this node that its processes share.
+"""The node cache: shards of a remote cache, copied to a folder of this node that its processes share.
 
 A copy has its content's name, <sha256>.tar, so runs and caches share it too, and is there only when its sha256 agreed.
 The kernel's locks say who does what, and end with a process however it ends: whoever fetches a shard locks its .part
@@ -56,7 +56,7 @@ class NodeCache:
 
     @property
     def prefetch_bytes(self) -> int:
-        """What may be held for later; the rest is for what is open."""
+        """Bytes that may be held for later; the rest is for what is open."""
         return int(self.limit_bytes * self.prefetch_share)
 
     @property
@@ -65,11 +65,11 @@ class NodeCache:
         return max(4, int(self.limit_bytes * (1 - self.prefetch_share)) // int(self._table.bytes.max()))
 
     def path(self, number: int) -> Path:
-        """Where the copy of a shard lies, if it is there."""
+        """The path of a shard's copy, which may not be there."""
         return self._shards / f"{self._table.sha256[number]}.tar"
 
     def url_of(self, number: int) -> str:
-        """Where a shard is fetched from."""
+        """The URL of a shard."""
         return f"{self.url}/{self._table.path[number]}"
 
     def open(
@@ -89,7 +89,7 @@ class NodeCache:
                 return None
 
     def discard(self, number: int, handle: FileHandle) -> None:
-        """Forget a copy that is damaged, and its index: the next `open` fetches it anew. Who reads from it reads on.
+        """Delete a copy that is damaged, and its index: the next `open` fetches it again. Its readers read on.
 
         handle: of that copy. What others have fetched in its place since stays.
         """
@@ -219,7 +219,7 @@ def _closed(url: str) -> InputError:
 
 
 def _index_url(url: str) -> str:
-    """Where the index of a shard lies: beside it."""
+    """The URL of a shard's index."""
     return url.removesuffix(".tar") + ".index"
 
 

@@ -1,4 +1,4 @@
-"""A finished cache, opened for training: a folder, or a URL whose shards are copied to this node as they are needed."""
+"""Opening a finished cache: a folder, or a URL whose shards are copied to this node as they are needed."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,10 +16,7 @@ _PARALLEL, _CHUNK = 16, 256  # threads that look at shards, shards that one look
 
 @dataclass(frozen=True)
 class Cache:
-    """A finished cache: the folder of its head, the head, and where its shards are.
-
-    copies: of the shards of a remote cache; None: they lie in the folder.
-    """
+    """A finished cache.  folder: of its manifest.  copies: of a remote cache's shards; None: they are in the folder."""
 
     folder: Path
     manifest: Manifest
@@ -72,7 +69,7 @@ def _refuse_missing_shards(folder: Path, table: ShardTable) -> None:
     if damaged:
         raise InputError(
             list_problems(damaged)
-            + "\nRestore them, or run `fluxfill preprocess CONFIG` again: only those are encoded anew."
+            + "\nRestore them, or run `fluxfill preprocess CONFIG` again: only those are encoded again."
         )
 
 

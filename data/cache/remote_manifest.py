@@ -1,4 +1,4 @@
-"""The head of a remote cache: manifest.json, and the small files that it lists, copied to this node."""
+"""The manifest of a remote cache and the small files that it lists, copied to this node."""
 
 import fcntl
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +19,7 @@ _PARALLEL = 8
 
 
 def fetch_manifest(url: str, local_cache: Path) -> Path:
-    """A folder with all of a remote cache but its shards, each file checked against the manifest.
+    """The folder of a remote cache's copy without its shards, each file checked against the manifest.
 
     The processes of a node share it: the first one fetches, the others wait. Raises InputError, naming the URL, for
     what cannot be fetched after many attempts, and for a manifest that is none; or naming data.local_cache, if that

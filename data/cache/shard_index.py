@@ -22,13 +22,13 @@ Place = tuple[int, int, int]  # offset, size and xxh3 of a member's data
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where everything lies in a tar.  n samples, k mask variants, t texts; offsets and sizes in bytes.
+    """The members of a tar by their places.  n samples, k mask variants, t texts; offsets and sizes in bytes.
 
     latents: int64 [n, 2] (offset, size).  latents_xxh3: uint64 [n].  masked: int64 [n, k, 2], masked_xxh3: [n, k].
     texts: int64 [t, 2], texts_xxh3: [t].  metas: int64 [n, 2], metas_xxh3: [n], of the JSON members.
     text_row: int32 [n], row of the sample's text.  tokens: int32 [n].
     hole_fraction: fp32 [n, k], share of the area that is painted.
-    keys: n names.  plan: 32 hex digits, what the shard was made from.  tar_bytes, tar_sha256: the whole file.
+    keys: n names.  plan: 32 hex digits, what the shard was made from.  tar_bytes, tar_sha256: of the tar.
     """
 
     latents: np.ndarray
@@ -108,7 +108,7 @@ def build_index(
 
 
 def write_index(path: Path, index: ShardIndex) -> None:
-    """Store an index as columns (a safetensors file), whole or not at all."""
+    """Write an index atomically, as columns in a safetensors file."""
     keys = "\n".join(index.keys).encode()
     columns = {
         "latents": index.latents,
@@ -185,7 +185,7 @@ def rebuild_index(tar: Path, *, plan: str, sha256: str) -> ShardIndex:
     if (actual := file_sha256(tar)) != sha256:
         raise InputError(
             f"{tar}: damaged shard (sha256 {actual[:12]}, not {sha256[:12]}). Delete it and run "
-            "`fluxfill preprocess CONFIG` again: only that shard is encoded anew."
+            "`fluxfill preprocess CONFIG` again: only that shard is encoded again."
         )
     members: dict[str, dict[str, Place]] = {}
     metas: dict[str, dict] = {}

@@ -88,7 +88,7 @@ class ShardWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # Of its own name: a worker that was taken for dead may still write when another makes the shard anew.
+        # Of its own name: a worker that was taken for dead may still write when another makes the shard again.
         self._part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
         with raise_disk_full(path):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The pictures a run is watched by: held-out ones and a few of those it trains on, kept as pixels beside the manifest.
+"""The validation items: all held-out pictures and a few of those trained on, kept as pixels beside the manifest.
 
 The trainer measures fills against true pixels, which latents are not; with these it needs neither the datasets nor the
 text encoders on the machine it runs on.
@@ -31,7 +31,7 @@ _SAVING_THREADS = 8
 
 @dataclass(frozen=True)
 class ValidationItem:
-    """One watched sample.
+    """One validation sample.
 
     split: "train" or "holdout".  shard: its tar's path below the cache; row: its place there.
     """

@@ -61,7 +61,7 @@ class PixelBatch:
 def collate_pixels(samples: Sequence[Sequence[Pixels]], *, device: torch.device = _CPU) -> PixelBatch:
     """Samples of one bucket, each as its mask variants (all equally many, those of a sample of one target and image).
 
-    device: where they will go; for a GPU they lie in page-locked memory, from which it copies while it computes.
+    device: where they will go; for a GPU they are in page-locked memory, from which it copies while it computes.
     """
     masks = np.stack([np.stack([pixels.mask for pixels in column]) for column in zip(*samples, strict=True)])
     tensors = [
@@ -86,7 +86,7 @@ class EncodedPixels:
 def encode_pixels(vae, batch: PixelBatch) -> EncodedPixels:
     """What training needs of the pictures: latents of the targets, and of the images behind each variant's mask.
 
-    Does not wait for the device. A sample's tensors hang on its batch by rounding alone, and not on how many variants
+    Does not wait for the device. A sample's tensors depend on its batch by rounding alone, and not on how many variants
     there are: each variant of all samples is one batch.
     """
     device = vae.device

@@ -1,4 +1,4 @@
-"""Where a model lies, whether it is whole, and what its encoders' fingerprints are."""
+"""A model's folder: found, checked for its parts, and the fingerprints of its encoders."""
 
 import json
 from pathlib import Path
@@ -60,7 +60,7 @@ def read_part_config(folder: Path, part: str, name: str = "config.json") -> dict
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path}: missing; the model folder is not whole. Fetch the model again.") from None
+        raise InputError(f"{path}: missing; the model folder is not complete. Fetch the model again.") from None
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error}). Fetch the model again.") from error
 
@@ -78,7 +78,7 @@ def read_part_number(folder: Path, part: str, key: str) -> float:
 
 
 def fingerprint(part: Path) -> str:
-    """A part's identity, 32 hex digits: its small files whole, 64 spread probes and the size of each large one.
+    """A part's identity, 32 hex digits: its small files, 64 spread probes and the size of each large one.
 
     Another training of the same network differs in every probe, so nine gigabytes of T5 need not be read. It is no
     check for damage.  Raises InputError if the folder is empty.
@@ -86,7 +86,7 @@ def fingerprint(part: Path) -> str:
     digest = xxhash.xxh3_128()
     files = sorted(path for path in part.rglob("*") if path.is_file() and not path.name.startswith("."))
     if not files:
-        raise InputError(f"{part}: an empty folder; the model is not whole. Fetch the model again.")
+        raise InputError(f"{part}: an empty folder; the model is not complete. Fetch the model again.")
     for path in files:
         size = path.stat().st_size
         digest.update(f"{path.relative_to(part).as_posix()}:{size};".encode())

@@ -1,6 +1,9 @@
-"""Samples through the encoders, batch by batch, beside whatever else their devices do."""
+"""Pictures and captions through the encoders in batches, queued on CUDA streams of their own."""
 
-from collections.abc import Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,12 +12,61 @@ from torch import Tensor
 
 from configs.data_schema import CaptionsConfig
 from data.encoders.device import HostCopy, no_memory
-from data.encoders.encode import NotFinite, collate_pixels, encode_pixels
-from data.encoders.load import Encoders
-from data.online.caption_texts import CaptionTensors, CaptionTexts
-from data.online.encoder_turns import EncoderTurns
+from data.encoders.encode import NotFinite, collate_pixels, encode_captions, encode_pixels
+from data.encoders.load import Encoders, TextEncoders
+from data.encoders.stored_text import store_text
 from data.samples.geometry import Pixels
 from data.samples.plan import PlannedSample
+
+CAPTION_CACHE_BYTES = 512 << 20  # in the host's memory: about 128 captions of FLUX's 512 tokens in bf16
+
+
+@dataclass(frozen=True)
+class CaptionTensors:
+    """A caption's tensors as a shard stores them, on their way to the host.  finite: whether all of them are."""
+
+    caption: str
+    tensors: dict[str, HostCopy]
+    finite: HostCopy
+
+    def wait(self) -> dict[str, Tensor]:
+        """`t5` [L, D] and `pooled` [P] (and `t5_scale` where texts are int8), as `store_text` makes them.
+
+        Raises NotFinite if an encoder failed on it.
+        """
+        if not self.finite.wait():
+            raise NotFinite(
+                f"the text of {self.caption!r} holds NaN or infinity. Look at the model's files, at the GPU, and at "
+                "this caption."
+            )
+        return {name: copy.wait() for name, copy in self.tensors.items()}
+
+
+class CaptionTexts:
+    """Captions' tensors, encoded at the first request, the least recently used dropped beyond CAPTION_CACHE_BYTES. For
+    one thread.
+
+    A caption goes through the encoders alone, not in a batch: so its tensors do not depend on what else was asked for,
+    and a resumed run has the same. 512 tokens keep a GPU busy by themselves.
+    """
+
+    def __init__(self, encoders: TextEncoders, captions: CaptionsConfig) -> None:
+        self._encoders, self._captions = encoders, captions
+        self._kept: OrderedDict[str, CaptionTensors] = OrderedDict()
+
+    def get(self, caption: str) -> CaptionTensors:
+        """A caption's tensors. Does not wait for the device."""
+        if caption in self._kept:
+            self._kept.move_to_end(caption)
+            return self._kept[caption]
+        text = encode_captions(self._encoders, [caption], text_length=self._captions.text_length)
+        stored = store_text(text.t5[0], text.pooled[0], self._captions.text_dtype)
+        finite = torch.isfinite(text.t5).all() & torch.isfinite(text.pooled).all().to(text.t5.device)
+        found = CaptionTensors(caption, {name: HostCopy(tensor) for name, tensor in stored.items()}, HostCopy(finite))
+        self._kept[caption] = found
+        if len(self._kept) > max(1, CAPTION_CACHE_BYTES // sum(tensor.nbytes for tensor in stored.values())):
+            self._kept.popitem(last=False)
+        return found
 
 
 @dataclass(frozen=True)
@@ -33,7 +85,7 @@ class EncodedBatch:
     texts: Sequence[CaptionTensors | None]
 
     def wait(self) -> list[dict[str, Tensor]]:
-        """What a shard would store of each sample, by name, once it is there. Raises NotFinite if an encoder failed."""
+        """Each sample's tensors by name, as a shard would store them. Raises NotFinite if an encoder failed."""
         latents, masked_latents = self.latents.wait(), self.masked_latents.wait()
         for sample, finite in zip(self.samples, self.finite.wait().tolist(), strict=True):
             if not finite:
@@ -53,10 +105,8 @@ class EncodedBatch:
 
 
 class BatchEncoder:
-    """Encodes on streams of its own: on a GPU that trains too, the two take turns instead of waiting for each other.
-
-    For one thread at a time. Others may use the same encoders in between, by `turns`.
-    """
+    """The encoders on streams of their own: on a GPU that trains too, kernels of both interleave instead of waiting for
+    each other. Threads take turns, as the libraries do not promise that their modules are safe to share."""
 
     def __init__(self, encoders: Encoders, captions: CaptionsConfig) -> None:
         self._vae = encoders.vae
@@ -65,12 +115,20 @@ class BatchEncoder:
         devices = {part.device for part in parts if part.device.type == "cuda"}
         for device in devices:
             torch.cuda.synchronize(device)  # the weights were put there on another stream
-        self.turns = EncoderTurns(devices)
+        self._streams = [torch.cuda.Stream(device) for device in devices]
+        self._in_use = threading.Lock()
 
     def own_thread(self) -> None:
         """For a thread that does nothing else: its GPU is the VAE's. Else each would open the first GPU too."""
         if self._vae.device.type == "cuda":
             torch.cuda.set_device(self._vae.device)
+
+    @contextmanager
+    def _queueing(self) -> Iterator[None]:
+        with self._in_use, ExitStack() as streams:
+            for stream in self._streams:
+                streams.enter_context(torch.cuda.stream(stream))
+            yield
 
     def encode(
         self, samples: Sequence[PlannedSample], pixels: Sequence[Pixels], *, with_text: Sequence[bool]
@@ -81,7 +139,7 @@ class BatchEncoder:
         """
         try:
             batch = collate_pixels([[each] for each in pixels], device=self._vae.device)
-            with self.turns.first():
+            with self._queueing():
                 encoded = encode_pixels(self._vae, batch)
                 latents, masked_latents = encoded.latents, encoded.masked_latents[0]
                 return EncodedBatch(

@@ -1,12 +1,12 @@
-"""Rows that are encoded when they are needed, a few batches ahead of the training:
+"""Rows encoded on demand, a few batches ahead of the training:
 
-    threads of their own    decode pictures, draw what is random about a row
+    threads of their own    decode pictures, draw a row's noise
     a thread of its own     queue a batch's work on the encoders' device, never waiting for it
-    a thread of its own     wait for the tensors, put them into their places
+    a thread of its own     wait for the tensors, copy them into the batch
 
-What goes through the VAE together is a matter of the order and data.encode_batch_size, never of time: the rows of whole
-micro-batches, of one global batch and one rank. So a resumed run encodes what an undisturbed one would. Not so with
-data.write_through: a row whose shard is there is read from it by the thread that would decode it.
+What goes through the VAE together depends on the order and data.encode_batch_size, never on time: the rows of complete
+micro-batches, of one global batch and one rank. So a resumed run encodes what an undisturbed one would. A row whose
+shard is finished in data.cache is read from there instead, by the thread that would decode it.
 """
 
 import threading
@@ -16,14 +16,14 @@ from dataclasses import dataclass
 
 from configs.data_schema import DataConfig
 from configs.errors import InputError, StorageFailed
-from data.batches.micro_batch import BufferLease
+from data.batches.batch_memory import BufferLease
 from data.batches.order import Batch
 from data.batches.row_filler import ReplacedRow, RowFiller
 from data.batches.row_source import PlannedMicroBatch
 from data.batches.shard_reader import Buffers, DamagedSample
 from data.cache.members import bytes_of
 from data.online.batch_encoder import BatchEncoder, EncodedBatch
-from data.online.write_through import WriteThrough
+from data.online.finished_shards import FinishedShards
 from data.samples.decode import in_batches, load_pixels
 from data.samples.geometry import Pixels
 from data.samples.plan import PlannedSample
@@ -42,7 +42,7 @@ class _DecodedRow:
 @dataclass(frozen=True)
 class _Begun:
     """A micro-batch in the making.  decoded: a row each, None where nothing is to be encoded (it was read from a shard,
-    or only fills up).  ready: when all is in place."""
+    or is a padding row).  ready: when all is in place."""
 
     decoded: Sequence["Future[_DecodedRow | None]"]
     ready: "Future[None]"
@@ -51,7 +51,7 @@ class _Begun:
 class EncodedRows:
     """Planned shards as a RowSource: row i of a shard is sample i of its plan.
 
-    threads: that decode.  written: shards that are made meanwhile, and read where they are there.
+    finished: shards of the same plan in the cache, read where they are there.  threads: that decode.
     """
 
     def __init__(
@@ -60,13 +60,13 @@ class EncodedRows:
         num_variants: Mapping[str, int],
         encoder: BatchEncoder,
         filler: RowFiller,
+        finished: FinishedShards,
         data: DataConfig,
         *,
         threads: int,
-        written: WriteThrough | None = None,
     ) -> None:
         self._plans, self._num_variants, self._data = plans, num_variants, data
-        self._encoder, self._filler, self._written = encoder, filler, written
+        self._encoder, self._filler, self._finished = encoder, filler, finished
         self._decoding = ThreadPoolExecutor(threads, "decode")
         self._encoding = ThreadPoolExecutor(1, "encode", initializer=encoder.own_thread)
         self._delivering = ThreadPoolExecutor(1, "deliver", initializer=encoder.own_thread)
@@ -90,9 +90,7 @@ class EncodedRows:
         return 2 * self._group_size(width) + 1
 
     def reached(self, batch: Batch) -> None:
-        """Nothing is fetched ahead of `fill`; what can be done in between begins."""
-        if self._written is not None:
-            self._written.begin(batch.index)
+        """Nothing to do: `fill` fetches what it needs."""
 
     def fill(self, planned: PlannedMicroBatch, memory: BufferLease) -> Future[None]:
         decoded = [self._decoding.submit(self._decode, planned, memory, place) for place in range(planned.width)]
@@ -100,8 +98,7 @@ class EncodedRows:
         self._group.append(begun)
         # The last micro-batch of a global batch may be narrower; the width of the others decides.
         if planned.is_last or len(self._group) == self._group_size(planned.width):
-            self._encoder.turns.need()
-            self._encoding.submit(self._encode, self._group).add_done_callback(self._have_if_cancelled)
+            self._encoding.submit(self._encode, self._group)
             self._group = []
         return begun.ready
 
@@ -111,16 +108,16 @@ class EncodedRows:
         rows = memory.rows()
         wanted = planned.at(place)
         if wanted is None:
-            rows.clear(place)
+            rows.pad(place)
             return None
         plan = self._plans[wanted.shard]
         out = self._filler.begin(rows, place, wanted.position)
         variant = self._filler.choose_variant(
-            self._num_variants[plan.dataset], row=wanted.row, turn=wanted.turn, position=wanted.position
+            self._num_variants[plan.dataset], row=wanted.row, stream_epoch=wanted.stream_epoch, position=wanted.position
         )
-        if self._written is not None and self._written.finished.read(wanted.shard, wanted.row, out, variant=variant):
+        if self._finished.read(wanted.shard, wanted.row, out, variant=variant):
             return None
-        row, pixels = self._filler.first_whole(
+        row, pixels = self._filler.first_intact(
             lambda row: self._load(plan.samples[row], variant),
             shard=plan.path,
             num_samples=len(plan.samples),
@@ -144,7 +141,7 @@ class EncodedRows:
     # --- encoding
 
     def _encode(self, group: Sequence[_Begun]) -> None:
-        """Queue the work of a group of micro-batches on the device; what fails is told to all of them."""
+        """Queue the work of a group of micro-batches on the device; an error goes to all of them."""
         try:
             decoded = [row for begun in group for future in begun.decoded if (row := future.result()) is not None]
             encoded = [
@@ -159,9 +156,9 @@ class EncodedRows:
                 for run in in_batches(decoded, self._data.encode_batch_size)
             ]
         except BaseException as error:
-            self._fail(group, error)
+            _fail(group, error)
             return
-        self._delivering.submit(self._deliver, group, encoded).add_done_callback(self._have_if_cancelled)
+        self._delivering.submit(self._deliver, group, encoded)
 
     def _deliver(self, group: Sequence[_Begun], encoded: Iterable[tuple[Sequence[_DecodedRow], EncodedBatch]]) -> None:
         try:
@@ -170,25 +167,20 @@ class EncodedRows:
                     for name, buffer in row.out.items():
                         buffer[:] = bytes_of(tensors[name])
         except BaseException as error:
-            self._fail(group, error)
+            _fail(group, error)
             return
-        self._encoder.turns.have()
         for begun in group:
             begun.ready.set_result(None)
 
-    def _fail(self, group: Sequence[_Begun], error: BaseException) -> None:
-        self._encoder.turns.have()
-        for begun in group:
-            begun.ready.set_exception(error)
-
-    def _have_if_cancelled(self, future: Future[None]) -> None:
-        if future.cancelled():  # by `close`; the encoders may go on for somebody else
-            self._encoder.turns.have()
-
     def close(self) -> None:
-        """Waits for what is being encoded, and for nothing that is yet to come."""
+        """Waits for what is being encoded, not for what was only queued."""
         self._stop.set()  # whoever waits for a storage that fails
-        if self._written is not None:
-            self._written.close()
+        self._finished.stop()
         for pool in (self._decoding, self._encoding, self._delivering):
             pool.shutdown(wait=True, cancel_futures=True)
+        self._finished.close()
+
+
+def _fail(group: Sequence[_Begun], error: BaseException) -> None:
+    for begun in group:
+        begun.ready.set_exception(error)

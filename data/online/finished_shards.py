@@ -1,4 +1,4 @@
-"""Which of a run's planned shards are finished in a cache that is still being made, and their rows."""
+"""Rows of the planned shards that are finished in the cache, whoever made them: a job before the run, or beside it."""
 
 import logging
 import math
@@ -19,11 +19,11 @@ from data.samples.shard_plan import PlannedShard
 
 log = logging.getLogger("fluxfill")
 
-_LOOK_SECONDS = 20.0  # between two looks for a shard that was not there
+LOOK_SECONDS = 20.0  # between two looks for a shard that was not there
 
 
 class FinishedShards:
-    """Rows of those shards that somebody has finished, whoever it was; safe to call from many threads.
+    """The finished shards of a run's plan; safe to call from many threads.
 
     A shard is looked for when a row of it is wanted: the order stays within a few shards for long, so a cache of a
     million is not searched through. What is found is known from then on; what is not there is looked for now and then.
@@ -58,7 +58,7 @@ class FinishedShards:
         except StorageFailed:
             if (self._folder / self._plans[shard].path).exists():
                 raise
-            self._forget(shard, look_at=time.monotonic() + _LOOK_SECONDS)  # deleted by who made another plan
+            self._forget(shard, look_at=time.monotonic() + LOOK_SECONDS)  # deleted by who made another plan
             return False
         return True
 
@@ -72,7 +72,7 @@ class FinishedShards:
         now = time.monotonic()
         if now < self._look_at.get(shard, 0.0):
             return False
-        self._look_at[shard] = now + _LOOK_SECONDS
+        self._look_at[shard] = now + LOOK_SECONDS
         try:
             index = read_finished(self._folder, self._plans[shard])
         except OSError as error:  # a server that is away for a moment; the encoders are here
@@ -80,14 +80,11 @@ class FinishedShards:
             return False
         if index is None:
             return False
+        if not self._found:
+            log.info("data.mode online: rows of shards that are finished in %s are read, not encoded", self._folder)
         self._table.bytes[shard], self._table.sha256[shard] = index.tar_bytes, index.tar_sha256
         self._found.add(shard)
         return True
-
-    def look_again(self) -> None:
-        """Look for everything that was not there as soon as it is wanted."""
-        with self._looking:
-            self._look_at = {shard: look_at for shard, look_at in self._look_at.items() if look_at == math.inf}
 
     def _forget(self, shard: int, *, look_at: float) -> bool:
         """Whether this thread is the first to do so."""
@@ -98,9 +95,9 @@ class FinishedShards:
             return is_first
 
     def stop(self) -> None:
-        """Try nothing again from now on: whoever waits for a storage that fails is told so."""
+        """End all retries: whoever waits for a storage that fails gets the error at once."""
         self._reader.stop()
 
     def close(self) -> None:
-        """Let go of all shards."""
+        """Close all shards."""
         self._reader.close()

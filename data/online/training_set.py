@@ -1,8 +1,8 @@
 """Training without a cache: the samples that preprocessing would plan, encoded while a run trains on them.
 
 The plan is preprocessing's own, so the order, the noise and, up to rounding, the tensors are those of the cached run; a
-run may go on in the other mode. What was found out about the pictures is kept (data/sources/scan.py), and shards are
-written if that is asked for (write_through.py).
+run may go on in the other mode. What was found out about the pictures is kept in data.cache (data/sources/scan.py), and
+shards that are finished there are read, not encoded (finished_shards.py).
 """
 
 from collections import defaultdict
@@ -31,8 +31,8 @@ from data.encoders.load import Encoders, cuda_devices, load_encoders
 from data.encoders.model_folder import encoder_fingerprints
 from data.online.batch_encoder import BatchEncoder
 from data.online.encoded_rows import EncodedRows
-from data.online.write_through import WriteThrough
-from data.preprocess import Job, make_plan
+from data.online.finished_shards import FinishedShards
+from data.preprocessing.job import Job, make_plan
 from data.preprocessing.progress import open_progress
 from data.preprocessing.worker import Worker
 from data.samples.decode import in_batches, load_pixels
@@ -41,7 +41,7 @@ from data.samples.shard_plan import PlannedShard
 
 
 def encoder_device(config: Config, *, local_rank: int, own: torch.device) -> torch.device:
-    """Where a training process encodes: one of data.encoder_devices, dealt in turn, or its own device.
+    """The device on which a training process encodes: one of data.encoder_devices, dealt round-robin, or its own.
 
     Raises InputError if a device that is named there is not here.
     """
@@ -56,7 +56,7 @@ def encoder_device(config: Config, *, local_rank: int, own: torch.device) -> tor
 
 
 def plan_online(config: Config, model: Path, console: Console) -> list[PlannedShard]:
-    """The shards that preprocessing would make. Raises InputError that lists what is wrong with the pictures."""
+    """The shards that preprocessing would make. Raises one InputError that lists all problems of the pictures."""
     with open_progress(console, Worker()) as progress:
         return make_plan(Job(config, model, encoder_fingerprints(model)), progress)
 
@@ -95,8 +95,10 @@ class OnlineTrainingSet:
         filler = RowFiller(
             order.settings.seed,
             policy,
-            empty_text=_bytes_of(encode_empty_caption(self._encoders, captions)) if policy.caption_dropout else {},
-            blanks={bucket: self._blank(bucket) for bucket in _buckets_of(order)} if policy.mask_dropout else {},
+            empty_caption=_bytes_of(encode_empty_caption(self._encoders, captions)) if policy.caption_dropout else {},
+            full_masks={bucket: self._full_mask(bucket) for bucket in _buckets_of(order)}
+            if policy.mask_dropout
+            else {},
             replaced=replaced,
         )
         return EncodedRows(
@@ -104,24 +106,12 @@ class OnlineTrainingSet:
             self.manifest.mask_variants,
             self._encoder,
             filler,
+            FinishedShards(self._config.data.cache_folder, self._plans, self.manifest, self.table),
             self._config.data,
             threads=self._worker.decode_threads,
-            written=self._write_through(order) if self._config.data.write_through else None,
         )
 
-    def _write_through(self, order: Order) -> WriteThrough:
-        return WriteThrough(
-            Job(self._config, self._model, encoder_fingerprints(self._model)),
-            self._plans,
-            self.manifest,
-            self.table,
-            order,
-            self._encoders,
-            self._encoder,
-            self._worker,
-        )
-
-    def _blank(self, bucket: Bucket) -> dict[str, memoryview]:
+    def _full_mask(self, bucket: Bucket) -> dict[str, memoryview]:
         mask = memoryview(b"\xff" * (bucket.height * bucket.width // 8))
         return _bytes_of(encode_full_mask(self._encoders, bucket)) | {"mask": mask}
 
@@ -165,7 +155,7 @@ def _bytes_of(tensors: Mapping[str, Tensor]) -> dict[str, memoryview]:
 
 
 def _table_of(plans: Sequence[PlannedShard]) -> ShardTable:
-    """The shards as a cache would list them, without what only a written one has."""
+    """The shards as a cache would list them, without sizes and hashes of files."""
     return ShardTable(
         path=np.array([plan.path for plan in plans]),
         dataset=np.array([plan.dataset for plan in plans]),

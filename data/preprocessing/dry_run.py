@@ -1,4 +1,4 @@
-"""What preprocessing would do: counts, bytes by part, shards to do, and hours by measure."""
+"""The printed estimate of a preprocessing job: counts, bytes by part, shards to do, measured hours."""
 
 import math
 import time
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from configs.data_schema import DataConfig
@@ -29,7 +30,7 @@ _REST_BYTES = 3072  # of a sample: headers of tar and safetensors, JSON
 def print_counts(console: Console, cache: Path, plans: Sequence[PlannedShard], todo: Sequence[PlannedShard]) -> None:
     """A row for each dataset, bucket and split: pictures and shards, and how many of them are still to be made."""
     numbers = ("pictures", "to encode", "shards", "to write")
-    table = Table("dataset", "bucket", "split", *numbers, title=f"cache {cache}", title_justify="left")
+    table = Table("dataset", "bucket", "split", *numbers, title=f"cache {escape(str(cache))}", title_justify="left")
     for column in table.columns[3:]:
         column.justify = "right"
     counts: dict[tuple[str, Bucket, str], Counter[str]] = defaultdict(Counter)
@@ -63,7 +64,7 @@ def print_bytes(console: Console, parts: dict[str, int]) -> None:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the shards to do take one worker, in seconds: of its device (of the busier one, where text has its own), and
+    """Seconds that the shards to do take one worker: of its device (of the busier one, where text has its own), and
     of its decoding threads, which run beside each other."""
 
     device: float

@@ -1,5 +1,5 @@
-"""A plan in a file, as workers share it: what is told of each shard is in memory, a shard's samples are read when it is
-its turn. A plan with all of its samples is 5 KiB for each of them, in every worker of a machine.
+"""The plan as a file that workers share: the specs of all shards are in memory, a shard's samples are read on demand. A
+plan with all of its samples would take 5 KiB for each of them, in every worker of a machine.
 
     for each shard    its samples as JSON, compressed
     then              a row for each shard, where its samples are among them, compressed
@@ -26,27 +26,27 @@ _SAMPLES = TypeAdapter(tuple[PlannedSample, ...])
 
 @dataclass(frozen=True)
 class PlanFile:
-    """heads: of all shards.  places: path of a shard -> offset and size of its samples in the file."""
+    """specs: of all shards.  places: path of a shard -> offset and size of its samples in the file."""
 
     path: Path
-    heads: tuple[ShardSpec, ...]
+    specs: tuple[ShardSpec, ...]
     places: dict[str, tuple[int, int]]
 
-    def load(self, head: ShardSpec) -> PlannedShard:
+    def load(self, spec: ShardSpec) -> PlannedShard:
         """A shard with its samples."""
-        samples = retry_if_stale(self.path, lambda: _read(self.path, *self.places[head.path]))
-        return PlannedShard(**{name: getattr(head, name) for name in _COLUMNS}, samples=_SAMPLES.validate_json(samples))
+        samples = retry_if_stale(self.path, lambda: _read(self.path, *self.places[spec.path]))
+        return PlannedShard(**{name: getattr(spec, name) for name in _COLUMNS}, samples=_SAMPLES.validate_json(samples))
 
     def shards(self) -> Iterator[PlannedShard]:
         """All of them, one in memory at a time."""
-        return map(self.load, self.heads)
+        return map(self.load, self.specs)
 
 
 _COLUMNS = ("path", "dataset", "bucket", "split", "plan", "num_samples", "num_bytes")
 
 
 def write_plan(path: Path, plans: Iterable[PlannedShard]) -> None:
-    """Whole or not at all."""
+    """Write a plan, atomically."""
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
@@ -73,14 +73,14 @@ def read_plan(path: Path) -> PlanFile:
             footer = file.read()
         return _read(path, int.from_bytes(footer[:8], "little"), int.from_bytes(footer[8:], "little"))
 
-    heads, places, buckets = [], {}, dict[tuple[int, ...], Bucket]()
+    specs, places, buckets = [], {}, dict[tuple[int, ...], Bucket]()
     for name, dataset, sides, split, plan, num_samples, num_bytes, offset, size in json.loads(
         retry_if_stale(path, read)
     ):
         bucket = buckets.setdefault(tuple(sides), Bucket(*sides))  # one for all: there may be a million shards
-        heads.append(ShardSpec(name, sys.intern(dataset), bucket, sys.intern(split), plan, num_samples, num_bytes))
+        specs.append(ShardSpec(name, sys.intern(dataset), bucket, sys.intern(split), plan, num_samples, num_bytes))
         places[name] = (offset, size)
-    return PlanFile(path, tuple(heads), places)
+    return PlanFile(path, tuple(specs), places)
 
 
 def _read(path: Path, offset: int, size: int) -> bytes:

@@ -1,4 +1,4 @@
-"""What preprocessing shows: bars while it works, a table of the cache at the end."""
+"""Progress of a preprocessing job: bars while it works, a table of the cache at the end."""
 
 import random
 import time
@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -83,7 +84,7 @@ class Waiting:
 
     def __call__(self, for_whom: str) -> None:
         if for_whom != self._said and not self._progress.disable:
-            self._progress.console.print(f"waiting for {for_whom}", highlight=False)
+            self._progress.console.print(f"waiting for {for_whom}", highlight=False, markup=False)
         if for_whom != self._said:
             self._said, self._seconds = for_whom, _POLL_SECONDS
         # Not in step with the others: who comes at the same time gets nothing.
@@ -111,7 +112,9 @@ def print_report(console: Console, cache: Path, table: ShardTable, worker: Worke
 
 def _summarise(cache: Path, table: ShardTable) -> Table:
     summary = Table(
-        "dataset", "bucket", "split", *("shards", "samples", "MiB"), title=f"cache {cache}", title_justify="left"
+        *("dataset", "bucket", "split", "shards", "samples", "MiB"),
+        title=f"cache {escape(str(cache))}",
+        title_justify="left",
     )
     for column in summary.columns[3:]:
         column.justify = "right"

@@ -1,4 +1,4 @@
-"""An iterator that a thread runs ahead of its use."""
+"""An iterator prefetched by a thread."""
 
 import threading
 from collections.abc import Generator, Iterable

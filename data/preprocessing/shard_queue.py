@@ -1,4 +1,4 @@
-"""The shards that are still to be made, as one of the workers sees them."""
+"""The queue of unfinished shards, as one of the workers sees it."""
 
 import os
 import time
@@ -23,7 +23,7 @@ SHARD_CLAIMS = "shards."  # what the names of their claims begin with
 
 
 def read_finished(cache: Path, plan: ShardSpec) -> ShardIndex | None:
-    """The index of a shard that is there, whole, and made from this very plan; else None."""
+    """The index of a shard that is finished and made from this plan; else None."""
     tar = cache / plan.path
     return retry_if_stale(index_path(tar), partial(_read_finished, tar, plan))
 
@@ -31,14 +31,14 @@ def read_finished(cache: Path, plan: ShardSpec) -> ShardIndex | None:
 def _read_finished(tar: Path, plan: ShardSpec) -> ShardIndex | None:
     try:
         index = read_index(index_path(tar))
-        whole = tar.stat().st_size == index.tar_bytes and index.plan == plan.plan
+        is_finished = tar.stat().st_size == index.tar_bytes and index.plan == plan.plan
     except (FileNotFoundError, InputError):
         return None
-    return index if whole and index.num_samples == plan.num_samples else None
+    return index if is_finished and index.num_samples == plan.num_samples else None
 
 
 def read_finished_of(cache: Path, plans: Sequence[ShardSpec]) -> list[ShardSummary | None]:
-    """What a cache's head tells of each that is finished, read by threads: on a network's filesystem it is all
+    """Summaries of the finished shards, None for the others; read by threads: on a network's filesystem it is all
     waiting."""
 
     def read(plan: ShardSpec) -> ShardSummary | None:
@@ -50,21 +50,21 @@ def read_finished_of(cache: Path, plans: Sequence[ShardSpec]) -> list[ShardSumma
 
 
 class ShardQueue:
-    """What is left, dealt by claims: whichever worker comes first takes a shard, so that a slow, late or dead one holds
-    nobody up. Each begins at a place of its own, which keeps them out of each other's way.
+    """Unfinished shards, dealt by claims: whichever worker comes first takes a shard, so that a slow, late or dead one
+    holds nobody up. Each begins at a place of its own, which keeps them out of each other's way.
 
-    advance: told of every sample that is dealt with, here or elsewhere.
+    advance: called with the number of samples that are done, here or elsewhere.
     """
 
     def __init__(self, cache: Path, plan: PlanFile, group: WorkerGroup, worker: Worker) -> None:
-        finished = read_finished_of(cache, plan.heads)
-        unfinished = [head for head, row in zip(plan.heads, finished, strict=True) if row is None]
+        finished = read_finished_of(cache, plan.specs)
+        unfinished = [head for head, row in zip(plan.specs, finished, strict=True) if row is None]
         first = len(unfinished) * worker.index // worker.count
         self.remaining = {head.path: head for head in [*unfinished[first:], *unfinished[:first]]}
         self.num_samples = sum(head.num_samples for head in unfinished)
         self.num_encoded = 0
         self.advance: Callable[[int], object] = lambda count: None
-        self._cache, self._plan, self._crew = cache, plan, group
+        self._cache, self._plan, self._group = cache, plan, group
         self._in_work: set[str] = set()
         self._problems: dict[str, str] = {}
         self._folders = sorted({(cache / head.path).parent for head in unfinished})
@@ -73,8 +73,10 @@ class ShardQueue:
     # --- taking
 
     def claim_shards(self) -> Iterator[PlannedShard]:
-        """One pass over what is left: every shard that no living worker has, claimed when it is asked for."""
-        held = self._crew.held(SHARD_CLAIMS)  # as of now; to ask for each again would be thousands of requests
+        """One pass over the queue: every shard that no living worker has, claimed when it is asked for."""
+        held = self._group.claims_of_others(
+            SHARD_CLAIMS
+        )  # as of now; to ask for each again would be thousands of requests
         for plan in list(self.remaining.values()):
             self._look_around()
             free = plan.path in self.remaining and plan.path not in self._in_work and _claim_name(plan) not in held
@@ -83,24 +85,24 @@ class ShardQueue:
 
     def _claim(self, plan: ShardSpec) -> bool:
         name = _claim_name(plan)
-        if problem := self._crew.failure(name):
+        if problem := self._group.failure(name):
             self._drop(plan)
             self._problems[plan.path] = problem
             return False
         if read_finished(self._cache, plan):
             self._drop(plan)
             return False
-        if not self._crew.claim(name):
+        if not self._group.claim(name):
             return False
         if read_finished(self._cache, plan):  # by one that gave it back between our look and our claim
-            self._crew.release(name)
+            self._group.release(name)
             self._drop(plan)
             return False
         self._in_work.add(plan.path)
         tar = self._cache / plan.path
         for part in [*tar.parent.glob(f"{tar.name}.*part"), *tar.parent.glob(f"{index_path(tar).name}.*part")]:
             part.unlink(missing_ok=True)  # of a worker that died: a living one would have the claim
-        # A manifest speaks of a whole cache: there is none while anything in it changes.
+        # A manifest describes a finished cache: there is none while anything in it changes.
         (self._cache / MANIFEST).unlink(missing_ok=True)
         return True
 
@@ -121,7 +123,7 @@ class ShardQueue:
         self._inodes, self._looked = inodes, time.monotonic()
 
     def _list_indexes(self) -> dict[str, int]:
-        """Path -> inode of every index: one that is written anew is another file."""
+        """Path -> inode of every index: one that is written again is another file."""
         found: dict[str, int] = {}
         for folder in self._folders:
             if folder.is_dir():
@@ -131,28 +133,28 @@ class ShardQueue:
 
     # --- giving back
 
-    def may_publish(self, plan: ShardSpec) -> bool:
+    def still_holds(self, plan: ShardSpec) -> bool:
         """Whether a shard's claim still holds. Not if this process was stopped so long that it was taken for dead;
         raises Evicted if others go by another plan since."""
-        return self._crew.holds(_claim_name(plan))
+        return self._group.still_holds(_claim_name(plan))
 
     def finish(self, plan: ShardSpec) -> None:
-        """A shard was published, or was lost to another worker, which shows in the next pass."""
+        """Give back a shard that was published, or was lost to another worker, which shows in the next pass."""
         if read_finished(self._cache, plan):
             self.remaining.pop(plan.path, None)
             self.num_encoded += plan.num_samples
         self._give_back(plan)
 
     def fail(self, plan: ShardSpec, problem: str) -> None:
-        """A shard cannot be made of the pictures there are: the others need not try."""
-        self._crew.report_failure(_claim_name(plan), problem)
+        """Report a shard that cannot be made of the pictures there are: the others need not try."""
+        self._group.report_failure(_claim_name(plan), problem)
         self.remaining.pop(plan.path, None)
         self._problems[plan.path] = problem
         self._give_back(plan)
 
     def _give_back(self, plan: ShardSpec) -> None:
         self._in_work.discard(plan.path)
-        self._crew.release(_claim_name(plan))
+        self._group.release(_claim_name(plan))
 
     def raise_problems(self) -> None:
         """Raise one InputError that lists all pictures at fault, whoever found them."""
@@ -160,9 +162,9 @@ class ShardQueue:
             raise InputError("\n".join(self._problems[path] for path in sorted(self._problems)))
 
     def waiting_for(self) -> str:
-        """For whom there is to wait, for people."""
+        """The worker that has a shard of the queue, as a phrase for people."""
         for plan in self.remaining.values():
-            if holder := self._crew.holder(_claim_name(plan)):
+            if holder := self._group.holder(_claim_name(plan)):
                 return f"{holder}, which has the last shards"
         return "another worker"
 

@@ -1,4 +1,5 @@
-"""One worker plans, the others read its plan. Reading the pictures, which is nearly all of planning, they share.
+"""Agreement on a plan: one worker makes it, the others read it, and all of them share the reading of the pictures,
+which is nearly all of planning.
 
 A plan is good as long as a living worker goes by it. A job that starts when none is there makes a new one, as pictures
 may have changed since. One that died on another machine passes for living for minutes: a worker takes a plan only from
@@ -23,10 +24,10 @@ def agree_on_plan(
     help_planning: Callable[[], object],
     waiting: Callable[[str], object],
 ) -> PlanFile:
-    """The plan of a living member, or else this one's own from `make_plan`, for the others to read.
+    """The plan of a living worker, or else this one's own from `make_plan`, for the others to read.
 
-    help_planning: done while another plans.  waiting: waits a moment, told for whom.
-    Raises InputError if `make_plan` does, here or in the member that did it.
+    help_planning: called while another plans.  waiting: waits a moment; its argument says for whom.
+    Raises InputError if `make_plan` does, here or in the worker that called it.
     """
     has_helped = False
     while True:
@@ -34,14 +35,14 @@ def agree_on_plan(
             return plan
         if problem := group.failure(_CLAIM):
             raise InputError(problem)
-        if silent := _unheard_with_plan(group):
+        if silent := _unconfirmed_with_plan(group):
             waiting(f"a sign of life of {silent}, whose plan is there")
             continue
         if group.claim(_CLAIM):
             try:
                 if (plan := _read_plan_of(group)) is not None:  # made between our look and our claim
                     return plan
-                if not _unheard_with_plan(group):
+                if not _unconfirmed_with_plan(group):
                     group.evict_dead()
                     return _make_and_share(group, make_plan)
             finally:
@@ -55,7 +56,7 @@ def agree_on_plan(
 
 
 def _read_plan_of(group: WorkerGroup) -> PlanFile | None:
-    for name in sorted({member.plan for member in group.others() if member.plan and group.is_confirmed_alive(member)}):
+    for name in sorted({other.plan for other in group.others() if other.plan and group.is_confirmed_alive(other)}):
         try:
             plan = read_plan(group.folder / name)
         except FileNotFoundError:  # its last user left and cleared up
@@ -65,9 +66,9 @@ def _read_plan_of(group: WorkerGroup) -> PlanFile | None:
     return None
 
 
-def _unheard_with_plan(group: WorkerGroup) -> WorkerInfo | None:
-    """A member of whom it cannot be told yet whether its plan is that of a living one."""
-    return next((member for member in group.others() if member.plan and not group.is_confirmed_alive(member)), None)
+def _unconfirmed_with_plan(group: WorkerGroup) -> WorkerInfo | None:
+    """A worker with a plan that may be dead: another machine's, not heard of since this one joined."""
+    return next((other for other in group.others() if other.plan and not group.is_confirmed_alive(other)), None)
 
 
 def _make_and_share(group: WorkerGroup, make_plan: Callable[[], Sequence[PlannedShard]]) -> PlanFile:
@@ -76,7 +77,6 @@ def _make_and_share(group: WorkerGroup, make_plan: Callable[[], Sequence[Planned
     except InputError as error:
         group.report_failure(_CLAIM, str(error))
         raise
-    name = f"plan-{group.token}"
-    write_plan(group.folder / name, plans)
-    group.announce_plan(name)
-    return read_plan(group.folder / name)  # the samples are let go of
+    write_plan(group.plan_path, plans)
+    group.announce_plan(group.plan_path.name)
+    return read_plan(group.plan_path)  # without the samples

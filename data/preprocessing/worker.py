@@ -1,4 +1,4 @@
-"""Which of how many workers a process is, from the command line and from what launchers leave in the environment.
+"""A process's index among the workers, from the command line and from what launchers leave in the environment.
 
 The number is no promise to do a share of the work: any worker does whatever is left. It spreads the workers over the
 shards at the start, and over the devices of a machine.

@@ -1,20 +1,22 @@
-"""The processes that work on one cache, and which of them works on what: files in a folder that all of them see.
+"""The workers on one cache, and their claims: files in a folder that all of them see.
 
 No lock of the filesystem is used (flock and the like are missing or wrong on many a cluster), only files that one
-process writes and others list. A member is alive while its file in workers/ is touched; on its own machine also only
-while its process runs, so after kill -9 the same command goes on at once. A claim is a file <what>@<member>:
+process writes and others list. A worker is alive while its file in workers/ is touched; on its own machine also only
+while its process runs, so after kill -9 the same command goes on at once. A claim is a file <what>@<worker>:
 
-    claim: list; if a living member has it, leave it. Else write one's own and list again: if a living other has one
+    claim: list; if a living worker has it, leave it. Else write one's own and list again: if a living other has one
     too, take one's own back (both do, and try again later). Claims of the dead are deleted on sight.
 
-A member that was stopped for minutes (a suspended machine) may be taken for dead, and be alive again. Who plans, and
+A worker that was stopped for minutes (a suspended machine) may be taken for dead, and be alive again. Who plans, and
 who clears up, removes the files of the dead: one that finds its own gone goes by a plan that others no longer go by, so
 it stops. Otherwise it goes on; its claims, if somebody has deleted them, are no longer its own.
 
-A name holds its owner, so nobody ever deletes what a living member has, nor needs to take anything over. Ages are told
+A name holds its owner, so nobody ever deletes what a living worker has, nor needs to take anything over. Ages are told
 by the file server's clock alone. Linux's NFS client forgets its copy of a folder when it makes a file in it, so the
 second listing is the server's; were it not, a piece of work would be done twice, which is why work on a claim must be
-published whole, under the same name and with the same bytes by whoever does it.
+published atomically, under the same name and with the same bytes by whoever does it.
+
+The last worker removes all of it. One that is killed while nobody else is there leaves its files to the next comer.
 """
 
 import json
@@ -36,16 +38,17 @@ HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 180.0  # above heartbeat, an NFS client's 60 s of cached times, and some patience with a busy server
 
 
-class Evicted(InputError):
-    """This process was, while it was stopped for minutes: others have gone on without it."""
-
-
 _FOLDERS = ("workers", "claims", "failed")
+_PLAN = "plan-"
+
+
+class Evicted(InputError):
+    """This worker was stopped for minutes and taken for dead: others have gone on without it."""
 
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """What a member's file says.  place: where `pid` is a process.  settings: of its job, by key.  plan: file, once
+    """The content of a worker's file.  place: where `pid` is a process.  settings: of its job, by key.  plan: file, if
     it has one."""
 
     token: str
@@ -61,7 +64,7 @@ class WorkerInfo:
 
 
 class WorkerGroup:
-    """Membership of the workers at one folder, from `join`.  joined: the file server's time of it, in ns."""
+    """One worker's membership of those at a folder, from `join`.  joined: the file server's time of it, in ns."""
 
     def __init__(self, folder: Path, settings: Mapping[str, object]) -> None:
         self.folder = folder
@@ -87,37 +90,37 @@ class WorkerGroup:
                 for name in _FOLDERS:
                     (self.folder / name).mkdir(parents=True, exist_ok=True)
                 return write_text_atomically(self._file, json.dumps(asdict(self._me)))
-            except FileNotFoundError:  # a member that takes itself for the last one clears up just now
+            except FileNotFoundError:  # a worker that takes itself for the last one clears up just now
                 if attempt == 9:
                     raise
 
-    # --- members
+    # --- workers
 
     def others(self) -> list[WorkerInfo]:
-        """The other members that are alive."""
+        """The other workers that are alive."""
         return self._others(self.touch())
 
     def _others(self, now: int) -> list[WorkerInfo]:
         tokens = [name.removesuffix(".json") for name in _names_in(self.folder / "workers") if name.endswith(".json")]
         found = (self._living(token, now) for token in tokens if token != self.token)
-        return [member for member in found if member]
+        return [other for other in found if other]
 
     def _living(self, token: str, now: int) -> WorkerInfo | None:
         file = self._file_of(token)
         try:
             text = retry_if_stale(file, lambda: file.read_text(encoding="utf-8"))  # it is replaced by `announce_plan`
-            member = WorkerInfo(**json.loads(text))
+            worker = WorkerInfo(**json.loads(text))
             age = now - file.stat().st_mtime_ns
         except (FileNotFoundError, ValueError, TypeError):
             return None
-        here = member.place == self._me.place and member.place != ""
-        if here and _process_start(member.pid) != member.process_start:
+        here = worker.place == self._me.place and worker.place != ""
+        if here and _process_start(worker.pid) != worker.process_start:
             return None
-        return member if age < STALE_SECONDS * 1e9 else None
+        return worker if age < STALE_SECONDS * 1e9 else None
 
     def is_confirmed_alive(self, other: WorkerInfo) -> bool:
-        """Whether a member is known to be alive, not only not known to be dead: it runs here, or its file was touched
-        since this process joined."""
+        """Whether another worker is known to be alive, not only not known to be dead: it runs here, or its file was
+        touched since this process joined."""
         if other.place == self._me.place and other.place != "":
             return True  # else it were not among the others
         try:
@@ -126,7 +129,7 @@ class WorkerGroup:
             return False
 
     def refuse_other_settings(self, other: WorkerInfo) -> None:
-        """Raises InputError, naming the keys, if another member works by other settings."""
+        """Raises InputError, naming the keys, if another worker goes by other settings."""
         mine, theirs = self._me.settings, other.settings
         if mine and theirs and not mine.keys() & theirs.keys():
             raise InputError(f"data.cache {self.folder.parent}: {other} is at work in it. Wait for it or stop it.")
@@ -139,27 +142,32 @@ class WorkerGroup:
             )
 
     def touch(self) -> int:
-        """Say that this process is alive; returns the file server's time in ns. Raises Evicted."""
+        """The heartbeat of this worker. Returns the file server's time in ns. Raises Evicted."""
         try:
             os.utime(self._file)
             return self._file.stat().st_mtime_ns
         except FileNotFoundError:
-            raise self._taken_for_dead() from None
+            raise self._evicted() from None
 
-    def _taken_for_dead(self) -> Evicted:
+    def _evicted(self) -> Evicted:
         return Evicted(
             f"data.cache {self.folder.parent}: this worker ({self._me}) was silent for minutes and was taken for dead; "
             "others have gone on without it. Start the same command again: it does what is left."
         )
 
+    @property
+    def plan_path(self) -> Path:
+        """The file for a plan of this worker's, which the last one removes unless its maker lives."""
+        return self.folder / f"{_PLAN}{self.token}"
+
     def announce_plan(self, plan: str) -> None:
-        """Tell the others which plan this one works by. Raises Evicted."""
+        """Tell the others which plan (its file's name) this one goes by. Raises Evicted."""
         self.touch()
         self._me = replace(self._me, plan=plan)
         self._write()
 
     def evict_dead(self) -> None:
-        """Have members that are taken for dead stop, should they be alive again."""
+        """Remove the files of dead workers: one that is alive after all stops, as it finds its own gone."""
         now = self.touch()
         for name in _names_in(self.folder / "workers"):
             if name.endswith(".json") and not self._living(name.removesuffix(".json"), now):
@@ -179,7 +187,7 @@ class WorkerGroup:
         with raise_disk_full(mine):
             try:
                 mine.touch()
-            except FileNotFoundError:  # the folder went with a member that took itself for the last one
+            except FileNotFoundError:  # the folder went with a worker that took itself for the last one
                 mine.parent.mkdir(exist_ok=True)
                 mine.touch()
         if self.holder(what):
@@ -188,11 +196,11 @@ class WorkerGroup:
         return True
 
     def holder(self, what: str) -> WorkerInfo | None:
-        """The living other that claims something."""
-        return next((member for _, member in self._claims(f"{what}@")), None)
+        """The living other that claims `what`."""
+        return next((other for _, other in self._claims(f"{what}@")), None)
 
-    def held(self, prefix: str) -> set[str]:
-        """What living others have, of all whose names begin so."""
+    def claims_of_others(self, prefix: str) -> set[str]:
+        """What other living workers claim, of all whose names begin with `prefix`."""
         return {what for what, _ in self._claims(prefix)}
 
     def _claims(self, prefix: str) -> Iterator[tuple[str, WorkerInfo]]:
@@ -200,25 +208,26 @@ class WorkerGroup:
         names = [name for name in _names_in(self.folder / "claims") if name.startswith(prefix)]
         owners = {name.rpartition("@")[2] for name in names} - {self.token}
         now = self.touch() if owners else 0
-        members = {token: self._living(token, now) for token in owners}
+        others = {token: self._living(token, now) for token in owners}
         for name in names:
             what, _, token = name.rpartition("@")
-            if token in members and (member := members[token]):
-                yield what, member
-            elif token in members:
+            if token in others and (other := others[token]):
+                yield what, other
+            elif token in others:
                 (self.folder / "claims" / name).unlink(missing_ok=True)
 
-    def holds(self, what: str) -> bool:
+    def still_holds(self, what: str) -> bool:
         """Whether a claim is still this process's own: not after it was taken for dead. Raises Evicted."""
         self.touch()
         return self._claim_file(what).exists()
 
     def require_claim(self, what: str) -> None:
         """Raises Evicted if a claim is no longer this process's own."""
-        if not self.holds(what):
-            raise self._taken_for_dead()
+        if not self.still_holds(what):
+            raise self._evicted()
 
     def release(self, what: str) -> None:
+        """Give a claim back."""
         self._claim_file(what).unlink(missing_ok=True)
 
     def _claim_file(self, what: str) -> Path:
@@ -227,14 +236,14 @@ class WorkerGroup:
     # --- failures
 
     def report_failure(self, what: str, problem: str) -> None:
-        """Tell the others that something cannot be done, so that not each of them finds out by itself."""
+        """Tell the others why `what` cannot be done, so that not each of them finds out by itself."""
         file = self.folder / "failed" / f"{what}.txt"
         with suppress(DiskFull):  # then each does
-            file.parent.mkdir(exist_ok=True)  # it went with a member that took itself for the last one
+            file.parent.mkdir(exist_ok=True)  # it went with a worker that took itself for the last one
             write_text_atomically(file, problem)
 
     def failure(self, what: str) -> str | None:
-        """A problem reported since this process joined. What was wrong before may have been mended."""
+        """The problem with `what` that was reported since this process joined; an earlier one may have been mended."""
         file = self.folder / "failed" / f"{what}.txt"
         try:
             text = retry_if_stale(file, lambda: file.read_text(encoding="utf-8"))
@@ -245,7 +254,7 @@ class WorkerGroup:
     # --- the end
 
     def leave(self) -> None:
-        """Give everything back; the last one alive clears up behind all of them."""
+        """End this worker's membership and its claims; the last one alive clears up behind all of them."""
         try:
             now = self.touch()
         except Evicted:
@@ -257,11 +266,10 @@ class WorkerGroup:
                 (self.folder / "claims" / name).unlink(missing_ok=True)
         if self._others(now):  # looked up after one's own end: of two that leave together, one at least is the last
             return
-        # Files one by one, folders only if they are empty: what a member that joins just now has written stays.
+        # Files one by one, folders only if they are empty: what a worker that joins just now has written stays.
         for folder in [*(self.folder / name for name in _FOLDERS), self.folder]:
             for name in _names_in(folder):
-                owner = name.removesuffix(".json").rpartition("@")[2]
-                if folder.name not in ("workers", "claims") or not self._living(owner, now):
+                if not self._living(_owner(name), now):
                     with suppress(OSError):  # a folder, or gone with another that clears up
                         (folder / name).unlink()
             with suppress(OSError):
@@ -270,9 +278,9 @@ class WorkerGroup:
 
 @contextmanager
 def join(folder: Path, settings: Mapping[str, object]) -> Iterator[WorkerGroup]:
-    """Be one of the workers at `folder` (made if need be), alive until the end of the block.
+    """Membership of the workers at `folder` (made if need be), alive until the end of the block.
 
-    settings: what members must agree in, as JSON.  Raises InputError if a living member has others, or if the folder
+    settings: what workers must agree in, as JSON.  Raises InputError if a living one has others, or if the folder
     cannot be written to.
     """
     try:
@@ -304,6 +312,11 @@ def join(folder: Path, settings: Mapping[str, object]) -> Iterator[WorkerGroup]:
         left.set()
         heart.join()
         group.leave()
+
+
+def _owner(name: str) -> str:
+    """The token in the name of a file: <token>.json, <what>@<token> or plan-<token>, perhaps half written."""
+    return name.rpartition("@")[2].removeprefix(_PLAN).partition(".")[0]
 
 
 def _names_in(folder: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Holes for pictures that come without: brush strokes, boxes, polygons, borders; and a user's own masks, dilated.
+"""Masks: random holes (brush strokes, boxes, polygons, borders) for pictures that come without; a user's own, dilated.
 
 A mask is a function of (content of the picture, variant): the order of the pictures, the worker and the batch change
 nothing. Shapes are drawn in a unit of their own, so a picture has the same hole at 512 and at 1024 pixels.
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
-from skimage.morphology import isotropic_dilation
 
 from configs.dataset_schema import RandomMasks
 from configs.mask_recipe import MaskRecipe
@@ -54,7 +53,7 @@ def dilate_masks(mask: np.ndarray, recipe: MaskRecipe, content: str) -> list[np.
 
 
 def _grow(mask: np.ndarray, radius: int) -> np.ndarray:
-    """Only the hole's surroundings are looked at: distances over a whole picture take tenths of a second."""
+    """The mask dilated by a disc, computed around the hole alone: over all of a picture it takes tenths of a second."""
     if radius == 0:
         return mask
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
@@ -62,6 +61,8 @@ def _grow(mask: np.ndarray, radius: int) -> np.ndarray:
         slice(max(0, rows[0] - radius), rows[-1] + radius + 1),
         slice(max(0, columns[0] - radius), columns[-1] + radius + 1),
     )
+    from skimage.morphology import isotropic_dilation  # half a second, and most datasets grow no masks
+
     grown = np.zeros_like(mask)
     grown[window] = isotropic_dilation(mask[window], radius)
     return grown

@@ -1,4 +1,4 @@
-"""Which sample goes into which shard: a pure function of the pictures, whatever machines encode them.
+"""The shard plan: which sample goes into which shard, a pure function of the pictures, whatever machines encode them.
 
 Samples of one dataset, bucket and split are split by the bits of a hash until each part fits a shard, as in extendible
 hashing: by their captions' first, so that equal captions end up together, where their text is stored once; then, where
@@ -20,7 +20,7 @@ from data.samples.plan import TRAIN, PlannedSample
 
 @dataclass(frozen=True, slots=True)
 class ShardSpec:
-    """What can be told of a shard to be without its samples.
+    """A planned shard without its samples.
 
     path: below the cache folder.  plan: 32 hex digits over all that shapes its bytes.  num_bytes: about, of its tar.
     """
@@ -36,7 +36,7 @@ class ShardSpec:
 
 @dataclass(frozen=True, slots=True)
 class PlannedShard(ShardSpec):
-    """One shard to be."""
+    """A planned shard and its samples, in their order in the tar."""
 
     samples: tuple[PlannedSample, ...]
 

@@ -1,4 +1,4 @@
-"""Pictures for people: a sheet of items, each a row of stages with a note under it."""
+"""A grid of pictures: a row for each item, a column for each stage, a note under each row."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,8 +66,7 @@ def save_grid(
 
 
 def _fit(picture: Image.Image, cell: int) -> Image.Image:
-    """Made smaller, or enlarged by a whole number: then every pixel is a square, and what the model painted is seen, no
-    interpolation."""
+    """A picture made smaller, or enlarged by an integer factor: then every pixel is a square, without interpolation."""
     longest = max(picture.size)
     if longest <= cell:
         factor = cell // longest

@@ -1,4 +1,4 @@
-"""Stored samples as pictures for people: latents decoded by the model's VAE, as a PNG or as a page."""
+"""A sheet of stored samples: latents decoded by the model's VAE, as a PNG or as a page."""
 
 import base64
 import html
@@ -47,7 +47,7 @@ dd { margin: 0; }
 
 @dataclass(frozen=True)
 class DecodedSample:
-    """A stored sample and what its latents show: fp32 [3, H, W] in [0, 1], `masked` per mask variant."""
+    """A stored sample and its decoded latents: fp32 [3, H, W] in [0, 1], `masked` per mask variant."""
 
     stored: StoredSample
     target: Tensor
@@ -70,7 +70,7 @@ def load_cache_vae(model: str, manifest: Manifest):
 
 
 def decode_samples(vae, samples: Iterable[StoredSample], advance: Callable[[], None]) -> Iterator[DecodedSample]:
-    """Samples with their pictures, in order. advance: told of each."""
+    """Samples with their pictures, in order.  advance: called after each."""
     for sample in samples:
         latents = torch.stack([sample.latents, *sample.masked_latents])
         pictures = torch.cat([decode_latents(vae, part).cpu() for part in latents.split(_DECODED_AT_ONCE)])

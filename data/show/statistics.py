@@ -1,4 +1,4 @@
-"""What a cache holds, in numbers: counted from its head and the shards' indexes, without reading a sample."""
+"""Statistics of a cache, counted from its manifest and the shards' indexes, without reading a sample."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +32,7 @@ class Group:
 
 @dataclass(frozen=True)
 class CacheStatistics:
-    """What the shards of a cache hold.
+    """Counts of a cache's shards.
 
     parts: what the tars' bytes are, adding up to all of them: latents, masked latents, masks, text, JSON, and headers
     and padding of tar and safetensors.  texts: captions stored, each once per shard.  apart: bytes of the same tensors
@@ -64,7 +64,7 @@ class CacheStatistics:
 
 @dataclass(frozen=True)
 class _Shard:
-    """What is counted of one shard. tokens: how many samples have 0, 1, ... text_length real tokens."""
+    """Counts of one shard.  tokens: how many samples have 0, 1, ... text_length real tokens."""
 
     variants: int
     parts: dict[str, int]
@@ -90,7 +90,7 @@ def find_shards(table: ShardTable, name: str | None) -> list[int]:
 def count_cache(
     cache: Path, manifest: Manifest, table: ShardTable, rows: Sequence[int], advance: Callable[[], None]
 ) -> CacheStatistics:
-    """Count the shards in `rows` of the table. advance: told of each.
+    """Count the shards in `rows` of the table. advance: called after each.
 
     Raises InputError if an index is missing or damaged.
     """

@@ -1,8 +1,9 @@
-"""A cache's numbers as tables for a terminal."""
+"""Statistics of a cache as tables for a terminal."""
 
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from data.cache.manifest import Manifest
@@ -12,7 +13,7 @@ _BAR = 32  # characters of the longest bar
 
 
 def print_statistics(console: Console, cache: Path, manifest: Manifest, counted: CacheStatistics) -> None:
-    """Datasets and buckets; what a sample's bytes are; captions; how large the holes are."""
+    """Print datasets and buckets; a sample's bytes by part; captions; sizes of the holes."""
     console.print(_groups_table(cache, counted))
     console.print()
     console.print(_parts_table(counted))
@@ -23,7 +24,7 @@ def print_statistics(console: Console, cache: Path, manifest: Manifest, counted:
 
 
 def _groups_table(cache: Path, counted: CacheStatistics) -> Table:
-    table = Table("dataset", "bucket", "split", title=f"cache {cache}", title_justify="left")
+    table = Table("dataset", "bucket", "split", title=f"cache {escape(str(cache))}", title_justify="left")
     for column in ("shards", "samples", "masks", "MiB", "KiB each"):
         table.add_column(column, justify="right")
     for group in counted.groups:

@@ -1,4 +1,4 @@
-"""Single samples as a cache stores them, for people to look at: checked as the training reader does, and slower."""
+"""Single samples of a cache, for people to look at: checked as by the training's reader, and slower."""
 
 import json
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Copies of remote files beside the cache, so that what planning reads is not fetched again to be encoded."""
+"""The download cache: copies of remote files, so that what planning reads is not fetched again to be encoded."""
 
 import os
 import secrets
@@ -35,7 +35,7 @@ class DownloadCache:
     limit: int
 
     def path(self, place: str, stamp: str, suffix: str) -> Path:
-        """Where the copy of a file lies, in the state that `stamp` says."""
+        """The path of a file's copy, in the state that `stamp` says."""
         return self.folder / f"{xxhash.xxh3_128_hexdigest(f'{place} {stamp}'.encode())}{suffix}"
 
     @contextmanager

@@ -1,6 +1,7 @@
 """What can be seen to be wrong with a mask: that it is none, that it lies where source and target do not differ, or
 that EXIF turned its target and not it."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +20,8 @@ from data.sources.mask_fit import (
 )
 from data.sources.mask_levels import find_no_mask
 from data.sources.picture_file import PictureBytes
-from data.sources.pictures import QUARTER_TURNS, Header, load_picture, load_preview, load_stored
+from data.sources.pictures import Header, load_picture, load_preview, load_stored
+from data.sources.problems import MASKS, MISPLACED, ORIENTATION, POLARITY, SOURCES
 
 LABELS, NO_MASK, TURNED = "labels", "no mask", "turned"
 # Of an honest set, what a shadow or a reflection changes outside the mask looks like a misplaced one in a pair of some
@@ -27,18 +29,20 @@ LABELS, NO_MASK, TURNED = "labels", "no mask", "turned"
 # all of a batch.
 MOST_FAULTY_PAIRS = 0.05
 
-_TURN_CURE = (
-    "Save both upright, without EXIF's orientation. Is the mask right as it is, give check_masks: warn to the dataset."
-)
+# kind -> what it is listed under, and what to do
 _CURES = {
-    LABELS: "Say which is the hole: `mask: {label: 1}`, beside `folder` where the masks are in one.",
-    NO_MASK: "Give masks of black and white; does the mask's folder, column or member hold the pictures?",
-    INVERTED: "Invert it: white marks the hole.",
-    ELSEWHERE: "Make the mask again from this pair.",
-    SAME: "Give the picture as it was before as source, or no source.",
-    SWAPPED: "Exchange source and target. Are things to be added, give check_masks: warn to the dataset.",
-    UNRELATED: "Give the source that goes with this target.",
-    TURNED: _TURN_CURE,
+    LABELS: (MASKS, "Say which of them is the hole: `mask: {label: 1}`, with `folder` where the masks are in one."),
+    NO_MASK: (MASKS, "Give masks of black and white. Does the mask's folder, column or member hold the pictures?"),
+    INVERTED: (POLARITY, "Invert it: white marks the hole."),
+    ELSEWHERE: (MISPLACED, "Make the mask from this pair."),
+    SAME: (SOURCES, "Give the picture as it was before as source, or no source."),
+    SWAPPED: (SOURCES, "Exchange the two. Are things to be added, give the dataset `check_masks: warn`."),
+    UNRELATED: (SOURCES, "Give the source that belongs to this target."),
+    TURNED: (
+        ORIENTATION,
+        "Save both upright, without an orientation in EXIF. Was the mask made of the upright target, give the dataset "
+        "`check_masks: warn`.",
+    ),
 }
 
 
@@ -50,8 +54,13 @@ class Fault(NamedTuple):
     what: str
 
     @property
+    def problem_kind(self) -> str:
+        """What it is listed under."""
+        return _CURES[self.kind][0]
+
+    @property
     def cure(self) -> str:
-        return _CURES[self.kind]
+        return _CURES[self.kind][1]
 
     @property
     def is_of_pair(self) -> bool:
@@ -105,7 +114,7 @@ def find_turn(target: Header, other: Header, role: str) -> Fault | None:
 
     role: what the other is called.
     """
-    if target.orientation == other.orientation or _stored_size(target) != _stored_size(other):
+    if target.orientation == other.orientation or target.stored_size != other.stored_size:
         return None
     return Fault(
         TURNED,
@@ -114,16 +123,10 @@ def find_turn(target: Header, other: Header, role: str) -> Fault | None:
     )
 
 
-def _stored_size(header: Header) -> tuple[int, int]:
-    size = header.width, header.height
-    return size[::-1] if header.orientation in QUARTER_TURNS else size
+def which_stop(faults: Sequence[Fault], num_pairs: int, policy: str) -> list[bool]:
+    """Which of a dataset's faults stop the run, in their order; the others are told, and no more.
 
-
-def stop_run(fault: Fault, *, num_of_pairs: int, num_pairs: int, policy: str) -> bool:
-    """Whether a fault stops the run, or is told and no more. policy: of `check_masks`.
-
-    num_of_pairs: how many such faults of pairs the dataset has, of num_pairs: those with a source.
+    num_pairs: how many items have a source.  policy: of `check_masks`.
     """
-    if fault.kind == LABELS:
-        return True
-    return policy == "error" and (not fault.is_of_pair or num_of_pairs > MOST_FAULTY_PAIRS * num_pairs)
+    too_many = sum(fault.is_of_pair for fault in faults) > MOST_FAULTY_PAIRS * num_pairs
+    return [fault.kind == LABELS or (policy == "error" and (too_many or not fault.is_of_pair)) for fault in faults]

@@ -9,7 +9,7 @@ that are not are compared in colour (`compare`).
 from typing import NamedTuple
 
 import numpy as np
-from scipy.ndimage import uniform_filter
+from numpy.lib.stride_tricks import sliding_window_view
 
 SAME, INVERTED, ELSEWHERE, SWAPPED, UNRELATED = "same", "inverted", "elsewhere", "swapped", "unrelated"
 
@@ -63,9 +63,10 @@ def looks_right(target: np.ndarray, source: np.ndarray, mask: np.ndarray) -> boo
     grey; the mask's are 255 where all of the cell is hole."""
     difference = np.abs(target.astype(np.int16) - source)
     changed = difference > _CHANGED
-    total = np.count_nonzero(changed)
-    outside = np.count_nonzero(changed & (mask < _UNTOUCHED))
-    return total >= 4 and outside <= _LEAST_OUTSIDE * total and not stands_in_target(target, source, changed)
+    total = int(np.count_nonzero(changed))
+    outside = int(np.count_nonzero(changed & (mask < _UNTOUCHED)))
+    fits = total >= 4 and outside <= _LEAST_OUTSIDE * total
+    return fits and not stands_in_target(target, source, changed)
 
 
 def compare(target: np.ndarray, source: np.ndarray, mask: np.ndarray, cell: int) -> MaskFit | None:
@@ -105,7 +106,7 @@ def stands_in_target(target: np.ndarray, source: np.ndarray, changed: np.ndarray
         return False
     window = np.s_[max(0, rows[0] - 3) : rows[-1] + 4, max(0, columns[0] - 3) : columns[-1] + 4]
     target, source, changed = target[window].astype(np.float32), source[window].astype(np.float32), changed[window]
-    region = uniform_filter(changed.astype(np.float32), 5) > 0.3  # without the gaps where the two agree by chance
+    region = _share_around(changed, 5) > 0.3  # without the gaps where the two agree by chance
     steps = high = height = highs = 0.0
     count = 0
     for here, there in _NEIGHBOURS:
@@ -146,7 +147,14 @@ def _changed(difference: np.ndarray) -> np.ndarray:
     candidates = difference > max(_CHANGED, 6 * float(np.median(difference)))
     if candidates.any():
         candidates = difference > max(_CHANGED, 0.25 * float(np.median(difference[candidates])))
-    return candidates & (uniform_filter(candidates.astype(np.float32), 3, mode="nearest") > 0.4)
+    return candidates & (_share_around(candidates, 3) > 0.4)
+
+
+def _share_around(flags: np.ndarray, size: int) -> np.ndarray:
+    """Share of the size x size cells around each that are set; past the border the outermost ones count again."""
+    padded = np.pad(flags, size // 2, mode="edge").astype(np.float32)
+    rows = sliding_window_view(padded, size, axis=0).sum(axis=-1)
+    return sliding_window_view(rows, size, axis=1).sum(axis=-1) / size**2
 
 
 def _are_unrelated(target: np.ndarray, source: np.ndarray, changed: np.ndarray) -> bool:
@@ -154,7 +162,7 @@ def _are_unrelated(target: np.ndarray, source: np.ndarray, changed: np.ndarray) 
     if np.count_nonzero(changed) < 0.5 * changed.size:
         return False
     first, second = target.mean(axis=2).ravel(), source.mean(axis=2).ravel()
-    return first.std() > 0 and second.std() > 0 and float(np.corrcoef(first, second)[0, 1]) < 0.5
+    return bool(first.std() > 0 and second.std() > 0 and np.corrcoef(first, second)[0, 1] < 0.5)
 
 
 def _explain(grey: np.ndarray, changed: np.ndarray, mask: np.ndarray, cell: int) -> MaskFit | None:

@@ -1,4 +1,4 @@
-"""Where the bytes of a picture lie: a file, a part of one (a member of a tar), or a URL."""
+"""The place of a picture's bytes: a file, a part of one (a member of a tar), or a URL."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""What scanning found out about pictures, and the files in which it is kept."""
+"""The scan cache: result files of what was found out about pictures, one a unit, and their rows."""
 
 import errno
 import json
@@ -45,9 +45,9 @@ class PictureInfo(NamedTuple):
 
 
 class ScannedItem(NamedTuple):
-    """An item and the facts about its pictures: target, mask (None where masks are random), source (or None).
+    """An item and the infos of its pictures: target, mask (None where masks are random), source (or None).
 
-    fault: what its mask, or its pair of source and target, was seen to be wrong in.
+    fault: what is seen to be wrong with its mask, or with its pair of source and target.
     """
 
     item: Item
@@ -57,13 +57,13 @@ class ScannedItem(NamedTuple):
     fault: Fault | None = None
 
     @property
-    def contents(self) -> list[str]:
-        """Hashes of its pictures: target, mask, source; of those it has."""
-        return [facts.content for facts in (self.target, self.mask, self.source) if facts is not None]
+    def infos(self) -> list[PictureInfo]:
+        """Of the pictures it has: target, mask, source."""
+        return [info for info in (self.target, self.mask, self.source) if info is not None]
 
 
 class ScanCache:
-    """A folder of results, each a list of rows under a key that names all that it hangs on."""
+    """A folder of results, each a list of rows under a key: a hash of all its inputs."""
 
     def __init__(self, cache: Path, dataset: str) -> None:
         """Makes nothing yet. Raises InputError if <cache>/scan/<dataset> could not be made."""
@@ -77,7 +77,7 @@ class ScanCache:
             )
 
     def key(self, *parts: object) -> str:
-        """The key of what hangs on these parts (of JSON's types)."""
+        """The key of a result with these inputs (of JSON's types)."""
         key = xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
         self._used.add(key)
         return key
@@ -104,7 +104,7 @@ class ScanCache:
                 file.unlink(missing_ok=True)
 
 
-# --- rows: items and facts in types of JSON ---------------------------------------------------------------------------
+# --- rows: items and infos in types of JSON ---------------------------------------------------------------------------
 
 ITEM_COLUMNS = 5  # name, target, mask, source, caption
 
@@ -120,7 +120,7 @@ def row_of_item(item: Item, file: str = "") -> Row:
 
 
 def is_in_pack(row: Row) -> bool:
-    """Whether a picture of a table's row lies in the table's pack."""
+    """Whether a picture of a table's row is in the table's pack."""
     return any(picture is not None and picture[0] == "" for picture in row[1 : ITEM_COLUMNS - 1])
 
 
@@ -134,20 +134,20 @@ def item_of(row: Row, file: str = "", copy: str = "") -> Item:
     return Item(name, picture(*target), mask and picture(*mask), source and picture(*source), caption)
 
 
-def row_of_facts(scanned: ScannedItem) -> Row:
-    """The facts of an item as a row of four: of its pictures, and its fault."""
-    return [facts and list(facts) for facts in (scanned.target, scanned.mask, scanned.source, scanned.fault)]
+def row_of_infos(scanned: ScannedItem) -> Row:
+    """The infos of an item as a row of four, its fault the last."""
+    return [info and list(info) for info in (scanned.target, scanned.mask, scanned.source, scanned.fault)]
 
 
-def with_facts(item: Item, row: Row, pack: Path | None = None) -> ScannedItem:
-    """An item with the facts of a row. pack: where copies of its remote pictures are, if there are any."""
-    *pictures, fault = row
-    target, mask, source = (None if facts is None else PictureInfo(*facts) for facts in pictures)
+def with_infos(item: Item, row: Row, pack: Path | None = None) -> ScannedItem:
+    """An item with the infos of a row. pack: where copies of its remote pictures are, if there are any."""
+    *infos, fault = row
+    target, mask, source = (None if info is None else PictureInfo(*info) for info in infos)
 
-    def copied(file: PictureFile, facts: PictureInfo) -> PictureFile:
-        if not facts.size:
+    def copied(file: PictureFile, info: PictureInfo) -> PictureFile:
+        if not info.size:
             return file
-        return replace(file, size=facts.size, copy=str(pack), copy_offset=facts.copy_offset)
+        return replace(file, size=info.size, copy=str(pack), copy_offset=info.copy_offset)
 
     assert target is not None
     item = replace(

@@ -8,11 +8,12 @@ import xxhash
 
 from configs.data_schema import DataConfig
 from configs.dataset_schema import DatasetConfig
-from configs.errors import InputError, list_problems
 from data.sources.items import finish_caption
-from data.sources.mask_checks import LABELS, Fault, find_turn, stop_run
+from data.sources.mask_checks import LABELS, Fault, find_turn, which_stop
 from data.sources.picture_file import PictureFile
-from data.sources.scan import ScannedItem, scan_dataset
+from data.sources.problems import MASKS, SIZES, Findings
+from data.sources.scan import scan_dataset
+from data.sources.scan_cache import ScannedItem
 
 _NOT_IN_KEYS = re.compile(r"[^A-Za-z0-9_-]")
 
@@ -50,25 +51,29 @@ def content_of(picture_contents: Iterable[str]) -> str:
 
 
 def list_triples(
-    dataset: DatasetConfig, data: DataConfig, advance: Callable[[int], None], warn: Callable[[str], object] = print
+    dataset: DatasetConfig,
+    data: DataConfig,
+    advance: Callable[[int], None],
+    findings: Findings,
+    *,
+    thorough: bool = False,
 ) -> list[tuple[Triple, tuple[int, int]]]:
-    """All triples of one dataset with their upright (width, height), sorted by name; each is checked to be whole.
+    """The triples of one dataset whose pictures can be read, with their upright (width, height), sorted by name.
 
-    advance: told how many more were read.  warn: told of masks that look wrong, where they stop nothing.  Raises one
-    InputError that lists every triple at fault.
+    advance, findings, thorough: as `scan_dataset` takes them.
     """
-    triples, problems = [], []
+    triples = []
     faults: list[tuple[PictureFile, Fault]] = []
     num_pairs = 0
-    found = scan_dataset(dataset, data, advance)
+    found = scan_dataset(dataset, data, advance, findings, thorough=thorough)
     found.reverse()
     while found:  # what is used up is let go: of millions, twice is too much
         scanned = found.pop()
-        problems += _problems_of(scanned)
+        _check(scanned, findings)
+        item = scanned.item
         faults += _faults_of(scanned)
         num_pairs += scanned.source is not None
-        item = scanned.item
-        contents = scanned.contents
+        contents = [info.content for info in scanned.infos]
         triple = Triple(
             dataset.name,
             item.name,
@@ -80,24 +85,20 @@ def list_triples(
             content_of(contents),
         )
         triples.append((triple, (scanned.target.width, scanned.target.height)))
-    of_pairs = sum(fault.is_of_pair for _, fault in faults)
     if dataset.check_masks != "off":
-        for where, fault in faults:
-            stops = stop_run(fault, num_of_pairs=of_pairs, num_pairs=num_pairs, policy=dataset.check_masks)
-            tell = problems.append if stops else warn
-            tell(f"{where}: {fault.what}. {fault.cure}")
-    if problems:
-        raise InputError(list_problems(problems))
+        stopping = which_stop([fault for _, fault in faults], num_pairs, dataset.check_masks)
+        for (where, fault), stops in zip(faults, stopping, strict=True):
+            (findings.add if stops else findings.note)(fault.problem_kind, where, fault.what, fault.cure)
     return triples
 
 
 def _faults_of(scanned: ScannedItem) -> list[tuple[PictureFile, Fault]]:
-    """What is wrong with its mask, or its pair of source and target, and the picture to which that is to blame."""
+    """What is seen to be wrong with a mask, or with a pair, at the picture that is to blame: one or none."""
     item, mask, fault = scanned.item, scanned.mask, scanned.fault
     if item.mask is None or mask is None:
         return []
     of_one_size = (mask.width, mask.height) == (scanned.target.width, scanned.target.height)
-    # Where a source shows that the mask lies right, it was made of the upright target.
+    # A source shows whether the mask lies right; without one, EXIF alone tells that it may not.
     if of_one_size and (fault.is_of_pair if fault else scanned.source is None):
         fault = find_turn(scanned.target.header, mask.header, "mask") or fault
     if fault is None:
@@ -105,38 +106,43 @@ def _faults_of(scanned: ScannedItem) -> list[tuple[PictureFile, Fault]]:
     return [(item.source if fault.is_of_source and item.source else item.mask, fault)]
 
 
-def _problems_of(scanned: ScannedItem) -> list[str]:
+def _check(scanned: ScannedItem, findings: Findings) -> None:
     """What keeps a triple from being used: its pictures differ in size, or its mask has nothing to paint or to keep."""
-    item, target, problems = scanned.item, scanned.target, []
-    for role, file, facts in (("mask", item.mask, scanned.mask), ("source", item.source, scanned.source)):
-        if facts is not None and (facts.width, facts.height) != (target.width, target.height):
-            turn = find_turn(target.header, facts.header, role)
-            problems.append(
-                f"{file}: {turn.what}. {turn.cure}"
-                if turn
-                else f"{file}: the {role} is {facts.width}x{facts.height}, its target {item.target} is "
-                f"{target.width}x{target.height}. Make the {role} anew at the target's size: stretching it would shift "
-                "the hole."
+    item, target, fits = scanned.item, scanned.target, True
+    for role, file, info in (("mask", item.mask, scanned.mask), ("source", item.source, scanned.source)):
+        if info is not None and (info.width, info.height) != (target.width, target.height):
+            fits = False
+            if turn := find_turn(target.header, info.header, role):
+                findings.add(turn.problem_kind, file, turn.what, turn.cure)
+                continue
+            findings.add(
+                SIZES,
+                file,
+                f"the {role} is {info.width}x{info.height}, its target {item.target} is {target.width}x{target.height}",
+                f"Make the {role} at the target's size: stretching it would shift the hole.",
             )
-    if not problems and scanned.mask is not None and not (scanned.fault and scanned.fault.kind == LABELS):
+    if fits and scanned.mask is not None and not (scanned.fault and scanned.fault.kind == LABELS):
         darkest, brightest = scanned.mask.darkest, scanned.mask.brightest
         if brightest < 128:
-            problems.append(
-                f"{item.mask}: the mask is all black (its brightest pixel is {brightest} of 255): nothing to paint. "
-                "White marks the hole; is it inverted?"
+            findings.add(
+                MASKS,
+                item.mask,
+                f"the mask is all black (its brightest pixel is {brightest} of 255): nothing to paint",
+                "White marks the hole; is it inverted?",
             )
         if darkest >= 128:
-            problems.append(
-                f"{item.mask}: the mask is all white (its darkest pixel is {darkest} of 255): nothing to keep. "
-                "White marks the hole; is it inverted?"
+            findings.add(
+                MASKS,
+                item.mask,
+                f"the mask is all white (its darkest pixel is {darkest} of 255): nothing to keep",
+                "White marks the hole; is it inverted?",
             )
-    return problems
 
 
 def held_out(contents: Iterable[str], count: int) -> frozenset[str]:
     """Content hashes of the held-out pictures: the `count` smallest.
 
-    A picture's split hangs on its bytes alone, so copies of it under other names, its repeats and its variants are on
+    A picture's split depends on its bytes alone, so copies of it under other names, its repeats and its variants are on
     one side; adding pictures moves as few across as there are new ones among the smallest.
     """
     return frozenset(sorted(set(contents))[:count])

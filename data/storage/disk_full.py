@@ -1,4 +1,4 @@
-"""A disk that is full, told so that whoever meets it can make room and go on."""
+"""The error of a full disk: which file, how much is free, how much is needed."""
 
 import errno
 import os

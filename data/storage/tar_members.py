@@ -1,4 +1,4 @@
-"""Where the members of a tar lie, read strictly.
+"""The members of a tar and their places, read strictly.
 
 Python's tarfile and WebDataset take a damaged header for the end and say nothing: the samples behind it are gone. Here
 every header's checksum is checked, every member has to lie within the file, and the end has to be marked as the format
@@ -66,7 +66,7 @@ def read_members(tar: Path, called: str) -> list[Member]:
 
 def _read_all(file: BinaryIO, size: int, called: str) -> list[Member]:
     if not size:
-        raise InputError(f"{called}: an empty file, no tar. Fetch or write the tar anew.")
+        raise InputError(f"{called}: an empty file, no tar. Fetch or write the tar again.")
     members: list[Member] = []
     offset, ahead = 0, _Ahead()
     while True:
@@ -80,7 +80,7 @@ def _read_all(file: BinaryIO, size: int, called: str) -> list[Member]:
                 raise ValueError("cut off within a header")
             if not _sums_up(header):
                 if not members:
-                    raise InputError(f"{called}: no tar; it begins with {header[:24]!r}. Fetch or write the tar anew.")
+                    raise InputError(f"{called}: no tar; it begins with {header[:24]!r}. Fetch or write the tar again.")
                 raise ValueError("a damaged header")
             length = _number(header[124:136]) if ahead.size is None else ahead.size
             kind, data_offset = header[156:157], offset + BLOCK
@@ -104,7 +104,7 @@ def _read_all(file: BinaryIO, size: int, called: str) -> list[Member]:
             behind = f" behind {members[-1].name}" if members else ""
             raise InputError(
                 f"{called}: {error}, at byte {offset}{behind}; {len(members)} members are whole. "
-                "Fetch or write the tar anew."
+                "Fetch or write the tar again."
             ) from error
 
 

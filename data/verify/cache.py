@@ -1,4 +1,4 @@
-"""A whole cache against what was written: its head, what lies beside its shards, and every shard. Changes nothing."""
+"""Verification of a cache: its manifest, the files beside its shards, and every shard. Changes nothing."""
 
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,22 +12,22 @@ from data.cache.manifest import Manifest, ShardTable, hash_files, read_manifest,
 from data.cache.members import sample_tensors
 from data.cache_layout import MANIFEST, SHARD_TABLE, SHARDS, index_path
 from data.samples.geometry import Bucket
-from data.verify.shard import CheckedShard, ExpectedShard, WholeTar, check_shard
+from data.verify.shard import CheckedShard, ExpectedShard, IntactTar, check_shard
 from data.verify.tar import Problem
 
 
 @dataclass(frozen=True)
 class CheckedCache:
-    """What `verify_cache` found.
+    """Outcome of `verify_cache`.
 
-    problems: in the order of the files' names; none if the cache is whole.  table: the list of shards, or None if
-    there is none that can be trusted.  rebuildable: what is whole but for its index.  bad: all other files that are not
-    as they were written, below the cache folder.
+    problems: in the order of the files' names; none if the cache is intact.  table: the list of shards, or None if
+    there is none that can be trusted.  rebuildable: intact tars of damaged or lost indexes.  bad: all other files that
+    are not as they were written, below the cache folder.
     """
 
     problems: list[Problem]
     table: ShardTable | None
-    rebuildable: list[WholeTar]
+    rebuildable: list[IntactTar]
     bad: list[str]
 
 
@@ -45,7 +45,7 @@ def verify_cache(
     advance: Callable[[int], None],
     only: Collection[str] | None = None,
 ) -> CheckedCache:
-    """Read a whole cache, `threads` shards at once (hashing and reading release Python's lock).
+    """Read all of a cache, `threads` shards at once (hashing and reading release Python's lock).
 
     start: told the bytes that will be read.  advance: told the bytes of each stretch, from many threads.
     only: shards to read, below the cache folder, beside the head; None: all of them.
@@ -69,8 +69,8 @@ def verify_cache(
     rebuildable = []
     for shard, found in zip(expected, checked, strict=True):
         problems += found.problems
-        if found.problems and found.whole is not None:
-            rebuildable.append(found.whole)
+        if found.problems and found.intact is not None:
+            rebuildable.append(found.intact)
         elif found.problems:
             bad.add(shard.path)
     problems.sort(key=lambda problem: problem.path)
@@ -78,10 +78,10 @@ def verify_cache(
 
 
 def _check_head(cache: Path) -> tuple[Manifest | None, ShardTable | None, list[Problem]]:
-    """Manifest and table as far as they can be trusted, and what is wrong with them and with the files beside."""
+    """Manifest and table as far as they can be trusted, and the problems of them and of the files beside."""
     problems = []
     if not (cache / MANIFEST).is_file():
-        what = "missing: preprocessing was interrupted, or is still at work; run it again, whole shards are kept"
+        what = "missing: preprocessing was interrupted, or is still at work; run it again, finished shards are kept"
         # A table without a manifest may be of what the cache was before: preprocessing removes the manifest first.
         return None, None, [Problem(MANIFEST, "", what)]
     manifest, table = None, None
@@ -132,7 +132,7 @@ def _check_hole_fractions(manifest: Manifest, table: ShardTable, checked: Sequen
 
 
 def _expected_shards(manifest: Manifest | None, table: ShardTable) -> list[ExpectedShard]:
-    """What the head says of every shard."""
+    """Every shard as manifest and table describe it."""
     tensors = {}
     if manifest is not None:
         tensors = {name: sample_tensors(Bucket.parse(name), manifest) for name in np.unique(table.bucket).tolist()}
@@ -166,7 +166,7 @@ def _files_below(cache: Path, *suffixes: str) -> list[str]:
 
 
 def _reason(error: InputError, path: Path) -> str:
-    """What is wrong, without the place (it stands beside) and the advice (it is for who cannot repair)."""
+    """An error's problem, without the place (it has a column) and the advice (for those who cannot repair)."""
     return str(error).removeprefix(f"{path}: ").partition(". ")[0]
 
 

@@ -1,6 +1,6 @@
-"""What `verify` found, mended: bad files moved aside, never deleted; lost indexes rebuilt from their whole tars.
+"""Repair of what `verify` found: bad files are moved aside, never deleted; lost indexes rebuilt from intact tars.
 
-What is missing then, preprocessing makes anew: a shard is a function of its pictures, so its bytes are as before.
+Preprocessing makes what is missing then: a shard is a function of its pictures, so its bytes are as before.
 """
 
 import json
@@ -17,18 +17,18 @@ from data.cache.manifest import ShardTable, read_manifest, read_shard_table, ref
 from data.cache.shard_index import rebuild_index
 from data.cache_layout import CREW, index_path
 from data.encoders.model_folder import find_model
-from data.preprocess import preprocess
+from data.preprocessing.run import preprocess
 from data.preprocessing.worker_group import join
 from data.storage.atomic_write import fsync_folder
 from data.verify.cache import CheckedCache, refuse_no_cache
-from data.verify.shard import WholeTar
+from data.verify.shard import IntactTar
 from data.verify.tar import Problem
 
 QUARANTINE = "quarantine"  # folder, and .jsonl beside it
 
 
 def refuse_other_config(config: Config, cache: Path) -> None:
-    """Raise InputError if a config is not that of a cache: repaired by it, all of the cache would be made anew."""
+    """Raise InputError if a config is not that of a cache: repaired by it, all of the cache would be encoded again."""
     if config.data.cache_folder.resolve() != cache.resolve():
         raise InputError(f"--repair: data.cache is {config.data.cache}, not {cache}. Give the config of this cache.")
     model = find_model(config.model.base)
@@ -43,7 +43,7 @@ def repair_cache(config: Config, check: Callable[[], CheckedCache], console: Con
     """Mend what `check` finds in data.cache. Returns that, and the shards that came out with other bytes than the cache
     listed (encoded on another device, say): they are as good, and the cache lists them as they are now.
 
-    check: `verify_cache` of the whole cache.
+    check: `verify_cache` of all of the cache.
     Bad files go to <cache>/quarantine/<time>/ and a line each into quarantine.jsonl. Killed at any moment it leaves a
     cache that `verify` judges rightly and preprocessing completes. Raises InputError for what the user can mend.
     """
@@ -54,10 +54,10 @@ def repair_cache(config: Config, check: Callable[[], CheckedCache], console: Con
         if other := next(iter(group.others()), None):
             raise InputError(f"data.cache {cache}: {other} is at work in it. Wait for it or stop it.")
         checked = check()
-        for whole in checked.rebuildable:
-            index = index_path(Path(whole.path)).as_posix()
+        for intact in checked.rebuildable:
+            index = index_path(Path(intact.path)).as_posix()
             _quarantine(cache, [index], [problem for problem in checked.problems if problem.path == index])
-            _rebuild(cache, whole)
+            _rebuild(cache, intact)
         if checked.bad:
             bad = set(checked.bad)
             _quarantine(cache, checked.bad, [problem for problem in checked.problems if problem.path in bad])
@@ -75,9 +75,9 @@ def _paths_and_hashes(table: ShardTable) -> tuple[list[str], list[str]]:
     return table.path.tolist(), table.sha256.tolist()
 
 
-def _rebuild(cache: Path, whole: WholeTar) -> None:
-    tar = cache / whole.path
-    rebuild_index(tar, plan=whole.plan, sha256=whole.sha256)
+def _rebuild(cache: Path, intact: IntactTar) -> None:
+    tar = cache / intact.path
+    rebuild_index(tar, plan=intact.plan, sha256=intact.sha256)
     if not index_path(tar).is_file():
         raise InputError(f"{index_path(tar)}: cannot be written. Make room on the disk, or change its permissions.")
 

@@ -1,4 +1,4 @@
-"""One shard against what was written: its tar, its index, and what the cache's head says of it."""
+"""Verification of one shard: its tar, its index, and its row of the cache's table."""
 
 import io
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ _READ_AHEAD = 1 << 20
 
 @dataclass(frozen=True)
 class ExpectedShard:
-    """What a cache's head says of a shard.
+    """A shard as the cache's manifest and table describe it.
 
     path: below the cache folder.  sha256, size: of the tar, or None without a head: the shard's index tells them.
     samples, variants, plan: None without a head.  tensors: kind of member (LATENTS, MASKED, TEXT) -> what it
@@ -33,8 +33,8 @@ class ExpectedShard:
 
 
 @dataclass(frozen=True)
-class WholeTar:
-    """A tar whose bytes are those that were written. plan: what it was made from."""
+class IntactTar:
+    """A tar whose bytes are those that were written.  plan: hash of its samples."""
 
     path: str
     sha256: str
@@ -43,19 +43,19 @@ class WholeTar:
 
 @dataclass(frozen=True)
 class CheckedShard:
-    """What `check_shard` found.
+    """Outcome of `check_shard`.
 
-    problems: none if all is well.  whole: the tar, if its bytes are those that were written.  hole_fractions: counts
+    problems: none if all is well.  intact: the tar, if its bytes are those that were written.  hole_fractions: counts
     per tenth of the area, None if the index is of no use.
     """
 
     problems: list[Problem]
-    whole: WholeTar | None
+    intact: IntactTar | None
     hole_fractions: list[int] | None
 
 
 def check_shard(cache: Path, expected: ExpectedShard, advance: Callable[[int], None]) -> CheckedShard:
-    """Read a shard whole and name everything about it that is wrong. advance: told the bytes that were read."""
+    """Read all of a shard and list its problems.  advance: called with the number of bytes that were read."""
     tar = cache / expected.path
     index, index_problems = _check_index(cache, expected)
     sha256 = expected.sha256 or (index.tar_sha256 if index else None)
@@ -73,22 +73,22 @@ def check_shard(cache: Path, expected: ExpectedShard, advance: Callable[[int], N
     except OSError as error:
         unreadable = Problem(expected.path, "", f"cannot be read ({error.strerror})")
         return CheckedShard([unreadable, *index_problems], None, holes)
-    is_whole = walk.sha256.hexdigest() == sha256 and walk.position == size
-    if not is_whole and walk.position != size:
+    is_intact = walk.sha256.hexdigest() == sha256 and walk.position == size
+    if not is_intact and walk.position != size:
         problems.insert(0, Problem(expected.path, "", f"{walk.position} bytes, {size} were written"))
-    elif not is_whole and not problems:
+    elif not is_intact and not problems:
         where = "outside of its members' data" if index else "and without its index nothing tells where"
         problems.append(Problem(expected.path, "", f"its sha256 differs, {where}"))
-    if is_whole:  # so it is the index that is wrong
+    if is_intact:  # so it is the index that is wrong
         name = str(Path(expected.path).with_suffix(".index"))
         problems = [Problem(name, problem.member, f"does not fit its shard: {problem.what}") for problem in problems]
     plan = expected.plan or (index.plan if index else "")
-    whole = WholeTar(expected.path, sha256, plan) if is_whole and not walk.misfits else None
-    return CheckedShard(index_problems + problems + walk.misfits, whole, holes)
+    intact = IntactTar(expected.path, sha256, plan) if is_intact and not walk.misfits else None
+    return CheckedShard(index_problems + problems + walk.misfits, intact, holes)
 
 
 def _check_index(cache: Path, expected: ExpectedShard) -> tuple[ShardIndex | None, list[Problem]]:
-    """A shard's index if it may be used to read the shard by, and what is wrong with it."""
+    """A shard's index if the shard may be read by it, and its problems."""
     path = index_path(cache / expected.path)
     name = path.relative_to(cache).as_posix()
     try:

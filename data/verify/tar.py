@@ -1,6 +1,6 @@
 """One pass over a shard's tar: the structure, every member, and the sha256 of the whole.
 
-Where the index is whole it tells what has to stand at every byte, so that a damaged header does not hide the members
+An intact index says what belongs at every byte, so that a damaged header does not hide the members
 after it, as it does from Python's tarfile and from webdataset.
 """
 
@@ -49,9 +49,9 @@ class _Member:
 class TarWalk:
     """One pass over a tar.
 
-    sha256: of all that was read.  position: bytes read so far.  misfits: whole members that hold other tensors than the
-    manifest says.  path: what problems call it.  tensors: kind of member
-    (LATENTS, MASKED, TEXT) -> what it has to hold.  advance: told the bytes that were read.
+    sha256: of all that was read.  position: bytes read so far.  misfits: intact members that hold other tensors than
+    the manifest says.  path: what problems call it.  tensors: kind of member (LATENTS, MASKED, TEXT) -> what it has to
+    hold.  advance: called with the number of bytes that were read.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class TarWalk:
         self._texts: dict[int, str] = {}  # row -> name, as the tar has them
 
     def check(self) -> list[Problem]:
-        """Read to the end; returns what is wrong, without the misfits."""
+        """Read to the end. Returns the problems, without the misfits."""
         if self._index is None:
             self._follow_headers()
         else:
@@ -129,7 +129,7 @@ class TarWalk:
                 return
 
     def _follow_index(self, index: ShardIndex) -> None:
-        """With an index: every member is looked at, whatever stands before it."""
+        """Check every member of the index, whatever precedes it in the tar."""
         members = sorted(_members(index), key=lambda member: member.offset)
         for number, member in enumerate(members):
             start = self.position + BLOCK
@@ -162,7 +162,7 @@ class TarWalk:
         self._note(_name_of(member), f"the file ends {where}, at byte {self.position}{_use_of(member, index)}{lost}")
 
     def _check_header(self, header: bytes, member: _Member) -> str:
-        """Note what is wrong with a member's tar header; returns the member's name."""
+        """Record the problems of a member's tar header. Returns the member's name."""
         should = _name_of(member)
         if not any(header):
             self._note(should, "its tar header is all zeros: other readers take it for the end of the tar")

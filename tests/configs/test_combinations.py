@@ -7,7 +7,6 @@ from typing import get_args
 import pytest
 
 from configs.combinations import CHOICES, NOTES, REFUSED, Combination, all_combinations, check_engine, notes_of, refuse
-from configs.combinations_page import render_page
 from configs.errors import InputError
 from configs.loading import load_config
 from configs.schema import Config, ModelConfig, ParallelConfig, TrainConfig
@@ -102,8 +101,3 @@ def test_what_is_done_otherwise_is_noted(config_file: Path) -> None:
     assert notes_of(config, "ddp") == []
     (note,) = notes_of(config, "fsdp2")
     assert note.startswith("adamw8bit under fsdp2: bitsandbytes works on the local shards")
-
-
-def test_the_page_is_what_the_rules_say() -> None:
-    page = (ROOT / "docs" / "combinations.md").read_text(encoding="utf-8")
-    assert page == render_page(), "python -m configs.combinations_page > docs/combinations.md"

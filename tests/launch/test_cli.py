@@ -44,6 +44,26 @@ def test_bad_input_is_a_message_and_exit_code_2(arguments: list[str], message: s
     assert message in result.stderr and "Traceback" not in result.output and "\x1b" not in result.output
 
 
+LAUNCHER = """\
+import json, os, pathlib
+told = {"code": 2, "reason": "model.base /x: no such folder.", "step": None}
+pathlib.Path(os.environ["FLUXFILL_OUTCOME"]).write_text(json.dumps(told))
+raise RuntimeError("as accelerate ends, with a traceback")
+"""
+
+
+def test_train_ends_with_the_trainers_reason_and_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("launch.cli.render_command", lambda *_, **__: [sys.executable, "-c", LAUNCHER])
+    (tmp_path / "ended").mkdir()
+    with pytest.raises(SystemExit, match="2"):
+        app(["train", RECIPE, "data.mode=online", f"run.dir={tmp_path}", "run.name=ended"])
+    *before, last = capfd.readouterr().err.splitlines()
+    assert last.endswith("model.base /x: no such folder.")
+    assert "RuntimeError: as accelerate ends, with a traceback" in before
+
+
 def test_export_hands_its_options_on_and_ends_as_the_trainer_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

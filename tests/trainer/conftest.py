@@ -100,7 +100,7 @@ def config(tiny_model: Path, triples: Path, tmp_path_factory: pytest.TempPathFac
     from rich.console import Console
 
     from configs.loading import load_config
-    from data.preprocess import preprocess
+    from data.preprocessing.run import preprocess
 
     folder = tmp_path_factory.mktemp("trainer")
     for role in ("target", "mask", "source"):

@@ -1,13 +1,12 @@
 """A run that encodes while it trains, beside the same run from a cache. A CPU stands in for the encoders' device."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from data.preprocess import preprocess
 from tests.ranks import RankFailure, run_ranks
 
 STEPS, HALF = 6, 3
@@ -60,9 +59,15 @@ def cached(launch) -> Path:
 
 
 @pytest.fixture(scope="module")
-def online(launch, tmp_path_factory) -> Path:
-    """The same run, encoding as it trains, with nothing in data.cache."""
-    return launch("single", 1, "online", *ONLINE, f"data.cache={tmp_path_factory.mktemp('nothing') / 'cache'}")
+def encode_all(tmp_path_factory) -> tuple[str, ...]:
+    """What makes a run encode as it trains, with no shard in data.cache that it could read."""
+    return (*ONLINE, f"data.cache={tmp_path_factory.mktemp('nothing') / 'cache'}")
+
+
+@pytest.fixture(scope="module")
+def online(launch, encode_all) -> Path:
+    """The same run, encoding as it trains."""
+    return launch("single", 1, "online", *encode_all)
 
 
 def read_losses(run: Path) -> list[float]:
@@ -87,39 +92,30 @@ def test_validation_has_the_figures_of_the_cached_run(cached, online):
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
-def test_several_ranks_encode_their_own_rows(launch, cached, engine):
+def test_several_ranks_encode_their_own_rows(launch, cached, encode_all, engine):
     """Each has all weights of the text encoders, though transformers takes part in FSDP's and ZeRO-3's loading."""
-    run = launch(engine, 2, f"online-{engine}", *ONLINE)
+    run = launch(engine, 2, f"online-{engine}", *encode_all)
     assert read_losses(run) == pytest.approx(read_losses(cached), abs=1e-5)
 
 
-@pytest.mark.parametrize("first, then", [((), ONLINE), (ONLINE, ())])
-def test_a_run_goes_on_in_the_other_mode(launch, cached, first, then):
-    name = "to-online" if then else "to-cached"
+@pytest.mark.parametrize("name", ["to-online", "to-cached"])
+def test_a_run_goes_on_in_the_other_mode(launch, cached, encode_all, name):
+    first, then = ((), encode_all) if name == "to-online" else (encode_all, ())
     launch("single", 1, name, *first, f"train.steps={HALF}")
     run = launch("single", 1, name, *then)
     assert len(list((run / "checkpoints").glob("step-*"))) == 2
     assert read_losses(run) == pytest.approx(read_losses(cached), abs=1e-5)
 
 
-@pytest.mark.parametrize("engine, processes", [("single", 1), ("ddp", 2)])
-def test_a_run_that_writes_has_the_same_losses_and_leaves_what_the_cached_run_takes_up(
-    launch, config, cached, tmp_path, engine, processes
-):
-    """What the run had no time for preprocessing does; what it did is left as it is. Then the run is repeated from it,
-    reading while it encodes nothing, and from the cache."""
-    losses, cache = read_losses(cached), tmp_path / "cache"
-    writing = (*ONLINE, "data.encode_batch_size=8", "data.write_through=true", f"data.cache={cache}")
-    run = launch(engine, processes, f"writes-{engine}", *writing)
-    assert read_losses(run) == pytest.approx(losses, abs=1e-5)
-    assert not list(cache.rglob("*.part")) and not (cache / "crew").exists()
-    written = {path: path.stat().st_ino for path in cache.rglob("*.tar")}
-    assert written, "the encoders were idle while the steps were computed"
-    preprocess(config.model_copy(update={"data": config.data.model_copy(update={"cache": cache})}), Console(quiet=True))
-    assert written.items() <= {path: path.stat().st_ino for path in cache.rglob("*.tar")}.items()
-    for name, mode in (("reads", writing), ("takes-up", (f"data.cache={cache}",))):
-        again = launch(engine, processes, f"{name}-{engine}", *mode)
-        assert read_losses(again) == pytest.approx(losses, abs=1e-5)
+def test_a_run_reads_the_finished_shards_of_its_cache(launch, config, cached, tmp_path):
+    """Every other one is there, of a preprocessing job that was stopped."""
+    cache = tmp_path / "cache"
+    shutil.copytree(config.data.cache, cache)
+    (cache / "manifest.json").unlink()
+    for tar in sorted(cache.rglob("*.tar"))[::2]:
+        tar.unlink()
+    run = launch("single", 1, "half-there", *ONLINE, f"data.cache={cache}")
+    assert read_losses(run) == pytest.approx(read_losses(cached), abs=1e-5)
 
 
 def test_what_is_wrong_with_pictures_is_told_by_every_rank_before_a_model_is_loaded(launch, triples, tmp_path):

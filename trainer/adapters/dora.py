@@ -7,7 +7,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
 
-from trainer.model.quantize import whole_weight
+from trainer.model.quantize import dequantized_weight
 
 
 class DoraMagnitude(DoraLinearLayer):
@@ -29,11 +29,11 @@ class DoraMagnitude(DoraLinearLayer):
         adapter_name: str,
     ) -> Tensor:
         """The adapter's addition to `base_result`, the base layer's own output: [..., out]."""
-        lengths = row_norms(whole_weight(base_layer), lora_A.weight, lora_B.weight, scaling)
+        norms = row_norms(dequantized_weight(base_layer), lora_A.weight, lora_B.weight, scaling)
         # Where the engine hands out trained weights in bf16, the norms are rounded alike: the quotient starts at 1.
-        scale = self.weight.float() / lengths.to(self.weight.dtype)
-        turned = base_result if base_layer.bias is None else base_result - base_layer.bias
-        added = (scale - 1) * turned + scale * scaling * lora_B(lora_A(x))
+        scale = self.weight.float() / norms.to(self.weight.dtype)
+        product = base_result if base_layer.bias is None else base_result - base_layer.bias
+        added = (scale - 1) * product + scale * scaling * lora_B(lora_A(x))
         return added.to(base_result.dtype)
 
 
@@ -44,8 +44,8 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     weight: [out, in].  a: [rank, in].  b: [out, rank].
     """
     with torch.autocast(weight.device.type, enabled=False):
-        turned = torch.addmm(weight, b.to(weight.dtype), a.to(weight.dtype), alpha=scaling)
-    return torch.linalg.vector_norm(turned, dim=1, dtype=torch.float32)
+        direction = torch.addmm(weight, b.to(weight.dtype), a.to(weight.dtype), alpha=scaling)
+    return torch.linalg.vector_norm(direction, dim=1, dtype=torch.float32)
 
 
 def patch_dora_forward(transformer: nn.Module, adapter: str) -> None:
@@ -65,9 +65,9 @@ def init_magnitude(transformer: nn.Module, adapter: str) -> None:
     """
     for module in transformer.modules():
         if isinstance(module, LoraLayer) and adapter in module.lora_magnitude_vector:
-            weight = whole_weight(module.get_base_layer())
+            weight = dequantized_weight(module.get_base_layer())
             if not weight.is_meta:
                 a: Any = module.lora_A[adapter].weight
                 b: Any = module.lora_B[adapter].weight
-                lengths = row_norms(weight, a, b, module.scaling[adapter])
-                module.lora_magnitude_vector[adapter].weight.data = lengths
+                norms = row_norms(weight, a, b, module.scaling[adapter])
+                module.lora_magnitude_vector[adapter].weight.data = norms

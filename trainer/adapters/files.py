@@ -166,9 +166,9 @@ def adapter_tensors(
     tensors: parameter name -> value, to take instead of the live ones (an average).
     """
     own = get_peft_model_state_dict(transformer, adapter_name=ADAPTER, state_dict=dict(tensors) if tensors else None)
-    whole = {name: tensor.detach().cpu() for name, tensor in own.items()}
-    whole |= {name: tensor * _scale(transformer, name) for name, tensor in whole.items() if name.endswith(_SCALED)}
-    return {name: tensor.to(dtype).contiguous() for name, tensor in whole.items()}
+    scaled = {name: tensor.detach().cpu() for name, tensor in own.items()}
+    scaled |= {name: tensor * _scale(transformer, name) for name, tensor in scaled.items() if name.endswith(_SCALED)}
+    return {name: tensor.to(dtype).contiguous() for name, tensor in scaled.items()}
 
 
 def save_adapter(

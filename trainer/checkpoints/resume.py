@@ -91,7 +91,7 @@ def choose_checkpoint(config: Config, resume_from: str, engine: Engine) -> Path 
         return newest_intact(complete, partial(_damage_that_all_find, engine), log_skipped=engine.is_main)
     folder = Path(resume_from)
     if damage := _damage_that_all_find(engine, folder):
-        raise InputError(f"--resume {folder}: {damage}. Give a whole checkpoint folder, or auto.")
+        raise InputError(f"--resume {folder}: {damage}. Give an intact checkpoint folder, or auto.")
     return folder
 
 
@@ -110,7 +110,7 @@ def _damage_that_all_find(engine: Engine, folder: Path) -> str | None:
     if damage := engine.ranks.all_gather(own)[0]:
         return damage
     raise InputError(
-        f"{folder}: rank {finders[0]} finds that {seen[finders[0]]}, rank 0 finds it whole. Look whether all machines "
+        f"{folder}: rank {finders[0]} finds that {seen[finders[0]]}, rank 0 finds it intact. Look whether all machines "
         "see the same run.dir; then start again."
     )
 

@@ -147,7 +147,7 @@ class Saver:
             remove_old(self._config.run.folder, self._config.checkpoint)
         except (OSError, SafetensorError) as error:  # a full disk is the one to Python, the other to safetensors
             step = save.state.step
-            log.error("step %d was not saved (%s); the run goes on, earlier checkpoints are whole", step, error)
+            log.error("step %d was not saved (%s); the run goes on, earlier checkpoints are intact", step, error)
         shutil.rmtree(save.staging, ignore_errors=True)
 
 
@@ -183,9 +183,8 @@ def snapshot(engine: Engine, ema: Ema, *, copy: bool) -> tuple[dict[str, Tensor]
     for name, start, values in pieces():
         tensors[name] = values.detach().to("cpu", copy=copy).contiguous()
         spans[name] = Span(start, start + values.numel())
-    if (
-        engine.state_layout != REPLICATED or engine.is_main
-    ):  # where every rank holds the whole optimizer, one copy is enough
+    # Where every rank holds the same optimizer state, one copy is enough.
+    if engine.state_layout != REPLICATED or engine.is_main:
         for name, value in unreshardable_state(engine.optimizer_states()).items():
             tensors[f"state/{name}"] = value.detach().to("cpu", copy=copy).contiguous()
         states = {name: state for name, _, state in engine.optimizer_states()}

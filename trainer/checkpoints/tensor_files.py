@@ -56,9 +56,9 @@ def write_index(folder: Path, spans: Mapping[int, Mapping[str, Span]], sizes: Ma
     for name, parts in tensors.items():
         parts.sort()
         ends = [0, *(stop for _, stop, *_ in parts)]
-        whole = sizes[name.split("/", 1)[1]]
-        if [start for start, *_ in parts] != ends[:-1] or ends[-1] != whole:
-            raise RuntimeError(f"{folder}: {name} has {whole} elements, saved are {[part[:2] for part in parts]}")
+        size = sizes[name.split("/", 1)[1]]
+        if [start for start, *_ in parts] != ends[:-1] or ends[-1] != size:
+            raise RuntimeError(f"{folder}: {name} has {size} elements, saved are {[part[:2] for part in parts]}")
     (folder / INDEX).write_text(json.dumps({"sizes": dict(sizes), "tensors": tensors}), encoding="utf-8")
 
 

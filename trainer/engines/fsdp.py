@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
+from configs.combinations import QUANTIZED
 from configs.errors import InputError
 from configs.schema import Config
 from trainer.engines.base import BuildOptimizer, TorchEngine, compute_dtype
 from trainer.engines.slices import LocalSlice, flat_moments, sliced_layout, trained, trained_parameters
-from trainer.model.quantize import QUANTIZED
 
 
 class FsdpEngine(TorchEngine):

@@ -12,10 +12,12 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from configs.late_imports import import_late
 from configs.library_warnings import quiet_libraries
 
 if __name__ == "__main__":
     quiet_libraries()
+    import_late()
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -82,7 +84,7 @@ def find_checkpoint(source: Path) -> Path:
         return source
     if (source / "checkpoints").is_dir() and (found := latest_checkpoint(source)) is not None:
         return found
-    what = "holds no whole checkpoint" if source.is_dir() else "there is no such folder"
+    what = "holds no intact checkpoint" if source.is_dir() else "there is no such folder"
     raise InputError(f"{source}: {what}. Give a run's folder, or one of its checkpoints/step-<number>.")
 
 

@@ -92,7 +92,7 @@ def verify_adapter(transformer: FluxTransformer2DModel, model: Path, folder: Pat
         transformer.set_adapter(ADAPTER)
         transformer.delete_adapters(_CHECK_ADAPTER)
     # The file is fp32 and its tensors were compared bit by bit. Here a card may pick another kernel for the second
-    # adapter, and on a bf16 base peft rounds a DoRA's lengths.
+    # adapter, and on a bf16 base peft rounds a DoRA's norms.
     rounded = transformer.device.type != "cpu" or transformer.dtype != torch.float32
     _refuse_difference(live, reloaded, folder, rounded=rounded)
 

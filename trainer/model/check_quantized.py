@@ -39,7 +39,7 @@ def reference_layers(transformer: nn.Module) -> dict[str, nn.Linear]:
 def check_against_reference(
     transformer: nn.Module,
     plain: nn.Module,
-    twins: dict[str, nn.Linear],
+    references: dict[str, nn.Linear],
     device: torch.device,
     autocast: Callable[[], AbstractContextManager],
 ) -> None:
@@ -50,14 +50,17 @@ def check_against_reference(
     """
     errors: dict[str, float] = {}
 
-    def compare_with(name: str, twin: nn.Linear) -> Callable:
+    def compare_with(name: str, reference: nn.Linear) -> Callable:
         def compare(_layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            expected = twin(inputs[0].to(twin.weight.dtype)).float()
+            expected = reference(inputs[0].to(reference.weight.dtype)).float()
             errors[name] = ((output.float() - expected).norm() / expected.norm().clamp(min=1e-12)).item()
 
         return compare
 
-    hooks = [plain.get_submodule(name).register_forward_hook(compare_with(name, twin)) for name, twin in twins.items()]
+    hooks = [
+        plain.get_submodule(name).register_forward_hook(compare_with(name, reference))
+        for name, reference in references.items()
+    ]
     try:
         with autocast():
             transformer(**_random_tokens(plain.config, device))
@@ -65,13 +68,15 @@ def check_against_reference(
         for hook in hooks:
             hook.remove()
     worst = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf"))
-    if errors.keys() != twins.keys() or not errors[worst] < TOLERANCE:
+    if errors.keys() != references.keys() or not errors[worst] < TOLERANCE:
         raise RuntimeError(
-            f"the quantized {worst} computes something else than its dequantized twin (relative error "
+            f"the quantized {worst} computes something else than its dequantized reference (relative error "
             f"{errors[worst]:.3f}; rounding makes less than {TOLERANCE}): its weights were changed on their way here, "
             "and training would learn noise. Set model.precision=bf16 or another parallel.engine, and report it."
         )
-    log.info("self-check: %d quantized layers as their dequantized twins, to %.1e", len(errors), errors[worst])
+    log.info(
+        "self-check: %d quantized layers agree with their dequantized references, to %.1e", len(errors), errors[worst]
+    )
 
 
 def _random_tokens(config: Any, device: torch.device) -> dict[str, Any]:

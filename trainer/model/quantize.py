@@ -13,10 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from configs.combinations import QuantizedPrecision
 from configs.errors import InputError
-
-Precision = Literal["nf4", "int8", "fp8"]
-QUANTIZED: tuple[Precision, ...] = ("nf4", "int8", "fp8")
 
 # The blocks' linear layers are 99.5 % of FLUX.1's weights; what lies outside of them is small and sensitive.
 _IN_A_BLOCK = re.compile(r"(single_)?transformer_blocks\.\d+\..+")
@@ -132,7 +130,7 @@ def is_quantized(module: nn.Module) -> bool:
     return isinstance(module, WeightOnlyLinear) or type(module).__name__ == "Nf4Linear"
 
 
-def whole_weight(layer: Any) -> Tensor:
+def dequantized_weight(layer: Any) -> Tensor:
     """[out, in] of a linear layer, dequantized where it is quantized. (peft has one that breaks a compiled graph.)"""
     if not is_quantized(layer):
         return layer.weight
@@ -145,11 +143,11 @@ def whole_weight(layer: Any) -> Tensor:
 
 def dequantized_linear(layer: Any) -> nn.Linear:
     """The ordinary linear layer, in bf16, that a quantized one stands for."""
-    twin = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    twin.weight = nn.Parameter(whole_weight(layer).to(torch.bfloat16), requires_grad=False)
+    plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    plain.weight = nn.Parameter(dequantized_weight(layer).to(torch.bfloat16), requires_grad=False)
     if layer.bias is not None:
-        twin.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
-    return twin
+        plain.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
+    return plain
 
 
 def quantizable_layers(transformer: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
@@ -160,11 +158,11 @@ def quantizable_layers(transformer: nn.Module) -> Iterator[tuple[str, nn.Linear]
 
 
 @torch.no_grad()
-def quantize_base(transformer: nn.Module, precision: Precision, from_main: Callable[[Tensor], Tensor]) -> None:
-    """Quantize the blocks' linear layers in place, and bring the whole model to this rank's device. All ranks call it.
+def quantize_base(transformer: nn.Module, precision: QuantizedPrecision, from_main: Callable[[Tensor], Tensor]) -> None:
+    """Quantize the blocks' linear layers in place, and bring the model to this rank's device. All ranks call it.
 
     transformer: bf16, on rank 0 with its weights, elsewhere on the meta device.  from_main: rank 0's tensor on every
-    rank's device.  Layer by layer: a rank never holds more than one of them whole.
+    rank's device.  Layer by layer: a rank never holds more than one of them unquantized.
     """
     before = sum(parameter.numel() * parameter.element_size() for parameter in transformer.parameters())
     for name, layer in list(quantizable_layers(transformer)):

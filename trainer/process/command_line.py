@@ -17,7 +17,7 @@ Three commands to begin with:
 
 
 class CommandLine(NamedTuple):
-    """config: validated.  resume: "auto" (the newest whole checkpoint, if any), "never", or a checkpoint's folder."""
+    """config: validated.  resume: "auto" (the newest intact checkpoint, if any), "never", or a checkpoint's folder."""
 
     config: Config
     resume: str

@@ -88,13 +88,13 @@ class Validator:
         # Picture by picture: decoding four of 1024 px at once would take 10 GiB, more than training on them.
         self._vae.enable_slicing()
         self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(model, subfolder="scheduler")
-        watched = [
+        chosen = [
             sample
             for split in (HOLDOUT, TRAIN)
             for sample in samples.validation_samples(split=split, count=config.validation.images)
         ]
         self._items = [
-            _Item(number, sample.item, sample.pixels, _rows_of(sample, number)) for number, sample in enumerate(watched)
+            _Item(number, sample.item, sample.pixels, _rows_of(sample, number)) for number, sample in enumerate(chosen)
         ]
         self._chunks = _chunk(self._items, engine.world_size)
         self._ceilings = self._vae_figures()

@@ -1,6 +1,4 @@
 import gc
-import threading
-import time
 
 import numpy as np
 import pytest
@@ -8,9 +6,8 @@ import torch
 from torch import Tensor
 
 from configs.errors import InputError
-from data.batches.noise import draw_dropout, draw_noise, draw_uniform, draw_variant
+from data.batches.noise import draw_caption_dropout, draw_noise, draw_uniform, draw_variant
 from data.batches.row_filler import RowPolicy
-from data.batches.shard_reader import ShardReader
 from data.samples.geometry import Bucket
 from tests.data.batches.streams import SEED, SHARDS, copy_of, damage, open_stream, open_tars, rows_by_position, take
 
@@ -67,7 +64,7 @@ def test_ranks_share_the_very_rows_of_one_process(make_cache, size, world_size):
         assert len({tuple(len(rows.weight) for rows in share[index]) for share in shares}) == 1
 
 
-def test_rows_that_fill_up_have_weight_0_and_finite_numbers(make_cache):
+def test_padding_rows_have_weight_0_and_finite_numbers(make_cache):
     cache = make_cache(SHARDS)
     shares = [take(cache, 6, size=7, rank=rank, world_size=3, micro=1) for rank in range(3)]
     for index in range(6):
@@ -82,7 +79,7 @@ def test_rows_that_fill_up_have_weight_0_and_finite_numbers(make_cache):
                 assert ((rows.uniform > 0) & (rows.uniform < 1)).all()
 
 
-def test_idle_rows_hold_nothing_of_the_rows_before_them(make_cache):
+def test_padding_rows_hold_nothing_of_the_rows_before_them(make_cache):
     """Their memory was a row's; what they hold must not depend on what was read before."""
     cache = make_cache(SHARDS)
     for batch in take(cache, 8, size=4, rank=0, world_size=3, micro=1):
@@ -193,7 +190,7 @@ def test_texts_of_an_int8_cache_are_bf16_once_their_rows_are_moved(make_cache, m
             assert rows.t5.dtype == torch.int8 and moved.t5.dtype == torch.bfloat16 and moved.t5_scale is None
             keys = stream.keys(stream.current)
             for place, position in enumerate(rows.position.tolist()):
-                dropped = draw_dropout(SEED, position, 0.4)
+                dropped = draw_caption_dropout(SEED, position, 0.4)
                 num_dropped += dropped
                 stored = empty if dropped else texts[int(keys[position - 7 * index].split("-")[2]) % 2]
                 expected = (stored["t5"].float() * stored["t5_scale"][:, None]).bfloat16()
@@ -217,7 +214,7 @@ def test_an_int8_cache_differs_from_its_bf16_twin_in_the_texts_alone(make_cache,
             assert not torch.equal(moved.t5, others.t5)
 
 
-def test_idle_rows_of_an_int8_cache_are_finite(make_cache):
+def test_padding_rows_of_an_int8_cache_are_finite(make_cache):
     for batch in take(make_cache(SHARDS, text_dtype="int8"), 4, size=4, rank=0, world_size=3, micro=1):
         for rows in batch:
             moved = rows.to(torch.device("cpu"))
@@ -243,32 +240,6 @@ def test_memory_is_used_again_only_after_the_next_was_asked_for(make_cache, dept
             places.add(rows.latents.data_ptr())
     stream.close()
     assert len(places) == depth + 1, "memory for every micro-batch anew"
-
-
-def test_a_micro_batch_is_ready_when_all_who_fill_it_have_ended(make_cache, monkeypatch):
-    """Also if one of them fails at once: nothing may write to memory that is thought free."""
-    cache = make_cache([("a", "32x32", 6)])
-    damage(cache, 1)
-    begun, go_on = threading.Event(), threading.Event()
-    read = ShardReader.read
-
-    def read_slowly(self, shard, row, out, **options):
-        if row != 1:
-            begun.set()
-            assert go_on.wait(10)
-        return read(self, shard, row, out, **options)
-
-    monkeypatch.setattr(ShardReader, "read", read_slowly)
-    stream = open_stream(cache, size=6, micro=6, threads=2, depth=1)
-    stream._begin_ahead()
-    ready = stream._ahead[0].ready
-    assert begun.wait(10)
-    with pytest.raises(TimeoutError):
-        ready.result(timeout=0.3)
-    go_on.set()
-    with pytest.raises(InputError, match="1 damaged sample"):
-        ready.result(timeout=10)
-    stream.close()
 
 
 @pytest.mark.parametrize("taken", [0, 1, 2])
@@ -305,34 +276,6 @@ def test_the_iterator_of_an_earlier_batch_has_ended(make_cache):
     assert torch.equal(rows.latents, before.latents)
     assert len(list(late)) == 6
     stream.close()
-
-
-def test_a_closed_stream_leaves_no_thread_and_no_file(make_cache):
-    cache = make_cache(SHARDS)
-    before = threading.active_count()
-    stream = open_stream(cache, threads=3)
-    next(next(stream))
-    assert threading.active_count() > before
-    assert open_tars(cache)
-    stream.close()
-    stream.close()
-    assert threading.active_count() == before
-    assert open_tars(cache) == []
-    with pytest.raises(RuntimeError):
-        next(next(stream))
-
-
-def test_a_forgotten_stream_leaves_no_file(make_cache):
-    cache = make_cache(SHARDS)
-    stream = open_stream(cache)
-    next(next(stream))
-    assert open_tars(cache)
-    del stream
-    deadline = time.monotonic() + 10
-    while open_tars(cache) and time.monotonic() < deadline:
-        gc.collect()
-        time.sleep(0.01)
-    assert open_tars(cache) == []
 
 
 def test_a_stream_does_not_pass_over_what_it_cannot_read(make_cache):

@@ -3,7 +3,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from data.batches.noise import draw_dropout, draw_noise, draw_uniform, draw_variant, draw_whole_hole
+from data.batches.noise import draw_caption_dropout, draw_mask_dropout, draw_noise, draw_uniform, draw_variant
 
 
 def noise(seed, position, shape=(16, 8, 8)):
@@ -17,8 +17,8 @@ def all_draws(seed, position):
         noise(seed, position).tobytes(),
         draw_uniform(seed, position),
         draw_variant(seed, position, 1000),
-        draw_dropout(seed, position, 0.5),
-        draw_whole_hole(seed, position, 0.5),
+        draw_caption_dropout(seed, position, 0.5),
+        draw_mask_dropout(seed, position, 0.5),
     )
 
 
@@ -33,7 +33,7 @@ def test_the_draws_are_those_of_every_run_before():
         0.37763305693970073,
     ]
     assert [draw_variant(42, position, 4) for position in range(12)] == [0, 2, 3, 3, 2, 2, 3, 3, 3, 0, 0, 0]
-    dropped = [position for position in range(12) if draw_dropout(42, position, 0.5)]
+    dropped = [position for position in range(12) if draw_caption_dropout(42, position, 0.5)]
     assert dropped == [0, 1, 2, 3, 4, 5, 6, 11]
 
 
@@ -49,7 +49,7 @@ def test_the_draws_are_numpys_philox_of_the_documented_key(seed, position):
     fresh = np.random.Generator(np.random.Philox(key=[seed, position], counter=[0, 0, 0, 1]))
     np.testing.assert_array_equal(noise(seed, position), fresh.standard_normal((16, 8, 8), dtype=np.float32))
     fresh = np.random.Generator(np.random.Philox(key=[seed, position], counter=[0, 0, 0, 4]))
-    assert draw_whole_hole(seed, position, 0.5) == (fresh.random() < 0.5)
+    assert draw_mask_dropout(seed, position, 0.5) == (fresh.random() < 0.5)
 
 
 def test_a_draw_hangs_on_seed_and_position_alone():
@@ -106,7 +106,7 @@ def test_variants_come_alike(num_variants):
 
 @pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 1.0])
 def test_captions_are_dropped_as_often_as_asked(probability):
-    dropped = np.mean([draw_dropout(0, position, probability) for position in range(5000)])
+    dropped = np.mean([draw_caption_dropout(0, position, probability) for position in range(5000)])
     assert abs(dropped - probability) < 0.02
     if probability in (0.0, 1.0):
         assert dropped == probability

@@ -74,7 +74,7 @@ def test_a_rank_finds_its_rows_of_the_global_batch_alone(streams):
                 for part in (rank_rows(24, rank=rank, world_size=world_size) for rank in range(world_size))
             ]
             assert [pair for part in parts for pair in rows_of(part)] == rows_of(whole)
-            assert [turn for part in parts for turn in part.rounds.tolist()] == whole.rounds.tolist()
+            assert [epoch for part in parts for epoch in part.stream_epochs.tolist()] == whole.stream_epochs.tolist()
             for part in parts:
                 assert (part.pool, part.epoch, part.position) == (whole.pool, whole.epoch, whole.position)
                 assert len(part.part) == len(part.shards)

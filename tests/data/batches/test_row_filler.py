@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from configs.errors import InputError
 from data.batches.micro_batch import unpack_mask
-from data.batches.noise import draw_dropout, draw_whole_hole
+from data.batches.noise import draw_caption_dropout, draw_mask_dropout
 from data.batches.row_filler import ReplacedRow, RowPolicy
 from data.batches.shard_reader import DamagedShard
 from data.cache_layout import EMPTY_TEXT, full_mask_name
@@ -25,7 +25,7 @@ def test_a_dropped_caption_is_the_empty_one_where_the_position_says(make_cache, 
     for index, batch in enumerate(take(cache, 20, policy=RowPolicy(caption_dropout=0.4))):
         for rows, with_caption in zip(batch, plain[index], strict=True):
             for place, position in enumerate(rows.position.tolist()):
-                is_dropped = draw_dropout(SEED, position, 0.4)
+                is_dropped = draw_caption_dropout(SEED, position, 0.4)
                 dropped += is_dropped
                 for name in ("t5", "pooled"):
                     expected = empty[name] if is_dropped else getattr(with_caption, name)[place]
@@ -100,7 +100,7 @@ def test_a_dropped_mask_is_a_hole_as_large_as_the_picture(make_cache):
     for before, after in zip((r for b in plain for r in b), (r for b in whole for r in b), strict=True):
         blank = load_file(cache.folder / full_mask_name(str(after.bucket)))["masked_latents"]
         for place, position in enumerate(after.position.tolist()):
-            is_dropped = draw_whole_hole(SEED, position, 0.4)
+            is_dropped = draw_mask_dropout(SEED, position, 0.4)
             dropped += is_dropped
             if is_dropped:
                 assert unpack_mask(after.mask)[place].min() == 1
@@ -226,5 +226,5 @@ def test_more_damage_than_allowed_stops_and_says_where(make_cache):
 def test_a_shard_without_a_whole_row_is_named(make_cache):
     cache = make_cache([("a", "32x32", 3)])
     damage(cache, 0, 1, 2)
-    with pytest.raises(DamagedShard, match=r"32x32-000000\.tar: a-0-\d .* No other sample of the shard is whole"):
+    with pytest.raises(DamagedShard, match=r"32x32-000000\.tar: a-0-\d .* No other sample of the shard is intact"):
         by_key(cache, 1, size=3, policy=RowPolicy(max_bad_samples=9))

@@ -135,7 +135,7 @@ def test_a_copy_that_was_damaged_on_this_node_is_fetched_anew(remote, tmp_path, 
         reader.read(1, row, {"latents": out})
     assert copies.path(1).read_bytes() == whole
     assert server.requests["shards/a/32x32-000001.tar"] == 2
-    assert ("damaged, fetched anew" in caplog.text) == (damage == "bit")
+    assert ("damaged, fetched again" in caplog.text) == (damage == "bit")
 
 
 def test_a_shard_that_is_damaged_at_its_source_too_is_fetched_anew_once(remote, tmp_path):
@@ -256,7 +256,7 @@ def test_a_copy_that_cannot_be_opened_is_fetched_anew(remote, tmp_path, caplog, 
     for row in range(3):
         reader.read(1, row, {"latents": out})
     assert copies.path(1).read_bytes() == whole
-    assert f"{url}/shards/a/32x32-000001.tar" in caplog.text and "fetched anew" in caplog.text
+    assert f"{url}/shards/a/32x32-000001.tar" in caplog.text and "fetched again" in caplog.text
 
 
 def test_a_shard_that_cannot_be_opened_wherever_it_comes_from_names_its_url(remote, tmp_path):

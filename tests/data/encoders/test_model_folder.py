@@ -102,7 +102,7 @@ def test_other_weights_of_the_same_size_differ_in_a_large_file_too(model):
 def test_an_empty_part_is_named(model):
     for path in (model / "vae").iterdir():
         path.unlink()
-    with pytest.raises(InputError, match=r"model/vae: an empty folder; the model is not whole"):
+    with pytest.raises(InputError, match=r"model/vae: an empty folder; the model is not complete"):
         encoder_fingerprints(model)
 
 
@@ -112,7 +112,7 @@ def test_a_parts_config_is_read_or_named(model):
     with pytest.raises(InputError, match=r"vae/config.json: not JSON"):
         read_part_config(model, "vae")
     (model / "vae" / "config.json").unlink()
-    with pytest.raises(InputError, match=r"vae/config.json: missing; the model folder is not whole"):
+    with pytest.raises(InputError, match=r"vae/config.json: missing; the model folder is not complete"):
         read_part_config(model, "vae")
 
 

@@ -10,7 +10,7 @@ from data.cache.open_cache import open_cache
 from data.cache.shard_index import read_index
 from data.cache_layout import EMPTY_TEXT, index_path
 from data.encoders.stored_text import dequantize_tokens, quantize_tokens, store_text
-from data.preprocess import preprocess
+from data.preprocessing.run import preprocess
 
 
 def tokens_of(kind: str) -> torch.Tensor:

@@ -14,6 +14,7 @@ from data.batches.row_filler import RowPolicy
 from data.online.training_set import OnlineTrainingSet, plan_online
 from data.preprocessing.worker import Worker
 from data.samples.plan import TRAIN
+from data.samples.shard_plan import PlannedShard
 from tests.data.batches.streams import copy_of
 
 CPU = torch.device("cpu")
@@ -24,8 +25,11 @@ DRAWN = ("mask", "noise", "uniform", "weight", "position")
 
 
 def open_online(config, worker=_WORKER) -> OnlineTrainingSet:
-    model = Path(config.model.base)
-    return OnlineTrainingSet(config, model, plan_online(config, model, QUIET), device=CPU, worker=worker)
+    return OnlineTrainingSet(config, Path(config.model.base), plan_of(config), device=CPU, worker=worker)
+
+
+def plan_of(config) -> list[PlannedShard]:
+    return plan_online(config, Path(config.model.base), QUIET)
 
 
 def settings_of(samples, size) -> OrderSettings:

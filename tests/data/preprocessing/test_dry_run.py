@@ -1,5 +1,6 @@
 import io
 import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -9,8 +10,9 @@ from data.cache.manifest import read_shard_table
 from data.cache_layout import index_path
 from data.encoders.load import Encoders, load_encoders
 from data.encoders.model_folder import encoder_fingerprints, find_model
-from data.preprocess import Job, dry_run, make_plan, preprocess
-from data.preprocessing.dry_run import Estimate, bytes_by_part, measure, print_hours
+from data.preprocessing.dry_run import Estimate, bytes_by_part, measure, print_counts, print_hours
+from data.preprocessing.job import Job, make_plan
+from data.preprocessing.run import dry_run, preprocess
 from data.preprocessing.worker import Worker
 
 ALONE = Worker()
@@ -90,3 +92,9 @@ def test_hours_are_those_of_the_slower_side_shared_by_the_workers(estimate, expe
     text = io.StringIO()
     print_hours(Console(file=text, width=160), estimate, Worker(0, 4))
     assert text.getvalue().startswith(expected)
+
+
+def test_a_path_is_shown_as_it_is_whatever_rich_makes_of_brackets():
+    text = io.StringIO()
+    print_counts(Console(file=text, width=160), Path("/d/[bold]x[/y]"), [], [])
+    assert "cache /d/[bold]x[/y]" in text.getvalue()

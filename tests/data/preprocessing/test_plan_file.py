@@ -19,14 +19,14 @@ def shared(tmp_path):
 def test_every_shard_comes_back_as_it_was(shared):
     plans, file = shared
     assert len(plans) > 20
-    assert [file.load(head) for head in file.heads] == plans
+    assert [file.load(head) for head in file.specs] == plans
     assert list(file.shards()) == plans
     assert all(isinstance(sample, PlannedSample) for shard in file.shards() for sample in shard.samples)
 
 
 def test_heads_tell_all_but_the_samples(shared):
     plans, file = shared
-    for head, shard in zip(file.heads, plans, strict=True):
+    for head, shard in zip(file.specs, plans, strict=True):
         for name in ("path", "dataset", "bucket", "split", "plan", "num_bytes"):
             assert getattr(head, name) == getattr(shard, name)
         assert head.num_samples == shard.num_samples == len(shard.samples)
@@ -42,12 +42,12 @@ def test_samples_stay_in_the_file(tmp_path):
     gc.collect()
     kept, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert sum(head.num_samples for head in file.heads) == 3000
+    assert sum(head.num_samples for head in file.specs) == 3000
     assert kept < 100 * 3000
 
 
 def test_a_plan_of_nothing_is_one(tmp_path):
     write_plan(tmp_path / "plan", [])
-    assert read_plan(tmp_path / "plan").heads == ()
+    assert read_plan(tmp_path / "plan").specs == ()
     with pytest.raises(FileNotFoundError):
         read_plan(tmp_path / "another")

@@ -1,5 +1,6 @@
 import io
 import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -60,3 +61,9 @@ def test_that_much_is_held_out_is_said(make_cache, held, said):
     shown = console()
     print_report(shown, cache.folder, cache.table, Worker(), num_encoded=0)
     assert (f"data.holdout keeps {held} of {6 + held} samples back" in shown.file.getvalue()) == said
+
+
+def test_a_path_is_shown_as_it_is_whatever_rich_makes_of_brackets(make_cache):
+    cache, shown = make_cache([("a", "32x32", 6)]), console()
+    print_report(shown, Path("/d/[bold]x[/y]"), cache.table, Worker(), num_encoded=0)
+    assert "cache /d/[bold]x[/y]" in shown.file.getvalue()

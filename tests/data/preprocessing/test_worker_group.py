@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -57,19 +58,41 @@ def test_a_claim_is_kept_until_it_is_released(folder):
         assert other.claim("a"), "not the same thing"
         assert other.claim("a.b-2")
         assert str(other.holder("a.b")) == f"process {os.getpid()} on {socket.gethostname()}"
-        assert other.held("a.") == {"a.b"}
+        assert other.claims_of_others("a.") == {"a.b"}
         one.release("a.b")
         assert other.claim("a.b")
-        assert other.held("a.") == set()
+        assert other.claims_of_others("a.") == set()
 
 
 def test_however_they_leave_the_last_one_clears_up(folder):
     for _ in range(20):
-        crews = [WorkerGroup(folder, SETTINGS) for _ in range(4)]
+        groups = [WorkerGroup(folder, SETTINGS) for _ in range(4)]
         (folder / "plan-of-theirs.json.gz").write_text("")
         with ThreadPoolExecutor(4) as pool:
-            list(pool.map(WorkerGroup.leave, crews))
+            list(pool.map(WorkerGroup.leave, groups))
         assert not folder.exists()
+
+
+def test_what_a_worker_writes_that_joins_while_the_last_one_clears_up_stays(folder, monkeypatch):
+    """Its plan above all, which it reads again for every shard."""
+    last, joined, rmdir = WorkerGroup(folder, SETTINGS), [], Path.rmdir
+
+    def join_first(path):
+        if not joined:
+            joined.append(WorkerGroup(folder, SETTINGS))
+            assert joined[0].claim("a")
+            joined[0].plan_path.write_text("its shards")
+            joined[0].announce_plan(joined[0].plan_path.name)
+        rmdir(path)
+
+    monkeypatch.setattr(Path, "rmdir", join_first)
+    (folder / "plan-0123456789abcdef").write_text("of a dead worker")
+    last.leave()
+    (late,) = joined
+    assert [path.name for path in folder.glob("plan-*")] == [late.plan_path.name]
+    assert late.still_holds("a")
+    late.leave()
+    assert not folder.exists()
 
 
 def test_a_member_that_left_holds_nothing(folder):
@@ -89,14 +112,14 @@ def test_a_silent_member_of_another_machine_is_dead_after_a_while(folder):
         assert not one.claim("a")
         move_elsewhere(remote, silent_seconds=STALE_SECONDS + 1)
         assert one.claim("a")
-        assert not remote.holds("a"), "it was taken for dead: it must not publish"
+        assert not remote.still_holds("a"), "it was taken for dead: it must not publish"
         # It was only stopped, and works on; what another has by now it does not get.
         remote.touch()
         assert [member.token for member in one.others()] == [remote.token]
         assert not remote.claim("a")
         assert remote.claim("b")
         remote.leave()
-        assert one.holds("a")
+        assert one.still_holds("a")
 
 
 @pytest.mark.parametrize("by", ["one that plans", "one that clears up"])
@@ -115,7 +138,7 @@ def test_who_was_buried_alive_stops(folder, by):
     assert started_again.claim("a")
     calls = [
         lambda: remote.claim("b"),
-        lambda: remote.holds("a"),
+        lambda: remote.still_holds("a"),
         lambda: remote.require_claim("a"),
         lambda: remote.announce_plan("plan-of-then"),
         lambda: remote.others(),
@@ -124,7 +147,7 @@ def test_who_was_buried_alive_stops(folder, by):
         with pytest.raises(Evicted, match=r"this worker \(process \d+ on .*taken for dead.*Start the same command"):
             call()
     remote.leave()
-    assert started_again.holds("a")
+    assert started_again.still_holds("a")
     assert not (folder / "workers" / f"{remote.token}.json").exists()
     started_again.leave()
     assert not folder.exists()

@@ -16,9 +16,9 @@ from data.samples.shard_plan import plan_shards
 
 # Of every key that does not only say where pictures lie: a value other than the default.
 OTHER_VALUES: dict[str, Any] = {
+    "preprocess": "never",
     "mode": "online",
     "encoder_devices": ["cpu"],
-    "write_through": True,
     "local_cache": "copies",
     "local_cache_gib": 1.0,
     "datasets.name": "cats",
@@ -27,6 +27,8 @@ OTHER_VALUES: dict[str, Any] = {
     "datasets.weight": 2.0,
     "resolution": [64],
     "resolution_policy": "each",
+    "min_side": 30,
+    "max_enlarge": 1.2,
     "captions.default": "a picture",
     "captions.trigger": "sks",
     "captions.dropout": 0.5,
@@ -47,7 +49,6 @@ OTHER_VALUES: dict[str, Any] = {
     "streams": 2,
 }
 PLACES = {"cache", *(f"datasets.{key}" for key in ("tars", "table", "target", "members", "columns", "source"))}
-NEEDS_ONLINE = ("encoder_devices", "write_through")
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +58,9 @@ def pictures(tmp_path_factory):
     for role in ("target", "mask"):
         (folder / role).mkdir()
     for number in range(8):
-        Image.fromarray(noise.integers(0, 255, (48, 48, 3), np.uint8)).save(folder / f"target/{number}.png")
-        Image.fromarray(np.tri(48, dtype=np.uint8) * 255).save(folder / f"mask/{number}.png")
+        side = 24 if number == 7 else 48
+        Image.fromarray(noise.integers(0, 255, (side, side, 3), np.uint8)).save(folder / f"target/{number}.png")
+        Image.fromarray(np.tri(side, dtype=np.uint8) * 255).save(folder / f"mask/{number}.png")
     return folder
 
 
@@ -73,7 +75,7 @@ def plan_of(folder, key: str = "", value: object = None) -> dict[str, str]:
         data[section] = {last: value}
     elif key:
         data[key] = value
-    if key in NEEDS_ONLINE:
+    if key == "encoder_devices":
         data["mode"] = "online"
     config = Config.model_validate(
         {

@@ -10,53 +10,17 @@ import pytest
 import torch
 import webdataset
 from PIL import Image
-from rich.console import Console
 from safetensors.torch import load
 
 from configs.errors import InputError
 from configs.mask_recipe import MaskRecipe
 from data.cache.open_cache import open_cache
 from data.cache.validation_items import read_validation_items
-from data.preprocess import preprocess
-from data.preprocessing.progress import open_progress
-from data.preprocessing.worker import Worker
-from data.samples.decode import load_pixels
+from data.preprocessing.run import preprocess
 from data.samples.geometry import Bucket
 from data.samples.masks import dilate_masks, draw_masks
-from data.samples.plan import plan_samples
 from data.samples.shard_plan import sample_bytes
-
-QUIET = Console(quiet=True)
-SIDE = 64
-
-
-def write_pictures(folder, count=6):
-    """folder/target/photos/00.png and so on, mask/ with a hole in the left half, captions for all but the first."""
-    for number in range(count):
-        rng = np.random.default_rng(number)
-        pixels = np.asarray(Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((SIDE, SIDE)))
-        mask = np.zeros((SIDE, SIDE), np.uint8)
-        mask[10 : 30 + number, 5:25] = 255
-        for role, picture in (("target", pixels), ("mask", mask)):
-            path = folder / role / "photos" / f"{number:02d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture).save(path)
-            if role == "target" and number:
-                path.with_suffix(".txt").write_text(f"caption {number % 2}")
-    return folder
-
-
-@pytest.fixture
-def config_of(demo_config, tmp_path):
-    def make(dataset, *overrides, cache="cache"):
-        sizes = [f"data.resolution={SIDE}", "data.holdout=1"]
-        return demo_config(tmp_path / cache, f"data.datasets=[{json.dumps(dataset)}]", *sizes, *overrides)
-
-    return make
-
-
-def folders(folder, **more):
-    return {"name": "photos", "target": f"{folder}/target", "mask": f"{folder}/mask", **more}
+from tests.data.samples.made_pictures import QUIET, SIDE, folders, planned, write_pictures
 
 
 def shard_bytes(config):
@@ -79,11 +43,6 @@ def stored_samples(config):
             masked = [variant["masked_latents"] for variant in variants]
             found[entry["__key__"]] = (str(split), json.loads(entry["json"]), latents, masked, masks)
     return found
-
-
-def planned(config):
-    with open_progress(QUIET, Worker()) as progress:
-        return plan_samples(config, progress)
 
 
 # --- every kind of source ---------------------------------------------------------------------------------------------
@@ -146,19 +105,6 @@ def test_every_source_gives_the_shards_of_the_folders(config_of, tmp_path):
         preprocess(config, QUIET)
         assert shard_bytes(config) == expected, kind.__name__
         assert not (config.data.cache / "copies").exists(), "left when all is encoded"
-
-
-def test_a_picture_that_changed_after_planning_is_refused(config_of, tmp_path):
-    folder = write_pictures(tmp_path / "pictures")
-    config = config_of(folders(folder))
-    sample = planned(config)[0]
-    load_pixels(sample, config.data)
-    path = Path(sample.triple.target.place)
-    with Image.open(path) as picture:
-        other = picture.transpose(Image.Transpose.ROTATE_180)
-    other.save(path)
-    with pytest.raises(InputError, match=rf"{path} or .*: changed since the shards were planned\. Run `fluxfill prep"):
-        load_pixels(sample, config.data)
 
 
 # --- variants and mirror images ---------------------------------------------------------------------------------------
@@ -240,20 +186,6 @@ def test_own_masks_are_stored_grown(config_of, tmp_path):
         expected = dilate_masks(own, recipe, sample.triple.target_content)
         assert len(masks) == 4 and all(np.array_equal(a, b) for a, b in zip(masks, expected, strict=True))
         assert all((mask | own == mask).all() for mask in masks)
-
-
-def test_masks_do_not_hang_on_names_order_or_batch(config_of, tmp_path):
-    folder = write_pictures(tmp_path / "pictures")
-    dataset = {"name": "photos", "target": f"{folder}/target", "mask": RANDOM}
-    config = config_of(dataset)
-    before = {s.triple.target_content: load_pixels(s, config.data) for s in planned(config)}
-    (folder / "target" / "photos").rename(folder / "target" / "renamed")
-    (folder / "target" / "renamed" / "00.png").rename(folder / "target" / "zebra.png")
-    after = {s.triple.target_content: load_pixels(s, config.data) for s in planned(config)}
-    assert before.keys() == after.keys()
-    for content, variants in before.items():
-        for first, second in zip(variants, after[content], strict=True):
-            np.testing.assert_array_equal(first.mask, second.mask)
 
 
 @pytest.mark.parametrize(

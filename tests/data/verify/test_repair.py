@@ -13,7 +13,7 @@ from rich.console import Console
 from configs.errors import InputError
 from data.cache.shard_index import read_index
 from data.cache_layout import CREW, EMPTY_TEXT, MANIFEST, SHARD_TABLE, index_path
-from data.preprocess import preprocess
+from data.preprocessing.run import preprocess
 from data.preprocessing.worker_group import join
 from data.verify.cache import CheckedCache, verify_cache
 from data.verify.repair import refuse_other_config, repair_cache

@@ -1,14 +1,19 @@
+import logging
 from dataclasses import replace
 
 import pytest
+import torch
 
 from configs.errors import InputError
 from data.batches.row_filler import ReplacedRow
 from trainer.checkpoints.folders import save_checkpoint
-from trainer.checkpoints.resume import choose_checkpoint, resume
+from trainer.checkpoints.resume import choose_checkpoint, load_tensors, resume
 from trainer.checkpoints.run_state import RunState, write_state
+from trainer.checkpoints.save import describe_engine, snapshot
+from trainer.checkpoints.tensor_files import rank_file, write_index, write_tensors
 from trainer.engines.ema import Ema
 from trainer.engines.ranks import Ranks
+from trainer.optimizers.state import dequantize, quantize
 from trainer.training_data import choose_order
 
 REPLACED = tuple(
@@ -76,6 +81,31 @@ def test_a_machine_that_sees_another_folder_does_not_send_the_run_back(config, s
     monkeypatch.setattr(Ranks, "all_gather", lambda self, item: [item, "rank-00001.safetensors is missing"])
     monkeypatch.setattr(engine, "world_size", 2)
     with pytest.raises(
-        InputError, match=rf"{folder}: rank 1 finds that rank-00001.* is missing, rank 0 finds it whole"
+        InputError, match=rf"{folder}: rank 1 finds that rank-00001.* is missing, rank 0 finds it intact"
     ):
         choose_checkpoint(run, "auto", engine)
+
+
+# --- 8-bit state ------------------------------------------------------------------------------------------------------
+
+
+def test_8_bit_state_of_another_layout_is_quantized_again_and_the_log_says_so(engine, tmp_path, caplog, monkeypatch):
+    from bitsandbytes.optim import AdamW8bit
+
+    monkeypatch.setattr(logging.getLogger("fluxfill"), "propagate", True)
+    model = torch.nn.Linear(64, 128, bias=False)
+    model.device = torch.device("cpu")
+    engine.prepare(model, AdamW8bit)
+    engine.init_optimizer_state()
+    ((_, _, state),) = engine.optimizer_states()
+    codes, scales = quantize(torch.randn(8192), "state1")
+    state["state1"].copy_(codes.view(128, 64)), state["absmax1"].copy_(scales)
+    tensors, spans = snapshot(engine, Ema([], None), copy=True)
+    write_tensors(tmp_path / rank_file(0), tensors)
+    write_index(tmp_path, {0: spans}, engine.trained_sizes)
+    state["state1"].zero_(), state["absmax1"].zero_()
+
+    load_tensors(tmp_path, engine, Ema([], None), describe_engine(engine) | {"layout": "slices of fsdp2 on 3"})
+    assert "8-bit optimizer state saved as slices of fsdp2 on 3 was quantized again" in caplog.text
+    found = dequantize(state["state1"], state["absmax1"], "state1").view(-1)
+    torch.testing.assert_close(found, dequantize(codes, scales, "state1"), rtol=0, atol=scales.max().item() / 70)

@@ -17,7 +17,6 @@ from tests.trainer.engines.runs import (
     Run,
     assert_same_run,
     furthest,
-    read_losses,
     read_metrics,
     read_tensors,
     slow,
@@ -56,7 +55,7 @@ def test_padding_rows_add_nothing_to_loss_and_gradient(engine, config):
 
 # --- skipped updates --------------------------------------------------------------------------------------------------
 
-BAD_STEP = 3
+BAD_STEP, LAST_STEP = 3, 5
 
 
 def train_with_a_bad_loss(arguments: list[str]) -> tuple[list[bool], dict[int, list[str]], list[int]]:
@@ -111,6 +110,7 @@ def met_a_bad_loss(launch) -> Callable[[str, int, str], Run]:
         name = f"bad-{engine}-{num_processes}-{precision}"
         if name not in made:
             settings = [f"model.precision={precision}", "train.micro_batch_size=1"]
+            settings += [f"train.steps={LAST_STEP}", "checkpoint.every_steps=null"]
             made[name] = launch(engine, num_processes, name, *settings, function=train_with_a_bad_loss)
         return made[name]
 
@@ -130,19 +130,19 @@ def met_a_bad_loss(launch) -> Callable[[str, int, str], Run]:
 def test_a_loss_that_is_not_a_number_on_one_rank_skips_the_update_on_all_and_leaves_nothing_behind(
     met_a_bad_loss, engine, num_processes, precision
 ):
-    """The rest of the run is that of one process that met the same."""
+    """The rest of the run is that of one process that met the same; in bf16 nearly."""
     run, told = met_a_bad_loss(engine, num_processes, precision)
-    others = [step for step in range(1, STEPS + 1) if step != BAD_STEP]
+    others = [step for step in range(1, LAST_STEP + 1) if step != BAD_STEP]
     for applied, changed, averaged in told:
         assert [step for step, was in enumerate(applied, 1) if was] == others
         assert changed[BAD_STEP] == [] and len(changed[BAD_STEP + 1]) > 100
         assert [number + 1 for number in averaged] == others
-    alone = met_a_bad_loss(*SINGLE, precision).folder
-    losses, expected = read_losses(run), read_losses(alone)
-    assert losses.pop(BAD_STEP - 1) is None and expected.pop(BAD_STEP - 1) is None
+    alone = met_a_bad_loss(*SINGLE, "fp32").folder
+    losses, expected = ([line["loss"] for line in read_metrics(folder)] for folder in (run, alone))
+    assert len(losses) == LAST_STEP and losses.pop(BAD_STEP - 1) is None and expected.pop(BAD_STEP - 1) is None
     assert losses == pytest.approx(expected, **({"abs": 1e-5} if precision == "fp32" else {"rel": 0.01}))
     if precision == "fp32":
-        assert furthest(read_tensors(run), read_tensors(alone)) < 1e-5
+        assert furthest(read_tensors(run, LAST_STEP), read_tensors(alone, LAST_STEP)) < 1e-5
 
 
 def train_with_bad_losses(arguments: list[str]) -> None:

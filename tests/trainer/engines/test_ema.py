@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -57,3 +59,18 @@ def test_average_follows_the_weights_in_place(model):
     ema.update(10**6)
     weight, average = model[0].weight.detach().view(-1), ema.averages["0.weight"]
     assert 0 < (weight - average).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_averages_stand_in_the_model_for_a_while_and_the_weights_come_back(model, engine, fails):
+    model.device = torch.device("cpu")
+    engine.prepare(model, lambda parameters: torch.optim.SGD(parameters))
+    ema = Ema(engine.local_slices(), 0.9)
+    start = model[0].weight.detach().clone()
+    change(model)
+    weight = model[0].weight.detach().clone()
+    with pytest.raises(OSError, match="disk is full") if fails else nullcontext(), ema.in_place(engine):
+        assert torch.equal(model[0].weight, start) and not torch.equal(weight, start)
+        if fails:
+            raise OSError("the disk is full")
+    assert torch.equal(model[0].weight, weight)

@@ -15,16 +15,25 @@ def test_ddp_has_no_gradients_beside_those_that_it_exchanges(undisturbed, resume
 
 
 def train_with_another_ddp(arguments: list[str]) -> bool:
-    """The trainer, where DDP has no private method to rebuild its buckets; whether that was logged."""
+    """The trainer, where DDP's buckets cannot be rebuilt while the model is prepared; whether that was logged."""
     import logging
 
     from torch.distributed import Reducer
 
+    from trainer.engines.base import Engine
     from trainer.main import train
 
     logged: list[str] = []
     logging.getLogger("fluxfill").addFilter(lambda record: logged.append(record.getMessage()) or True)
-    del Reducer._rebuild_buckets
+    prepare, rebuild = Engine.prepare, Reducer._rebuild_buckets
+
+    def prepare_without(self, transformer, build_optimizer):
+        del Reducer._rebuild_buckets
+        prepared = prepare(self, transformer, build_optimizer)
+        Reducer._rebuild_buckets = rebuild  # DDP's forward pass calls it too
+        return prepared
+
+    Engine.prepare = prepare_without
     train(arguments)
     return any("another DDP" in message for message in logged)
 

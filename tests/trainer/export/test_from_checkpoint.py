@@ -102,7 +102,7 @@ def test_what_cannot_be_exported_is_told(run_of, config, tmp_path, capsys):
     for source, out, words in (
         (run, tmp_path / "there", r"--out .*there: is there already"),
         (tmp_path / "nowhere", tmp_path / "out", "there is no such folder"),
-        (empty, tmp_path / "out", "holds no whole checkpoint"),
+        (empty, tmp_path / "out", "holds no intact checkpoint"),
     ):
         with pytest.raises(InputError, match=words):
             export_checkpoint(source, out)

@@ -265,5 +265,5 @@ def test_the_self_check_stops_a_run_whose_shards_were_cast_on_their_way(launch, 
     import tests.trainer.model.test_quantize as this
 
     monkeypatch.setattr(this, "train", functools.partial(train_with_codes_stored_as, torch.float16))
-    with pytest.raises(AssertionError, match="computes something else than its dequantized twin"):
+    with pytest.raises(AssertionError, match="computes something else than its dequantized reference"):
         launch("fsdp2", 2, "trapped", "model.precision=nf4")

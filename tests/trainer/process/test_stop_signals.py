@@ -144,7 +144,7 @@ def is_alive(pid: int) -> bool:
 
 def test_a_signal_during_the_imports_only_sets_a_flag(tmp_path):
     script = (
-        "from trainer.stop_signals import install_stop_signals, stop_signal; import os, signal\n"
+        "from trainer.process.stop_signals import install_stop_signals, stop_signal; import os, signal\n"
         "install_stop_signals(); assert stop_signal() is None\n"
         "os.kill(os.getpid(), signal.SIGUSR2); os.kill(os.getpid(), signal.SIGTERM)\n"
         "print(stop_signal())"

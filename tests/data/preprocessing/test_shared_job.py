@@ -18,15 +18,17 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load
 
-import data.preprocess
-import data.preprocessing.encode_shards
+import data.preprocessing.job
+import data.preprocessing.run
+import data.preprocessing.write_shards
 import data.samples.decode
 from configs.errors import InputError
 from data.cache.manifest import read_manifest, read_shard_table
 from data.cache.open_cache import open_cache
 from data.cache_layout import CREW
 from data.encoders.model_folder import encoder_fingerprints
-from data.preprocess import Job, preprocess
+from data.preprocessing.job import Job
+from data.preprocessing.run import preprocess
 from data.preprocessing.share_plan import agree_on_plan
 from data.preprocessing.worker import Worker
 from data.preprocessing.worker_group import STALE_SECONDS, join
@@ -101,27 +103,39 @@ def inodes(cache):
 @pytest.fixture(autouse=True)
 def _loaded_by_one_thread_at_a_time(monkeypatch):
     """As transformers changes global state while it loads; workers are processes otherwise."""
-    lock, load = threading.Lock(), data.preprocess.load_encoders
+    lock, load = threading.Lock(), data.preprocessing.run.load_encoders
 
     def load_alone(*arguments, **options):
         with lock:
             return load(*arguments, **options)
 
-    monkeypatch.setattr(data.preprocess, "load_encoders", load_alone)
+    monkeypatch.setattr(data.preprocessing.run, "load_encoders", load_alone)
 
 
-def in_threads(configs):
-    """Workers of one process, one for each config; what each of them raised, or None."""
+@pytest.fixture
+def in_threads(monkeypatch):
+    """Workers of one process, one for each config, of which none plans before all have joined; what each of them
+    raised, or None."""
 
-    def work(number):
-        try:
-            preprocess(configs[number], QUIET, Worker(number, len(configs)))
-        except InputError as error:
-            return str(error)
-        return None
+    def run(configs):
+        all_joined, agree_on_plan = threading.Barrier(len(configs), timeout=120), data.preprocessing.run.agree_on_plan
 
-    with ThreadPoolExecutor(len(configs)) as pool:
-        return list(pool.map(work, range(len(configs))))
+        def agree_when_all_joined(*arguments, **options):
+            all_joined.wait()
+            return agree_on_plan(*arguments, **options)
+
+        def work(number):
+            try:
+                preprocess(configs[number], QUIET, Worker(number, len(configs)))
+            except InputError as error:
+                return str(error)
+            return None
+
+        with monkeypatch.context() as patch, ThreadPoolExecutor(len(configs)) as pool:
+            patch.setattr(data.preprocessing.run, "agree_on_plan", agree_when_all_joined)
+            return list(pool.map(work, range(len(configs))))
+
+    return run
 
 
 def test_three_workers_at_once_make_what_one_makes(config_of, pictures, undisturbed, tmp_path):
@@ -131,12 +145,14 @@ def test_three_workers_at_once_make_what_one_makes(config_of, pictures, undistur
     assert contents(config.data.cache) == undisturbed[0]
 
 
-def test_one_of_several_plans_and_each_sample_is_encoded_once(config_of, pictures, undisturbed, tmp_path, monkeypatch):
+def test_one_of_several_plans_and_each_sample_is_encoded_once(
+    config_of, pictures, undisturbed, tmp_path, monkeypatch, in_threads
+):
     planned, encoded = [], []
-    plan_samples, describe = data.preprocess.plan_samples, data.preprocessing.encode_shards._describe_sample
-    monkeypatch.setattr("data.preprocess.plan_samples", lambda *a: planned.append(1) or plan_samples(*a))
+    plan_samples, describe = data.preprocessing.job.plan_samples, data.preprocessing.write_shards.describe_sample
+    monkeypatch.setattr("data.preprocessing.job.plan_samples", lambda *a: planned.append(1) or plan_samples(*a))
     monkeypatch.setattr(
-        "data.preprocessing.encode_shards._describe_sample", lambda s: encoded.append(s.triple.key) or describe(s)
+        "data.preprocessing.write_shards.describe_sample", lambda s: encoded.append(s.triple.key) or describe(s)
     )
     config = config_of(tmp_path / "cache", pictures)
     assert in_threads([config] * 4) == [None] * 4
@@ -145,13 +161,35 @@ def test_one_of_several_plans_and_each_sample_is_encoded_once(config_of, picture
     assert contents(config.data.cache) == undisturbed[0]
 
 
-def test_a_worker_that_dies_holds_nobody_up(config_of, pictures, undisturbed, tmp_path):
+MOMENTS = ["/scan/", "/crew/plan-", "/claims/constants@", "/claims/shards.", ".tar.", "/validation.part/0003"]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_worker_that_dies_holds_nobody_up_and_leaves_nothing(config_of, pictures, undisturbed, tmp_path, moment):
+    """Killed before it first makes a file of such a path, while others are there: the last of them clears up."""
     config = config_of(tmp_path / "cache", pictures)
-    changes = undisturbed[1]
-    workers = [start_worker(config, number, 3, kill_at=kill) for number, kill in enumerate((None, changes // 3, None))]
-    codes = [worker.join()[0] for worker in workers]
-    assert codes[0] == codes[2] == 0
+    dying = start_worker(config, 1, 3, kill_at=moment, fate=signal.SIGSTOP)
+    dying.wait_until_stopped()
+    others = [start_worker(config, number, 3) for number in (0, 2)]
+    deadline = time.monotonic() + 120
+    while len(list((config.data.cache / CREW / "workers").glob("*.json"))) < 3:
+        assert time.monotonic() < deadline, "the others did not join"
+        time.sleep(0.01)
+    dying.kill()
+    assert dying.join()[0] == -signal.SIGKILL
+    assert [worker.join()[:2] for worker in others] == [(0, "")] * 2
     assert contents(config.data.cache) == undisturbed[0]
+
+
+def test_what_the_last_worker_left_when_it_was_killed_the_next_clears_up(config_of, pictures, undisturbed, tmp_path):
+    """Killed while it cleared up itself, over a complete cache: no shard is touched."""
+    config = config_of(tmp_path / "cache", pictures)
+    assert start_worker(config, kill_at=undisturbed[1] - 2).join()[0] == -signal.SIGKILL
+    assert (config.data.cache / CREW).exists()
+    shards = {path: inode for path, inode in inodes(config.data.cache).items() if path.suffix in (".tar", ".json")}
+    preprocess(config, QUIET)
+    assert contents(config.data.cache) == undisturbed[0]
+    assert shards.items() <= inodes(config.data.cache).items()
 
 
 def test_the_tasks_of_an_array_may_run_one_after_the_other(config_of, pictures, undisturbed, tmp_path):
@@ -203,7 +241,7 @@ def test_killed_again_and_again_it_is_done_in_the_end(config_of, pictures, undis
     assert contents(cache) == undisturbed[0]
 
 
-def test_only_changed_shards_are_made_anew_by_several_workers(config_of, pictures, tmp_path):
+def test_only_changed_shards_are_made_anew_by_several_workers(config_of, pictures, tmp_path, in_threads):
     folder = tmp_path / "pictures"
     shutil.copytree(pictures, folder)
     config = config_of(tmp_path / "cache", folder)
@@ -222,7 +260,7 @@ def test_only_changed_shards_are_made_anew_by_several_workers(config_of, picture
     assert contents(config.data.cache) == contents(alone.data.cache)
 
 
-def test_a_bad_picture_is_told_by_every_worker_and_found_by_one(config_of, pictures, tmp_path, monkeypatch):
+def test_a_bad_picture_is_told_by_every_worker_and_found_by_one(config_of, pictures, tmp_path, monkeypatch, in_threads):
     folder = tmp_path / "pictures"
     shutil.copytree(pictures, folder)
     bad = folder / "target" / "picture-05.png"
@@ -243,16 +281,16 @@ def test_a_bad_picture_is_told_by_every_worker_and_found_by_one(config_of, pictu
     open_cache(config, Path(config.model.base))
 
 
-def test_bad_input_is_found_by_one_and_told_by_all(config_of, pictures, tmp_path, monkeypatch):
+def test_bad_input_is_found_by_one_and_told_by_all(config_of, pictures, tmp_path, monkeypatch, in_threads):
     folder = tmp_path / "pictures"
     shutil.copytree(pictures, folder)
     (folder / "mask" / "picture-03.png").unlink()
-    planned, plan_samples = [], data.preprocess.plan_samples
-    monkeypatch.setattr("data.preprocess.plan_samples", lambda *a: planned.append(1) or plan_samples(*a))
+    planned, plan_samples = [], data.preprocessing.job.plan_samples
+    monkeypatch.setattr("data.preprocessing.job.plan_samples", lambda *a: planned.append(1) or plan_samples(*a))
     config = config_of(tmp_path / "cache", folder)
     messages = in_threads([config] * 3)
     assert all(message and "picture-03.png: no mask of the same name" in message for message in messages), messages
-    assert len(planned) < 3
+    assert len(planned) == 1
     assert not config.data.cache.exists()
 
 
@@ -266,7 +304,7 @@ def test_who_helps_to_plan_goes_on_when_the_job_is_done_first(tmp_path, fault):
             planner.release("plan")
             raise fault
 
-        assert agree_on_plan(helper, lambda: [], help_planning=help_planning, waiting=print).heads == ()
+        assert agree_on_plan(helper, lambda: [], help_planning=help_planning, waiting=print).specs == ()
 
 
 def test_a_job_of_another_config_is_refused_and_the_first_goes_on(config_of, pictures, undisturbed, tmp_path):
@@ -314,9 +352,6 @@ def test_a_worker_that_was_killed_elsewhere_is_not_followed_while_it_passes_for_
     write_triple(folder, PICTURES)
     preprocess(config, QUIET)
     assert read_manifest(config.data.cache).samples["noise"]["train"] == PICTURES + 1 - 6
-
-
-MOMENTS = ["/scan/", "/crew/plan-", "/claims/constants@", "/claims/shards.", ".tar.", "/validation.part/0003"]
 
 
 @pytest.mark.parametrize("moment", MOMENTS)

@@ -1,0 +1,93 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from configs.errors import InputError
+from data.cache.open_cache import open_cache
+
+
+@pytest.fixture
+def copied(cache, demo_config, tmp_path):
+    """A config whose cache may be damaged."""
+    folder = tmp_path / "cache"
+    shutil.copytree(cache.folder, folder)
+    return demo_config(folder)
+
+
+def open_again(config):
+    return open_cache(config, Path(config.model.base))
+
+
+def test_a_whole_cache_opens(copied, cache):
+    opened = open_again(copied)
+    assert opened.folder == copied.data.cache
+    assert opened.manifest == cache.manifest
+    assert opened.table.samples.sum() == 96
+
+
+def test_a_cache_made_by_another_vae_is_refused(copied, tmp_path):
+    other = tmp_path / "other-model"
+    shutil.copytree(copied.model.base, other)
+    weights = other / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    name = next(iter(tensors))
+    save_file(tensors | {name: tensors[name] + torch.full_like(tensors[name], 0.01)}, weights)
+    with pytest.raises(InputError) as caught:
+        open_cache(copied, other)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"data.cache {copied.data.cache} was made by other settings:"
+    assert lines[1].startswith("  vae of model.base ") and "is not the one that encoded the cache" in lines[1]
+    assert lines[2].startswith("Run `fluxfill preprocess CONFIG` again, or point data.cache (or model.base)")
+    assert len(lines) == 3, "the VAE alone is another"
+
+
+def test_every_setting_that_differs_is_named(copied, demo_config):
+    changed = [
+        "data.resolution=[64,128]",
+        "data.holdout=5",
+        "data.captions.trigger=sks",
+        "data.captions.text_length=16",
+    ]
+    with pytest.raises(InputError) as caught:
+        open_again(demo_config(copied.data.cache, *changed))
+    for key, now, before in (
+        ("data.resolution", r"[64, 128]", "[64]"),
+        ("data.holdout", "5", "48"),
+        ("data.captions.trigger", "'sks'", "None"),
+        ("data.captions.text_length", "16", "32"),
+    ):
+        assert f"{key} is {now}, the cache was made with {before}" in str(caught.value)
+
+
+def test_settings_that_shape_no_tensor_may_change(copied, demo_config):
+    free = ["data.captions.dropout=0.5", "data.datasets.0.weight=3", "data.shard_size_mib=7", "train.lr=1.0"]
+    open_again(demo_config(copied.data.cache, *free))
+
+
+def test_a_folder_without_a_cache_is_named(demo_config, tmp_path):
+    config = demo_config(tmp_path / "nothing")
+    with pytest.raises(InputError, match=r"nothing: no manifest.json.*Run `fluxfill preprocess CONFIG` first"):
+        open_again(config)
+
+
+def test_every_shard_that_is_missing_or_cut_is_named(copied, cache):
+    paths = [copied.data.cache / path for path in cache.table.path]
+    paths[0].unlink()
+    paths[1].write_bytes(b"")
+    paths[2].write_text("<!DOCTYPE html><title>503</title>")
+    with paths[3].open("r+b") as file:
+        file.truncate(paths[3].stat().st_size - 1)
+    with pytest.raises(InputError) as caught:
+        open_again(copied)
+    lines = str(caught.value).splitlines()
+    sizes = cache.table.bytes
+    assert lines[:-1] == [
+        f"{paths[0]}: missing",
+        f"{paths[1]}: 0 bytes, the manifest says {sizes[1]}",
+        f"{paths[2]}: 33 bytes, the manifest says {sizes[2]}",
+        f"{paths[3]}: {sizes[3] - 1} bytes, the manifest says {sizes[3]}",
+    ]
+    assert "only those are encoded again" in lines[-1]
