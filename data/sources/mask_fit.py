@@ -107,17 +107,18 @@ def stands_in_target(target: np.ndarray, source: np.ndarray, changed: np.ndarray
     window = np.s_[max(0, rows[0] - 3) : rows[-1] + 4, max(0, columns[0] - 3) : columns[-1] + 4]
     target, source, changed = target[window].astype(np.float32), source[window].astype(np.float32), changed[window]
     region = _share_around(changed, 5) > 0.3  # without the gaps where the two agree by chance
-    steps = high = height = highs = 0.0
+    steps = squares = total = heights = 0.0
     count = 0
     for here, there in _NEIGHBOURS:
         edge = region[here] & ~region[there]
-        difference = (source - target)[here][edge]
-        steps += float(((source[here] - source[there])[edge] * difference).sum())
-        high += float((difference * difference).sum())
-        height += float(difference.sum())
-        highs += float(np.abs(difference).sum())
-        count += difference.size
-    if highs < 24 * max(12, count) or abs(height) < 0.5 * highs or steps > _STEP_IN_SOURCE * high:
+        height = (source - target)[here][edge]
+        steps += float(((source[here] - source[there])[edge] * height).sum())
+        squares += float((height * height).sum())
+        heights += float(np.abs(height).sum())
+        total += float(height.sum())
+        count += height.size
+    plain = count >= 12 and squares >= 2 * _CHANGED * heights and abs(total) >= 0.5 * heights
+    if not plain or steps > _STEP_IN_SOURCE * squares:
         return False
     slope = np.abs(np.diff(source, axis=0, append=source[-1:])) + np.abs(np.diff(source, axis=1, append=source[:, -1:]))
     inside, outside = slope[region & changed], slope[~region]
