@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from configs.cache_settings import manifest_settings
+from configs.cache_settings import LATER_KEYS, manifest_settings
 from configs.errors import InputError
 from configs.schema import Config
 from data.cache_layout import MANIFEST, SHARD_TABLE, SHARDS, VALIDATION
@@ -184,9 +184,9 @@ def refuse_other_settings(config: Config, model: Path, manifest: Manifest) -> No
         for part in encoders
         if encoders[part] != manifest.encoders.get(part)
     ] + [
-        f"{key} is {wanted[key]!r}, the cache was made with {manifest.settings.get(key)!r}"
-        for key in wanted
-        if wanted[key] != manifest.settings.get(key)
+        f"{key} is {wanted.get(key)!r}, the cache was made with {manifest.settings.get(key)!r}"
+        for key in [*wanted, *sorted(LATER_KEYS - wanted.keys())]
+        if wanted.get(key) != manifest.settings.get(key)
     ]
     if problems:
         raise InputError(
