@@ -37,7 +37,7 @@ def test_an_empty_folder_is_named(tmp_path, role):
     for other in {"target", "mask", "source"} - {role}:
         make_files(tmp_path / other, "a.png")
     make_files(tmp_path / role, "notes.txt", ".hidden.png", ".cache/a.png")
-    with pytest.raises(InputError, match=rf"dataset cats: {role} folder {tmp_path}/{role} holds no picture \(\.bmp, "):
+    with pytest.raises(InputError, match=rf"dataset cats: {role} folder {tmp_path}/{role} holds no picture \(\.avif, "):
         triples_of(tmp_path, source=True)
 
 
