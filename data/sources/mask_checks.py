@@ -1,6 +1,7 @@
 """What can be seen to be wrong with a mask: that it is none, that it lies where source and target do not differ, or
 that EXIF turned its target and not it."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,23 +13,24 @@ from data.sources.mask_fit import (
     INVERTED,
     SAME,
     SWAPPED,
-    UNRELATED,
     compare,
     fine_cell,
     looks_right,
     preview_cell,
 )
 from data.sources.mask_levels import find_no_mask
-from data.sources.picture_file import PictureBytes
+from data.sources.picture_file import PictureBytes, PictureFile
 from data.sources.pictures import Header, load_picture, load_preview, load_stored
-from data.sources.problems import MASKS, MISPLACED, ORIENTATION, POLARITY, SOURCES
+from data.sources.problems import MASKS, MISPLACED, ORIENTATION, POLARITY, SOURCES, Findings
 
 LABELS, NO_MASK, TURNED = "labels", "no mask", "turned"
 # Of an honest set, what a shadow or a reflection changes outside the mask looks like a misplaced one in a pair of some
 # hundred; and a run does not learn from one wrong pair in twenty. A wrong folder, polarity or offset is in all, or in
 # all of a batch.
 MOST_FAULTY_PAIRS = 0.05
+_SWAPPED_BY_ACCIDENT = 0.02  # share of pairs that look so although they are not: an object that blends in
 
+SAVE_UPRIGHT = "Save both upright, without an orientation in EXIF."
 # kind -> what it is listed under, and what to do
 _CURES = {
     LABELS: (MASKS, "Say which of them is the hole: `mask: {label: 1}`, with `folder` where the masks are in one."),
@@ -37,13 +39,14 @@ _CURES = {
     ELSEWHERE: (MISPLACED, "Make the mask from this pair."),
     SAME: (SOURCES, "Give the picture as it was before as source, or no source."),
     SWAPPED: (SOURCES, "Exchange the two. Are things to be added, give the dataset `check_masks: warn`."),
-    UNRELATED: (SOURCES, "Give the source that belongs to this target."),
     TURNED: (
         ORIENTATION,
-        "Save both upright, without an orientation in EXIF. Was the mask made of the upright target, give the dataset "
-        "`check_masks: warn`.",
+        f"{SAVE_UPRIGHT} Was the mask made of the upright target, give the dataset `check_masks: warn`.",
     ),
 }
+
+
+_OF_PAIRS = (INVERTED, ELSEWHERE, SAME, SWAPPED)
 
 
 class Fault(NamedTuple):
@@ -54,23 +57,14 @@ class Fault(NamedTuple):
     what: str
 
     @property
-    def problem_kind(self) -> str:
-        """What it is listed under."""
-        return _CURES[self.kind][0]
-
-    @property
-    def cure(self) -> str:
-        return _CURES[self.kind][1]
-
-    @property
     def is_of_pair(self) -> bool:
         """Whether it was seen in the difference of source and target."""
-        return self.kind not in (LABELS, NO_MASK, TURNED)
+        return self.kind in _OF_PAIRS
 
     @property
     def is_of_source(self) -> bool:
         """Whether the source is to blame, not the mask."""
-        return self.kind in (SAME, SWAPPED, UNRELATED)
+        return self.kind in (SAME, SWAPPED)
 
 
 def find_fault_of_mask(
@@ -123,10 +117,18 @@ def find_turn(target: Header, other: Header, role: str) -> Fault | None:
     )
 
 
-def which_stop(faults: Sequence[Fault], num_pairs: int, policy: str) -> list[bool]:
-    """Which of a dataset's faults stop the run, in their order; the others are told, and no more.
+def judge(faults: Sequence[tuple[PictureFile, Fault]], num_pairs: int, policy: str, findings: Findings) -> None:
+    """Add a dataset's faults, each with the picture that is to blame, to the findings: those that stop the run to its
+    problems, the others to its notes.
 
     num_pairs: how many items have a source.  policy: of `check_masks`.
     """
-    too_many = sum(fault.is_of_pair for fault in faults) > MOST_FAULTY_PAIRS * num_pairs
-    return [fault.kind == LABELS or (policy == "error" and (too_many or not fault.is_of_pair)) for fault in faults]
+    kinds = Counter(fault.kind for _, fault in faults)
+    too_many = sum(kinds[kind] for kind in _OF_PAIRS) > MOST_FAULTY_PAIRS * num_pairs
+    by_accident = kinds[SWAPPED] <= _SWAPPED_BY_ACCIDENT * num_pairs
+    for where, fault in faults:
+        if (policy == "off" and fault.kind != LABELS) or (fault.kind == SWAPPED and by_accident):
+            continue
+        stops = fault.kind == LABELS or (policy == "error" and (too_many or not fault.is_of_pair))
+        add = findings.add if stops else findings.note
+        add(_CURES[fault.kind][0], where, fault.what, _CURES[fault.kind][1])

@@ -1,9 +1,9 @@
 """Whether a mask lies where source and target differ: found from their pixels, at a reduced size.
 
 Of a pair the hole is known without its mask: it is where the two pictures differ by more than compression does. So a
-mask that is inverted or lies elsewhere shows, and so do a source that is the target, that is another picture, or that
-stands in the target's place. Most pairs are right and seen to be so on small grey pictures (`looks_right`); only those
-that are not are compared in colour (`compare`).
+mask that is inverted or lies elsewhere shows, and so do a source that is the target, and one in the target's place.
+Most pairs are right and seen to be so on small grey pictures (`looks_right`); only those that are not are compared in
+colour (`compare`).
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-SAME, INVERTED, ELSEWHERE, SWAPPED, UNRELATED = "same", "inverted", "elsewhere", "swapped", "unrelated"
+SAME, INVERTED, ELSEWHERE, SWAPPED = "same", "inverted", "elsewhere", "swapped"
 
 _CELLS = 256  # cells on the long side of what is compared in colour
 _CHANGED = 12.0  # grey levels of a cell's mean: more than compression changes
@@ -20,7 +20,7 @@ _UNTOUCHED = 5  # of 255: a cell with less of the hole has none of it
 _LEAST_OUTSIDE = 0.005  # share of what differs that may lie outside: rounding, and compression around the hole
 _LEFT_OUTSIDE = 0.35  # share of that which a shift may leave outside and still explain it
 _GREY = np.array([0.299, 0.587, 0.114], np.float32)
-_STEP_IN_SOURCE = 0.15  # share of the difference: less is no step
+_STEP_IN_SOURCE = 0.1  # share of the difference: less is no step
 
 
 _Window = tuple[slice, slice]
@@ -84,8 +84,6 @@ def compare(target: np.ndarray, source: np.ndarray, mask: np.ndarray, cell: int)
     total = inside + outside
     if total == 0:
         return None
-    if _are_unrelated(target, source, changed):
-        return MaskFit(UNRELATED, "source and target are different pictures: they differ all over")
     if outside > _LEAST_OUTSIDE * total and outside > 2:
         return _explain(grey, changed, mask, cell)
     if stands_in_target(target @ _GREY, source @ _GREY, changed):
@@ -117,7 +115,7 @@ def stands_in_target(target: np.ndarray, source: np.ndarray, changed: np.ndarray
         heights += float(np.abs(height).sum())
         total += float(height.sum())
         count += height.size
-    plain = count >= 12 and squares >= 2 * _CHANGED * heights and abs(total) >= 0.5 * heights
+    plain = count >= 12 and squares >= 2 * _CHANGED * heights and abs(total) >= 0.6 * heights
     if not plain or steps > _STEP_IN_SOURCE * squares:
         return False
     slope = np.abs(np.diff(source, axis=0, append=source[-1:])) + np.abs(np.diff(source, axis=1, append=source[:, -1:]))
@@ -144,8 +142,8 @@ def _largest_mean(values: np.ndarray, size: int) -> float:
 
 
 def _changed(difference: np.ndarray) -> np.ndarray:
-    """Which cells differ by more than noise does: more than most, and not alone among their neighbours."""
-    candidates = difference > max(_CHANGED, 6 * float(np.median(difference)))
+    """Which cells, and their neighbours, differ by more than the noise that the quietest fifth of the picture has."""
+    candidates = difference > max(_CHANGED, 14 * float(np.quantile(difference, 0.2)))
     if candidates.any():
         candidates = difference > max(_CHANGED, 0.25 * float(np.median(difference[candidates])))
     return candidates & (_share_around(candidates, 3) > 0.4)
@@ -156,14 +154,6 @@ def _share_around(flags: np.ndarray, size: int) -> np.ndarray:
     padded = np.pad(flags, size // 2, mode="edge").astype(np.float32)
     rows = sliding_window_view(padded, size, axis=0).sum(axis=-1)
     return sliding_window_view(rows, size, axis=1).sum(axis=-1) / size**2
-
-
-def _are_unrelated(target: np.ndarray, source: np.ndarray, changed: np.ndarray) -> bool:
-    """Whether two pictures have so little in common that one was put in the place of another's."""
-    if np.count_nonzero(changed) < 0.5 * changed.size:
-        return False
-    first, second = target.mean(axis=2).ravel(), source.mean(axis=2).ravel()
-    return bool(first.std() > 0 and second.std() > 0 and np.corrcoef(first, second)[0, 1] < 0.5)
 
 
 def _explain(grey: np.ndarray, changed: np.ndarray, mask: np.ndarray, cell: int) -> MaskFit | None:

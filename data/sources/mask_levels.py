@@ -8,10 +8,10 @@ from PIL import Image
 
 from configs.dataset_schema import Label
 
-_NEAR = 8  # levels around the black and the white of a mask that compression may add
-_MOST_GREY = (
-    1 / 3
-)  # share of pixels of another level: a soft edge of a tenth of the side is below it, photographs above
+_GREY = slice(33, 223)  # neither black nor white, which compression spreads
+_MOST_GREY = 0.4  # share of the pixels: of a hole whose edge is as soft as it is wide a third, of photographs most
+_NEAR = 8  # levels around one that compression may add
+_FEW_LEVELS = 16  # soft edges and gradients have more
 _FEW_PIXELS = 1 << 14  # that a histogram is made of
 _LABEL_SHARE = 0.0005  # of the pixels, in the midst of others of their level
 
@@ -29,24 +29,21 @@ def find_no_mask(mask: Image.Image, load_stored: Callable[[], Image.Image]) -> N
     step = max(1, round((mask.width * mask.height / _FEW_PIXELS) ** 0.5))
     few = mask.resize((-(-mask.width // step), -(-mask.height // step)), Image.Resampling.NEAREST)
     histogram = np.bincount(np.asarray(few).ravel(), minlength=256)
-    black, white = int(histogram[:128].argmax()), 128 + int(histogram[128:].argmax())
-    is_grey = np.ones(256, bool)
-    for level in (black, white):
-        if histogram[level]:
-            is_grey[max(0, level - _NEAR) : level + _NEAR + 1] = False
-    grey = histogram[is_grey].sum() / histogram.sum()
     one_side = not histogram[:128].any() or not histogram[128:].any()
-    if not one_side and grey < _LABEL_SHARE:
+    if not one_side and histogram[_GREY].sum() < _LABEL_SHARE * histogram.sum():
         return None
     labels = _flat_levels(np.asarray(mask))
-    if (len(labels) > 1 and one_side) or is_grey[labels].any():
+    are_grey = [label for label in labels if label in range(256)[_GREY]]
+    if (len(labels) > 1 and one_side) or (len(labels) > 2 and (are_grey or np.count_nonzero(histogram) <= _FEW_LEVELS)):
         return NoMask(True, f"its pixels are labels, not brightness: {describe_labels(load_stored())}")
+    for label in are_grey:  # a mask of two levels, neither black nor white
+        histogram[max(0, label - _NEAR) : label + _NEAR + 1] = 0
+    grey = histogram[_GREY].sum() / (few.width * few.height)
     if grey > _MOST_GREY:
-        count = np.count_nonzero(histogram)
         return NoMask(
             False,
-            f"is no mask: {grey:.0%} of its pixels are neither its black ({black}) nor its white ({white}), in {count} "
-            "levels, as in a photograph or a gradient",
+            f"is no mask: {grey:.0%} of its pixels are grey, between {_GREY.start} and {_GREY.stop - 1} of 255, in "
+            f"{np.count_nonzero(histogram[_GREY])} levels, as in a photograph or a gradient",
         )
     return None
 
@@ -60,7 +57,7 @@ def _flat_levels(levels: np.ndarray) -> list[int]:
             flat &= levels[rows, columns] == inner
     counts = np.bincount(inner[flat], minlength=256)
     beside = np.maximum(np.append(counts[1:], 0), np.append(0, counts[:-1]))
-    if np.count_nonzero(counts) <= 16:  # too few for a gradient: 0, 1, 2, 3 are labels
+    if np.count_nonzero(counts) <= _FEW_LEVELS:  # 0, 1, 2, 3 are labels
         beside = np.zeros_like(counts)
     enough = counts >= max(4, _LABEL_SHARE * levels.size)
     return [int(level) for level in np.flatnonzero(enough & (beside <= 0.1 * counts))]

@@ -9,9 +9,9 @@ import xxhash
 from configs.data_schema import DataConfig
 from configs.dataset_schema import DatasetConfig
 from data.sources.items import finish_caption
-from data.sources.mask_checks import LABELS, Fault, find_turn, which_stop
+from data.sources.mask_checks import LABELS, SAVE_UPRIGHT, Fault, find_turn, judge
 from data.sources.picture_file import PictureFile
-from data.sources.problems import MASKS, SIZES, Findings
+from data.sources.problems import MASKS, ORIENTATION, SIZES, Findings
 from data.sources.scan import scan_dataset
 from data.sources.scan_cache import ScannedItem
 
@@ -85,10 +85,7 @@ def list_triples(
             content_of(contents),
         )
         triples.append((triple, (scanned.target.width, scanned.target.height)))
-    if dataset.check_masks != "off":
-        stopping = which_stop([fault for _, fault in faults], num_pairs, dataset.check_masks)
-        for (where, fault), stops in zip(faults, stopping, strict=True):
-            (findings.add if stops else findings.note)(fault.problem_kind, where, fault.what, fault.cure)
+    judge(faults, num_pairs, dataset.check_masks, findings)
     return triples
 
 
@@ -113,7 +110,7 @@ def _check(scanned: ScannedItem, findings: Findings) -> None:
         if info is not None and (info.width, info.height) != (target.width, target.height):
             fits = False
             if turn := find_turn(target.header, info.header, role):
-                findings.add(turn.problem_kind, file, turn.what, turn.cure)
+                findings.add(ORIENTATION, file, turn.what, SAVE_UPRIGHT)
                 continue
             findings.add(
                 SIZES,
