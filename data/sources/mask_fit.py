@@ -189,7 +189,7 @@ def _is_explained(
     return bool(
         (filled >= 0.35 or is_missed)
         and np.count_nonzero(changed & fresh) > max(2, _LEAST_OUTSIDE * np.count_nonzero(changed))
-        and _share(changed, fresh) >= 0.6 * filled
+        and _share(changed, fresh) >= 0.45 * filled
         and _share(changed, bared) <= 0.3 * filled
         and np.median(grey[changed & ~covered]) >= 0.5 * np.median(grey[changed])
     )
@@ -216,7 +216,7 @@ def _best_shift(changed: np.ndarray, covered: np.ndarray) -> tuple[int, int, flo
     columns = np.fft.fftfreq(size[1], 1 / size[1]).round().astype(int)[None, :]
     # A mask moved out of the picture would fit what little it covers then.
     enough = overlap >= 0.5 * min(np.count_nonzero(changed), np.count_nonzero(covered))
-    score = np.where(enough, overlap / np.maximum(union, 1) - 1e-4 * np.hypot(rows, columns), -1)
+    score = np.where(enough, overlap / np.maximum(union, 1) - 1e-3 * np.hypot(rows, columns), -1)
     best = np.unravel_index(int(score.argmax()), score.shape)
     return int(rows[best[0], 0]), int(columns[0, best[1]]), max(0.0, float(score[best]))
 

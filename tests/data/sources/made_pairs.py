@@ -1,6 +1,7 @@
 """Pairs of source and target with their mask, cut from photographs."""
 
 import io
+from functools import cache
 
 import numpy as np
 from PIL import Image
@@ -30,13 +31,17 @@ class Pairs:
         return target, Image.composite(Image.fromarray(unlike), target, mask), mask
 
     def _cut(self, generator, size):
-        photograph = self._photographs[generator.integers(len(self._photographs))]
-        scale = max(wanted / side for wanted, side in zip(size, photograph.size, strict=True)) * 1.4
-        photograph = photograph.resize(tuple(round(side * scale) for side in photograph.size), Image.Resampling.LANCZOS)
+        photograph = self._scaled(int(generator.integers(len(self._photographs))), size)
         left, top = (
             int(generator.integers(side - wanted + 1)) for side, wanted in zip(photograph.size, size, strict=True)
         )
         return photograph.crop((left, top, left + size[0], top + size[1]))
+
+    @cache  # noqa: B019
+    def _scaled(self, index, size):
+        photograph = self._photographs[index]
+        scale = max(wanted / side for wanted, side in zip(size, photograph.size, strict=True)) * 1.4
+        return photograph.resize(tuple(round(side * scale) for side in photograph.size), Image.Resampling.LANCZOS)
 
 
 def saved(picture, kind="JPEG", **options):
