@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 _NEIGHBOURS = 200  # of a million names, those that are compared
-_MARKS = re.compile(r"[\W_]+")
+_MARKS, _DIGITS = re.compile(r"[\W_]+"), re.compile(r"[0-9]+")
 
 
 class NearNames:
@@ -26,9 +26,17 @@ class NearNames:
             return self._by_letters[letters]
         place = bisect(self._names, name)
         near = self._names[max(0, place - _NEIGHBOURS // 2) : place + _NEIGHBOURS // 2]
+        near = [other for other in near if not _differ_in_numbers_alone(name, other)]
         return next(iter(get_close_matches(name, near, n=1, cutoff=0.75)), None)
 
 
 def _letters_of(name: str) -> str:
     """A name without case, and what stands between its letters and digits."""
     return _MARKS.sub("", name.casefold())
+
+
+def _differ_in_numbers_alone(name: str, other: str) -> bool:
+    """As photo_01 and photo_02 do, which are two pictures; photo_1 and photo_01 may be one."""
+    if _DIGITS.sub("", _letters_of(name)) != _DIGITS.sub("", _letters_of(other)):
+        return False
+    return [int(digits) for digits in _DIGITS.findall(name)] != [int(digits) for digits in _DIGITS.findall(other)]

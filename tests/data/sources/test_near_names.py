@@ -14,6 +14,11 @@ def test_case_and_marks_make_no_other_name():
     assert NearNames(["-"]).nearest("_") is None, "nothing is left to compare"
 
 
+def test_another_number_is_another_picture():
+    names = NearNames(["photo_0001", "photo_0003"])
+    assert names.nearest("photo_0002") is None and names.nearest("photo_01") == "photo_0001"
+
+
 def test_what_is_like_none_has_none():
     assert NearNames(NAMES).nearest("portrait") is None and NearNames([]).nearest("cat") is None
 
