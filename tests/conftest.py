@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from configs.late_imports import import_late
+from configs.lighter_imports import lighten_imports
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 
-import_late()  # as in every program of ours
+lighten_imports()  # as in every program of ours
 
 # The fixtures import what they need themselves: diffusers takes 10 s, and most tests need none of it.
 

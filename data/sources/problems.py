@@ -138,10 +138,10 @@ def _table_of(shown: Mapping[str, Sequence[Problem]], title: str, style: str) ->
     for kind, of_kind in shown.items():
         first = of_kind[:_SHOWN]
         for number, problem in enumerate(first):
-            what = Text(printable(problem.what))
+            what = Text(_below(problem.what, folder))
             if number + 1 == len(first) or first[number + 1].cure != problem.cure:
                 what.append(f"\n{printable(problem.cure)}", style="green")
-            table.add_row(f"{kind}\n{len(of_kind)}" if number == 0 else "", Text(_below(problem.where, folder)), what)
+            table.add_row(f"{kind} ({len(of_kind)})" if number == 0 else "", Text(_below(problem.where, folder)), what)
         if len(of_kind) > len(first):
             table.add_row("", f"... and {len(of_kind) - len(first)} more", "")
         table.add_section()
@@ -155,8 +155,9 @@ def _folder_of_all(problems: Sequence[Problem]) -> str:
     return "" if folder == "/" else folder
 
 
-def _below(where: str, folder: str) -> str:
-    return printable(where.removeprefix(f"{folder}/") if folder else where)
+def _below(text: str, folder: str) -> str:
+    """A text with paths as they are called from a folder."""
+    return printable(text.replace(f"{folder}/", "") if folder else text)
 
 
 def printable(text: str) -> str:

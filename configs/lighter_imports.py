@@ -1,6 +1,6 @@
-"""Packages that diffusers, peft and transformers import because they are installed, imported when they are used.
+"""What the import of diffusers, peft and transformers costs every process and no run needs: a third of it.
 
-They are a third of what `import diffusers` costs. For as long as one of the modules below executes, such a package is a
+They import packages because they are installed. For as long as one of the modules below executes, such a package is a
 placeholder. What is taken from it is looked up in the real package when it is called, asked for an attribute, or stands
 in isinstance: a base that was saved quantized finds its quantizer, and nothing that is installed counts as missing.
 A module that does more than name it while it is imported (it calls it, or derives a class) gets the package at once.
@@ -10,7 +10,7 @@ Everyone else imports as ever.
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
@@ -18,6 +18,9 @@ from typing import Any
 # Module, with all below it -> packages that it gets late.
 _LATE = {
     "accelerate.commands.config.sagemaker": ("boto3",),  # for a cloud's own launcher
+    "diffusers.hooks": ("peft",),
+    "diffusers.loaders": ("peft", "transformers"),
+    "diffusers.models": ("transformers",),
     "diffusers.quantizers": ("bitsandbytes", "torchao"),  # for bases that were saved quantized
     "diffusers.schedulers": ("scipy",),  # for sigmas of a beta distribution
     "peft.helpers": ("bitsandbytes",),  # for a context manager
@@ -26,8 +29,10 @@ _LATE = {
 }
 _late_now: set[str] = set()
 
+_LISTS_FOLDERS = "transformers.utils.import_utils"
 
-def import_late() -> None:
+
+def lighten_imports() -> None:
     """In force from now on. Call it before diffusers, peft, transformers or accelerate are imported."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
@@ -53,6 +58,9 @@ class _LateName:
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         return self._real()(*arguments, **named)
+
+    def __mro_entries__(self, bases: tuple) -> tuple[type]:
+        return (self._real(),)
 
     def __instancecheck__(self, instance: object) -> bool:
         return isinstance(instance, self._real())
@@ -87,16 +95,23 @@ class _Finder:
         if _package(name) in _late_now:
             return ModuleSpec(name, _PlaceholderLoader(), is_package=True)  # type: ignore[arg-type]
         packages = _packages_late_in(name)
-        if not packages or (spec := PathFinder.find_spec(name, path, target)) is None or spec.loader is None:
+        if not packages and name != _LISTS_FOLDERS:
             return None
-        # The loader itself stays: inspect and tracebacks ask it for the source.
-        execute = partial(_execute, spec.loader.exec_module, packages)
-        setattr(spec.loader, "exec_module", execute)  # noqa: B010
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            # The loader itself stays: inspect and tracebacks ask it for the source.
+            execute = partial(_execute, spec.loader.exec_module, packages)
+            setattr(spec.loader, "exec_module", execute)  # noqa: B010
         return spec
 
 
 def _execute(execute: Callable[[ModuleType], None], packages: set[str], module: ModuleType) -> None:
-    late = {package for package in packages if package not in sys.modules} - _late_now
+    _execute_with_late(execute, {package for package in packages if package not in sys.modules} - _late_now, module)
+    if module.__name__ == _LISTS_FOLDERS:
+        _remember_folders(module)
+
+
+def _execute_with_late(execute: Callable[[ModuleType], None], late: set[str], module: ModuleType) -> None:
     _late_now.update(late)
     try:
         execute(module)
@@ -116,6 +131,12 @@ def _end_lateness(packages: set[str]) -> None:
     for name, module in list(sys.modules.items()):
         if isinstance(module, _Placeholder) and _package(name) in packages:
             del sys.modules[name]
+
+
+def _remember_folders(module: Any) -> None:
+    """It reads the 1,100 folders of transformers' models twice, since its cache has room for 128."""
+    if hasattr(module, "create_import_structure_from_path"):
+        module.create_import_structure_from_path = cache(module.create_import_structure_from_path)
 
 
 def _packages_late_in(name: str) -> set[str]:
