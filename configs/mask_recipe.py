@@ -1,4 +1,4 @@
-"""How a dataset's masks are made, as its config says it."""
+"""The mask recipe of a dataset: how its masks are made, as its config says it."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -170,7 +170,8 @@ class _Scanner:
     def _list_table(self, place: str, table: str) -> list[Item]:
         below = names_are_below(table, place)
         stamp = stamp_of(table)
-        key = self._key("table", table, below, stamp, self.dataset.columns.model_dump())
+        columns = self.dataset.columns
+        key = self._key("table", table, below, stamp, columns.model_dump(), sorted(columns.model_fields_set))
         pack = self.copies.path(table, key, ".pictures")
         found = self.results.read(key)
         if found is None or (not pack.exists() and any(map(is_in_pack, found[1:]))):
