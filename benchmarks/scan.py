@@ -79,6 +79,7 @@ def compare_plainly(dataset: dict[str, str]) -> tuple[float, float, float]:
 def scan(dataset: dict[str, str], cache: Path) -> tuple[float, float, float]:
     """Seconds of a scan, of the next one of the same files, and of processors in the first."""
     from configs.loading import load_config
+    from data.sources.problems import Findings
     from data.sources.scan import scan_dataset
 
     overrides = [f"data.cache={cache}", f"data.datasets=[{json.dumps(dataset)}]", "data.holdout=0"]
@@ -86,7 +87,7 @@ def scan(dataset: dict[str, str], cache: Path) -> tuple[float, float, float]:
     seconds = []
     for _ in range(2):
         start, cpu_start = time.perf_counter(), time.process_time()
-        found = scan_dataset(data.datasets[0], data, lambda _: None)
+        found = scan_dataset(data.datasets[0], data, lambda _: None, Findings())
         seconds += [time.perf_counter() - start, time.process_time() - cpu_start]
         if any(getattr(scanned, "fault", None) for scanned in found):
             raise RuntimeError("right triples look wrong")

@@ -4,6 +4,7 @@ from PIL import Image, ImageOps
 
 from configs.data_schema import DataConfig
 from configs.errors import InputError
+from configs.mask_recipe import recipe_of
 from data.samples.decode import load_pixels
 from data.samples.geometry import Bucket, plan_crop
 from data.samples.plan import PlannedSample
@@ -81,8 +82,6 @@ def test_label_masks_are_told_so_and_trained_on_by_their_label(tmp_path):
     assert all("`mask: {label: 1}`" in problem.cure for problem in findings.problems)
     triples, findings, data = list_found(tmp_path, dataset | {"mask": {"folder": tmp_path / "mask", "label": 1}})
     assert not findings.problems and not findings.notes
-    from configs.mask_recipe import recipe_of
-
     (triple, size), bucket = triples[0], Bucket(SIZE[1], SIZE[0])
     sample = PlannedSample(triple, size, bucket, plan_crop(*size, bucket), "train", recipe_of(data.datasets[0]))
     (pixels,) = load_pixels(sample, data)
@@ -101,9 +100,8 @@ def test_exif_that_turns_the_target_or_the_mask_alone_is_found(tmp_path, size, r
     _, findings, _ = list_found(tmp_path, dataset)
     (problem,) = findings.problems
     assert problem.kind == "EXIF"
-    assert (
-        f"EXIF turns the mask (orientation {orientation if role == 'mask' else 1}) otherwise than its" in problem.what
-    )
+    of_mask = orientation if role == "mask" else 1
+    assert f"EXIF turns the mask (orientation {of_mask}) otherwise than its target" in problem.what
     _, findings, _ = list_found(tmp_path, dataset | {"check_masks": "warn"})
     assert bool(findings.problems) == (size[0] != size[1] and orientation != 3)  # then they are of two sizes
 
