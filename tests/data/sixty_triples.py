@@ -11,9 +11,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops, ImageOps
 
-from data.sources.problems import CAPTIONS, LEFT_OUT, MASKS, NAMES, SIZES, TRUNCATED, UNREADABLE
+from data.sources.problems import (
+    CAPTIONS,
+    LEFT_OUT,
+    MASKS,
+    MISPLACED,
+    NAMES,
+    POLARITY,
+    SIZES,
+    SOURCES,
+    TRUNCATED,
+    UNREADABLE,
+)
 
 COUNT, SIDE = 60, 48
 HOLE = (12, 10, 34, 30)
@@ -139,6 +150,14 @@ def _fill(number: int, level: int) -> Callable[[Path], object]:
     return lambda folder: _save_one(folder, "mask", number, Image.new("L", (SIDE, SIDE), level))
 
 
+def _change_mask(number: int, change: Callable[[Image.Image], Image.Image]) -> Callable[[Path], object]:
+    return lambda folder: _save_one(folder, "mask", number, change(_triple(number)["mask"]))
+
+
+def _shift(mask: Image.Image) -> Image.Image:
+    return ImageChops.offset(mask, 12, 0)
+
+
 def _again(role: str, number: int) -> Callable[[Path], object]:
     """The picture as it should be."""
     return lambda folder: _save_one(folder, role, number)
@@ -239,6 +258,41 @@ FAULTS = [
     ),
     Fault(MASKS, "mask/park-16.png", "all black", True, _fill(16, 0), _again("mask", 16)),
     Fault(MASKS, "mask/street-17.png", "all white", True, _fill(17, 255), _again("mask", 17)),
+    Fault(
+        POLARITY,
+        "mask/park-18.png",
+        "the mask is inverted",
+        True,
+        _change_mask(18, ImageOps.invert),
+        _again("mask", 18),
+    ),
+    Fault(
+        MISPLACED, "mask/street-19.png", "the mask lies elsewhere", True, _change_mask(19, _shift), _again("mask", 19)
+    ),
+    Fault(
+        MASKS,
+        "mask/park-20.png",
+        "its pixels are labels, not brightness: 0 (",
+        True,
+        _change_mask(20, lambda mask: mask.point(lambda level: level // 255)),
+        _again("mask", 20),
+    ),
+    Fault(
+        MASKS,
+        "mask/street-21.png",
+        "is the target's own file, no mask",
+        True,
+        _change_mask(21, lambda mask: _triple(21)["target"]),
+        _again("mask", 21),
+    ),
+    Fault(
+        SOURCES,
+        "source/park-22.png",
+        "source and target are the same",
+        True,
+        lambda folder: _save_one(folder, "source", 22, _triple(22)["target"]),
+        _again("source", 22),
+    ),
 ]
 
 
