@@ -41,7 +41,7 @@ log = logging.getLogger("fluxfill")
 
 SIGMA_BINS = (0.1, 0.3, 0.5, 0.7, 0.9)  # middles of fifths
 _NOISE_SEED = 2024  # of validation alone: the same noise in every run and at every step
-_SAMPLED_AT_ONCE = 4  # pictures per pipeline call at 1024 px; more of smaller ones
+SAMPLED_AT_ONCE = 4  # pictures per pipeline call at 1024 px; more of smaller ones
 _GRID_ROWS = 12
 
 
@@ -280,6 +280,6 @@ def _chunk(items: Sequence[_Item], world_size: int) -> list[list[_Item]]:
         by_bucket[item.rows.bucket].append(item)
     chunks = []
     for bucket, members in sorted(by_bucket.items()):
-        size = max(1, min(16, _SAMPLED_AT_ONCE * 4096 // bucket.tokens, -(-len(items) // world_size)))
+        size = max(1, min(16, SAMPLED_AT_ONCE * 4096 // bucket.tokens, -(-len(items) // world_size)))
         chunks += [members[start : start + size] for start in range(0, len(members), size)]
     return chunks
