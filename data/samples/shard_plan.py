@@ -149,7 +149,7 @@ def _plan_hash(samples: Sequence[PlannedSample], encoding: Mapping[str, object],
             "caption": sample.triple.caption,
             "bucket": str(sample.bucket),
             "crop": vars(sample.crop),
-            "masks": vars(sample.recipe),
+            "masks": sample.recipe.hashed,
             "flip": sample.flip,
         }
         for sample in samples
