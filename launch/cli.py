@@ -97,6 +97,9 @@ def preprocess(
         bool,
         typer.Option("--dry-run", help="Only say what it would do: pictures, shards, bytes, measured hours."),
     ] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Delete what the cache holds for another run, where it is in the way.")
+    ] = False,
 ) -> None:
     """Encode the pictures once and write the shards that training reads.
 
@@ -111,7 +114,7 @@ def preprocess(
     quiet_libraries()
     from data.preprocessing import run as job  # imports torch, which the other commands do without
 
-    (job.dry_run if dry_run else job.preprocess)(run, Console(), which)
+    (job.dry_run if dry_run else job.preprocess)(run, Console(), which, replace=replace)
 
 
 @app.command()

@@ -16,11 +16,13 @@ from data.samples.shard_plan import PlannedShard, plan_shards
 
 @dataclass(frozen=True)
 class Job:
-    """A config, and the model that encodes for it.  encoders: part -> fingerprint."""
+    """A config, and the model that encodes for it.  encoders: part -> fingerprint.  replace: delete what the cache
+    holds for another run, where it is in the way."""
 
     config: Config
     model: Path
     encoders: dict[str, str]
+    replace: bool = False
 
     @property
     def encoding(self) -> dict[str, object]:
