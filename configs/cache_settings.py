@@ -38,7 +38,7 @@ def keys_that_shape(least: Shapes, section: type[Section] = DataConfig) -> dict[
 def worker_settings(data: DataConfig) -> dict[str, object]:
     """The settings in which all workers on one cache must agree: "data.<key>" -> value in JSON's types."""
     dumped = data.model_dump(mode="json", include=keys_that_shape(Shapes.PLAN))
-    return {f"data.{key}": value for key, value in dumped.items()}
+    return _without_later_keys({f"data.{key}": value for key, value in dumped.items()})
 
 
 def manifest_settings(data: DataConfig) -> dict[str, object]:
@@ -51,11 +51,20 @@ def manifest_settings(data: DataConfig) -> dict[str, object]:
     for dataset in data.datasets:
         datasets[dataset.name]["mask"] = str(recipe_of(dataset))
     dumped["resolution"].sort()
-    return {
+    settings = {
         "data.datasets": sorted(datasets),
         **dict(_flatten(dumped, "data")),
         **dict(_flatten(datasets, "data.datasets")),
     }
+    return _without_later_keys(settings)
+
+
+LATER_KEYS = frozenset({"data.min_side", "data.max_enlarge"})  # than format 1
+
+
+def _without_later_keys(settings: dict[str, object]) -> dict[str, object]:
+    """Without the later keys where they are not set: caches that were made before them stay as they are."""
+    return {key: value for key, value in settings.items() if key not in LATER_KEYS or value is not None}
 
 
 def picture_settings(dataset: DatasetConfig) -> dict[str, object]:

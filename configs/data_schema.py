@@ -32,7 +32,7 @@ class CaptionsConfig(Section):
     """The text that goes with a picture."""
 
     default: Annotated[str, Shapes.SAMPLES] = ""
-    """Caption of a picture without a .txt file."""
+    """Caption of a picture without one of its own, or with an empty one."""
 
     trigger: Annotated[Annotated[str, Field(min_length=1)] | None, Shapes.SAMPLES] = None
     """Put in front of every caption that does not hold it already."""
@@ -134,6 +134,12 @@ class DataConfig(Section):
 
     max_megapixels: Annotated[PositiveFloat, Shapes.PLAN] = 64.0
     """Pictures of more megapixels are refused, not decoded."""
+
+    min_side: Annotated[PositiveInt | None, Shapes.SAMPLES] = None
+    """Pictures whose shorter side has fewer pixels are left out. null: none is."""
+
+    max_enlarge: Annotated[Annotated[float, Field(strict=True, ge=1)] | None, Shapes.SAMPLES] = None
+    """Pictures that would be enlarged by more than this to fill their bucket are left out. null: none is."""
 
     copies_gib: Annotated[NonNegativeFloat, Shapes.NOTHING] = 100.0
     """Room beside the cache, in GiB, for copies of remote pictures until they are encoded; those beyond it are fetched

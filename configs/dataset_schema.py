@@ -102,8 +102,8 @@ class MembersConfig(Section):
     source: Names | None = None
     """What the model sees in the place of the target, as in object removal. null: the target itself."""
 
-    caption: Names = ["txt", "json"]
-    """The caption: text, or the entry `caption` of a JSON object."""
+    caption: Names = ["txt", "caption", "json"]
+    """The caption: text, or the entry `caption` or `text` of a JSON object. An empty one is none."""
 
 
 class ColumnsConfig(Section):
@@ -119,10 +119,10 @@ class ColumnsConfig(Section):
     """What the model sees in the place of the target, as in object removal. null: the target itself."""
 
     caption: Word = "caption"
-    """The caption; a row without one has the default."""
+    """The caption; a row without one has the default. Where it is not named here, text is read too."""
 
     name: Word | None = None
-    """A name of its own for every row, for tables with a target in several rows. null: the target's path."""
+    """A name of its own for every row. null: the target's path, with #2, #3 and so on where it is in several rows."""
 
 
 class DatasetConfig(Section):
@@ -138,14 +138,14 @@ class DatasetConfig(Section):
         Shapes.PICTURES,
     ] = None
     """WebDataset tars of pictures: paths or URLs (https, s3, gs), one or several, with braces as in
-    s3://bucket/photos-{000000..000127}.tar."""
+    s3://bucket/photos-{000000..000127}.tar; paths also with *, or a folder of tars."""
 
     table: Annotated[Annotated[Word, Field(examples=["/data/pictures.jsonl"])] | None, Shapes.PICTURES] = None
-    """A list of pictures, one row each: a .jsonl or .parquet file (path or URL), or a folder as Hugging Face's datasets
-    writes it (metadata.jsonl beside pictures, .parquet or .arrow files)."""
+    """A list of pictures, one row each: a .jsonl, .csv or .parquet file (path or URL), or a folder as Hugging Face's
+    datasets writes it (metadata.jsonl beside pictures, .parquet or .arrow files)."""
 
     target: Annotated[Annotated[PathText, Field(examples=["/data/after"])] | None, Shapes.PICTURES] = None
-    """Folder of the pictures to learn, and of their captions as .txt beside them."""
+    """Folder of the pictures to learn, and of their captions as .txt or .caption beside them."""
 
     members: Annotated[MembersConfig, Shapes.PICTURES] = MembersConfig()
     """What the members of a sample are called in tars."""

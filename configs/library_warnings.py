@@ -29,11 +29,20 @@ _DEPRECATED_IN_LIBRARIES = (
 )
 
 
+# DeepSpeed sets its logger's level itself when it is imported; transformers imports it to save a text encoder.
+_DEEPSPEED_FOUND_NO_GPU = "Setting accelerator to CPU"
+
+
 def quiet_libraries() -> None:
     """Call it before torch, diffusers or transformers are imported."""
     for name in _CHATTERING:
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").addFilter(_is_no_chatter)
     for message in _DEPRECATED_IN_LIBRARIES:
         warnings.filterwarnings("ignore", message=message)
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # their bars, in a log file, are a line per tick
+
+
+def _is_no_chatter(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_DEEPSPEED_FOUND_NO_GPU)

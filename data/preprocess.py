@@ -1,6 +1,6 @@
 """Encode once: pictures, masks and captions -> a cache folder of shards. The job is data/preprocessing/run.py.
 
-fluxfill preprocess CONFIG.yaml [key=value ...] [--worker I --workers N] [--dry-run] [--replace]
+fluxfill preprocess CONFIG.yaml [key=value ...] [--worker I --workers N] [--dry-run] [--thorough] [--replace]
 accelerate launch data/preprocess.py --config CONFIG.yaml [key=value ...]
 """
 
@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from configs.library_warnings import quiet_libraries
+from configs.lighter_imports import lighten_imports
 
 if __name__ == "__main__":
     quiet_libraries()
+    lighten_imports()
 
 from rich.console import Console
 
@@ -22,7 +24,7 @@ from configs.loading import load_config
 from configs.supervision import BAD_INPUT
 from data.preprocessing.run import dry_run, preprocess
 from data.preprocessing.worker import which_worker
-from data.sources.problems import ProblemsFound, print_problems
+from data.sources.problems import ProblemsFound, print_found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,16 +34,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--worker", type=int, help="this worker, from 0; with --workers")
     parser.add_argument("--workers", type=int, help="how many there are")
     parser.add_argument("--dry-run", action="store_true", help="say what it would do, how large and how long")
+    parser.add_argument("--thorough", action="store_true", help="decode every picture in full before encoding any")
     parser.add_argument("--replace", action="store_true", help="delete what the cache holds for another run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example data.resolution=[512]")
     options = parser.parse_args(arguments)
     try:
         worker = which_worker(os.environ, worker=options.worker, workers=options.workers)
         run = dry_run if options.dry_run else preprocess
-        run(load_config(options.config, options.overrides), Console(), worker, replace=options.replace)
+        flags = {"thorough": options.thorough, "replace": options.replace}
+        run(load_config(options.config, options.overrides), Console(), worker, **flags)
     except ProblemsFound as error:
-        title = f"{len(error.problems)} problems" if len(error.problems) > 1 else "1 problem"
-        print_problems(Console(stderr=True), error.problems, title=title, listed_in=error.listed_in)
+        print_found(Console(stderr=True), error)
         return BAD_INPUT
     except InputError as error:
         Console(stderr=True, soft_wrap=True).print(str(error), style="red", markup=False, highlight=False)

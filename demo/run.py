@@ -30,7 +30,7 @@ def main() -> int:
     console = Console()
     start = time.monotonic()
     console.rule("[bold]1  photographs -> three folders of triples, and a tiny FLUX-Fill")
-    make_inputs()
+    make_inputs(WORK)
     console.print(f"{WORK}/triples: target, source and mask of 96 crops; {WORK}/model: 5.3 M parameters, random")
     console.rule("[bold]2  VAE, CLIP and T5 encode everything once, then train")
     for left in (WORK / "cache", RUN):  # else it would go on from the last demo
@@ -43,18 +43,20 @@ def main() -> int:
     return 0
 
 
-def make_inputs() -> None:
-    """Write demo/work/triples and demo/work/model; in a process of its own, whose memory goes with it."""
+def make_inputs(folder: Path) -> None:
+    """Write the triples and the model into a folder; in a process of its own, whose memory goes with it."""
     script = (
         "from pathlib import Path\n"
+        "from configs.lighter_imports import lighten_imports\n"
         "from configs.library_warnings import quiet_libraries\n"
+        "lighten_imports()\n"
         "quiet_libraries()\n"
         "from demo.photographs import write_triples\n"
         "from demo.tiny_model import build_tiny_model\n"
-        f"write_triples(Path('{WORK}/triples'))\n"
-        f"build_tiny_model(Path('{WORK}/model'))\n"
+        f"write_triples(Path('{folder}/triples'))\n"
+        f"build_tiny_model(Path('{folder}/model'))\n"
     )
-    WORK.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     subprocess.run([sys.executable, "-c", script], check=True)
 
 

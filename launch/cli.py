@@ -13,9 +13,11 @@ from typer.core import TyperGroup
 
 from configs.errors import InputError
 from configs.library_warnings import quiet_libraries
+from configs.lighter_imports import lighten_imports
 from configs.loading import json_schema, load_config
 from configs.supervision import BAD_INPUT
 from data.preprocessing.worker import which_worker
+from data.sources.problems import ProblemsFound, print_found
 from launch import shards
 from launch.command import (
     choose_engine,
@@ -37,6 +39,9 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except ProblemsFound as error:
+            print_found(Console(stderr=True), error)
+            raise typer.Exit(BAD_INPUT) from error
         except InputError as error:
             _print_error(str(error))
             raise typer.Exit(BAD_INPUT) from error
@@ -97,6 +102,10 @@ def preprocess(
         bool,
         typer.Option("--dry-run", help="Only say what it would do: pictures, shards, bytes, measured hours."),
     ] = False,
+    thorough: Annotated[
+        bool,
+        typer.Option("--thorough", help="Decode every picture in full first: finds files that were cut off."),
+    ] = False,
     replace: Annotated[
         bool, typer.Option("--replace", help="Delete what the cache holds for another run, where it is in the way.")
     ] = False,
@@ -112,9 +121,10 @@ def preprocess(
     run = load_config(config, overrides or [])
     which = which_worker(os.environ, worker=worker, workers=workers)
     quiet_libraries()
+    lighten_imports()
     from data.preprocessing import run as job  # imports torch, which the other commands do without
 
-    (job.dry_run if dry_run else job.preprocess)(run, Console(), which, replace=replace)
+    (job.dry_run if dry_run else job.preprocess)(run, Console(), which, thorough=thorough, replace=replace)
 
 
 @app.command()

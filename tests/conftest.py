@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from configs.lighter_imports import lighten_imports
+
 if TYPE_CHECKING:
     from configs.schema import Config
     from data.cache.open_cache import Cache
 
 ROOT = Path(__file__).resolve().parents[1]
+
+lighten_imports()  # as in every program of ours
 
 # The fixtures import what they need themselves: diffusers takes 10 s, and most tests need none of it.
 

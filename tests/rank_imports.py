@@ -1,8 +1,17 @@
 """What the warm server of ranks and workers imports once. Starts no threads: a fork takes but the thread that forks."""
 
+import gc
+
 from configs.library_warnings import quiet_libraries
+from configs.lighter_imports import lighten_imports
 
 quiet_libraries()
+lighten_imports()
+gc.disable()
 
 import data.preprocessing.run  # noqa: E402, F401
+import trainer.export.verify  # noqa: E402  (with peft and the pipeline)
 import trainer.main  # noqa: E402, F401
+
+gc.freeze()  # the forks leave their parent's pages alone
+gc.enable()

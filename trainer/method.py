@@ -9,7 +9,6 @@ from diffusers import FluxTransformer2DModel
 from configs.combinations import QUANTIZED, notes_of
 from configs.schema import Config
 from data.encoders.model_folder import read_part_config
-from trainer.adapters.build import add_adapter
 from trainer.engines.base import Engine
 from trainer.model.flux import DEV_CHANNELS, empty_transformer, load_transformer
 from trainer.model.quantize import quantize_base
@@ -34,6 +33,8 @@ def build_transformer(config: Config, model: Path, engine: Engine) -> FluxTransf
     if config.model.precision in QUANTIZED:
         quantize_base(transformer, config.model.precision, engine.ranks.broadcast)
     if method.type != "full":
+        from trainer.adapters.build import add_adapter  # with peft and transformers: half a second
+
         expanded = read_part_config(model, "transformer").get("in_channels", DEV_CHANNELS) == DEV_CHANNELS
         add_adapter(transformer, method, expanded=expanded, seed=config.run.seed)
     if checkpoints_activations(config, engine):

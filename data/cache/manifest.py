@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from configs.cache_settings import is_place, manifest_settings, picture_settings
+from configs.cache_settings import LATER_KEYS, is_place, manifest_settings, picture_settings
 from configs.errors import InputError
 from configs.schema import Config
 from data.cache_layout import MANIFEST, SHARD_TABLE, SHARDS, VALIDATION
@@ -186,16 +186,16 @@ def refuse_other_settings(config: Config, model: Path, manifest: Manifest, *, pi
     if pictures:
         for dataset in config.data.datasets:
             wanted |= {key: value for key, value in picture_settings(dataset).items() if key in manifest.settings}
-    found = {key: manifest.settings.get(key) for key in wanted}
+    found = manifest.settings
     problems = [
         f"{part} of model.base {config.model.base} is not the one that encoded the cache "
         f"({encoders[part][:12]}, not {manifest.encoders.get(part, 'none')[:12]})"
         for part in encoders
         if encoders[part] != manifest.encoders.get(part)
     ] + [
-        f"{key} is {value!r}, the cache was made with {found[key]!r}"
-        for key, value in wanted.items()
-        if value != found[key] and not (is_place(key) and value and found[key])
+        f"{key} is {wanted.get(key)!r}, the cache was made with {found.get(key)!r}"
+        for key in [*wanted, *sorted(LATER_KEYS - wanted.keys())]
+        if wanted.get(key) != found.get(key) and not (is_place(key) and wanted[key] and found.get(key))
     ]
     if problems:
         raise InputError(

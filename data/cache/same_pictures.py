@@ -24,7 +24,8 @@ from data.cache_layout import index_path
 from data.sources.folders import list_folders
 from data.sources.items import Item
 from data.sources.pictures import read_picture
-from data.sources.tables import list_table, names_are_below
+from data.sources.problems import Findings
+from data.sources.tables import list_table, names_are_below, number_repeats
 from data.sources.tars import expand_tars, list_tar, tar_name
 from data.sources.triples import content_of, key_of
 
@@ -121,13 +122,16 @@ def _first_other(dataset: DatasetConfig, stored: dict[str, dict[str, str]], max_
 
 def _list_items(dataset: DatasetConfig, metas: Iterable[dict[str, str]]) -> list[Item]:
     """The items of a dataset; of tars, of those that hold these samples."""
+    findings = Findings()  # which are preprocessing's to tell
     if dataset.target is not None:
-        return list_folders(dataset.target, mask_folder(dataset), dataset.source, dataset.name)
+        return list_folders(dataset.target, mask_folder(dataset), dataset.source, dataset.name, findings)
     has_masks = not recipe_of(dataset).shares
     if dataset.table is not None:
         table = Path(dataset.table)
         below = names_are_below(dataset.table, dataset.table)
-        return list_table(dataset.table, table, below, dataset, masks=has_masks, pack=table, packed=io.BytesIO())
+        inside = io.BytesIO()  # nothing: such tables are not looked at
+        items = list_table(dataset.table, table, below, dataset, findings, masks=has_masks, pack=table, packed=inside)
+        return items if dataset.columns.name is not None else number_repeats(items, findings)
     wanted = {meta["target"].partition("/")[0] for meta in metas}
     tars = [tar for tar in expand_tars(dataset.tars or [], dataset.name) if tar_name(tar) in wanted]
-    return [item for tar in tars for item in list_tar(tar, Path(tar), dataset, masks=has_masks)]
+    return [item for tar in tars for item in list_tar(tar, Path(tar), dataset, findings, masks=has_masks)]

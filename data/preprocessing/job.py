@@ -12,16 +12,18 @@ from data.encoders.model_folder import read_part_number
 from data.encoders.stored_text import text_bytes
 from data.samples.plan import plan_samples
 from data.samples.shard_plan import PlannedShard, plan_shards
+from data.samples.summary import print_summary
 
 
 @dataclass(frozen=True)
 class Job:
-    """A config, and the model that encodes for it.  encoders: part -> fingerprint.  replace: delete what the cache
-    holds for another run, where it is in the way."""
+    """A config, and the model that encodes for it.  encoders: part -> fingerprint.  thorough: decode every picture in
+    full before any is encoded.  replace: delete what the cache holds for another run, where it is in the way."""
 
     config: Config
     model: Path
     encoders: dict[str, str]
+    thorough: bool = False
     replace: bool = False
 
     @property
@@ -44,10 +46,13 @@ class Job:
 
 
 def make_plan(job: Job, progress: Progress) -> list[PlannedShard]:
-    """Every shard of a job's cache: a pure function of the pictures and the settings. Raises InputError as
+    """Every shard of a job's cache: a pure function of the pictures and the settings. Prints
+    what a person should know of it. Raises InputError as
     `plan_samples` does."""
+    samples = plan_samples(job.config, progress, thorough=job.thorough)
+    print_summary(progress.console, samples, job.config.data.captions)
     return plan_shards(
-        plan_samples(job.config, progress),
+        samples,
         size_limit=job.config.data.shard_size_mib << 20,
         text_bytes=job.text_bytes,
         encoding=job.encoding,

@@ -47,6 +47,7 @@ from data.samples.decode import DecodedBatch, decode_batches
 from data.samples.geometry import Pixels
 from data.samples.shard_plan import PlannedShard
 from data.sources.download_cache import delete_copies
+from data.sources.problems import Findings
 from data.sources.scan import scan_dataset
 from data.storage.disk_full import DiskFull, raise_disk_full
 
@@ -55,17 +56,20 @@ _DROPOUT_TENSORS, _MANIFEST = "constants", "head"  # what can be claimed, beside
 _ALONE = Worker()
 
 
-def preprocess(config: Config, console: Console, worker: Worker = _ALONE, *, replace: bool = False) -> None:
+def preprocess(
+    config: Config, console: Console, worker: Worker = _ALONE, *, thorough: bool = False, replace: bool = False
+) -> None:
     """Bring data.cache up to date with the datasets, model and settings of a config, together with other workers;
     touch nothing if it is. Returns when the cache is complete.
 
-    replace: delete what the cache holds for another run, where it is in the way.
+    thorough: decode every picture in full before any is encoded.  replace: delete what the cache holds for another run,
+    where it is in the way.
     Raises InputError for whatever the user can mend, and Evicted: shards finished by then stay, parts of one do
     not.
     """
     cache = config.data.cache_folder
     model = find_model(config.model.base)
-    job = Job(config, model, encoder_fingerprints(model), replace=replace)
+    job = Job(config, model, encoder_fingerprints(model), thorough, replace)
     try:
         with (
             raise_disk_full(cache),
@@ -126,7 +130,7 @@ def _scan(job: Job, progress: Progress) -> None:
     """Scan the pictures that no worker has scanned yet; results are kept in the cache, for the one that plans."""
     bar = progress.add_task("reading pictures", total=None)
     for dataset in job.config.data.datasets:
-        scan_dataset(dataset, job.config.data, partial(progress.advance, bar))
+        scan_dataset(dataset, job.config.data, partial(progress.advance, bar), Findings(), thorough=job.thorough)
 
 
 def encode_what_is_left(
@@ -239,7 +243,9 @@ def _only_pixels(decoded: DecodedBatch[ValidationItem]) -> tuple[ValidationItem,
     return decoded.tag, decoded.pixels[0][0]
 
 
-def dry_run(config: Config, console: Console, worker: Worker = _ALONE, *, replace: bool = False) -> None:
+def dry_run(
+    config: Config, console: Console, worker: Worker = _ALONE, *, thorough: bool = False, replace: bool = False
+) -> None:
     """Print what `preprocess` would do: pictures and shards by dataset, bucket and split, bytes by part, and hours,
     measured on a batch of each size. Writes no shard and claims none.
 
@@ -247,7 +253,7 @@ def dry_run(config: Config, console: Console, worker: Worker = _ALONE, *, replac
     """
     data = config.data
     model = find_model(config.model.base)
-    job = Job(config, model, encoder_fingerprints(model), replace=replace)
+    job = Job(config, model, encoder_fingerprints(model), thorough, replace)
     with raise_disk_full(data.cache_folder), open_progress(console, worker) as progress:
         plans = _make_own_plan(job, progress)
     finished = read_finished_of(data.cache_folder, plans)

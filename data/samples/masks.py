@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
-from skimage.morphology import isotropic_dilation
 
 from configs.dataset_schema import RandomMasks
 from configs.mask_recipe import MaskRecipe
@@ -62,6 +61,8 @@ def _grow(mask: np.ndarray, radius: int) -> np.ndarray:
         slice(max(0, rows[0] - radius), rows[-1] + radius + 1),
         slice(max(0, columns[0] - radius), columns[-1] + radius + 1),
     )
+    from skimage.morphology import isotropic_dilation  # half a second, and most datasets grow no masks
+
     grown = np.zeros_like(mask)
     grown[window] = isotropic_dilation(mask[window], radius)
     return grown

@@ -6,10 +6,12 @@ from functools import partial
 import xxhash
 from rich.progress import Progress
 
+from configs.data_schema import DataConfig
 from configs.errors import InputError
 from configs.mask_recipe import OWN_MASKS, MaskRecipe, recipe_of
 from configs.schema import Config
 from data.samples.geometry import Bucket, Crop, choose_buckets, plan_crop
+from data.sources.problems import Findings, print_problems
 from data.sources.triples import Triple, held_out, list_triples
 
 TRAIN, HOLDOUT = "train", "holdout"  # the splits
@@ -45,21 +47,37 @@ def text_name(caption: str) -> str:
     return f"text-{xxhash.xxh3_64_hexdigest(caption.encode())}"
 
 
-def plan_samples(config: Config, progress: Progress) -> list[PlannedSample]:
+def plan_samples(config: Config, progress: Progress, *, thorough: bool = False) -> list[PlannedSample]:
     """Every triple in its bucket(s), split and crop; no pixels are kept. Results of the scan are kept in data.cache.
 
     A mirror image is a sample of its own, since the latents of a mirrored picture are not its mirrored latents. It has
     its original's caption and split: a held-out picture must not be trained on the other way round.
-    Raises one InputError that lists every triple at fault, or says that nothing is left to train on.
+    thorough: decode every picture in full.
+    Raises one ProblemsFound of all that is wrong in any dataset, or InputError if nothing is left to train on.
     """
-    data, policy = config.data, config.data.resolution_policy
+    data = config.data
     bar = progress.add_task("reading pictures", total=None)
+    findings = Findings()
     found = [
         (dataset, triple, size)
         for dataset in data.datasets
-        for triple, size in list_triples(dataset, data, advance=partial(progress.advance, bar))
+        for triple, size in list_triples(dataset, data, partial(progress.advance, bar), findings, thorough=thorough)
     ]
+    if findings.notes:
+        title = f"{len(findings.notes)} note{'s' if len(findings.notes) > 1 else ''}, which stop nothing"
+        print_problems(progress.console, findings.notes, title=title, style="yellow")
+    findings.raise_problems(data.cache_folder)
     progress.update(bar, total=len(found), completed=len(found))
+    crops = {size: _crops_of(size, data) for size in {size for _, _, size in found}}  # few, of however many pictures
+    left_out = sum(not crops[size] for _, _, size in found)
+    if left_out:
+        found = [entry for entry in found if crops[entry[2]]]
+        limits = f"data.min_side {data.min_side}, data.max_enlarge {data.max_enlarge}".replace("None", "not set")
+        progress.console.print(
+            f"{left_out} of {left_out + len(found)} pictures are left out ({limits})", highlight=False
+        )
+    if left_out and not found:
+        raise InputError(f"All {left_out} pictures are left out ({limits}). Lower the one or raise the other.")
     kept = held_out((triple.target_content for _, triple, _ in found), data.holdout)
     if all(triple.target_content in kept for _, triple, _ in found):
         raise InputError(
@@ -67,10 +85,6 @@ def plan_samples(config: Config, progress: Progress) -> list[PlannedSample]:
             f"Lower it below {len(kept)}, or add pictures."
         )
     recipes = {dataset.name: recipe_of(dataset) for dataset in data.datasets}
-    crops = {
-        size: [(bucket, plan_crop(*size, bucket)) for bucket in choose_buckets(*size, data.resolution, policy=policy)]
-        for size in {size for _, _, size in found}  # few, of however many pictures
-    }
     return [
         PlannedSample(
             triple,
@@ -85,3 +99,13 @@ def plan_samples(config: Config, progress: Progress) -> list[PlannedSample]:
         for bucket, crop in crops[size]
         for flip in ((False, True) if dataset.flip else (False,))
     ]
+
+
+def _crops_of(size: tuple[int, int], data: DataConfig) -> list[tuple[Bucket, Crop]]:
+    """The bucket(s) of a picture of this size and its crop for each; none where it is smaller than is wanted."""
+    if data.min_side is not None and min(size) < data.min_side:
+        return []
+    buckets = choose_buckets(*size, data.resolution, policy=data.resolution_policy)
+    crops = [(bucket, plan_crop(*size, bucket)) for bucket in buckets]
+    most = data.max_enlarge
+    return [(bucket, crop) for bucket, crop in crops if most is None or crop.width <= most * size[0]]

@@ -1,87 +1,188 @@
-"""Folders of pictures: files belong together when their path below their folder agrees up to the suffix."""
+"""Folders of pictures: files belong together when their path below their folder agrees up to the suffix.
+
+How an accent is written (Unicode's NFC or NFD) makes no other name: macOS and Linux differ in it. A picture may have
+several masks: a_mask_01.png and a.mask2.png are masks of a.png, each of which makes a sample of its own.
+"""
 
 import os
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
-from configs.errors import InputError, list_problems
-from data.sources.items import Item, decode_text, is_utf8
+from configs.errors import InputError
+from data.sources.caption_files import CAPTION_SUFFIXES, LISTS_OF_PICTURES, note_other_files, note_unused_texts
+from data.sources.items import Item, is_utf8
+from data.sources.near_names import NearNames
 from data.sources.picture_file import PictureFile
 from data.sources.pictures import PICTURE_SUFFIXES
+from data.sources.problems import LEFT_OUT, LISTS, NAMES, Findings
 from data.sources.walk import walk_folder
 
+# Pictures that are not read. They are counted: one that is passed over without a word is missed a month later.
+_OTHER_PICTURES = re.compile(
+    r"\.(arw|avif|cr2|cr3|dds|dng|exr|gif|hdr|heic|heif|ico|j2k|jfif|jp2|jpe|jpf|jxl|nef|pbm|pcx|pgm|pnm|ppm|psd|qoi|raw"
+    r"|svg|tga)"
+)
+_ONE_OF_SEVERAL = re.compile(r"(.+?)[._-]mask[._-]?\d*", re.IGNORECASE)
 
-def list_folders(target: Path, mask: Path | None, source: Path | None, dataset: str) -> list[Item]:
+
+def list_folders(target: Path, mask: Path | None, source: Path | None, dataset: str, findings: Findings) -> list[Item]:
     """The items of two or three folders, sorted by name; captions are the paths of their files (`read_caption_file`).
 
-    mask: None where masks are random.  Raises one InputError that names every target without mask (or source), and
-    every mask or source without target.
+    mask: None where masks are random.  findings: takes every target without mask (or source), every mask or source
+    without target, and notes of what is there and not read.
     """
-    folders = {"target": target, "mask": mask, "source": source}
-    found = {role: _find(folder, role, dataset) if folder else _Found({}, {}) for role, folder in folders.items()}
-    targets, partners = found["target"].pictures, [role for role in ("mask", "source") if folders[role] is not None]
-    problems = [
-        f"{targets[name]}: no {role} of the same name in {folders[role]}. Add it, or remove the target."
-        for role in partners
-        for name in sorted(targets.keys() - found[role].pictures.keys())
-    ] + [
-        f"{found[role].pictures[name]}: no target of the same name in {target}. Add it, or remove this {role}."
-        for role in partners
-        for name in sorted(found[role].pictures.keys() - targets.keys())
-    ]
-    if problems:
-        raise InputError(list_problems(problems))
-    masks, sources = found["mask"].pictures, found["source"].pictures
-    texts = found["source"].texts | found["target"].texts  # the one beside the target comes first
-    return [Item(name, targets[name], masks.get(name), sources.get(name), texts.get(name)) for name in sorted(targets)]
+    folders = {"target": target} | ({"mask": mask} if mask else {}) | ({"source": source} if source else {})
+    found: dict[str, _Found] = {}
+    for role, folder in folders.items():
+        try:
+            found[role] = _find(folder, role, dataset, findings)
+        except InputError as error:
+            findings.add_error(error, LISTS)
+    if len(found) < len(folders):
+        return []
+    targets, masks, sources = found["target"], found.get("mask"), found.get("source")
+    target_of = {name: name for name in targets.pictures} if masks is None else _target_of_masks(targets, masks)
+    unmasked = {name: targets.pictures[name] for name in sorted(targets.pictures.keys() - set(target_of.values()))}
+    items: list[Item] = []
+    sourceless = {name: picture for name, picture in unmasked.items() if sources and name not in sources.pictures}
+
+    def caption_of(*names: str) -> str | None:
+        texts = (each.texts[name] for each in (targets, sources) if each for name in names if name in each.texts)
+        return next(texts, None)
+
+    sources_used, texts_used = set(unmasked), set(map(caption_of, unmasked))
+    for name, own_target in target_of.items():
+        names = (name, own_target)  # what goes with one of several masks may be called like it, or like the target
+        caption = caption_of(*names)
+        texts_used.add(caption)
+        target_picture, mask_picture = targets.pictures[own_target], masks.pictures[name] if masks else None
+        source_picture = None
+        if sources:
+            of_source = next((key for key in names if key in sources.pictures), None)
+            if of_source is None:
+                sourceless[name] = target_picture if name == own_target or not mask_picture else mask_picture
+                continue
+            sources_used.add(of_source)
+            source_picture = sources.pictures[of_source]
+        sample = targets.name_of(name) if name == own_target or masks is None else masks.name_of(name)
+        items.append(Item(sample, target_picture, mask_picture, source_picture, caption))
+    if masks:
+        _report_partners("mask", masks, masks.pictures.keys() - target_of.keys(), targets, unmasked, findings)
+    if sources:
+        _report_partners("source", sources, sources.pictures.keys() - sources_used, targets, sourceless, findings)
+    known = targets.pictures.keys() | target_of.keys()
+    texts_found = {path: name for each in found.values() for path, name in each.texts_found.items()}
+    note_unused_texts(texts_found, texts_used, known, findings)
+    note_other_files({path: name for each in found.values() for path, name in each.others.items()}, known, findings)
+    return sorted(items, key=lambda item: item.name)
 
 
-class _Found(NamedTuple):
-    """What a folder holds, by relative path without suffix: pictures, and paths of .txt files."""
+@dataclass(frozen=True)
+class _Found:
+    """What a folder holds, by relative path without suffix, in Unicode's NFC.
 
-    pictures: dict[str, PictureFile]
-    texts: dict[str, str]
+    texts: paths of captions' files, one a name.  left_out: paths of pictures that are not read.  texts_found, others:
+    of all captions' files, and of JSON and lists that may hold some, path -> name.
+    """
+
+    folder: Path
+    pictures: dict[str, PictureFile] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    texts_found: dict[str, str] = field(default_factory=dict)
+    others: dict[str, str] = field(default_factory=dict)
+
+    def name_of(self, name: str) -> str:
+        """A picture's name as its file has it."""
+        return name if name.isascii() else os.path.splitext(os.path.relpath(self.pictures[name].place, self.folder))[0]
 
 
-def _find(folder: Path, role: str, dataset: str) -> _Found:
-    """Raises InputError if there is no picture, a name is not UTF-8, two pictures differ in their suffix alone, the
-    folder is missing, or `walk_folder` refuses one below it."""
+def _find(folder: Path, role: str, dataset: str, findings: Findings) -> _Found:
+    """findings: takes pictures whose name is not UTF-8 or differs in the suffix alone, and notes of those not read.
+
+    Raises InputError if there is no picture, the folder is missing, or `walk_folder` refuses one below it."""
     where = f"dataset {dataset}: {role} folder {folder}"
     if not folder.is_dir():
         raise InputError(f"{where} does not exist. Check data.datasets.*.{role}.")
 
-    found = _Found({}, {})
-    problems = []
+    found = _Found(folder)
     for parent, files in walk_folder(folder, where):
         below = os.path.relpath(parent, folder)
         for file in files:  # of a million: no Path is made of each
             stem, suffix = os.path.splitext(file)
-            if suffix.lower() not in _SUFFIXES:
-                continue
-            name = stem if below == "." else f"{below}/{stem}"
-            if suffix.lower() == ".txt":
-                found.texts[name] = os.path.join(parent, file)
-                continue
-            if name in found.pictures:
-                other = os.path.basename(found.pictures[name].place)
-                problems.append(f"{where}: {other} and {file} have the same name. Keep one of them.")
-            if not is_utf8(name):
-                problems.append(f"{where}: the name of {name!a} is not UTF-8. Rename it.")
-            found.pictures[name] = PictureFile(os.path.join(parent, file))
-    if problems:
-        raise InputError(list_problems(problems))
+            suffix = suffix.lower()
+            name = unicodedata.normalize("NFC", stem if below == "." else f"{below}/{stem}")
+            path = os.path.join(parent, file)
+            if suffix in PICTURE_SUFFIXES:
+                if name in found.pictures:
+                    other = os.path.basename(found.pictures[name].place)
+                    findings.add(NAMES, where, f"{other} and {file} have the same name", "Keep one of them.")
+                if is_utf8(name):
+                    found.pictures[name] = PictureFile(path)
+                else:
+                    findings.add(NAMES, where, f"the name of {name!a} is not UTF-8", "Rename it.")
+            elif suffix in CAPTION_SUFFIXES:
+                found.texts_found[path] = name
+                if suffix == CAPTION_SUFFIXES[0] or name not in found.texts:
+                    found.texts[name] = path
+            elif _OTHER_PICTURES.fullmatch(suffix):
+                found.left_out[name] = path
+            elif suffix == ".json" or file.lower() in LISTS_OF_PICTURES:
+                found.others[path] = name
+    _note_left_out(found, findings)
     if not found.pictures:
         kinds = ", ".join(sorted(PICTURE_SUFFIXES))
         raise InputError(f"{where} holds no picture ({kinds}). Check data.datasets.*.{role}.")
     return found
 
 
-_SUFFIXES = PICTURE_SUFFIXES | {".txt"}
+def _note_left_out(found: _Found, findings: Findings) -> None:
+    by_suffix: dict[str, list[str]] = defaultdict(list)
+    for path in found.left_out.values():
+        by_suffix[os.path.splitext(path)[1].lower()].append(os.path.basename(path))
+    for suffix, files in by_suffix.items():
+        which = ", ".join(sorted(files)[:3]) + (", ..." if len(files) > 3 else "")
+        cure = "Save them as PNG or JPEG, or move them away."
+        findings.note(LEFT_OUT, found.folder, f"{len(files)} {suffix} not read: {which}", cure)
 
 
-def read_caption_file(path: str) -> str:
-    """The text of a caption's file. Raises InputError if it cannot be read, or is not UTF-8."""
-    try:
-        return decode_text(Path(path).read_bytes(), path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}). Change its permissions.") from error
+def _target_of_masks(targets: _Found, masks: _Found) -> dict[str, str]:
+    """Mask -> its target, by name, of masks that have one."""
+    target_of = {}
+    for name in masks.pictures:
+        if name in targets.pictures:
+            target_of[name] = name
+        elif (match := _ONE_OF_SEVERAL.fullmatch(name)) and match[1] in targets.pictures:
+            target_of[name] = match[1]
+    return target_of
+
+
+def _report_partners(
+    role: str,
+    partners: _Found,
+    orphans: Set[str],
+    targets: _Found,
+    lacking: Mapping[str, PictureFile],
+    findings: Findings,
+) -> None:
+    """What has no partner, and the file that it may be meant for. orphans: of `partners`.  lacking: name -> a picture
+    that has none."""
+
+    def add(picture: PictureFile, name: str, what: str, others: _Found, near: NearNames, cure: str) -> None:
+        hint = ""
+        if name in others.left_out:
+            hint = f"; {os.path.basename(others.left_out[name])} is there, which is not read"
+        elif nearest := near.nearest(name):
+            hint = f"; the nearest is {os.path.relpath(others.pictures[nearest].place, others.folder)}"
+        findings.add(NAMES, picture, f"{what} in {others.folder}{hint}", cure)
+
+    near_partners, near_targets = NearNames(sorted(orphans)), NearNames(sorted(lacking or targets.pictures))
+    for name, picture in lacking.items():
+        add(picture, name, f"no {role} of the same name", partners, near_partners, "Add it, or remove the target.")
+    for name in sorted(orphans):
+        cure = f"Add it, or remove this {role}."
+        add(partners.pictures[name], name, "no target of the same name", targets, near_targets, cure)

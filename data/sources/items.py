@@ -29,11 +29,22 @@ class Item:
 
 
 def finish_caption(text: str | None, captions: CaptionsConfig) -> str:
-    """A caption on one line, or the default where there is none; the trigger word in front, unless it is in it."""
-    text = captions.default if text is None else " ".join(text.split())
+    """A caption on one line, or the default where there is none, or an empty one; the trigger word in front, unless it
+    is in it."""
+    text = " ".join((text or "").split()) or captions.default
     if captions.trigger and not _holds_word(text, captions.trigger):
         text = f"{captions.trigger}, {text}" if text else captions.trigger
     return text
+
+
+OWN, DEFAULT, NONE = "of their own", "the default", "none"  # whose caption a sample has
+
+
+def whose_caption(caption: str, captions: CaptionsConfig) -> str:
+    """Of a finished caption: OWN, DEFAULT, or NONE where not even a default is set."""
+    if caption != finish_caption(None, captions):
+        return OWN
+    return DEFAULT if captions.default.strip() else NONE
 
 
 def _holds_word(text: str, word: str) -> bool:

@@ -1,19 +1,30 @@
 """Opening pictures that strangers made: checked before they are decoded, upright, in RGB of the colour space sRGB."""
 
 import io
-import os
-import struct
 import threading
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError, features
+from PIL.TiffImagePlugin import TiffImageFile
 
 from configs.errors import InputError
+from data.sources.colours import has_alpha, to_srgb, to_srgb_from_16_bits
+from data.sources.deep_samples import has_deep_samples, raw_mode, read_deep_samples
+from data.sources.file_signatures import foreign_colours, format_by_signature, png_chunks
 from data.sources.picture_file import PictureBytes, PictureFile, byte_limit
+from data.sources.tiff_layout import as_tiff_shows, describe_tiff, tiff_problem
 
-PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # Pillow's other readers are code that no picture here needs
+PICTURE_SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
+)
+# Pillow's other readers are code that no picture here needs.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", *(("AVIF",) if features.check("avif") else ()))
+
+# The most bytes that one profile or text in a PNG may unpack to. Pillow's own limit, 1 MiB, is below what scanners'
+# profiles and the workflows of image generators take.
+_METADATA_LIMIT = 16 << 20
+PngImagePlugin.MAX_TEXT_CHUNK = _METADATA_LIMIT
 
 # A picture is resized until its short side fills the bucket, so a strip of a few pixels would become gigapixels: at 32
 # it takes 16 times the bucket's area, no more than a large photograph.
@@ -46,42 +57,87 @@ def read_picture(picture: Picture, *, max_megapixels: float, stop: threading.Eve
     return file.read(byte_limit(max_megapixels), stop=stop)
 
 
-def _open(picture_bytes: PictureBytes, max_megapixels: float) -> Image.Image:
-    """An opened, not yet decoded picture. Raises InputError if it is no picture, or too large or too long to
-    decode."""
+def _open(picture_bytes: PictureBytes, max_megapixels: float) -> ImageFile.ImageFile:
+    """An opened, not yet decoded picture. Raises InputError if it is none, or refused as `_refuse` says."""
     # Pillow's own limit is one for the whole process and may lie below the user's; the check below stands in for it.
     Image.MAX_IMAGE_PIXELS = None
     try:
         picture = Image.open(io.BytesIO(picture_bytes.data), formats=_FORMATS)
     except UnidentifiedImageError:
-        begin = bytes(picture_bytes.data[:16])
-        raise InputError(
-            f"{picture_bytes}: not a readable picture (not one of {', '.join(_FORMATS)}: it begins with {begin!r}). "
-            "Replace or remove the file."
-        ) from None
+        raise InputError(f"{picture_bytes}: {_describe_unread(picture_bytes.data)}") from None
     except Exception as error:  # Pillow raises a dozen types for bytes that are no picture
-        raise InputError(f"{picture_bytes}: not a readable picture ({error}). Replace or remove the file.") from error
+        raise _unreadable(picture_bytes, "not a readable picture", error) from error
+    try:
+        _refuse(picture, picture_bytes, max_megapixels)
+    except Exception as error:
+        picture.close()
+        if isinstance(error, InputError):
+            raise
+        raise _unreadable(picture_bytes, "not a readable picture", error) from error
+    return picture
+
+
+def _refuse(picture: ImageFile.ImageFile, picture_bytes: PictureBytes, max_megapixels: float) -> None:
+    """Raise InputError if a picture is too large or too long to decode, or would be decoded to something else than it
+    shows."""
     megapixels = picture.width * picture.height / 1e6
     if megapixels > max_megapixels:
-        picture.close()
         raise InputError(
             f"{picture_bytes}: {picture.width}x{picture.height} is {megapixels:.0f} megapixels, above "
             f"data.max_megapixels {max_megapixels:g}; it was not decoded. Shrink the picture or raise the limit."
         )
     if max(picture.size) > LONGEST_ASPECT * min(picture.size):
-        picture.close()
         raise InputError(
             f"{picture_bytes}: {picture.width}x{picture.height} is more than {LONGEST_ASPECT} times as long as wide: "
             "next to nothing of it would be left at the size that is trained. Cut it into pictures, or remove it."
         )
-    return picture
+    problem = _problem(picture, picture_bytes.data)
+    if problem:
+        raise InputError(f"{picture_bytes}: {problem}. Save it as PNG of 8 bits.")
+
+
+def _problem(picture: ImageFile.ImageFile, data: bytes) -> str:
+    """Why an opened picture would be decoded to something else than it shows, "" if it would not."""
+    if picture.mode in ("I", "F"):
+        return "has 32-bit pixels, whose white is anyone's guess"
+    if isinstance(picture, TiffImageFile):
+        return tiff_problem(picture, data)
+    frames = getattr(picture, "n_frames", 1)
+    if frames > 1 and picture.format != "MPO":  # of an MPO, the first is the photograph
+        return f"is an animation of {frames} frames, and nothing says which is meant"
+    colours = "" if picture.info.get("icc_profile") else foreign_colours(data, picture.format)
+    if colours:
+        return f"has colours other than sRGB ({colours}), and no profile that says how to show them"
+    return ""
+
+
+def _describe_unread(data: bytes) -> str:
+    layout = describe_tiff(data)
+    if layout:
+        return f"a TIFF of a layout that is not read ({layout}). Save it as PNG of 8 bits."
+    named = format_by_signature(data)
+    if named:
+        return f"not a readable picture (kind: {named}). Convert it to PNG of 8 bits, or restore or remove the file."
+    return (
+        f"not a readable picture (not one of {', '.join(_FORMATS)}: it begins with {data[:16]!r}). Replace or remove "
+        "the file, or convert it to PNG."
+    )
+
+
+def _unreadable(name: object, what: str, error: Exception) -> InputError:
+    if "MAX_TEXT" in str(error):
+        return InputError(
+            f"{name}: its profile or its texts unpack to more than {_METADATA_LIMIT >> 20} MiB. Strip its metadata "
+            "(`exiftool -all= FILE`)."
+        )
+    return InputError(f"{name}: {what} ({error}). Replace or remove the file.")
 
 
 def _decode(picture: Image.Image, name: object) -> None:
     try:
         picture.load()
     except Exception as error:
-        raise InputError(f"{name}: cannot be decoded ({error}). Replace or remove the file.") from error
+        raise _unreadable(name, "cannot be decoded", error) from error
 
 
 def _orientation(picture: Image.Image) -> int:
@@ -97,16 +153,8 @@ def _orientation(picture: Image.Image) -> int:
 
 def _says_more_behind_its_pixels(png: bytes) -> bool:
     """Whether a PNG holds metadata behind its pixels, as some tools write it: seen only by decoding."""
-    pixels_seen = False
-    file = io.BytesIO(png)
-    file.seek(8)  # the signature; then chunks of length, kind, data and checksum
-    while len(head := file.read(8)) == 8:
-        length, kind = struct.unpack(">I4s", head)
-        if pixels_seen and kind in _PNG_METADATA:
-            return True
-        pixels_seen |= kind == b"IDAT"
-        file.seek(length + 4, os.SEEK_CUR)
-    return False
+    kinds = [kind for kind, _ in png_chunks(png)]
+    return b"IDAT" in kinds and not _PNG_METADATA.isdisjoint(kinds[kinds.index(b"IDAT") :])
 
 
 def picture_size(picture_file: Picture, *, max_megapixels: float) -> tuple[int, int]:
@@ -119,19 +167,15 @@ def picture_size(picture_file: Picture, *, max_megapixels: float) -> tuple[int, 
         return (height, width) if _orientation(picture) in _QUARTER_TURNS else (width, height)
 
 
-def _load(picture_file: Picture, max_megapixels: float) -> Image.Image:
-    """A decoded, upright picture of 8 bits per channel, in whatever mode it is stored."""
-    read = read_picture(picture_file, max_megapixels=max_megapixels)
-    with _open(read, max_megapixels) as picture:
-        _decode(picture, read)
-        orientation = _orientation(picture)
-        upright = picture.transpose(_TURNS[orientation]) if orientation in _TURNS else picture
-        if upright.mode.startswith("I;16"):
-            # Pillow's own conversion clips at 255: all but the darkest grey would be white.
-            return Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-        if upright.mode in ("I", "F"):
-            raise InputError(f"{read}: has 32-bit pixels, whose white is anyone's guess. Save it with 8 bits.")
-        return upright
+def _decode_upright(picture: ImageFile.ImageFile, name: object) -> Image.Image:
+    """A picture's pixels as it is stored, in any mode, upright."""
+    spread = {"L;2": 85, "L;4": 17}.get(raw_mode(picture))
+    if spread is not None and "transparency" in picture.info:  # Pillow spreads levels over 0 to 255, and forgets this
+        picture.info["transparency"] *= spread
+    _decode(picture, name)
+    shown = as_tiff_shows(picture) if isinstance(picture, TiffImageFile) else picture
+    orientation = _orientation(picture)
+    return shown.transpose(_TURNS[orientation]) if orientation in _TURNS else shown
 
 
 def load_picture(picture_file: Picture, *, max_megapixels: float) -> Image.Image:
@@ -140,11 +184,13 @@ def load_picture(picture_file: Picture, *, max_megapixels: float) -> Image.Image
     Raises InputError, naming the file, if it is missing, unreadable, has more than `max_megapixels` pixels or is above
     LONGEST_ASPECT (then it is refused before decoding: a file of some kilobytes can hold gigapixels).
     """
-    picture = _to_srgb(_load(picture_file, max_megapixels))
-    if _has_alpha(picture):
-        rgba = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return picture.convert("RGB")
+    read = read_picture(picture_file, max_megapixels=max_megapixels)
+    with _open(read, max_megapixels) as picture:
+        if not has_deep_samples(picture):
+            return to_srgb(_decode_upright(picture, read))
+        profile = picture.info.get("icc_profile")
+    samples = read_deep_samples(lambda: _open(read, max_megapixels), lambda opened: _decode_upright(opened, read))
+    return to_srgb_from_16_bits(samples.colours, samples.alpha, profile, premultiplied=samples.premultiplied)
 
 
 def load_mask(picture_file: Picture, *, max_megapixels: float) -> Image.Image:
@@ -154,19 +200,19 @@ def load_mask(picture_file: Picture, *, max_megapixels: float) -> Image.Image:
     to be painted, some what is not; only a person can tell.
     """
     read = read_picture(picture_file, max_megapixels=max_megapixels)
-    picture = _load(read, max_megapixels)
+    with _open(read, max_megapixels) as opened:
+        picture = _decode_upright(opened, read)
+    if picture.mode.startswith("I;16"):
+        # Pillow's own conversion clips at 255: all but the darkest grey would be white.
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     # Pillow knows the way from Lab to RGB, but none to grey.
     mask = (picture.convert("RGB") if picture.mode == "LAB" else picture).convert("L")
-    if _has_alpha(picture) and not _agree(np.asarray(mask), np.asarray(picture.convert("RGBA").getchannel("A"))):
+    if has_alpha(picture) and not _agree(np.asarray(mask), np.asarray(picture.convert("RGBA").getchannel("A"))):
         raise InputError(
             f"{read}: the mask is partly transparent, and its colours do not say which part is the hole. Save it "
             "without transparency: white = repaint, black = keep."
         )
     return mask
-
-
-def _has_alpha(picture: Image.Image) -> bool:
-    return "A" in picture.getbands() or "transparency" in picture.info
 
 
 def _agree(levels: np.ndarray, alpha: np.ndarray) -> bool:
@@ -177,35 +223,3 @@ def _agree(levels: np.ndarray, alpha: np.ndarray) -> bool:
     if strongest == 0 or not clear.size:
         return True
     return bool(clear.all() and not covered.any()) or bool(covered.all() and not clear.any())
-
-
-def _to_srgb(picture: Image.Image) -> Image.Image:
-    """A picture in the colours that its embedded profile means, in RGB or RGBA: the numbers of cameras (Adobe RGB),
-    phones (Display P3) and printers (CMYK) mean other colours than the VAE takes them for.
-
-    As it is, in any mode, where it has none or one of sRGB; and where that is damaged, or not for pictures of its mode:
-    viewers too show it so then.
-    """
-    data = picture.info.get("icc_profile")
-    if not data:
-        return picture
-    try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
-        if "srgb" in ImageCms.getProfileDescription(profile).lower():
-            return picture
-        space, mode = profile.profile.xcolor_space.strip(), "RGB"
-        if space == "RGB" and picture.mode != "CMYK":
-            if "A" in picture.getbands() or "transparency" in picture.info:
-                mode = "RGBA"
-            picture = picture.convert(mode)
-        converted = ImageCms.profileToProfile(
-            picture,
-            profile,
-            ImageCms.createProfile("sRGB"),
-            renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
-            outputMode=mode,
-            flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
-        )
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return picture
-    return picture if converted is None else converted

@@ -1,7 +1,7 @@
 """What is wrong with pictures, masks and captions: gathered from all threads, stages and datasets, shown at once."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -38,10 +38,10 @@ class Problem(NamedTuple):
 
     @classmethod
     def of(cls, error: InputError, kind: str, where: object = "") -> "Problem":
-        """The problem that a message tells, which ends in the sentence that says what to do, as they all do."""
+        """The problem that a message tells: "WHERE: what. What to do." """
         text = str(error).removeprefix(f"{where}: ") if where else str(error)
         what, _, cure = text.rpartition(". ")
-        return cls(kind, str(where) if where else "", what or cure, cure if what else "")
+        return cls(kind, str(where) if len(text) < len(str(error)) else "", what or cure, cure if what else "")
 
 
 class ProblemsFound(InputError):
@@ -106,31 +106,46 @@ def _first_lines(of_kind: Sequence[Problem]) -> list[str]:
     return [*map(str, of_kind[:_SHOWN]), *([f"... and {more} more of the kind {of_kind[0].kind}."] if more > 0 else [])]
 
 
-def print_problems(console: Console, problems: Sequence[Problem], *, title: str, listed_in: Path | None = None) -> None:
-    """One table of problems: a part for each kind with its count, the first of them, and what to do: once for those in
-    a row that need the same."""
-    ordered = sorted_by_kind(problems)
-    folder = _folder_of_all(ordered)
-    shown = {kind: of_kind for kind, of_kind in _by_kind(ordered)}
+def print_found(console: Console, error: ProblemsFound) -> None:
+    """All that ended a run."""
+    count = len(error.problems)
+    print_problems(console, error.problems, title=f"{count} problem{'s' if count > 1 else ''}", style="red")
+    if error.listed_in is not None:
+        console.print(Text(f"All are listed in {printable(str(error.listed_in))}."), soft_wrap=True)
+
+
+def print_problems(console: Console, problems: Sequence[Problem], *, title: str, style: str) -> None:
+    """Problems by kind, with counts, the first of each kind and what to do: a table on a terminal; in a log a line
+    each, so that a search finds it."""
+    shown = dict(_by_kind(sorted_by_kind(problems)))
+    if console.is_terminal:
+        console.print(_table_of(shown, title, style))
+        return
+    console.print(Text(f"{title}:"), soft_wrap=True)
+    for kind, of_kind in shown.items():
+        lines = [f"{kind}, {len(of_kind)}:", *(f"  {line}" for line in _first_lines(of_kind))]
+        console.print(Text("\n".join(map(printable, lines))), soft_wrap=True)
+
+
+def _table_of(shown: Mapping[str, Sequence[Problem]], title: str, style: str) -> Table:
+    """shown: kind -> its problems. What to do is said once for those in a row that need the same."""
+    folder = _folder_of_all([problem for of_kind in shown.values() for problem in of_kind])
     below = f", all below {printable(folder)}" if folder else ""
-    table = Table(title=Text(f"{title}{below}"), title_justify="left", expand=False)
-    table.add_column("kind", style="bold")
+    table = Table(title=Text(f"{title}{below}", style=f"bold {style}"), title_justify="left")
+    table.add_column("kind", style=f"bold {style}")
     table.add_column("where", overflow="fold", ratio=2)
     table.add_column("what, and what to do", overflow="fold", ratio=3)
     for kind, of_kind in shown.items():
-        heading = f"{kind}\n{len(of_kind)}"
         first = of_kind[:_SHOWN]
         for number, problem in enumerate(first):
-            what = Text(printable(problem.what))
+            what = Text(_below(problem.what, folder))
             if number + 1 == len(first) or first[number + 1].cure != problem.cure:
                 what.append(f"\n{printable(problem.cure)}", style="green")
-            table.add_row(Text(heading if number == 0 else ""), Text(_below(problem.where, folder)), what)
+            table.add_row(f"{kind} ({len(of_kind)})" if number == 0 else "", Text(_below(problem.where, folder)), what)
         if len(of_kind) > len(first):
-            table.add_row("", Text(f"... and {len(of_kind) - len(first)} more"), "")
+            table.add_row("", f"... and {len(of_kind) - len(first)} more", "")
         table.add_section()
-    console.print(table)
-    if listed_in is not None:
-        console.print(Text(f"All are listed in {printable(str(listed_in))}."), soft_wrap=True)
+    return table
 
 
 def _folder_of_all(problems: Sequence[Problem]) -> str:
@@ -140,8 +155,9 @@ def _folder_of_all(problems: Sequence[Problem]) -> str:
     return "" if folder == "/" else folder
 
 
-def _below(where: str, folder: str) -> str:
-    return printable(where.removeprefix(f"{folder}/") if folder else where)
+def _below(text: str, folder: str) -> str:
+    """A text with paths as they are called from a folder."""
+    return printable(text.replace(f"{folder}/", "") if folder else text)
 
 
 def printable(text: str) -> str:

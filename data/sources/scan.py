@@ -21,19 +21,22 @@ import xxhash
 
 from configs.data_schema import DataConfig
 from configs.dataset_schema import DatasetConfig
-from configs.errors import InputError, StorageFailed, list_problems
+from configs.errors import InputError
 from configs.mask_recipe import mask_folder, recipe_of
 from configs.urls import is_url
 from data.cache_layout import COPIES, OWN_FOLDERS
+from data.sources.caption_files import read_caption_file
 from data.sources.download_cache import DownloadCache, Pack, open_new_file
 from data.sources.file_stamps import outwait_the_clock, stamp_of
-from data.sources.folders import list_folders, read_caption_file
+from data.sources.folders import list_folders
 from data.sources.items import Item
 from data.sources.picture_file import PictureFile
-from data.sources.pictures import load_mask, picture_size, read_picture
+from data.sources.pictures import load_mask, load_picture, picture_size, read_picture
+from data.sources.problems import CAPTIONS, LISTS, NAMES, TRUNCATED, UNREADABLE, Findings, Problem
 from data.sources.scan_cache import (
     ITEM_COLUMNS,
     PictureInfo,
+    Row,
     ScanCache,
     ScannedItem,
     is_in_pack,
@@ -42,54 +45,65 @@ from data.sources.scan_cache import (
     row_of_item,
     with_infos,
 )
-from data.sources.tables import find_tables, list_table, names_are_below
+from data.sources.tables import find_tables, list_table, names_are_below, number_repeats
 from data.sources.tars import expand_tars, list_tar
 
-_SCAN_VERSION = 2
+_SCAN_VERSION = 3
 _UNIT_THREADS, _PICTURE_THREADS = 4, 8  # they wait for disks and networks, and decode masks
 _UNIT_ITEMS = 1024
 
 
-def scan_dataset(dataset: DatasetConfig, data: DataConfig, advance: Callable[[int], None]) -> list[ScannedItem]:
-    """All items of a dataset, sorted by name, with the infos of their pictures.
+def scan_dataset(
+    dataset: DatasetConfig,
+    data: DataConfig,
+    advance: Callable[[int], None],
+    findings: Findings,
+    *,
+    thorough: bool = False,
+) -> list[ScannedItem]:
+    """The items of a dataset whose pictures can be read, sorted by name, with the infos of their pictures.
 
-    advance: told how many more are done.  Raises one InputError that lists all that is wrong with items and pictures.
+    advance: told how many more are done.  findings: takes all that is wrong with items and pictures.  thorough: decode
+    every picture in full, once: a file that was cut off looks sound by its header.
+    Raises StorageFailed, of which no picture is at fault.
     """
-    scanner = _Scanner(dataset, data)
-    tars = expand_tars(dataset.tars or [], dataset.name)
-    _refuse_the_caches_own(dataset, tars, data.cache_folder)
-    if dataset.tars is not None:
-        units = [partial(scanner.scan_tar, tar) for tar in tars]
-    else:
-        units = [partial(scanner.scan_files, items) for items in _deal_to_units(scanner.list_items())]
+    problems_before = len(findings.problems)
+    try:
+        scanner = _Scanner(dataset, data, findings, thorough=thorough)
+        tars = expand_tars(dataset.tars or [], dataset.name)
+        _refuse_the_caches_own(dataset, tars, data.cache_folder)
+        if dataset.tars is not None:
+            units = [partial(scanner.scan_tar, tar) for tar in tars]
+        else:
+            units = [partial(scanner.scan_files, items) for items in _deal_to_units(scanner.list_items())]
+    except InputError as error:
+        findings.add_error(error, LISTS)
+        return []
 
-    def run(unit: Callable[[], list[ScannedItem]]) -> list[ScannedItem] | str:
+    def run(unit: Callable[[], list[ScannedItem]]) -> list[ScannedItem]:
         try:
             scanned = unit()
-        except StorageFailed:  # no fault of a picture: the next would fail like it, after as long a wait each
-            raise
         except InputError as error:
-            return str(error)
+            findings.add_error(error, LISTS)
+            return []
         advance(len(scanned))
         return scanned
 
     random.shuffle(units)  # else one that catches up with another would go on in step with it, unit by unit
     with ThreadPoolExecutor(_UNIT_THREADS) as pool, scanner.picture_pool:
-        outcomes = list(pool.map(run, units))
-    problems = sorted(line for outcome in outcomes if isinstance(outcome, str) for line in outcome.splitlines())
-    if problems:
-        raise InputError(list_problems(problems))
-    scanned = [entry for outcome in outcomes if not isinstance(outcome, str) for entry in outcome]
+        scanned = [entry for entries in pool.map(run, units) for entry in entries]
     scanned.sort(key=lambda entry: entry.item.name)
     for first, second in pairwise(scanned):
         if first.item.name == second.item.name:
-            problems.append(
-                f"dataset {dataset.name}: {first.item.target} and {second.item.target} make two samples of the name "
-                f"{first.item.name}. Rename one; in a table, say in columns.name which column has names of their own."
+            findings.add(
+                NAMES,
+                second.item.target,
+                f"makes a second sample of the name {first.item.name} in dataset {dataset.name}, beside "
+                f"{first.item.target}",
+                "Rename one; in a table, say in columns.name which column has names of their own.",
             )
-    if problems:
-        raise InputError(list_problems(problems))
-    scanner.results.delete_unused()
+    if len(findings.problems) == problems_before:  # else what could not be listed would be forgotten
+        scanner.results.delete_unused()
     return scanned
 
 
@@ -119,7 +133,8 @@ def _deal_to_units(items: Sequence[Item]) -> list[list[Item]]:
 class _Scanner:
     """The scan of one dataset."""
 
-    def __init__(self, dataset: DatasetConfig, data: DataConfig) -> None:
+    def __init__(self, dataset: DatasetConfig, data: DataConfig, findings: Findings, *, thorough: bool) -> None:
+        self.findings, self.thorough = findings, thorough
         self.dataset = dataset
         self.max_megapixels = data.max_megapixels
         self.masks = not recipe_of(dataset).shares  # whether the dataset has its own
@@ -131,26 +146,31 @@ class _Scanner:
 
     def list_items(self) -> list[Item]:
         """Of folders or tables: items by their names alone."""
-        if self.dataset.target is not None:
-            return list_folders(self.dataset.target, mask_folder(self.dataset), self.dataset.source, self.dataset.name)
-        place = self.dataset.table or ""
-        tables = find_tables(place, self.dataset.name)
+        dataset = self.dataset
+        if dataset.target is not None:
+            return list_folders(dataset.target, mask_folder(dataset), dataset.source, dataset.name, self.findings)
+        place = dataset.table or ""
+        tables = find_tables(place, dataset.name)
         with ThreadPoolExecutor(_UNIT_THREADS) as pool:
-            return [item for items in pool.map(partial(self._list_table, place), tables) for item in items]
+            items = [item for items in pool.map(partial(self._list_table, place), tables) for item in items]
+        return items if dataset.columns.name is not None else number_repeats(items, self.findings)
 
     def _list_table(self, place: str, table: str) -> list[Item]:
         below = names_are_below(table, place)
         stamp = stamp_of(table)
         key = self._key("table", table, below, stamp, self.dataset.columns.model_dump())
         pack = self.copies.path(table, key, ".pictures")
-        rows = self.results.read(key)
-        if rows is not None and (pack.exists() or not any(map(is_in_pack, rows))):
-            return [item_of(row, str(pack)) for row in rows]
-        outwait_the_clock([table])
-        with self.copies.local(table, stamp) as file, open_new_file(pack) as packed:
-            items = list_table(table, file, below, self.dataset, masks=self.masks, pack=pack, packed=packed)
-        self.results.write(key, [row_of_item(item, str(pack)) for item in items])
-        return items
+        found = self.results.read(key)
+        if found is None or (not pack.exists() and any(map(is_in_pack, found[1:]))):
+            outwait_the_clock([table])
+            own = Findings()
+            with self.copies.local(table, stamp) as file, open_new_file(pack) as packed:
+                items = list_table(table, file, below, self.dataset, own, masks=self.masks, pack=pack, packed=packed)
+            found = [own.notes, *(row_of_item(item, str(pack)) for item in items)]
+            self._keep(key, found, own)
+        notes, *rows = found
+        self.findings.notes += [Problem(*note) for note in notes]
+        return [item_of(row, str(pack)) for row in rows]
 
     # --- scanning ---
 
@@ -159,39 +179,59 @@ class _Scanner:
         stamp = stamp_of(tar)
         key = self._key("tar", tar, stamp, self.dataset.members.model_dump())
         copy = str(self.copies.path(tar, stamp, ".copy")) if is_url(tar) else ""
-        if (rows := self.results.read(key)) is None:
+        if (found := self.results.read(key)) is None:
             outwait_the_clock([tar])
+            own = Findings()
             with self.copies.local(tar, stamp) as file:
-                scanned = self._scan(list_tar(tar, file, self.dataset, masks=self.masks), packed=None)
-            rows = [[*row_of_item(entry.item, tar), *row_of_infos(entry)] for entry in scanned]
-            self.results.write(key, rows)
-        # Of the rows even if the items were just list_problems: those have their copy where it was while they were.
-        return [with_infos(item_of(row, tar, copy), row[ITEM_COLUMNS:]) for row in rows]
+                scanned = self._scan(list_tar(tar, file, self.dataset, own, masks=self.masks), own, packed=None)
+            found = [own.notes, *([*row_of_item(entry.item, tar), *row_of_infos(entry)] for entry in scanned)]
+            self._keep(key, found, own)
+        notes, *rows = found
+        self.findings.notes += [Problem(*note) for note in notes]
+        # Of the rows even if the items were just listed: those have their copy where it was while they were.
+        scanned = [with_infos(item_of(row, tar, copy), row[ITEM_COLUMNS:]) for row in rows]
+        return self._decoded(scanned, key)
 
     def scan_files(self, items: Sequence[Item]) -> list[ScannedItem]:
         """Items whose pictures are files of their own, or in a table's."""
         if self.dataset.target is not None:
             texts = dict.fromkeys(item.caption for item in items if item.caption is not None)
-            captions = dict(zip(texts, self.picture_pool.map(read_caption_file, texts), strict=True))
+            captions = dict(zip(texts, self.picture_pool.map(self._read_caption, texts), strict=True))
             items = [replace(item, caption=captions.get(item.caption or "")) for item in items]
         places = {file.place for item in items for file in item.pictures}
         stamps = {place: place if is_url(place) else self._stamp_of_file(place) for place in places}
         described = [[item.name, *([stamps[f.place], f.offset, f.size] for f in item.pictures)] for item in items]
         key = self._key("files", described)
-        if (found := self.results.read(key)) is None:
-            outwait_the_clock(places)
-            if any(map(is_url, places)) and not self.copies.are_too_many():
-                # Of a name of its own: who scans the same at the same time packs in another order. The name stands
-                # with the offsets, so whichever result is read later, its offsets are those of its pack.
-                pack = f"{key}-{secrets.token_hex(4)}.pictures"
-                with open_new_file(self.copies.folder / pack) as packed:
-                    scanned = self._scan(items, packed=Pack(packed))
-            else:
-                pack, scanned = "", self._scan(items, packed=None)
-            found = [[pack], *(row_of_infos(entry) for entry in scanned)]
-            self.results.write(key, found)
-        (pack,), *rows = found
-        return [with_infos(item, row, self.copies.folder / pack) for item, row in zip(items, rows, strict=True)]
+        if (found := self.results.read(key)) is not None:
+            (pack,), *rows = found
+            pack_path = self.copies.folder / pack
+            return self._decoded([with_infos(*pair, pack_path) for pair in zip(items, rows, strict=True)], key)
+        outwait_the_clock(places)
+        own = Findings()
+        if any(map(is_url, places)) and not self.copies.are_too_many():
+            # Of a name of its own: who scans the same at the same time packs in another order. The name stands
+            # with the offsets, so whichever result is read later, its offsets are those of its pack.
+            pack = f"{key}-{secrets.token_hex(4)}.pictures"
+            with open_new_file(self.copies.folder / pack) as packed:
+                scanned = self._scan(items, own, packed=Pack(packed))
+        else:
+            pack, scanned = "", self._scan(items, own, packed=None)
+        self._keep(key, [[pack], *(row_of_infos(entry) for entry in scanned)], own)
+        pack_path = self.copies.folder / pack
+        return self._decoded([with_infos(entry.item, row_of_infos(entry), pack_path) for entry in scanned], key)
+
+    def _keep(self, key: str, rows: list[Row], own: Findings) -> None:
+        """Store what was found out by a key if nothing was wrong; what was is told again by the next scan."""
+        self.findings.problems += own.problems
+        if not own.problems:
+            self.results.write(key, rows)
+
+    def _read_caption(self, path: str) -> str | None:
+        try:
+            return read_caption_file(path)
+        except InputError as error:
+            self.findings.add_error(error, CAPTIONS, path)
+            return None
 
     def _stamp_of_file(self, place: str) -> str:
         """As `stamp_of`; of a table's pack its name, which is a hash of the table's own stamp: when it is gone it is
@@ -202,27 +242,46 @@ class _Scanner:
     def _key(self, *parts: object) -> str:
         return self.results.key(_SCAN_VERSION, self.max_megapixels, self.masks, *parts)
 
-    def _scan(self, items: Sequence[Item], packed: Pack | None) -> list[ScannedItem]:
-        """Read every picture. Raises one InputError that lists those at fault."""
+    def _scan(self, items: Sequence[Item], own: Findings, packed: Pack | None) -> list[ScannedItem]:
+        """Read every picture; the items of which all can be. own: takes what is wrong with the others."""
 
-        def scan(item: Item) -> ScannedItem | str:
+        def look(file: PictureFile | None, *, is_mask: bool = False) -> PictureInfo | None:
             try:
-                return ScannedItem(
-                    item,
-                    self._look(item.target, packed, is_mask=False),
-                    None if item.mask is None else self._look(item.mask, packed, is_mask=True),
-                    None if item.source is None else self._look(item.source, packed, is_mask=False),
-                )
-            except StorageFailed:
-                raise
+                return None if file is None else self._look(file, packed, is_mask=is_mask)
             except InputError as error:
-                return str(error)
+                own.add_error(error, UNREADABLE, file)
+                return None
 
-        outcomes = list(self.picture_pool.map(scan, items))
-        problems = [outcome for outcome in outcomes if isinstance(outcome, str)]
-        if problems:
-            raise InputError("\n".join(problems))
-        return [outcome for outcome in outcomes if not isinstance(outcome, str)]
+        def scan(item: Item) -> ScannedItem | None:
+            target, mask, source = look(item.target), look(item.mask, is_mask=True), look(item.source)
+            if target is None or (mask is None) != (item.mask is None) or (source is None) != (item.source is None):
+                return None
+            return ScannedItem(item, target, mask, source)
+
+        return [scanned for scanned in self.picture_pool.map(scan, items) if scanned is not None]
+
+    def _decoded(self, scanned: list[ScannedItem], key: str) -> list[ScannedItem]:
+        """If it is to be thorough, those of a unit whose pictures can be decoded in full. key: of the unit; a second
+        result says that all of them could."""
+        all_decode = self.results.key("decoded", key)
+        if not self.thorough or self.results.read(all_decode) is not None:
+            return scanned
+        own = Findings()
+
+        def decodes(file: PictureFile) -> bool:
+            try:
+                load_picture(file, max_megapixels=self.max_megapixels)
+            except InputError as error:
+                own.add_error(error, TRUNCATED, file)
+                return False
+            return True
+
+        def all_of(entry: ScannedItem) -> bool:
+            return all([decodes(file) for file in entry.item.pictures])
+
+        sound = list(self.picture_pool.map(all_of, scanned))
+        self._keep(all_decode, [], own)
+        return [entry for entry, is_sound in zip(scanned, sound, strict=True) if is_sound]
 
     def _look(self, file: PictureFile, packed: Pack | None, *, is_mask: bool) -> PictureInfo:
         limit = self.max_megapixels

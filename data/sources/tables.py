@@ -7,8 +7,11 @@ cache: a table is read a group of rows at a time, encoding wants single pictures
 
 import csv
 import json
+import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
@@ -16,8 +19,10 @@ from urllib.parse import urlsplit
 from configs.dataset_schema import DatasetConfig
 from configs.errors import InputError
 from configs.urls import is_url, shown
+from data.sources.caption_files import LISTS_OF_PICTURES
 from data.sources.items import HALF_A_CHARACTER, Item, is_utf8
 from data.sources.picture_file import PictureFile
+from data.sources.problems import CAPTIONS, LISTS, NAMES, Findings
 from data.sources.walk import walk_folder
 from data.storage.remote_files import check_url
 
@@ -33,19 +38,19 @@ def find_tables(place: str, dataset: str) -> list[str]:
     where = f"dataset {dataset}: table {shown(place)}"
     path = Path(place)
     if is_url(place) or path.is_file():
-        if not place.partition("?")[0].endswith((".jsonl", *_NEEDS_PYARROW)):
-            raise InputError(f"{where} is no .jsonl, .parquet or .arrow file. Correct data.datasets.*.table.")
+        if not place.partition("?")[0].endswith((".jsonl", ".csv", *_NEEDS_PYARROW)):
+            raise InputError(f"{where} is no .jsonl, .csv, .parquet or .arrow file. Correct data.datasets.*.table.")
         return [place]
     if not path.is_dir():
         raise InputError(f"{where} does not exist. Correct data.datasets.*.table.")
     metadata, tables = [], []
     for parent, names in walk_folder(path, where):
-        metadata += [Path(parent, name) for name in names if name in ("metadata.jsonl", "metadata.csv")]
+        metadata += [Path(parent, name) for name in names if name in LISTS_OF_PICTURES]
         tables += [Path(parent, name) for name in _data_files(Path(parent), names) if name.endswith(_NEEDS_PYARROW)]
     tables = metadata or tables
     if not tables:
         raise InputError(
-            f"{where} is a folder without metadata.jsonl, metadata.csv, .parquet or .arrow files below it. Point "
+            f"{where} is a folder without metadata.jsonl (or .csv), .parquet or .arrow files below it. Point "
             "data.datasets.*.table at a list, or at a folder that Hugging Face's datasets wrote."
         )
     return sorted(map(str, tables))
@@ -76,19 +81,32 @@ def names_are_below(table: str, place: str) -> str:
 
 
 def list_table(
-    table: str, file: Path, below: str, dataset: DatasetConfig, *, masks: bool, pack: Path, packed: BinaryIO
+    table: str,
+    file: Path,
+    below: str,
+    dataset: DatasetConfig,
+    findings: Findings,
+    *,
+    masks: bool,
+    pack: Path,
+    packed: BinaryIO,
 ) -> list[Item]:
     """The items of one table, in its order.
 
-    table: its path or URL.  file: what to read, `table` itself if it is local.  below: see `names_are_below`.  masks:
-    whether they are in it.  pack: the file to which pictures inside the table are copied, open as `packed`.
-    Raises one InputError that names every row at fault, or whatever keeps the table from being read.
+    table: its path or URL.  file: what to read, `table` itself if it is local.  below: see `names_are_below`.
+    findings: takes every row at fault, and whatever keeps the rest from being read.  masks: whether they are in it.
+    pack: the file to which pictures inside the table are copied, open as `packed`.
     """
     columns = dataset.columns
     wanted = {"target": columns.target} | ({"mask": columns.mask} if masks else {})
     if columns.source is not None:
         wanted["source"] = columns.source
     stem = str(PurePosixPath(_below(table, below)).with_suffix(""))
+
+    def caption_column(row: dict[str, Any]) -> str:
+        """The one that the config names, or else caption, or text where a row has none."""
+        named = "caption" in columns.model_fields_set or row.get(columns.caption) is not None
+        return columns.caption if named else "text"
 
     def find_picture(cell: object, where: str, number: int) -> PictureFile:
         if (inside := _picture_inside(cell)) is None:
@@ -105,31 +123,38 @@ def list_table(
                     f"{where}: no {column}, but {', '.join(sorted(row)) or 'nothing'}. Add it, or correct "
                     f"data.datasets.*.columns.{role}."
                 )
-        caption = row.get(columns.caption)
+        column = caption_column(row)
+        caption = row.get(column)
         if not isinstance(caption, str | None):
-            raise InputError(f"{where}: {columns.caption} is {caption!r:.60}, no text. Correct it.")
-        files = {role: find_picture(row[column], f"{where}, {column}", number) for role, column in wanted.items()}
+            raise InputError(f"{where}: {column} is {caption!r:.60}, no text. Correct it.")
+        files = {role: find_picture(row[column], f"{where}: {column}", number) for role, column in wanted.items()}
         name = _name(row, columns.name, files["target"], below, where)
         return Item(name, files["target"], files.get("mask"), files.get("source"), caption)
 
     items: list[Item] = []
-    problems: list[str] = []
     seen: set[str] = set()
-    for number, where, row in _read_rows(table, file):
-        seen |= row.keys()
-        try:
-            items.append(read_row(number, where, row))
-        except InputError as error:
-            problems.append(str(error))
+    try:
+        for number, where, row in _read_rows(table, file, findings):
+            try:
+                seen |= row.keys()
+                items.append(read_row(number, where, row))
+            except InputError as error:
+                findings.add_error(error, LISTS, where)
+    except InputError as error:
+        findings.add_error(error, LISTS, shown(table))
     if "caption" in columns.model_fields_set and columns.caption not in seen:
-        problems.append(
-            f"{shown(table)}: no row has the column {columns.caption}, but {', '.join(sorted(seen))}. Correct "
-            "data.datasets.*.columns.caption."
+        findings.add(
+            LISTS,
+            shown(table),
+            f"no row has the column {columns.caption}, but {', '.join(sorted(seen))}",
+            "Correct data.datasets.*.columns.caption.",
         )
-    if problems:
-        raise InputError("\n".join(problems))
-    if not items:
-        raise InputError(f"{shown(table)}: holds no row. Correct data.datasets.*.table.")
+    if "caption" not in columns.model_fields_set and seen and not seen & {"caption", "text"}:
+        texts = ", ".join(sorted(seen - {*wanted.values(), columns.name})) or "no other column"
+        cure = "If one of them holds captions, name it in data.datasets.*.columns.caption."
+        findings.note(CAPTIONS, shown(table), f"no row has the column caption or text, but {texts}", cure)
+    if not items and not findings.problems:
+        findings.add(LISTS, shown(table), "holds no row", "Correct data.datasets.*.table.")
     return items
 
 
@@ -170,29 +195,60 @@ def _resolve(table: str, cell: object, where: str) -> str:
     path = cell.get("path") if isinstance(cell, dict) else cell
     if not isinstance(path, str) or not path:
         raise InputError(f"{where} is {cell!r:.60}: no path, URL or picture. Correct it.")
-    if is_url(path):
+    has_drive = re.match(r"[A-Za-z]:[\\/]", path) is not None
+    if is_url(path) and not has_drive:
         check_url(path, where)
         return path
-    if path.startswith("/") or ".." in PurePosixPath(path).parts or "\0" in path:
+    folder, separator, _ = table.partition("?")[0].rpartition("/")
+    if "\\" in path and (is_url(table) or not os.path.exists(os.path.join(folder, path))):
+        path = path.replace("\\", "/")  # as Windows writes it; a file may be called so elsewhere
+    if path.startswith("/") and not is_url(table):
+        path = path.removeprefix(f"{os.path.abspath(folder or '.')}/")
+    if has_drive or path.startswith("/") or ".." in PurePosixPath(path).parts or "\0" in path:
+        below = shown(folder) if is_url(table) else os.path.abspath(folder or ".")
         raise InputError(
-            f"{where} is {path!a}, which leads out of the table's folder. Write a path relative to the table, below it."
+            f"{where} is {path!a}, which leads out of the table's folder {below}. Write a path relative to the table, "
+            "below it."
         )
     if not PurePosixPath(path).name:
         raise InputError(f"{where} is {path!r}, the table's folder, no picture. Correct it.")
-    folder, separator, _ = table.partition("?")[0].rpartition("/")
     return f"{folder}{separator}{PurePosixPath(path)}"
+
+
+def number_repeats(items: Sequence[Item], findings: Findings) -> list[Item]:
+    """Items with names of their own: of a picture in several rows, with other masks or captions, a, a#2, a#3 and so on
+    in their order.  findings: takes rows that are there twice."""
+    counts = Counter(item.name for item in items)
+    numbers: Counter[str] = Counter()
+    seen: set[Item] = set()
+    named = []
+    for item in items:
+        if counts[item.name] == 1:  # nearly all
+            named.append(item)
+            continue
+        if item in seen:
+            cure = "Remove one: data.datasets.*.weight says how often a set is seen."
+            findings.add(NAMES, item.target, "is there twice, with the same mask, source and caption", cure)
+            continue
+        seen.add(item)
+        numbers[item.name] += 1
+        while numbers[item.name] > 1 and f"{item.name}#{numbers[item.name]}" in counts:
+            numbers[item.name] += 1
+        number = numbers[item.name]
+        named.append(item if number == 1 else replace(item, name=f"{item.name}#{number}"))
+    return named
 
 
 # --- rows: (number from 0, how messages call it, column -> cell) ------------------------------------------------------
 
 
-def _read_rows(table: str, file: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
+def _read_rows(table: str, file: Path, findings: Findings) -> Iterator[tuple[int, str, dict[str, Any]]]:
     suffix = PurePosixPath(table.partition("?")[0]).suffix
     try:
         if suffix == ".jsonl":
-            yield from _read_jsonl(table, file)
+            yield from _read_jsonl(table, file, findings)
         elif suffix == ".csv":
-            yield from _read_csv(table, file)
+            yield from _read_csv(table, file, findings)
         else:
             yield from _read_with_pyarrow(table, file)
     except UnicodeDecodeError as error:
@@ -201,7 +257,7 @@ def _read_rows(table: str, file: Path) -> Iterator[tuple[int, str, dict[str, Any
         raise InputError(f"{shown(table)}: cannot be read ({error}). Restore the file or its permissions.") from error
 
 
-def _read_jsonl(table: str, file: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
+def _read_jsonl(table: str, file: Path, findings: Findings) -> Iterator[tuple[int, str, dict[str, Any]]]:
     with file.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines):
             if not line.strip():
@@ -211,25 +267,30 @@ def _read_jsonl(table: str, file: Path) -> Iterator[tuple[int, str, dict[str, An
                 row = json.loads(line)
                 is_text = "\\u" not in line or is_utf8(json.dumps(row, ensure_ascii=False))
             except (ValueError, RecursionError) as error:
-                raise InputError(f"{where}: no JSON ({error}). Correct the line, or write the list again.") from error
+                findings.add(LISTS, where, f"no JSON ({error})", "Correct the line, or write the list again.")
+                continue
             if not isinstance(row, dict):
-                raise InputError(f'{where}: no JSON object. Write {{"target": ..., "mask": ...}}.')
-            if not is_text:
-                raise InputError(f"{where}: {HALF_A_CHARACTER}. Correct the line, or write the list again.")
-            yield number, where, _with_file_names(row)
+                findings.add(LISTS, where, "no JSON object", 'Write {"target": ..., "mask": ...}.')
+            elif not is_text:
+                findings.add(LISTS, where, HALF_A_CHARACTER, "Correct the line, or write the list again.")
+            else:
+                yield number, where, _with_file_names(row)
 
 
-def _read_csv(table: str, file: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
+def _read_csv(table: str, file: Path, findings: Findings) -> Iterator[tuple[int, str, dict[str, Any]]]:
     with file.open(encoding="utf-8-sig", newline="") as lines:
         rows = csv.DictReader(lines, strict=True)  # else a quote that is never closed swallows the rows behind it
         try:
             for number, row in enumerate(rows):
                 where = f"{shown(table)}, line {rows.line_num}"
                 if None in row:
-                    raise InputError(
-                        f"{where}: {len(row[None])} cell(s) more than the first line has columns, from "
-                        f'{row[None][0]!r:.60} on. Put a text with commas in quotes: "a red, old car".'
+                    findings.add(
+                        LISTS,
+                        where,
+                        f"{len(row[None])} cell(s) more than the first line has columns, from {row[None][0]!r:.60} on",
+                        'Put a text with commas in quotes: "a red, old car".',
                     )
+                    continue
                 yield number, where, _with_file_names({name: cell or None for name, cell in row.items()})
         except csv.Error as error:
             raise InputError(
@@ -238,7 +299,7 @@ def _read_csv(table: str, file: Path) -> Iterator[tuple[int, str, dict[str, Any]
 
 
 def _with_file_names(row: dict[str, Any]) -> dict[str, Any]:
-    """`datasets` calls the column `image` whose files metadata.jsonl names under file_name or image_file_name."""
+    """`datasets` calls the column `image` whose files its metadata names under file_name or image_file_name."""
     columns = {"image" if name == "file_name" else name.removesuffix("_file_name"): row[name] for name in row}
     return row | columns
 
@@ -260,7 +321,7 @@ def _read_with_pyarrow(table: str, file: Path) -> Iterator[tuple[int, str, dict[
         number = 0
         for batch in batches:
             for row in batch.to_pylist():
-                yield number, f"{shown(table)}, row {number + 1}", row
+                yield number, f"{shown(table)}, row {number + 1}", _with_file_names(row)
                 number += 1
     except pa.ArrowException as error:
         raise InputError(f"{shown(table)}: damaged ({error}). Fetch or write it again.") from error

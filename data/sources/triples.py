@@ -8,10 +8,11 @@ import xxhash
 
 from configs.data_schema import DataConfig
 from configs.dataset_schema import DatasetConfig
-from configs.errors import InputError, list_problems
 from data.sources.items import finish_caption
 from data.sources.picture_file import PictureFile
-from data.sources.scan import ScannedItem, scan_dataset
+from data.sources.problems import MASKS, SIZES, Findings
+from data.sources.scan import scan_dataset
+from data.sources.scan_cache import ScannedItem
 
 _NOT_IN_KEYS = re.compile(r"[^A-Za-z0-9_-]")
 
@@ -54,18 +55,23 @@ def content_of(picture_contents: Iterable[str]) -> str:
 
 
 def list_triples(
-    dataset: DatasetConfig, data: DataConfig, advance: Callable[[int], None]
+    dataset: DatasetConfig,
+    data: DataConfig,
+    advance: Callable[[int], None],
+    findings: Findings,
+    *,
+    thorough: bool = False,
 ) -> list[tuple[Triple, tuple[int, int]]]:
-    """All triples of one dataset with their upright (width, height), sorted by name, each checked.
+    """The triples of one dataset whose pictures can be read, with their upright (width, height), sorted by name.
 
-    advance: told how many more were read.  Raises one InputError that lists every triple at fault.
+    advance, findings, thorough: as `scan_dataset` takes them.
     """
-    triples, problems = [], []
-    found = scan_dataset(dataset, data, advance)
+    triples = []
+    found = scan_dataset(dataset, data, advance, findings, thorough=thorough)
     found.reverse()
     while found:  # what is used up is let go: of millions, twice is too much
         scanned = found.pop()
-        problems += _problems_of(scanned)
+        _check(scanned, findings)
         item = scanned.item
         contents = [info.content for info in scanned[1:] if info is not None]
         triple = Triple(
@@ -79,34 +85,37 @@ def list_triples(
             content_of(contents),
         )
         triples.append((triple, (scanned.target.width, scanned.target.height)))
-    if problems:
-        raise InputError(list_problems(problems))
     return triples
 
 
-def _problems_of(scanned: ScannedItem) -> list[str]:
+def _check(scanned: ScannedItem, findings: Findings) -> None:
     """What keeps a triple from being used: its pictures differ in size, or its mask has nothing to paint or to keep."""
-    item, target, problems = scanned.item, scanned.target, []
+    item, target, fits = scanned.item, scanned.target, True
     for role, file, info in (("mask", item.mask, scanned.mask), ("source", item.source, scanned.source)):
         if info is not None and (info.width, info.height) != (target.width, target.height):
-            problems.append(
-                f"{file}: the {role} is {info.width}x{info.height}, its target {item.target} is "
-                f"{target.width}x{target.height}. Make the {role} at the target's size: stretching it would shift "
-                "the hole."
+            fits = False
+            findings.add(
+                SIZES,
+                file,
+                f"the {role} is {info.width}x{info.height}, its target {item.target} is {target.width}x{target.height}",
+                f"Make the {role} at the target's size: stretching it would shift the hole.",
             )
-    if not problems and scanned.mask is not None:
+    if fits and scanned.mask is not None:
         darkest, brightest = scanned.mask.darkest, scanned.mask.brightest
         if brightest < 128:
-            problems.append(
-                f"{item.mask}: the mask is all black (its brightest pixel is {brightest} of 255): nothing to paint. "
-                "White marks the hole; is it inverted?"
+            findings.add(
+                MASKS,
+                item.mask,
+                f"the mask is all black (its brightest pixel is {brightest} of 255): nothing to paint",
+                "White marks the hole; is it inverted?",
             )
         if darkest >= 128:
-            problems.append(
-                f"{item.mask}: the mask is all white (its darkest pixel is {darkest} of 255): nothing to keep. "
-                "White marks the hole; is it inverted?"
+            findings.add(
+                MASKS,
+                item.mask,
+                f"the mask is all white (its darkest pixel is {darkest} of 255): nothing to keep",
+                "White marks the hole; is it inverted?",
             )
-    return problems
 
 
 def held_out(contents: Iterable[str], count: int) -> frozenset[str]:

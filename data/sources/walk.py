@@ -7,9 +7,13 @@ from typing import NoReturn
 
 from configs.errors import InputError
 
+# What systems and file servers keep beside the pictures; thumbnails, some of them.
+OF_SYSTEMS = frozenset({"@eaDir", "@Recycle", "#recycle", "#snapshot", "$RECYCLE.BIN", "__MACOSX", "lost+found"})
+
 
 def walk_folder(folder: Path, where: str) -> Iterator[tuple[str, list[str]]]:
-    """(path of a folder, its files sorted) of a folder and all below it, but for what is hidden by a dot in front.
+    """(path of a folder, its files sorted) of a folder and all below it, but for what is hidden by a dot in front, and
+    folders that a system keeps there (OF_SYSTEMS).
 
     Raises InputError, which begins with `where`, if one cannot be read, or a link leads back to a folder above it.
     """
@@ -28,7 +32,7 @@ def walk_folder(folder: Path, where: str) -> Iterator[tuple[str, list[str]]]:
 
     above = {str(folder): {identity(str(folder))}}  # of a folder that is still to be walked: it and those above it
     for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in OF_SYSTEMS)
         on_the_way = above.pop(parent)
         for name in folders:
             path = os.path.join(parent, name)

@@ -98,6 +98,12 @@ def test_the_settings_in_every_shards_hash_are_those_of_format_1(keys, expected)
     assert tensor_settings(data_config(**keys)) == expected
 
 
+@pytest.mark.parametrize("key, value", [("min_side", 512), ("max_enlarge", 1.5)])
+def test_a_later_key_is_compared_once_it_is_set(key, value):
+    for settings_of in (manifest_settings, worker_settings):
+        assert settings_of(data_config(**{key: value})) == settings_of(data_config()) | {f"data.{key}": value}
+
+
 def test_the_manifest_says_which_pictures_a_cache_was_made_of_without_tokens():
     assert picture_settings(PHOTOS) == {
         **{f"data.datasets.photos.{key}": None for key in ("columns", "members", "source", "table", "tars")},

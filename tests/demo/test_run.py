@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from demo.run import make_inputs
+
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_demos_inputs_are_made_without_a_word_of_the_libraries(tmp_path, capfd):
+    make_inputs(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"triples", "model"}
+    assert "".join(capfd.readouterr()) == ""
 
 
 @pytest.mark.slow

@@ -13,9 +13,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from configs.library_warnings import quiet_libraries
+from configs.lighter_imports import lighten_imports
 
 if __name__ == "__main__":
     quiet_libraries()
+    lighten_imports()
 
 import torch
 from diffusers import FluxTransformer2DModel

@@ -27,6 +27,8 @@ OTHER_VALUES: dict[str, Any] = {
     "datasets.weight": 2.0,
     "resolution": [64],
     "resolution_policy": "each",
+    "min_side": 30,
+    "max_enlarge": 1.2,
     "captions.default": "a picture",
     "captions.trigger": "sks",
     "captions.dropout": 0.5,
@@ -56,8 +58,9 @@ def pictures(tmp_path_factory):
     for role in ("target", "mask"):
         (folder / role).mkdir()
     for number in range(8):
-        Image.fromarray(noise.integers(0, 255, (48, 48, 3), np.uint8)).save(folder / f"target/{number}.png")
-        Image.fromarray(np.tri(48, dtype=np.uint8) * 255).save(folder / f"mask/{number}.png")
+        side = 24 if number == 7 else 48
+        Image.fromarray(noise.integers(0, 255, (side, side, 3), np.uint8)).save(folder / f"target/{number}.png")
+        Image.fromarray(np.tri(side, dtype=np.uint8) * 255).save(folder / f"mask/{number}.png")
     return folder
 
 

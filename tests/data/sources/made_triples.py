@@ -7,6 +7,7 @@ from PIL import Image
 
 from configs.data_schema import CaptionsConfig, DataConfig
 from configs.dataset_schema import DatasetConfig
+from data.sources.problems import Findings
 from data.sources.triples import list_triples
 
 
@@ -37,4 +38,7 @@ def dataset(folder, *, source=False):
 def triples_of(folder, *, source=False, **captions):
     config = dataset(folder, source=source)
     data = DataConfig(cache=folder / "cache", datasets=[config], captions=CaptionsConfig(**captions))
-    return [triple for triple, _ in list_triples(config, data, advance=lambda count: None)]
+    findings = Findings()
+    triples = [triple for triple, _ in list_triples(config, data, lambda count: None, findings)]
+    findings.raise_problems()
+    return triples

@@ -10,6 +10,7 @@ from PIL import Image
 from configs.data_schema import DataConfig
 from configs.errors import InputError
 from data.sources.download_cache import DownloadCache
+from data.sources.problems import Findings
 from data.sources.scan import scan_dataset
 
 
@@ -91,7 +92,7 @@ def test_scanners_of_one_tar_do_not_disturb_each_other(serve_folder, tmp_path, c
 
         def run(number, data=data, trial=trial):
             time.sleep(0.02 * number * trial)
-            return scan_dataset(data.datasets[0], data, lambda count: None)
+            return scan_dataset(data.datasets[0], data, lambda count: None, Findings())
 
         with ThreadPoolExecutor(3) as pool:
             for scanned in pool.map(run, range(3)):

@@ -20,8 +20,10 @@ def test_the_trigger_word_stands_in_every_caption_once(text, expected):
     assert finish_caption(text, CaptionsConfig(trigger="sks")) == expected
 
 
-@pytest.mark.parametrize("text, expected", [(None, "a photo"), ("", ""), (" a grey\n  cat,\t鴨 \n", "a grey cat, 鴨")])
-def test_a_caption_is_one_line_and_the_default_only_where_there_is_none(text, expected):
+@pytest.mark.parametrize(
+    "text, expected", [(None, "a photo"), (" \n", "a photo"), (" a grey\n  cat,\t鴨 \n", "a grey cat, 鴨")]
+)
+def test_a_caption_is_one_line_and_the_default_where_there_is_none(text, expected):
     assert finish_caption(text, CaptionsConfig(default="a photo")) == expected
 
 

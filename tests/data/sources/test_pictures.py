@@ -1,12 +1,16 @@
 import struct
 import zlib
+from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
 from configs.errors import InputError
-from data.sources.pictures import load_mask, load_picture, picture_size
+from data.sources.folders import list_folders
+from data.sources.pictures import PICTURE_SUFFIXES, load_mask, load_picture, picture_size
+from tests.picture_files import GREY, GREY_ALPHA, PALETTE, RGB, RGBA, png, png_chunk
 
 LIMIT = 64.0
 
@@ -41,13 +45,9 @@ def save_with_orientation(path, pixels, orientation):
 
 def png_that_claims(width, height):
     """A PNG of some 100 bytes whose header announces any size."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    data = zlib.compress(bytes(100))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    data = png(np.zeros((1, 1, 3), np.uint8), RGB, 8)
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + data[24:29]
+    return data[:8] + png_chunk(b"IHDR", header) + data[33:]
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".webp"])
@@ -58,6 +58,26 @@ def test_a_picture_stands_upright(tmp_path, suffix, orientation):
     save_with_orientation(path, stored_as(upright, orientation), orientation)
     np.testing.assert_array_equal(np.asarray(load_picture(path, max_megapixels=LIMIT)), upright)
     assert picture_size(path, max_megapixels=LIMIT) == (30, 18)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_of_16_bits_stands_upright(tmp_path, orientation):
+    upright = asymmetric_picture()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    chunks = [png_chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))]
+    data = png(stored_as(upright, orientation).astype(np.uint16) * 257, RGB, 16, chunks=chunks)
+    np.testing.assert_array_equal(load_bytes(tmp_path, data), upright)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_avif_stands_upright_by_its_own_marks(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "turned.avif"
+    Image.fromarray(stored_as(SMOOTH, orientation)).save(path, exif=exif, quality=100, subsampling="4:4:4")
+    assert picture_size(path, max_megapixels=LIMIT) == (64, 43)
+    assert abs(np.asarray(load_picture(path, max_megapixels=LIMIT)).astype(int) - SMOOTH).max() <= 4
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -125,8 +145,9 @@ def test_a_panorama_is_read(tmp_path):
 
 def test_a_size_is_read_without_decoding(tmp_path, monkeypatch):
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda picture: pytest.fail(f"{picture} was decoded"))
-    monkeypatch.setattr("PIL.WebPImagePlugin.WebPImageFile.load", lambda picture: pytest.fail("decoded"))
-    for suffix in (".png", ".jpg", ".webp", ".bmp", ".tif"):
+    for kind in ("WebPImagePlugin.WebPImageFile", "AvifImagePlugin.AvifImageFile", "GifImagePlugin.GifImageFile"):
+        monkeypatch.setattr(f"PIL.{kind}.load", lambda picture: pytest.fail("decoded"))
+    for suffix in (".png", ".jpg", ".webp", ".bmp", ".tif", ".gif", ".avif"):
         path = tmp_path / f"picture{suffix}"
         Image.fromarray(asymmetric_picture()).save(path)
         assert picture_size(path, max_megapixels=LIMIT) == (30, 18)
@@ -169,13 +190,13 @@ def test_a_file_that_is_no_picture_is_named(tmp_path, load, content):
 
 
 @pytest.mark.parametrize("load", [load_picture, load_mask])
-@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp", ".tif"])
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp", ".tif", ".gif", ".avif"])
 def test_a_truncated_picture_is_named(tmp_path, load, suffix):
     path = tmp_path / f"cut{suffix}"
     Image.fromarray(asymmetric_picture(200, 300)).save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=rf"cut{suffix}: .* Replace or remove the file"):
+    with pytest.raises(InputError, match=rf"cut{suffix}: .* (Replace|restore) or remove the file"):
         load(path, max_megapixels=LIMIT)
 
 
@@ -221,7 +242,7 @@ def test_16_bit_grey_keeps_its_shades(tmp_path, suffix):
 def test_32_bit_pixels_are_refused(tmp_path):
     path = tmp_path / "depth.tif"
     Image.fromarray(np.ones((4, 4), np.float32)).save(path)
-    with pytest.raises(InputError, match=r"depth.tif: has 32-bit pixels.* Save it with 8 bits"):
+    with pytest.raises(InputError, match=r"depth.tif: has 32-bit pixels.* Save it as PNG of 8 bits"):
         load_mask(path, max_megapixels=LIMIT)
 
 
@@ -270,6 +291,174 @@ def test_lab_colours_are_read(tmp_path, load):
     Image.fromarray(lab, "LAB").save(tmp_path / "lab.tif")
     pixels = np.asarray(load(tmp_path / "lab.tif", max_megapixels=LIMIT))
     assert pixels[0].min() >= 250 and pixels[3].max() <= 5
+
+
+# --- held against other decoders --------------------------------------------------------------------------------------
+
+SMOOTH = np.stack(np.meshgrid(np.arange(0, 256, 4), np.arange(0, 256, 6), [90], indexing="xy"), axis=-1)[:, :, 0]
+SMOOTH = SMOOTH.astype(np.uint8)  # [43, 64, 3]
+
+
+def load_bytes(tmp_path, data):
+    (tmp_path / "picture").write_bytes(data)
+    return np.asarray(load_picture(tmp_path / "picture", max_megapixels=LIMIT)).astype(float)
+
+
+def on_white(samples):
+    """[H, W], or [H, W, 1 to 4] in 0..255 -> levels of RGB."""
+    samples = samples[..., None] if samples.ndim == 2 else samples
+    channels = samples.shape[-1]
+    colours = samples[..., :3] if channels > 2 else np.repeat(samples[..., :1], 3, axis=-1)
+    opaque = samples[..., -1:] / 255 if channels in (2, 4) else 1
+    return colours * opaque + 255 * (1 - opaque)
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize(
+    "colour_type, bits, channels",
+    [*((GREY, bits, 1) for bits in (1, 2, 4, 8, 16))]
+    + [(kind, bits, channels) for kind, channels in ((RGB, 3), (GREY_ALPHA, 2), (RGBA, 4)) for bits in (8, 16)],
+)
+def test_a_png_is_what_another_decoder_reads(tmp_path, interlaced, colour_type, bits, channels):
+    samples = np.random.default_rng(0).integers(0, 2**bits, (19, 26, channels))
+    data = png(samples, colour_type, bits, interlaced=interlaced)
+    other = imagecodecs.png_decode(data) / (257 if bits == 16 else 1)
+    assert abs(other.reshape(19, 26, channels) - samples * 255 / (2**bits - 1)).max() < 0.01
+    assert abs(load_bytes(tmp_path, data) - on_white(other)).max() <= 1
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_a_transparent_level_of_grey_is_what_another_decoder_reads(tmp_path, bits):
+    samples = np.random.default_rng(0).integers(0, 2**bits, (19, 26, 1))
+    for level in range(0, 2**bits, 3):
+        data = png(samples, GREY, bits, chunks=[png_chunk(b"tRNS", level.to_bytes(2, "big"))])
+        assert abs(load_bytes(tmp_path, data) - on_white(imagecodecs.png_decode(data))).max() <= 1
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("transparent", [False, True])
+def test_a_palette_is_what_another_decoder_reads(tmp_path, bits, transparent):
+    rng = np.random.default_rng(0)
+    chunks = [png_chunk(b"PLTE", rng.bytes(3 * 2**bits))]
+    if transparent:
+        chunks.append(png_chunk(b"tRNS", rng.bytes(2 ** (bits - 1))))
+    data = png(rng.integers(0, 2**bits, (19, 26, 1)), PALETTE, bits, chunks=chunks)
+    assert abs(load_bytes(tmp_path, data) - on_white(imagecodecs.png_decode(data))).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(imagecodecs.jpeg8_encode(SMOOTH, 90, subsampling=subsampling) for subsampling in ("444", "422", "420")),
+        imagecodecs.jpeg8_encode(SMOOTH, 90, colorspace="rgb", outcolorspace="rgb"),
+        imagecodecs.jpeg8_encode(SMOOTH[..., 0].copy(), 90),
+    ],
+)
+def test_a_jpeg_is_what_another_decoder_reads(tmp_path, data):
+    assert abs(load_bytes(tmp_path, data) - on_white(imagecodecs.jpeg8_decode(data))).max() <= 1
+
+
+@pytest.mark.parametrize("stored", ["cmyk", "ycck"])
+def test_inks_of_a_jpeg_are_turned_over_as_adobe_stores_them(tmp_path, stored):
+    inks = np.dstack([SMOOTH, 255 - SMOOTH[..., 1]])
+    data = imagecodecs.jpeg8_encode(inks, 90, colorspace="cmyk", outcolorspace=stored)
+    other = imagecodecs.jpeg8_decode(data, outcolorspace="cmyk").astype(float)
+    assert abs(load_bytes(tmp_path, data) - other[..., :3] * other[..., 3:] / 255).max() <= 1
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_webp_avif_and_gif_are_what_another_decoder_reads(tmp_path, channels):
+    samples = np.dstack([SMOOTH, 255 - SMOOTH[..., :1]])[..., :channels]
+    samples = np.ascontiguousarray(samples[..., 0] if channels == 1 else samples)
+    encoded = [(imagecodecs.avif_encode(samples, 100), imagecodecs.avif_decode)]
+    if channels == 1:
+        encoded.append((imagecodecs.gif_encode(samples), lambda data: imagecodecs.gif_decode(data).reshape(43, 64, -1)))
+    else:
+        encoded.append((imagecodecs.webp_encode(samples, lossless=True), imagecodecs.webp_decode))
+        encoded.append((imagecodecs.webp_encode(samples, 80), imagecodecs.webp_decode))
+    for data, decode in encoded:
+        assert abs(load_bytes(tmp_path, data) - on_white(decode(data).astype(float))).max() <= 1
+
+
+@pytest.mark.parametrize("bits", [10, 12])
+def test_an_avif_of_more_bits_is_what_was_encoded(tmp_path, bits):
+    samples = np.rint(SMOOTH / 255 * (2**bits - 1)).astype(np.uint16)
+    data = imagecodecs.avif_encode(samples, 100, bitspersample=bits)
+    assert abs(load_bytes(tmp_path, data) - SMOOTH).max() <= 1
+
+
+def bmp(bits, pixels, masks=()):
+    """pixels: [H, W] words, stored from the lowest row up.  masks: of red, green, blue (and alpha) in a word."""
+    header_size = 124 if len(masks) == 4 else 40
+    size = (header_size, pixels.shape[1], pixels.shape[0], 1, bits, 3 if masks else 0, 0, 0, 0, 0, 0)
+    header = struct.pack("<IiiHHIIiiII", *size) + struct.pack(f"<{len(masks)}I", *masks)
+    header = header.ljust(header_size, b"\0")
+    return struct.pack("<2sIII", b"BM", 0, 0, 14 + len(header)) + header + pixels[::-1].tobytes()
+
+
+@pytest.mark.parametrize("masks", [(), (0xF800, 0x7E0, 0x1F)])
+def test_a_bmp_of_16_bits_a_pixel_spans_black_to_white(tmp_path, masks):
+    words = np.random.default_rng(0).integers(0, 65536, (6, 8)).astype("<u2")
+    parts = (
+        [(words >> 11 & 31) / 31, (words >> 5 & 63) / 63]
+        if masks
+        else [(words >> place & 31) / 31 for place in (10, 5)]
+    )
+    expected = 255 * np.stack([*parts, (words & 31) / 31], axis=-1)
+    assert abs(load_bytes(tmp_path, bmp(16, words, masks)) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("masks", [(), (0xFF0000, 0xFF00, 0xFF, 0xFF000000), (0xFF0000, 0xFF00, 0xFF, 0)])
+def test_a_bmps_fourth_byte_is_alpha_where_it_says_so(tmp_path, masks):
+    samples = np.random.default_rng(0).integers(0, 256, (6, 8, 4), dtype=np.uint8)
+    pixels = samples[..., [2, 1, 0, 3]].copy().view("<u4")[..., 0]
+    expected = on_white(samples.astype(float) if masks and masks[3] else samples[..., :3].astype(float))
+    assert abs(load_bytes(tmp_path, bmp(32, pixels, masks)) - expected).max() <= 1
+
+
+# --- formats ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "AVIF"])
+def test_an_animation_is_refused_and_its_still_is_read(tmp_path, kind):
+    path = tmp_path / "moving.png"
+    still, other = Image.fromarray(SMOOTH), Image.fromarray(255 - SMOOTH)
+    still.save(path, kind, save_all=True, append_images=[other, still])
+    for load in (picture_size, load_picture, load_mask):
+        with pytest.raises(InputError, match=r"moving\.png: is an animation of 3 frames, and nothing says which"):
+            load(path, max_megapixels=LIMIT)
+    still.save(path, kind)
+    assert load_picture(path, max_megapixels=LIMIT).size == still.size
+
+
+def test_a_photograph_with_others_behind_it_is_the_first(tmp_path):
+    still, other = Image.fromarray(SMOOTH), Image.fromarray(255 - SMOOTH)
+    still.save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=[other])
+    loaded = np.asarray(load_picture(tmp_path / "phone.jpg", max_megapixels=LIMIT)).astype(int)
+    assert abs(loaded - SMOOTH).mean() < 10
+
+
+def test_every_suffix_of_a_picture_counts_as_one(tmp_path):
+    names = {f"of-{suffix[1:]}{suffix.upper()}" for suffix in PICTURE_SUFFIXES}
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    found = {Path(item.target.place).name for item in list_folders(tmp_path, None, None, "photos")}
+    assert found == names
+    assert {".jpe", ".jfif", ".gif", ".avif"} <= PICTURE_SUFFIXES
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iTXt", b"iCCP"])
+def test_texts_and_profiles_may_be_larger_than_pillows_limit(tmp_path, kind):
+    heads = {b"zTXt": b"workflow\0\0", b"iTXt": b"workflow\0\1\0\0\0", b"iCCP": b"scanner\0\0"}
+    path = tmp_path / "a.png"
+    for mebibytes in (2, 15, 17):
+        content = heads[kind] + zlib.compress(bytes(mebibytes << 20))
+        path.write_bytes(png(SMOOTH, RGB, 8, chunks=[png_chunk(kind, content)]))
+        if mebibytes < 16:
+            np.testing.assert_array_equal(np.asarray(load_picture(path, max_megapixels=LIMIT)), SMOOTH)
+        else:
+            with pytest.raises(InputError, match=r"a\.png: .* unpack to more than 16 MiB\. Strip its metadata \("):
+                picture_size(path, max_megapixels=LIMIT)
 
 
 # --- colour profiles --------------------------------------------------------------------------------------------------

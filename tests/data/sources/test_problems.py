@@ -17,9 +17,9 @@ from data.sources.problems import (
 )
 
 
-def table_of(problems, width=80):
-    console = Console(file=io.StringIO(), width=width)
-    print_problems(console, problems, title=f"{len(problems)} problems")
+def printed(problems, width=80, *, terminal=True):
+    console = Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None)
+    print_problems(console, problems, title=f"{len(problems)} problems", style="red")
     return console.file.getvalue()
 
 
@@ -78,7 +78,7 @@ def test_a_long_list_is_counted_and_stands_in_a_file_until_the_next(tmp_path):
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_table_counts_a_kind_and_says_its_cure_once(width):
-    table = table_of(
+    table = printed(
         [Problem(NAMES, f"/data/set/{number}.png", "has no mask", "Add it.") for number in range(12)]
         + [Problem(kind, "/data/set/deep/m.png", "is bad", "Mend it.") for kind in KINDS if kind != NAMES],
         width,
@@ -89,6 +89,15 @@ def test_the_table_counts_a_kind_and_says_its_cure_once(width):
 
 
 def test_names_of_users_are_shown_as_they_are_and_move_no_cursor():
-    table = table_of([Problem(NAMES, "/a/[red]x\x1b[2J\udcff.png", "has [bold]no[/] mask", "Add it.")], 120)
+    table = printed([Problem(NAMES, "/a/[red]x\x1b[2J\udcff.png", "has [bold]no[/] mask", "Add it.")], 120)
     assert r"[red]x\x1b[2J\udcff.png" in table and "[bold]no[/]" in table
     assert "\x1b" not in table
+
+
+def test_a_log_has_a_line_for_each_that_a_search_finds():
+    problems = [Problem(NAMES, f"/a/{'deep/' * 30}{number}.png", "has no mask", "Add it.") for number in range(2)]
+    assert printed(problems, terminal=False).splitlines() == [
+        "2 problems:",
+        "names, 2:",
+        *(f"  {problem}" for problem in problems),
+    ]

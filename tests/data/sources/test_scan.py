@@ -19,6 +19,7 @@ from PIL import Image
 from configs.data_schema import DataConfig
 from configs.errors import InputError, StorageFailed
 from data.sources.download_cache import delete_copies
+from data.sources.problems import TRUNCATED, Findings, ProblemsFound
 from data.sources.scan import scan_dataset
 
 NAMES = [f"{letter}/{number:02d}" for letter in "ab" for number in range(10)]
@@ -65,15 +66,22 @@ def reads(monkeypatch):
     return seen
 
 
+def scanned_by(data, advance=lambda count: None, **options):
+    findings = Findings()
+    scanned = scan_dataset(data.datasets[0], data, advance, findings, **options)
+    findings.raise_problems()
+    return scanned
+
+
 @pytest.fixture
 def scan(tmp_path):
     """Scans a dataset: `scan(copies_gib=1, tars=...)` -> its items and facts."""
 
-    def run(*, copies_gib=1, **dataset):
+    def run(*, copies_gib=1, thorough=False, **dataset):
         config = {"name": "photos", **dataset}
         data = DataConfig.model_validate({"cache": tmp_path / "cache", "datasets": [config], "copies_gib": copies_gib})
         advanced = []
-        scanned = scan_dataset(data.datasets[0], data, advanced.append)
+        scanned = scanned_by(data, advanced.append, thorough=thorough)
         assert sum(advanced) == len(scanned)
         return scanned
 
@@ -145,7 +153,7 @@ def test_every_change_is_seen(scan, folders, reads, tmp_path, change):
     found = facts_by_name(scan(**folders))
     fresh_cache = {"cache": tmp_path / "fresh", "datasets": [{"name": "photos", **folders}]}
     data = DataConfig.model_validate(fresh_cache)
-    assert found == facts_by_name(scan_dataset(data.datasets[0], data, lambda count: None))
+    assert found == facts_by_name(scanned_by(data))
 
 
 def test_a_caption_is_read_every_time(scan, folders, reads, tmp_path):
@@ -214,9 +222,9 @@ def test_what_another_worker_found_is_taken_over(folders, reads, tmp_path):
             assert other_is_done.wait(30)
 
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(scan_dataset, data.datasets[0], data, stop_halfway)
+        first = pool.submit(scanned_by, data, stop_halfway)
         assert halfway.wait(30)
-        second = scan_dataset(data.datasets[0], data, lambda count: None)
+        second = scanned_by(data)
         other_is_done.set()
         assert first.result() == second and len(second) == 620
     assert len(reads) == 2 * 620
@@ -237,6 +245,21 @@ def test_every_picture_at_fault_is_named_and_the_good_ones_are_kept(scan, reads,
     reads.clear()
     scan(**folders)
     assert 0 < len(reads) < 2 * 200
+
+
+def test_a_picture_that_was_cut_off_is_found_by_decoding_once(scan, folders, tmp_path, monkeypatch):
+    sound, decoded = scan(**folders), []
+    assert scan(thorough=True, **folders) == sound
+    monkeypatch.setattr("data.sources.scan.load_picture", lambda *a, **k: decoded.append(a))
+    scan(**folders)
+    scan(thorough=True, **folders)
+    assert not decoded, "that they can be decoded was found out before"
+    monkeypatch.undo()
+    path = tmp_path / "target" / "a" / "00.png"
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ProblemsFound) as caught:
+        scan(thorough=True, **folders)
+    assert [(problem.kind, problem.where) for problem in caught.value.problems] == [(TRUNCATED, str(path))]
 
 
 # --- tars -------------------------------------------------------------------------------------------------------------
@@ -294,13 +317,30 @@ def test_a_picture_in_a_tar_that_is_none_is_named(scan, tmp_path):
         scan(tars=str(tmp_path / "a.tar"))
 
 
-def test_names_that_meet_are_refused(scan, tmp_path, folders):
-    for name in ("one", "two"):
-        (tmp_path / f"{name}.jsonl").write_text('{"target": "target/a/00.png", "mask": "mask/a/00.png"}\n' * 2)
-    with pytest.raises(
-        InputError, match=r"target/a/00\.png make two samples of the name target/a/00\. Rename one; in a"
-    ):
+def test_rows_that_are_there_twice_are_refused(scan, tmp_path, folders):
+    row = '{"target": "target/a/00.png", "mask": "mask/a/00.png"}\n'
+    (tmp_path / "one.jsonl").write_text(row * 2)
+    with pytest.raises(InputError, match=r"target/a/00\.png: is there twice, with the same mask, source and caption\."):
         scan(table=str(tmp_path / "one.jsonl"))
+
+
+def test_names_that_meet_are_refused(scan, tmp_path, folders):
+    rows = [{"target": f"target/a/{n}.png", "mask": "mask/a/00.png", "id": "same"} for n in ("00", "01")]
+    (tmp_path / "one.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    message = r"target/a/01\.png: makes a second sample of the name same in dataset photos, beside"
+    with pytest.raises(InputError, match=message):
+        scan(table=str(tmp_path / "one.jsonl"), columns={"name": "id"})
+
+
+def test_rows_of_one_picture_are_samples_of_their_own(scan, tmp_path, folders):
+    rows = [{"target": "target/a/00.png", "mask": f"mask/a/0{number}.png"} for number in range(3)]
+    rows += [rows[0] | {"caption": "another"}, {"target": "target/a/01.png", "mask": "mask/a/01.png"}]
+    (tmp_path / "one.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    scanned = scan(table=str(tmp_path / "one.jsonl"))
+    assert [entry.item.name for entry in scanned] == [
+        *("target/a/00", "target/a/00#2", "target/a/00#3", "target/a/00#4", "target/a/01"),
+    ]
+    assert len({entry.target.content for entry in scanned[:4]}) == 1, "of one split"
 
 
 @pytest.mark.parametrize(
@@ -366,7 +406,7 @@ def test_a_cache_may_be_called_otherwise(scan, parquet, reads, tmp_path):
     (tmp_path / "cache").rename(tmp_path / "moved")
     data = DataConfig.model_validate({"cache": tmp_path / "moved", "datasets": [{"name": "photos", **parquet}]})
     reads.clear()
-    read_all(scan_dataset(data.datasets[0], data, lambda count: None))
+    read_all(scanned_by(data))
     assert reads == []
 
 
@@ -534,9 +574,9 @@ def test_a_picture_that_the_server_lacks_is_named_at_once_and_no_token(scan, ser
     url, requests = serve_folder(tmp_path)
     row = {"target": f"{url}/nothing.png?token=secret", "mask": f"{url}/m.png"}
     (tmp_path / "list.jsonl").write_text(json.dumps(row))
-    with pytest.raises(InputError, match=rf"^{url}/nothing\.png: the server answers 404 Not Found\. Correct the URL"):
+    with pytest.raises(InputError, match=rf"{url}/nothing\.png: the server answers 404 Not Found\. Correct the URL"):
         scan(table=str(tmp_path / "list.jsonl"))
-    assert len(requests) == 1
+    assert len(requests) == 2, "each is asked for once: what the server lacks it lacks"
 
 
 def test_no_message_holds_the_token_of_a_signed_url(scan, serve, no_waits, caplog):

@@ -9,6 +9,7 @@ import pytest
 
 from configs.dataset_schema import DatasetConfig
 from configs.errors import InputError
+from data.sources.problems import CAPTIONS, Findings
 from data.sources.tables import find_tables, list_table, names_are_below
 
 needs_pyarrow = pytest.mark.skipif(
@@ -23,7 +24,12 @@ def dataset(table, **columns):
 def items_of(table, *, below=None, masks=True, packed=None, pack="pack", **columns):
     below = names_are_below(str(table), str(below or table))
     packed = io.BytesIO() if packed is None else packed
-    return list_table(str(table), table, below, dataset(table, **columns), masks=masks, pack=pack, packed=packed)
+    findings = Findings()
+    items = list_table(
+        str(table), table, below, dataset(table, **columns), findings, masks=masks, pack=pack, packed=packed
+    )
+    findings.raise_problems()
+    return items
 
 
 def write_jsonl(path, *rows):
@@ -62,19 +68,19 @@ def test_paths_of_a_list_on_a_server_are_relative_to_it(tmp_path):
     file = write_jsonl(tmp_path / "copy", {"target": "a/cat.jpg", "mask": "m.png"})
     url = "https://host/data/list.jsonl?token=secret"
     below = names_are_below(url, url)
-    (item,) = list_table(url, file, below, dataset(url), masks=True, pack=tmp_path, packed=io.BytesIO())
+    (item,) = list_table(url, file, below, dataset(url), Findings(), masks=True, pack=tmp_path, packed=io.BytesIO())
     assert item.name == "a/cat"
     assert item.target.place == "https://host/data/a/cat.jpg"
 
 
 @pytest.mark.parametrize(
     "path",
-    ["../x.png", "a/../../x.png", "/etc/passwd", "a/..", "a\0.png"],
+    ["../x.png", "a/../../x.png", "/etc/passwd", "a/..", "a\0.png", "C:\\x.png", "..\\x.png", "\\x.png"],
 )
 @pytest.mark.parametrize("role", ["target", "mask"])
 def test_a_path_that_leads_out_of_the_lists_folder_is_refused(tmp_path, path, role):
     table = write_jsonl(tmp_path / "list.jsonl", json.dumps({"target": "a.png", "mask": "m.png"} | {role: path}))
-    with pytest.raises(InputError, match=rf"list\.jsonl, line 1, {role} is .*, which leads out of the table's folder"):
+    with pytest.raises(InputError, match=rf"list\.jsonl, line 1: {role} is .*, which leads out of the table's folder"):
         items_of(table)
 
 
@@ -83,7 +89,7 @@ def test_a_path_that_leads_out_of_the_lists_folder_is_refused(tmp_path, path, ro
 )
 def test_a_scheme_that_is_not_allowed_is_refused(tmp_path, url):
     table = write_jsonl(tmp_path / "list.jsonl", {"target": "fine.png", "mask": url})
-    with pytest.raises(InputError, match=r"list\.jsonl, line 1, mask is .*, but only https://, s3://, gs:// are read"):
+    with pytest.raises(InputError, match=r"list\.jsonl, line 1: mask is .*, but only https://, s3://, gs:// are read"):
         items_of(table)
 
 
@@ -94,15 +100,15 @@ def test_a_scheme_that_is_not_allowed_is_refused(tmp_path, url):
         ("[]", r"list\.jsonl, line 2: no JSON object\. Write"),
         ({"target": "x.png"}, r"list\.jsonl, line 2: no mask, but target\. Add it, or correct .*columns\.mask\."),
         ({}, r"list\.jsonl, line 2: no target, but nothing\. Add it"),
-        ({"target": "", "mask": "m"}, r"list\.jsonl, line 2, target is '': no path, URL or picture"),
-        ({"target": 3, "mask": "m"}, r"list\.jsonl, line 2, target is 3: no path, URL or picture"),
+        ({"target": "", "mask": "m"}, r"list\.jsonl, line 2: target is '': no path, URL or picture"),
+        ({"target": 3, "mask": "m"}, r"list\.jsonl, line 2: target is 3: no path, URL or picture"),
         ({"target": "x", "mask": "m", "caption": 3}, r"list\.jsonl, line 2: caption is 3, no text"),
         ('{"target": "x", "mask": "m", "caption": "a \\ud83d"}', r"list\.jsonl, line 2: holds half a character"),
         ('{"target": "x\\udce9.png", "mask": "m"}', r"list\.jsonl, line 2: holds half a character"),
         ('{"target": "x", "mask": "m", "other": {"\\ud83d": 1}}', r"list\.jsonl, line 2: holds half a character"),
         ("[" * 100_000, r"list\.jsonl, line 2: no JSON \(.*recursion"),
-        ({"target": ".", "mask": "m"}, r"list\.jsonl, line 2, target is '\.', the table's folder, no picture"),
-        ({"target": "x", "mask": "./"}, r"list\.jsonl, line 2, mask is '\./', the table's folder, no picture"),
+        ({"target": ".", "mask": "m"}, r"list\.jsonl, line 2: target is '\.', the table's folder, no picture"),
+        ({"target": "x", "mask": "./"}, r"list\.jsonl, line 2: mask is '\./', the table's folder, no picture"),
     ],
 )
 def test_a_row_at_fault_is_named(tmp_path, row, message):
@@ -118,8 +124,11 @@ def test_a_whole_character_in_two_halves_is_one(tmp_path):
 def test_a_url_that_names_no_picture_is_refused(tmp_path):
     url = "https://host/data/list.jsonl"
     file = write_jsonl(tmp_path / "copy", {"target": "https://host/data/", "mask": "m.png"})
+    findings = Findings()
+    below = names_are_below(url, url)
+    list_table(url, file, below, dataset(url), findings, masks=True, pack=file, packed=io.BytesIO())
     with pytest.raises(InputError, match=r"list\.jsonl, line 1: https://host/data/ names a folder, no picture"):
-        list_table(url, file, names_are_below(url, url), dataset(url), masks=True, pack=file, packed=io.BytesIO())
+        findings.raise_problems()
 
 
 def test_all_rows_at_fault_are_named_at_once(tmp_path):
@@ -134,7 +143,7 @@ def test_all_rows_at_fault_are_named_at_once(tmp_path):
 
 def test_a_caption_column_that_nobody_has_is_refused(tmp_path):
     table = write_jsonl(tmp_path / "list.jsonl", {"target": "a", "mask": "m", "text": "x"})
-    assert items_of(table)[0].caption is None
+    assert items_of(table)[0].caption == "x"
     with pytest.raises(InputError, match=r"no row has the column captoin, but mask, target, text\. Correct"):
         items_of(table, caption="captoin")
 
@@ -224,9 +233,12 @@ def test_an_empty_cell_of_a_csv_is_none(tmp_path):
     "place, message",
     [
         ("nothing", r"dataset listed: table .*nothing does not exist"),
-        ("empty", r"dataset listed: table .*empty is a folder without metadata\.jsonl, metadata\.csv, \.parquet or"),
-        ("list.txt", r"dataset listed: table .*list\.txt is no \.jsonl, \.parquet or \.arrow file"),
-        ("https://host/list.txt", r"dataset listed: table https://host/list\.txt is no \.jsonl, \.parquet or \.arrow"),
+        ("empty", r"dataset listed: table .*empty is a folder without metadata\.jsonl \(or \.csv\), \.parquet or"),
+        ("list.txt", r"dataset listed: table .*list\.txt is no \.jsonl, \.csv, \.parquet or \.arrow file"),
+        (
+            "https://host/list.txt",
+            r"dataset listed: table https://host/list\.txt is no \.jsonl, \.csv, \.parquet or",
+        ),
     ],
 )
 def test_a_place_without_tables_is_named(tmp_path, monkeypatch, place, message):
@@ -311,7 +323,7 @@ def test_paths_in_a_parquet_table_are_paths(tmp_path):
     (item,) = items_of(table)
     assert [file.place for file in item.pictures] == [f"{tmp_path}/a.png", f"{tmp_path}/m.png"]
     escaping = write_arrow(tmp_path / "list.parquet", {"target": ["../a.png"], "mask": ["m.png"]})
-    with pytest.raises(InputError, match=r"list\.parquet, row 1, target is '\.\./a\.png', which leads out"):
+    with pytest.raises(InputError, match=r"list\.parquet, row 1: target is '\.\./a\.png', which leads out"):
         items_of(escaping)
 
 
@@ -323,3 +335,57 @@ def test_a_damaged_table_is_named(tmp_path, name):
         table.write_bytes(damage(table.read_bytes()))
         with pytest.raises(InputError, match=rf"{re.escape(str(table))}: "):
             items_of(table)
+
+
+@pytest.mark.parametrize("written", ["{folder}/deep/a.png", "deep\\a.png", ".\\deep\\a.png", "deep//a.png"])
+def test_a_path_within_the_lists_folder_may_be_written_in_other_ways(tmp_path, written):
+    path = written.format(folder=tmp_path)
+    (item,) = items_of(write_jsonl(tmp_path / "list.jsonl", {"target": path, "mask": "m.png"}))
+    assert item.target.place == f"{tmp_path}/deep/a.png" and item.name == "deep/a"
+
+
+def test_a_file_whose_name_holds_a_backslash_is_found(tmp_path):
+    (tmp_path / "a\\b.png").write_bytes(b"")
+    (item,) = items_of(write_jsonl(tmp_path / "list.jsonl", {"target": "a\\b.png", "mask": "m.png"}))
+    assert item.target.place == f"{tmp_path}/a\\b.png"
+
+
+def test_a_csv_is_a_list(tmp_path):
+    table = tmp_path / "list.csv"
+    table.write_text('target,mask,text\na.png,m.png,"a cat, asleep"\nb.png,m.png,\n')
+    assert find_tables(str(table), "listed") == [str(table)]
+    assert [item.caption for item in items_of(table)] == ["a cat, asleep", None]
+
+
+@needs_pyarrow
+def test_parquet_metadata_names_its_pictures_by_file_name(tmp_path):
+    columns = {"file_name": ["a.png"], "mask_file_name": ["m.png"], "text": ["a cat"]}
+    table = write_arrow(tmp_path / "metadata.parquet", columns)
+    assert find_tables(str(tmp_path), "listed") == [str(table)]
+    (item,) = items_of(table, below=tmp_path, target="image")
+    assert (item.target.place, item.mask.place) == (f"{tmp_path}/a.png", f"{tmp_path}/m.png")
+    assert item.caption == "a cat"
+
+
+@pytest.mark.parametrize(
+    "columns, row, caption",
+    [
+        ({}, {"text": "a cat"}, "a cat"),
+        ({}, {"caption": "a cat", "text": "a poem"}, "a cat"),
+        ({}, {"caption": None, "text": "a cat"}, "a cat"),
+        ({"caption": "caption"}, {"caption": None, "text": "a poem"}, None),
+        ({}, {"prompt": "a cat"}, None),
+    ],
+)
+def test_text_is_the_caption_where_nothing_else_is_named(tmp_path, columns, row, caption):
+    table = write_jsonl(tmp_path / "list.jsonl", {"target": "a.png", "mask": "m.png"} | row)
+    (item,) = items_of(table, **columns)
+    assert item.caption == caption
+
+
+def test_columns_that_may_be_captions_are_noted(tmp_path):
+    table = write_jsonl(tmp_path / "list.jsonl", {"target": "a.png", "mask": "m.png", "prompt": "a cat"})
+    findings = Findings()
+    list_table(str(table), table, str(tmp_path), dataset(table), findings, masks=True, pack="pack", packed=io.BytesIO())
+    (note,) = findings.notes
+    assert (note.kind, note.what) == (CAPTIONS, "no row has the column caption or text, but prompt")

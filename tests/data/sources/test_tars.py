@@ -7,6 +7,7 @@ import pytest
 
 from configs.dataset_schema import DatasetConfig
 from configs.errors import InputError
+from data.sources.problems import CAPTIONS, Findings
 from data.sources.tars import expand_tars, list_tar, tar_name
 
 
@@ -26,7 +27,10 @@ def items_of(tmp_path):
         path = tmp_path / "photos-0.tar"
         write_tar(path, members)
         dataset = DatasetConfig.model_validate({"name": "web", "tars": str(path), "members": config})
-        return list_tar(str(path), path, dataset, masks=masks)
+        findings = Findings()
+        items = list_tar(str(path), path, dataset, findings, masks=masks)
+        findings.raise_problems()
+        return items
 
     return make
 
@@ -146,3 +150,55 @@ def test_tars_that_may_not_be_read_are_refused(patterns, message):
 def test_a_tar_is_called_by_its_file_alone():
     assert tar_name("https://host/path/photos-01.tar?token=secret/x.y") == "photos-01"
     assert tar_name("/a/b.c/photos.train.tar") == "photos"
+
+
+def test_a_pattern_or_a_folder_names_the_tars_that_are_there(tmp_path):
+    for name in ("a-0.tar", "a-1.tar", "b.tar", "a-0.json"):
+        (tmp_path / name).touch()
+    names = [f"{tmp_path}/{name}" for name in ("a-0.tar", "a-1.tar", "b.tar")]
+    assert expand_tars([f"{tmp_path}/*.tar"], "web") == names == expand_tars([str(tmp_path)], "web")
+    assert expand_tars([f"{tmp_path}/{{a-?,b}}.tar"], "web") == names
+    for nothing in (f"{tmp_path}/c-*.tar", str(tmp_path / "empty")):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(InputError, match=r"dataset web: tars \S+: no \.tar is there"):
+            expand_tars([nothing], "web")
+    with pytest.raises(InputError, match=r"a server is not asked which files it has\. Write their numbers in braces"):
+        expand_tars(["s3://bucket/a-*.tar"], "web")
+
+
+def test_each_of_several_masks_makes_a_sample(items_of):
+    members = {"1.jpg": b"one", "1.mask0.png": b"m0", "1.mask_01.png": b"m1", "1.txt": b"a cat", "2.jpg": b"two"}
+    items = items_of(members | {"2.mask.png": b"m", "2.mask1.png": b"m1"})
+    assert {item.name: (read(item.target), read(item.mask), item.caption) for item in items} == {
+        "photos-0/1.mask0": (b"one", b"m0", "a cat"),
+        "photos-0/1.mask_01": (b"one", b"m1", "a cat"),
+        "photos-0/2": (b"two", b"m", None),
+        "photos-0/2.mask1": (b"two", b"m1", None),
+    }
+
+
+@pytest.mark.parametrize(
+    "members, caption",
+    [
+        ({"1.caption": b"a cat"}, "a cat"),
+        ({"1.json": b'{"text": "a cat"}'}, "a cat"),
+        ({"1.json": b'{"caption": null, "text": "a cat"}'}, "a cat"),
+        ({"1.json": b'{"caption": "a cat", "text": "a poem"}'}, "a cat"),
+        ({"1.txt": b" \n", "1.json": b'{"caption": "a cat"}'}, "a cat"),
+        ({"1.json": b'{"text": 3}'}, None),
+    ],
+)
+def test_a_caption_is_where_it_cannot_be_anything_else(items_of, members, caption):
+    (item,) = items_of({"1.jpg": b"", "1.mask.png": b""} | members)
+    assert item.caption == caption
+
+
+def test_members_that_may_hold_captions_are_noted(tmp_path):
+    path, findings = tmp_path / "photos-0.tar", Findings()
+    write_tar(
+        path, {"1.jpg": b"", "1.mask.png": b"", "1.prompt": b"a cat", "__MACOSX/1.jpg": b"", "__MACOSX/2.png": b""}
+    )
+    dataset = DatasetConfig.model_validate({"name": "web", "tars": str(path)})
+    assert len(list_tar(str(path), path, dataset, findings, masks=True)) == 1 and findings.problems == []
+    (note,) = findings.notes
+    assert note.kind == CAPTIONS and note.what == "samples without a caption (txt, caption, json) have prompt"

@@ -2,6 +2,7 @@ import pytest
 
 from configs.errors import InputError
 from data.sources.folders import list_folders
+from data.sources.problems import Findings
 from data.sources.tables import find_tables
 from data.sources.walk import walk_folder
 
@@ -45,6 +46,6 @@ def test_pictures_and_tables_behind_links_are_found(tmp_path):
     for role in ("target", "mask"):
         (tmp_path / role).mkdir()
         (tmp_path / role / "more").symlink_to(tmp_path / "disk")
-    (item,) = list_folders(tmp_path / "target", tmp_path / "mask", None, "photos")
+    (item,) = list_folders(tmp_path / "target", tmp_path / "mask", None, "photos", Findings())
     assert item.name == "more/a"
     assert find_tables(str(tmp_path / "target"), "photos") == [f"{tmp_path}/target/more/metadata.jsonl"]
