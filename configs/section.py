@@ -94,4 +94,4 @@ class Shapes(IntEnum):
     SAMPLES = 3
     """What the samples are. A run must agree."""
     TENSORS = 4
-    """The stored tensors of any sample. Part of every shard's hash too: another value encodes all anew."""
+    """The stored tensors of any sample. Part of every shard's hash too: another value encodes all of them again."""

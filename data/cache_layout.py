@@ -9,6 +9,7 @@
     owner.json                    the run that the cache was made for, and its datasets.  Replaced by preprocessing
     scan/<dataset>/               what was found out about pictures.  Deleted by a scan that had no use for it
     copies/                       of remote pictures.  Deleted by the worker that completes the cache
+    quarantine/, quarantine.jsonl what repair found bad, and why.  Only its user deletes it
     problems.txt                  all that was wrong with the pictures, if too long to show.  Replaced by the next scan
     crew/                         who is at work on what.  Deleted by the last worker to leave
     *.<8 hex digits>.part         half written.  Deleted by whoever takes over a dead worker's work
@@ -22,6 +23,7 @@ from pathlib import Path
 MANIFEST, SHARD_TABLE = "manifest.json", "shards.npz"
 EMPTY_TEXT = "empty_text.safetensors"
 PROBLEMS, OWNER = "problems.txt", "owner.json"
+QUARANTINE, QUARANTINE_LIST = "quarantine", "quarantine.jsonl"
 SHARDS, VALIDATION, SCAN, COPIES, CREW = OWN_FOLDERS = ("shards", "validation", "scan", "copies", "crew")
 
 _PART = r"\.[0-9a-f]{8}\.part"

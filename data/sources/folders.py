@@ -180,7 +180,8 @@ def _report_partners(
             hint = f"; the nearest is {os.path.relpath(others.pictures[nearest].place, others.folder)}"
         findings.add(NAMES, picture, f"{what} in {others.folder}{hint}", cure)
 
-    near_partners, near_targets = NearNames(sorted(orphans)), NearNames(sorted(lacking or targets.pictures))
+    near_partners = NearNames(sorted(orphans))
+    near_targets = NearNames(sorted(lacking.keys() & targets.pictures.keys()))
     for name, picture in lacking.items():
         add(picture, name, f"no {role} of the same name", partners, near_partners, "Add it, or remove the target.")
     for name in sorted(orphans):
