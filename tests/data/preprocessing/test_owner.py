@@ -3,6 +3,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from configs.errors import InputError
@@ -103,6 +104,10 @@ def test_any_run_may_bring_a_cache_up_to_date_with_its_pictures(config_of, tmp_p
 def test_other_settings_make_shards_of_the_same_run_again_and_of_no_other_unasked(config_of, tmp_path, change):
     preprocess(config_of("a"), QUIET)
     shutil.copytree(tmp_path / "a" / "target", tmp_path / "a" / "source")
+    for path in tmp_path.glob("a/source/*.png"):
+        with Image.open(path) as picture:
+            picture.paste("grey", (8, 8, 20, 24))  # the hole of `write_triple`
+            picture.save(path)
     shutil.copytree(tmp_path / "a" / "mask", tmp_path / "a" / "m2")
     write_triple(tmp_path / "other", "a-0", hole=(0, 0, 9, 9))
     shutil.copy(tmp_path / "other" / "mask" / "a-0.png", tmp_path / "a" / "m2")
