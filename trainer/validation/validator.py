@@ -26,7 +26,7 @@ from data.encoders.encode import decode_latents
 from data.encoders.load import load_vae
 from data.samples.geometry import Bucket, Pixels
 from data.samples.plan import HOLDOUT, TRAIN
-from data.show.picture_grid import save_grid
+from data.show.picture_grid import GridItem, save_grid
 from trainer.engines.base import Engine
 from trainer.model.flow import flow_loss, mix_noise
 from trainer.model.flux import pack_latents, predict_velocity
@@ -226,15 +226,15 @@ class Validator:
         for split in (HOLDOUT, TRAIN):
             if not (shown := self._shown(split)):
                 continue
-            rows, notes = [], []
+            grid = []
             for item in shown:
                 hole = torch.where(item.mask, 0.5, item.image)
                 filled = paste_back(pictures[item.number].float().div(255), item.image, item.mask)
-                rows.append([item.target, hole, filled, item.mask.float().unsqueeze(0)])
+                stages = [item.target, hole, filled, item.mask.float().unsqueeze(0)]
                 ceiling = self._ceilings[item.number]["hole_psnr_ceiling"]
-                caption = item.item.caption if len(item.item.caption) <= 60 else f"{item.item.caption[:57]}..."
-                notes.append(f"hole {figures_of[item.number]['hole_psnr']:.1f} dB (VAE {ceiling:.1f})   {caption}")
-            save_grid(self._folder / f"step-{step:08d}-{split}.png", ("target", "hole", "filled", "mask"), rows, notes)
+                note = f"hole {figures_of[item.number]['hole_psnr']:.1f} dB (VAE {ceiling:.1f}) · {item.item.key}"
+                grid.append(GridItem([stages], [note], item.item.caption))
+            save_grid(self._folder / f"step-{step:08d}-{split}.png", ("target", "hole", "filled", "mask"), grid)
 
 
 def _noise_key(item: ValidationItem) -> int:
