@@ -3,7 +3,8 @@
     python benchmarks/start.py [--against FOLDER] [--out benchmarks/results/start.jsonl] [--repeats 5]
 
 User and system time of all processes: the launcher's, the ranks', and of what they start, read when the first step
-stands in metrics.jsonl; then the run is ended. Without the picture of the untrained model, which is work and no start.
+stands in metrics.jsonl; then the run is ended. Once without validation, and once with one picture in one sampler step
+before the first step: sampling all 96 is work and no start.
 FOLDER: a clone of another commit with a .venv of its own. Each build preprocesses a cache for itself. Runs alternate;
 medians.
 """
@@ -17,10 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGINES = {"single": 1, "ddp": 2}
+
+VALIDATION = {False: ["validation.every_steps=null"], True: ["validation.images=1", "validation.sampler_steps=1"]}
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _MAKE_INPUTS = """
@@ -35,7 +39,7 @@ build_tiny_model(Path(sys.argv[1], "model"))
 
 def make_inputs(build: Path, folder: Path) -> None:
     """The demo's triples, its model and its cache below `folder`, by the programs of `build`."""
-    subprocess.run([python_of(build), "-c", _MAKE_INPUTS, folder], cwd=build, check=True, stderr=subprocess.DEVNULL)
+    subprocess.run([python_of(build), "-c", _MAKE_INPUTS, folder], cwd=build, check=True, capture_output=True)
     preprocess = [python_of(build).with_name("fluxfill"), "preprocess", "configs/demo.yaml", *overrides(folder)]
     subprocess.run(preprocess, cwd=build, check=True, stdout=subprocess.DEVNULL)
 
@@ -50,7 +54,7 @@ def overrides(folder: Path) -> list[str]:
     return [*paths, f"model.base={folder}/model", f"data.cache={folder}/cache", f"run.dir={folder}/runs"]
 
 
-def cpu_until_first_step(build: Path, folder: Path, engine: str) -> float:
+def cpu_until_first_step(build: Path, folder: Path, engine: str, *, validates: bool) -> float:
     """CPU seconds of one start. Raises RuntimeError if the run ends before its first step."""
     metrics = folder / "runs" / "demo" / "metrics.jsonl"
     metrics.unlink(missing_ok=True)
@@ -58,10 +62,9 @@ def cpu_until_first_step(build: Path, folder: Path, engine: str) -> float:
     launch += ["--num_processes", str(ENGINES[engine]), "--main_process_port", "0"]
     command = [*launch, "trainer/main.py", "--config", "configs/demo.yaml", "--resume", "never", *overrides(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command += VALIDATION[validates]
     with tempfile.TemporaryFile() as output:
-        run = subprocess.Popen(
-            [*command, "validation.every_steps=null"], cwd=build, env=environment, stdout=output, stderr=output
-        )
+        run = subprocess.Popen(command, cwd=build, env=environment, stdout=output, stderr=output)
         try:
             while not (metrics.exists() and metrics.stat().st_size):
                 if run.poll() is not None:
@@ -102,18 +105,19 @@ def main() -> None:
         for name, build in builds.items():
             folders[name].mkdir()
             make_inputs(build, folders[name])
-        seconds: dict[str, dict[str, list[float]]] = {engine: {name: [] for name in builds} for engine in ENGINES}
+        cases = list(product(ENGINES, VALIDATION))
+        seconds: dict = {case: {name: [] for name in builds} for case in cases}
         for _ in range(options.repeats + 1):
-            for engine, of in seconds.items():
-                for name, build in builds.items():
-                    of[name].append(cpu_until_first_step(build, folders[name], engine))
-    for engine, of in seconds.items():
+            for (engine, validates), (name, build) in product(cases, builds.items()):
+                spent = cpu_until_first_step(build, folders[name], engine, validates=validates)
+                seconds[engine, validates][name].append(spent)
+    for (engine, validates), of in seconds.items():
         # The first start of each fills caches (bytecode, pages).
         medians = {name: round(statistics.median(values[1:]), 2) for name, values in of.items()}
-        line = {"benchmark": "start", "engine": engine, "processes": ENGINES[engine], "cpu_seconds": medians}
+        case = {"engine": engine, "processes": ENGINES[engine], "validates": validates}
+        line = {"benchmark": "start", **case, "cpu_seconds": medians}
         if options.against is not None:
-            line["against"] = commit_of(options.against)
-            line["ratio"] = round(medians["this"] / medians["against"], 3)
+            line |= {"against": commit_of(options.against), "ratio": round(medians["this"] / medians["against"], 3)}
         text = json.dumps(line)
         print(text)
         if options.out is not None:

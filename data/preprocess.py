@@ -10,12 +10,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from configs.late_imports import import_late
 from configs.library_warnings import quiet_libraries
+from configs.lighter_imports import lighten_imports
 
 if __name__ == "__main__":
     quiet_libraries()
-    import_late()
+    lighten_imports()
 
 from rich.console import Console
 

@@ -44,12 +44,17 @@ def main() -> int:
 
 
 def make_inputs(folder: Path) -> None:
-    """Write the triples and the model into a folder; in a process of its own, whose memory goes with it."""
+    """Write the triples and the model into a folder; in a process of its own, whose memory goes with it.
+
+    Those of an earlier demo are replaced: it may have been another release's, with another model.
+    """
+    for name in ("triples", "model"):
+        shutil.rmtree(folder / name, ignore_errors=True)
     script = (
         "from pathlib import Path\n"
-        "from configs.late_imports import import_late\n"
+        "from configs.lighter_imports import lighten_imports\n"
         "from configs.library_warnings import quiet_libraries\n"
-        "import_late()\n"
+        "lighten_imports()\n"
         "quiet_libraries()\n"
         "from demo.photographs import write_triples\n"
         "from demo.tiny_model import build_tiny_model\n"

@@ -12,8 +12,8 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from configs.errors import InputError
-from configs.late_imports import import_late
 from configs.library_warnings import quiet_libraries
+from configs.lighter_imports import lighten_imports
 from configs.loading import json_schema, load_config
 from configs.supervision import BAD_INPUT
 from data.preprocessing.worker import which_worker
@@ -118,7 +118,7 @@ def preprocess(
     run = load_config(config, overrides or [])
     which = which_worker(os.environ, worker=worker, workers=workers)
     quiet_libraries()
-    import_late()
+    lighten_imports()
     from data.preprocessing import run as job  # imports torch, which the other commands do without
 
     (job.dry_run if dry_run else job.preprocess)(run, Console(), which, thorough=thorough)

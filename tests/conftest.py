@@ -3,6 +3,7 @@ made once a session."""
 
 from __future__ import annotations
 
+import gc
 import http.server
 import threading
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from configs.late_imports import import_late
+from configs.lighter_imports import lighten_imports
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -19,7 +20,13 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 
-import_late()  # as in every program of ours
+lighten_imports()  # as in every program of ours
+
+
+def pytest_collection_finish() -> None:
+    """What the test files have imported is no garbage: neither a collection nor the exit need go through it."""
+    gc.freeze()
+
 
 # The fixtures import what they need themselves: diffusers takes 10 s, and most tests need none of it.
 

@@ -2,14 +2,15 @@
 
 import gc
 
-from configs.late_imports import import_late
 from configs.library_warnings import quiet_libraries
+from configs.lighter_imports import lighten_imports
 
 quiet_libraries()
-import_late()
+lighten_imports()
 gc.disable()
 
 import data.preprocessing.run  # noqa: E402, F401
+import trainer.export.verify  # noqa: E402  (with peft and the pipeline)
 import trainer.main  # noqa: E402, F401
 
 gc.freeze()  # the forks leave their parent's pages alone

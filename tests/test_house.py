@@ -12,6 +12,7 @@ MOST_LINES = 400
 TESTED_ELSEWHERE = {
     "benchmarks/planning.py": "measures for minutes; what it calls is tested",
     "benchmarks/preprocess.py": "measures for minutes; what it calls is tested",
+    "benchmarks/start.py": "measures for minutes; what it calls is tested",
     "benchmarks/verify.py": "measures for minutes; what it calls is tested",
     "demo/train_vae.py": "made demo/vae/ once, in an hour",
     "launch/gpus.py": "asks the driver how many GPUs there are",
@@ -26,6 +27,7 @@ ACROSS_MODULES = {
     "tests/data/preprocessing/test_shared_job.py": "several workers on one cache, alive, dead and late",
     "tests/data/cache/test_format_v1.py": "a cache of format 1, kept as files",
     "tests/data/samples/test_variants.py": "recipes and sources, from the config to the bytes of the shards",
+    "tests/data/test_sixty_triples.py": "scan, plan, encoding and report of a set with a fault of each kind",
     "tests/data/storage/test_object_stores.py": "S3 and GCS through every module that opens URLs",
     "tests/launch/test_preprocess_workers.py": "the ways in which a user starts several workers",
     "tests/trainer/test_online.py": "training runs that encode their own batches",

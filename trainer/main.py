@@ -7,7 +7,7 @@ import gc
 import sys
 from functools import partial
 
-from configs.late_imports import import_late
+from configs.lighter_imports import lighten_imports
 from trainer.process.command_line import check_command_line, read_command_line
 from trainer.process.outcome import Stopped, run_and_report
 from trainer.process.stop_signals import install_stop_signals, stop_signal
@@ -18,7 +18,7 @@ if __name__ == "__main__":
         sys.exit(code)
     gc.disable()  # imports leave no garbage, and looking for it takes a fifth of their time
 
-import_late()
+lighten_imports()
 
 from data.batches.micro_batch import unpack_mask
 from data.encoders.model_folder import find_model

@@ -9,7 +9,6 @@ from diffusers import FluxTransformer2DModel
 from configs.combinations import QUANTIZED, notes_of
 from configs.schema import Config
 from data.encoders.model_folder import read_part_config
-from trainer.adapters.build import add_adapter
 from trainer.engines.base import Engine
 from trainer.model.flux import DEV_CHANNELS, empty_transformer, load_transformer
 from trainer.model.quantize import quantize_base
@@ -34,13 +33,15 @@ def build_transformer(config: Config, model: Path, engine: Engine) -> FluxTransf
     if config.model.precision in QUANTIZED:
         quantize_base(transformer, config.model.precision, engine.ranks.broadcast)
     if method.type != "full":
+        from trainer.adapters.build import add_adapter  # with peft and transformers: half a second
+
         expanded = read_part_config(model, "transformer").get("in_channels", DEV_CHANNELS) == DEV_CHANNELS
         add_adapter(transformer, method, expanded=expanded, seed=config.run.seed)
     if checkpoints_activations(config, engine):
         transformer.enable_gradient_checkpointing()
     if config.train.compile == "regional":
         # Blocks of one kind share a graph. Dynamic from the start: were the first sizes taken for fixed, a later one
-        # could be compiled anew between a forward pass and its recomputation, which then do not match.
+        # could be compiled again between a forward pass and its recomputation, which then do not match.
         transformer.compile_repeated_blocks(dynamic=True)
         torch._dynamo.config.optimize_ddp = False  # it cuts graphs where DDP's messages begin
     counts = [sum(p.numel() for p in transformer.parameters() if p.requires_grad is wanted) for wanted in (True, False)]

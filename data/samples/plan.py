@@ -11,7 +11,7 @@ from configs.errors import InputError
 from configs.mask_recipe import OWN_MASKS, MaskRecipe, recipe_of
 from configs.schema import Config
 from data.samples.geometry import Bucket, Crop, choose_buckets, plan_crop
-from data.sources.problems import Findings, print_problems
+from data.sources.problems import Findings
 from data.sources.triples import Triple, held_out, list_triples
 
 TRAIN, HOLDOUT = "train", "holdout"  # the splits
@@ -63,21 +63,19 @@ def plan_samples(config: Config, progress: Progress, *, thorough: bool = False) 
         for dataset in data.datasets
         for triple, size in list_triples(dataset, data, partial(progress.advance, bar), findings, thorough=thorough)
     ]
-    if findings.notes:
-        title = f"{len(findings.notes)} note{'s' if len(findings.notes) > 1 else ''}, which stop nothing"
-        print_problems(progress.console, findings.notes, title=title, style="yellow")
-    findings.raise_problems(data.cache_folder)
+    findings.report(progress.console, data.cache_folder)
     progress.update(bar, total=len(found), completed=len(found))
     crops = {size: _crops_of(size, data) for size in {size for _, _, size in found}}  # few, of however many pictures
-    left_out = sum(not crops[size] for _, _, size in found)
-    if left_out:
-        found = [entry for entry in found if crops[entry[2]]]
-        limits = f"data.min_side {data.min_side}, data.max_enlarge {data.max_enlarge}".replace("None", "not set")
-        progress.console.print(
-            f"{left_out} of {left_out + len(found)} pictures are left out ({limits})", highlight=False
-        )
-    if left_out and not found:
-        raise InputError(f"All {left_out} pictures are left out ({limits}). Lower the one or raise the other.")
+    wanted = [entry for entry in found if crops[entry[2]]]
+    if len(wanted) < len(found):
+        left_out = (
+            f"{len(found) - len(wanted)} of {len(found)} pictures are left out by data.min_side {data.min_side} and "
+            f"data.max_enlarge {data.max_enlarge}"
+        ).replace("None", "null")
+        if not wanted:
+            raise InputError(f"{left_out}. Lower the one, or raise the other.")
+        progress.console.print(left_out, highlight=False, soft_wrap=True)
+        found = wanted
     kept = held_out((triple.target_content for _, triple, _ in found), data.holdout)
     if all(triple.target_content in kept for _, triple, _ in found):
         raise InputError(

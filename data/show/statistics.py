@@ -1,5 +1,7 @@
-"""Statistics of a cache, counted from its manifest and the shards' indexes, without reading a sample."""
+"""Statistics of a cache, counted from its manifest, the shards' indexes and a few headers, without reading a sample."""
 
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -7,12 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
+from configs.data_schema import CaptionsConfig
 from configs.errors import InputError
 from data.cache.manifest import Manifest, ShardTable
 from data.cache.members import LATENTS, MASKED, TEXT, num_bytes, sample_tensors
 from data.cache.shard_index import ShardIndex, count_hole_fractions, read_index
 from data.cache_layout import index_path
 from data.samples.geometry import Bucket
+from data.samples.plan import text_name
+from data.sources.items import OWN, finish_caption, whose_caption
+from data.storage.tar_members import BLOCK
 
 _THREADS = 16  # that wait for small files
 
@@ -38,7 +44,7 @@ class CacheStatistics:
     and padding of tar and safetensors.  texts: captions stored, each once per shard.  apart: bytes of the same tensors
     with a file of its own for every sample and mask, text and target in each, as other trainers cache them.
     hole_fractions: masks per tenth of the area.  tokens: of T5, real ones, per sample, as (middle, longest).
-    cut: samples whose caption fills the text length: it may have been cut.
+    cut: samples whose caption fills the text length: it may have been cut.  captions: samples by `whose_caption`.
     """
 
     groups: list[Group]
@@ -48,6 +54,7 @@ class CacheStatistics:
     hole_fractions: list[int]
     tokens: tuple[int, int]
     cut: int
+    captions: Counter[str]
 
     @property
     def samples(self) -> int:
@@ -64,7 +71,8 @@ class CacheStatistics:
 
 @dataclass(frozen=True)
 class _Shard:
-    """Counts of one shard.  tokens: how many samples have 0, 1, ... text_length real tokens."""
+    """Counts of one shard.  tokens: how many samples have 0, 1, ... text_length real tokens.
+    with_default: samples whose caption is the one of samples that have none."""
 
     variants: int
     parts: dict[str, int]
@@ -72,6 +80,7 @@ class _Shard:
     apart: int
     hole_fractions: list[int]
     tokens: np.ndarray
+    with_default: int
 
 
 def find_shards(table: ShardTable, name: str | None) -> list[int]:
@@ -92,21 +101,30 @@ def count_cache(
 ) -> CacheStatistics:
     """Count the shards in `rows` of the table. advance: called after each.
 
-    Raises InputError if an index is missing or damaged.
+    Raises InputError if an index is missing or damaged, or a shard missing.
     """
+    settings = manifest.settings
+    captions = CaptionsConfig(
+        default=settings.get("data.captions.default", ""), trigger=settings.get("data.captions.trigger")
+    )
+    default = finish_caption(None, captions)
 
     def count(row: int) -> _Shard:
-        path = index_path(cache / str(table.path[row]))
+        tar = cache / str(table.path[row])
+        path = index_path(tar)
         try:
             index = read_index(path)
         except FileNotFoundError:
             raise InputError(f"{path}: missing. `fluxfill shards verify --repair CONFIG` rebuilds it.") from None
-        counted = _count_shard(index, manifest, str(table.bucket[row]))
+        with_default = _count_text(index, tar, text_name(default))
+        counted = _count_shard(index, manifest, str(table.bucket[row]), with_default)
         advance()
         return counted
 
     with ThreadPoolExecutor(_THREADS) as pool:
         shards = list(pool.map(count, rows))
+    lacking = sum(shard.with_default for shard in shards)
+    samples = int(table.samples[list(rows)].sum())
     tokens = sum((shard.tokens for shard in shards), np.zeros(manifest.text_length + 1, dtype=np.int64))
     return CacheStatistics(
         groups=_group(table, rows, shards),
@@ -116,10 +134,11 @@ def count_cache(
         hole_fractions=np.sum([shard.hole_fractions for shard in shards], axis=0).tolist(),
         tokens=_middle_and_longest(tokens),
         cut=int(tokens[-1]),
+        captions=Counter({OWN: samples - lacking, whose_caption(default, captions): lacking}),
     )
 
 
-def _count_shard(index: ShardIndex, manifest: Manifest, bucket: str) -> _Shard:
+def _count_shard(index: ShardIndex, manifest: Manifest, bucket: str, with_default: int) -> _Shard:
     kinds = sample_tensors(Bucket.parse(bucket), manifest)
     samples, variants = index.masked.shape[:2]
     latents, text = num_bytes(kinds[LATENTS]), num_bytes(kinds[TEXT])
@@ -134,7 +153,26 @@ def _count_shard(index: ShardIndex, manifest: Manifest, bucket: str) -> _Shard:
     parts["headers and padding"] = index.tar_bytes - sum(parts.values())
     apart = samples * variants * (2 * latents + mask + text)
     tokens = np.bincount(np.minimum(index.tokens, manifest.text_length), minlength=manifest.text_length + 1)
-    return _Shard(variants, parts, len(index.texts), apart, count_hole_fractions([index]), tokens)
+    return _Shard(variants, parts, len(index.texts), apart, count_hole_fractions([index]), tokens, with_default)
+
+
+def _count_text(index: ShardIndex, tar: Path, name: str) -> int:
+    """How many of a shard's samples have the text of this name. The index has no names: those of a few members are read
+    from the tar, in which samples and so texts are sorted by them."""
+    try:
+        with tar.open("rb") as file:
+
+            def name_of(offset: int) -> str:
+                file.seek(offset - BLOCK)  # a member's header is the block before its data
+                return file.read(100).rstrip(b"\0").decode("utf-8", "replace").partition(".")[0]
+
+            offsets = index.texts[:, 0].tolist()
+            row = bisect_left(offsets, name, key=name_of)
+            if row == len(offsets) or name_of(offsets[row]) != name:
+                return 0
+    except FileNotFoundError:
+        raise InputError(f"{tar}: missing. Restore it, or run `fluxfill preprocess CONFIG` again.") from None
+    return int((index.text_row == row).sum())
 
 
 def _group(table: ShardTable, rows: Sequence[int], shards: Sequence[_Shard]) -> list[Group]:

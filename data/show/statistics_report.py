@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from data.cache.manifest import Manifest
+from data.samples.summary import print_captions
 from data.show.statistics import CacheStatistics
 
 _BAR = 32  # characters of the longest bar
@@ -19,6 +20,7 @@ def print_statistics(console: Console, cache: Path, manifest: Manifest, counted:
     console.print(_parts_table(counted))
     for line in _text_lines(manifest, counted):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+    print_captions(console, counted.captions)
     console.print()
     console.print(_holes_table(counted))
 
@@ -58,8 +60,8 @@ def _text_lines(manifest: Manifest, counted: CacheStatistics) -> list[str]:
         f"in it, are {_size(counted.apart / masks)}",
         f"text: T5 {manifest.text_length} x {manifest.text_width} {manifest.text_dtype}, of which {middle} tokens are "
         f"real in the middle of the samples and {longest} at most{cut}",
-        f"captions: {counted.texts} stored for {counted.samples} samples (each once per shard), "
-        f"{counted.samples / max(counted.texts, 1):.1f} samples a caption",
+        f"texts: {counted.texts} stored for {counted.samples} samples (each once per shard), "
+        f"{counted.samples / max(counted.texts, 1):.1f} samples a text",
     ]
 
 

@@ -49,11 +49,15 @@ def list_folders(target: Path, mask: Path | None, source: Path | None, dataset: 
     unmasked = {name: targets.pictures[name] for name in sorted(targets.pictures.keys() - set(target_of.values()))}
     items: list[Item] = []
     sourceless = {name: picture for name, picture in unmasked.items() if sources and name not in sources.pictures}
-    sources_used, texts_used = set(unmasked), set()
+
+    def caption_of(*names: str) -> str | None:
+        texts = (each.texts[name] for each in (targets, sources) if each for name in names if name in each.texts)
+        return next(texts, None)
+
+    sources_used, texts_used = set(unmasked), set(map(caption_of, unmasked))
     for name, own_target in target_of.items():
         names = (name, own_target)  # what goes with one of several masks may be called like it, or like the target
-        texts = (each.texts[key] for each in (targets, sources) if each for key in names if key in each.texts)
-        caption = next(texts, None)
+        caption = caption_of(*names)
         texts_used.add(caption)
         target_picture, mask_picture = targets.pictures[own_target], masks.pictures[name] if masks else None
         source_picture = None
@@ -176,7 +180,8 @@ def _report_partners(
             hint = f"; the nearest is {os.path.relpath(others.pictures[nearest].place, others.folder)}"
         findings.add(NAMES, picture, f"{what} in {others.folder}{hint}", cure)
 
-    near_partners, near_targets = NearNames(sorted(orphans)), NearNames(sorted(lacking or targets.pictures))
+    near_partners = NearNames(sorted(orphans))
+    near_targets = NearNames(sorted(lacking.keys() & targets.pictures.keys()))
     for name, picture in lacking.items():
         add(picture, name, f"no {role} of the same name", partners, near_partners, "Add it, or remove the target.")
     for name in sorted(orphans):

@@ -17,8 +17,21 @@ from data.storage.atomic_write import write_text_atomically
 # The kinds, in the order in which they are shown: what is listed comes before what is read, and that before pixels.
 LISTS, NAMES, LEFT_OUT, CAPTIONS = "lists", "names", "left out", "captions"
 UNREADABLE, TRUNCATED, SIZES, MASKS = "unreadable", "truncated", "sizes", "masks"
-POLARITY, MISPLACED, ORIENTATION = "inverted masks", "misplaced masks", "EXIF"
-KINDS = (LISTS, NAMES, LEFT_OUT, CAPTIONS, UNREADABLE, TRUNCATED, SIZES, MASKS, POLARITY, MISPLACED, ORIENTATION)
+POLARITY, MISPLACED, SOURCES, ORIENTATION = "inverted masks", "misplaced masks", "sources", "EXIF"
+KINDS = (
+    LISTS,
+    NAMES,
+    LEFT_OUT,
+    CAPTIONS,
+    UNREADABLE,
+    TRUNCATED,
+    SIZES,
+    MASKS,
+    POLARITY,
+    MISPLACED,
+    SOURCES,
+    ORIENTATION,
+)
 
 _SHOWN = 10  # of each kind; the rest stands in the file
 
@@ -74,19 +87,24 @@ class Findings:
             raise error
         self.problems += error.problems if isinstance(error, ProblemsFound) else [Problem.of(error, kind, where)]
 
-    def raise_problems(self, cache: Path | None = None) -> None:
-        """Raise one ProblemsFound of all problems, if there is any.
-
-        cache: a folder for a list of all, notes too, where that is longer than what is shown; one from before goes.
-        """
+    def report(self, console: Console, cache: Path) -> None:
+        """Print the notes, then raise one ProblemsFound of all problems if there is any. Where that is longer than what
+        is shown, all stand in a file of the cache; one from before goes."""
         everything = sorted_by_kind([*self.problems, *self.notes])
         listed_in = None
-        if cache is not None and any(len(of_kind) > _SHOWN for _, of_kind in _by_kind(everything)):
+        if any(len(of_kind) > _SHOWN for _, of_kind in _by_kind(everything)):
             listed_in = cache / PROBLEMS
             cache.mkdir(parents=True, exist_ok=True)
             write_text_atomically(listed_in, "".join(f"{p.kind}: {printable(str(p))}\n" for p in everything))
-        elif cache is not None:
+        else:
             (cache / PROBLEMS).unlink(missing_ok=True)
+        if self.notes:
+            notes = sorted_by_kind(self.notes)
+            _print(console, notes, f"{len(notes)} note{'s' * (len(notes) > 1)} (no problem)", "yellow", listed_in)
+        self.raise_problems(listed_in)
+
+    def raise_problems(self, listed_in: Path | None = None) -> None:
+        """Raise ProblemsFound if there is a problem. listed_in: a file with all."""
         if self.problems:
             raise ProblemsFound(self.problems, listed_in)
 
@@ -107,24 +125,24 @@ def _first_lines(of_kind: Sequence[Problem]) -> list[str]:
 
 
 def print_found(console: Console, error: ProblemsFound) -> None:
-    """All that ended a run."""
+    """All that ended a run, by kind, with counts, the first of each kind and what to do: a table on a terminal; in a
+    log a line each, so that a search finds it."""
     count = len(error.problems)
-    print_problems(console, error.problems, title=f"{count} problem{'s' if count > 1 else ''}", style="red")
-    if error.listed_in is not None:
-        console.print(Text(f"All are listed in {printable(str(error.listed_in))}."), soft_wrap=True)
+    _print(console, error.problems, f"{count} problem{'s' * (count > 1)}", "red", error.listed_in)
 
 
-def print_problems(console: Console, problems: Sequence[Problem], *, title: str, style: str) -> None:
-    """Problems by kind, with counts, the first of each kind and what to do: a table on a terminal; in a log a line
-    each, so that a search finds it."""
-    shown = dict(_by_kind(sorted_by_kind(problems)))
+def _print(console: Console, problems: Sequence[Problem], title: str, style: str, listed_in: Path | None) -> None:
+    """problems: sorted by kind."""
+    shown = dict(_by_kind(problems))
     if console.is_terminal:
         console.print(_table_of(shown, title, style))
-        return
-    console.print(Text(f"{title}:"), soft_wrap=True)
-    for kind, of_kind in shown.items():
-        lines = [f"{kind}, {len(of_kind)}:", *(f"  {line}" for line in _first_lines(of_kind))]
-        console.print(Text("\n".join(map(printable, lines))), soft_wrap=True)
+    else:
+        console.print(Text(f"{title}:"), soft_wrap=True)
+        for kind, of_kind in shown.items():
+            lines = [f"{kind}, {len(of_kind)}:", *(f"  {line}" for line in _first_lines(of_kind))]
+            console.print(Text("\n".join(map(printable, lines))), soft_wrap=True)
+    if listed_in is not None and any(len(of_kind) > _SHOWN for of_kind in shown.values()):
+        console.print(Text(f"All are listed in {printable(str(listed_in))}."), soft_wrap=True)
 
 
 def _table_of(shown: Mapping[str, Sequence[Problem]], title: str, style: str) -> Table:
@@ -138,10 +156,10 @@ def _table_of(shown: Mapping[str, Sequence[Problem]], title: str, style: str) ->
     for kind, of_kind in shown.items():
         first = of_kind[:_SHOWN]
         for number, problem in enumerate(first):
-            what = Text(printable(problem.what))
+            what = Text(_below(problem.what, folder))
             if number + 1 == len(first) or first[number + 1].cure != problem.cure:
                 what.append(f"\n{printable(problem.cure)}", style="green")
-            table.add_row(f"{kind}\n{len(of_kind)}" if number == 0 else "", Text(_below(problem.where, folder)), what)
+            table.add_row(f"{kind} ({len(of_kind)})" if number == 0 else "", Text(_below(problem.where, folder)), what)
         if len(of_kind) > len(first):
             table.add_row("", f"... and {len(of_kind) - len(first)} more", "")
         table.add_section()
@@ -155,8 +173,9 @@ def _folder_of_all(problems: Sequence[Problem]) -> str:
     return "" if folder == "/" else folder
 
 
-def _below(where: str, folder: str) -> str:
-    return printable(where.removeprefix(f"{folder}/") if folder else where)
+def _below(text: str, folder: str) -> str:
+    """A text with paths as they are called from a folder."""
+    return printable(text.replace(f"{folder}/", "") if folder else text)
 
 
 def printable(text: str) -> str:

@@ -9,6 +9,7 @@ import csv
 import json
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -212,7 +213,15 @@ def _resolve(table: str, cell: object, where: str) -> str:
         )
     if not PurePosixPath(path).name:
         raise InputError(f"{where} is {path!r}, the table's folder, no picture. Correct it.")
-    return f"{folder}{separator}{PurePosixPath(path)}"
+    return _as_on_disk(f"{folder}{separator}{PurePosixPath(path)}")
+
+
+def _as_on_disk(place: str) -> str:
+    """A path in the one of Unicode's forms in which there is such a file: macOS and Linux differ in it."""
+    if place.isascii() or is_url(place) or os.path.exists(place):
+        return place
+    forms = (unicodedata.normalize(form, place) for form in ("NFC", "NFD"))
+    return next((form for form in forms if os.path.exists(form)), place)
 
 
 def number_repeats(items: Sequence[Item], findings: Findings) -> list[Item]:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from glob import escape as glob_escape
@@ -109,7 +110,9 @@ def list_tar(tar: str, copy: Path, dataset: DatasetConfig, findings: Findings, *
         if caption is None:
             without_caption |= members.keys()
         pictures = {role: _picture(tar, copy, member) for role, member in found.items() if member is not None}
-        target, source, name = pictures["target"], pictures.get("source"), f"{tar_name(tar)}/{key}"
+        target, source = pictures["target"], pictures.get("source")
+        stored_key = _KEY_AND_SUFFIX.sub(r"\1", target.member)
+        name = f"{tar_name(tar)}/{stored_key}"
         if "mask" in pictures or not masks:
             items.append(Item(name, target, pictures.get("mask"), source, caption))
         for which, member in several.items():
@@ -124,7 +127,7 @@ def list_tar(tar: str, copy: Path, dataset: DatasetConfig, findings: Findings, *
 
 
 def _group_by_key(tar: str, copy: Path, findings: Findings) -> dict[str, dict[str, Member]]:
-    """Key -> suffix -> member. findings: takes names that are not UTF-8, or there twice."""
+    """Key, in Unicode's NFC -> suffix -> member. findings: takes names that are not UTF-8, or there twice."""
     samples: dict[str, dict[str, Member]] = defaultdict(dict)
     for member in read_members(copy, shown(tar)):
         match = _KEY_AND_SUFFIX.match(member.name)
@@ -134,7 +137,7 @@ def _group_by_key(tar: str, copy: Path, findings: Findings) -> dict[str, dict[st
         if not is_utf8(member.name):
             findings.add(NAMES, shown(tar), f"the name of the member {member.name!a} is not UTF-8", "Rename it.")
             continue
-        key, suffix = match[1], match[2].lower()
+        key, suffix = unicodedata.normalize("NFC", match[1]), match[2].lower()
         if suffix in samples[key]:
             cure = "Write the tar with one sample of that name."
             findings.add(NAMES, shown(tar), f"{key}.{suffix} is there twice", cure)

@@ -21,7 +21,6 @@ from configs.loading import dump_config
 from configs.schema import Config
 from data.batches.batch_stream import BatchStream
 from data.storage.atomic_write import apply_umask
-from trainer.adapters.files import save_adapter
 from trainer.checkpoints.folders import flush_and_hash, save_checkpoint
 from trainer.checkpoints.keep import remove_old
 from trainer.checkpoints.run_state import RunState, gather_replaced, write_state
@@ -140,6 +139,8 @@ class Saver:
                 write_state(folder, save.state, save.engine)
                 (folder / "config.yaml").write_text(dump_config(self._config), encoding="utf-8")
                 if save.adapter:
+                    from trainer.adapters.files import save_adapter  # with peft, which a full fine-tune does without
+
                     save_adapter(self._engine.unwrap(), folder / "adapter", tensors=save.adapter)
                 return {rank_file(rank): sha256 for rank, (_, _, sha256) in enumerate(everyone)}
 

@@ -7,10 +7,8 @@ from pathlib import Path
 from torch import Tensor
 
 from configs.schema import Config
-from trainer.adapters.files import save_adapter
 from trainer.engines.base import Engine
 from trainer.engines.ema import Ema
-from trainer.export.verify import verify_adapter, verify_adapter_file, verify_model
 from trainer.export.write import export_model
 
 
@@ -28,6 +26,8 @@ def export_and_verify(config: Config, engine: Engine, model: Path, ema: Ema) -> 
 
 
 def _export_model(engine: Engine, model: Path, folder: Path) -> None:
+    from trainer.export.verify import verify_model  # with peft and transformers: half a second, at the end alone
+
     transformer, dtype = engine.unwrap(), engine.compute_dtype
     with _gathered(engine) as weights:
         if engine.is_main:
@@ -50,6 +50,9 @@ def _gathered(engine: Engine) -> Iterator[Iterator[tuple[str, Tensor]]]:
 
 
 def _export_adapter(engine: Engine, model: Path, folder: Path) -> None:
+    from trainer.adapters.files import save_adapter
+    from trainer.export.verify import verify_adapter, verify_adapter_file
+
     weights = engine.full_weights()
     if engine.is_main:
         transformer = engine.unwrap()

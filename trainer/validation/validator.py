@@ -9,12 +9,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 import xxhash
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxFillPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from configs.schema import Config
@@ -31,6 +31,9 @@ from trainer.engines.base import Engine
 from trainer.model.flow import flow_loss, mix_noise
 from trainer.model.flux import pack_latents, predict_velocity
 from trainer.validation.metrics import color_shift, hole_psnr, keep_psnr, paste_back, seam_error
+
+if TYPE_CHECKING:
+    from diffusers import FluxFillPipeline
 
 _T = TypeVar("_T")
 
@@ -105,6 +108,8 @@ class Validator:
         Returns the line for validation.jsonl, without hole_psnr_untrained, on every rank; rank 0 writes the picture
         grids.
         """
+        from diffusers import FluxFillPipeline  # with transformers: half a second that a run without validation saves
+
         pipeline = FluxFillPipeline(
             scheduler=self._scheduler,
             vae=self._vae,
@@ -139,7 +144,7 @@ class Validator:
             self._save_grids(everyones, _merge(of_all), step)
         return {"step": step} | {split: self._summary(everyones, split) for split in (HOLDOUT, TRAIN)}
 
-    def _sample(self, pipeline: FluxFillPipeline, chunk: Sequence[_Item]) -> Tensor:
+    def _sample(self, pipeline: "FluxFillPipeline", chunk: Sequence[_Item]) -> Tensor:
         rows = _stack(chunk).to(self._engine.device)
         dtype = self._engine.compute_dtype
         height, width = rows.bucket.height, rows.bucket.width

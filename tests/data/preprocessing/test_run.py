@@ -524,7 +524,7 @@ BAD_PICTURES = {
     ),
     "empty folder": (
         lambda folder: [path.unlink() for path in (folder / "mask").iterdir()],
-        r"dataset noise: mask folder \S+/mask holds no picture \(\.bmp.*\)\. Check data\.datasets\.\*\.mask\.",
+        r"dataset noise: mask folder \S+/mask holds no picture \(.*\.bmp.*\)\. Check data\.datasets\.\*\.mask\.",
     ),
     "missing folder": (
         lambda folder: shutil.rmtree(folder / "mask"),
@@ -548,7 +548,7 @@ BAD_PICTURES = {
     ),
     "unreadable target": (
         lambda folder: (folder / "target" / "picture-01.png").write_text("<!DOCTYPE html>"),
-        r"target/picture-01\.png: not a readable picture \(.*\)\. Replace or remove the file\.",
+        r"target/picture-01\.png: not a readable picture \(.*\)\. Replace or remove the file, or convert it",
     ),
     "unreadable mask": (
         lambda folder: cut(folder / "mask" / "picture-01.png"),

@@ -9,6 +9,7 @@ from PIL import Image
 from rich.progress import Progress
 
 from configs.cache_settings import keys_that_shape, tensor_settings
+from configs.errors import InputError
 from configs.schema import Config
 from configs.section import Shapes
 from data.samples.plan import plan_samples
@@ -23,6 +24,7 @@ OTHER_VALUES: dict[str, Any] = {
     "local_cache_gib": 1.0,
     "datasets.name": "cats",
     "datasets.mask": {"random": {"box": 1.0}, "variants": 2},
+    "datasets.check_masks": "warn",
     "datasets.flip": True,
     "datasets.weight": 2.0,
     "resolution": [64],
@@ -113,3 +115,10 @@ def test_a_shards_plan_follows_the_keys_that_are_marked_so(pictures):
             assert after != before, key
         elif key not in least[Shapes.PLAN]:
             assert after == before, key
+
+
+def test_pictures_that_are_too_small_are_left_out_and_counted(pictures, capsys):
+    assert plan_of(pictures, "min_side", 30) != plan_of(pictures)
+    assert "1 of 8 pictures are left out by data.min_side 30 and data.max_enlarge null" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"8 of 8 pictures are left out by data\.min_side 64 .*\. Lower the one"):
+        plan_of(pictures, "min_side", 64)

@@ -1,12 +1,18 @@
+from collections import Counter
 from dataclasses import replace
 from statistics import median_low
 
 import pytest
 
+from configs.data_schema import CaptionsConfig
 from configs.errors import InputError
+from data.cache.shard_writer import ShardWriter
 from data.cache_layout import index_path
 from data.samples.geometry import Bucket
+from data.samples.plan import text_name
 from data.show.statistics import count_cache, find_shards
+from data.sources.items import DEFAULT, NONE, OWN, finish_caption
+from tests.data.made_caches import make_text
 
 SHARDS = [("photos", "48x64", 5), ("photos", "48x64", 3), ("photos", "32x32", 4, "holdout"), ("removal", "48x64", 1)]
 
@@ -91,3 +97,26 @@ def test_a_lost_index_is_named(make_cache):
     index_path(cache.folder / str(cache.table.path[1])).unlink()
     with pytest.raises(InputError, match=r"48x64-000001.index: missing. `fluxfill shards verify --repair CONFIG`"):
         count(cache)
+
+
+@pytest.mark.parametrize("default, whose", [("a photo", DEFAULT), ("", NONE)])
+@pytest.mark.parametrize("lacking", [0, 3])
+def test_captions_are_counted_by_whose_they_are(make_cache, make_sample, default, whose, lacking):
+    """By their texts' names, which stand in the tar alone."""
+    cache = make_cache([("photos", "48x64", 12)])
+    captions = CaptionsConfig(default=default, trigger="sks")
+    own = [f"sks, number {number}" for number in range(12 - lacking)]
+    names = sorted(text_name(caption) for caption in own + [finish_caption(None, captions)] * lacking)
+    with ShardWriter(cache.folder / str(cache.table.path[0])) as writer:
+        for text in dict.fromkeys(names):
+            writer.add_text(text, **make_text(text))
+        for row, text in enumerate(names):
+            writer.add_sample(make_sample(f"{row:02d}", Bucket(48, 64), text=text))
+        writer.finish(plan="0" * 32)
+    settings = {"data.captions.default": default, "data.captions.trigger": "sks"}
+    manifest = replace(cache.manifest, settings=settings)
+    counted = count_cache(cache.folder, manifest, cache.table, [0], lambda: None)
+    assert counted.captions == Counter({OWN: 12 - lacking, whose: lacking})
+    (cache.folder / str(cache.table.path[0])).unlink()
+    with pytest.raises(InputError, match=r"48x64-000000\.tar: missing\. Restore it"):
+        count_cache(cache.folder, manifest, cache.table, [0], lambda: None)

@@ -10,6 +10,7 @@ from PIL import Image, ImageCms
 from configs.errors import InputError
 from data.sources.folders import list_folders
 from data.sources.pictures import PICTURE_SUFFIXES, load_mask, load_picture, picture_size
+from data.sources.problems import Findings
 from tests.picture_files import GREY, GREY_ALPHA, PALETTE, RGB, RGBA, png, png_chunk
 
 LIMIT = 64.0
@@ -442,7 +443,7 @@ def test_every_suffix_of_a_picture_counts_as_one(tmp_path):
     names = {f"of-{suffix[1:]}{suffix.upper()}" for suffix in PICTURE_SUFFIXES}
     for name in names:
         (tmp_path / name).write_bytes(b"")
-    found = {Path(item.target.place).name for item in list_folders(tmp_path, None, None, "photos")}
+    found = {Path(item.target.place).name for item in list_folders(tmp_path, None, None, "photos", Findings())}
     assert found == names
     assert {".jpe", ".jfif", ".gif", ".avif"} <= PICTURE_SUFFIXES
 

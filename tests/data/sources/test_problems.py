@@ -13,33 +13,33 @@ from data.sources.problems import (
     Findings,
     Problem,
     ProblemsFound,
-    print_problems,
+    print_found,
 )
 
 
 def printed(problems, width=80, *, terminal=True):
     console = Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None)
-    print_problems(console, problems, title=f"{len(problems)} problems", style="red")
+    print_found(console, ProblemsFound(problems))
     return console.file.getvalue()
 
 
-def found(cache=None, *, problems=(), notes=()):
+def found(cache, *, problems=(), notes=()):
     findings = Findings()
     for problem in problems:
         findings.add(*problem)
     for note in notes:
         findings.note(*note)
     with pytest.raises(ProblemsFound) as caught:
-        findings.raise_problems(cache)
+        findings.report(Console(quiet=True), cache)
     return caught.value
 
 
-def test_problems_stand_in_the_order_of_their_kinds_each_once():
+def test_problems_stand_in_the_order_of_their_kinds_each_once(tmp_path):
     mask, name = (
         Problem(MASKS, "/a/m.png", "is black", "Mend it."),
         Problem(NAMES, "/a/n.png", "has no mask", "Add it."),
     )
-    error = found(problems=[mask, name, mask])
+    error = found(tmp_path, problems=[mask, name, mask])
     assert error.problems == [name, mask]
     assert str(error) == "/a/n.png: has no mask. Add it.\n/a/m.png: is black. Mend it."
 
@@ -60,10 +60,14 @@ def test_what_an_error_carries_is_gathered_and_a_storage_that_fails_ends_all():
         findings.add_error(StorageFailed("the disk is away"), UNREADABLE)
 
 
-def test_notes_alone_stop_nothing():
-    findings = Findings()
-    findings.note(CAPTIONS, "a.txt", "goes with no picture", "Remove it.")
-    findings.raise_problems()
+def test_notes_alone_are_printed_and_stop_nothing(tmp_path):
+    findings, console = Findings(), Console(file=io.StringIO())
+    for number in range(25):
+        findings.note(CAPTIONS, f"{number}.txt", "goes with no picture", "Remove it.")
+    findings.report(console, tmp_path)
+    text = console.file.getvalue()
+    assert "25 notes (no problem):\ncaptions, 25:\n  0.txt: goes with no picture. Remove it.\n" in text
+    assert f"All are listed in {tmp_path / 'problems.txt'}." in text.replace("\n", " ")
 
 
 def test_a_long_list_is_counted_and_stands_in_a_file_until_the_next(tmp_path):

@@ -247,6 +247,15 @@ def test_every_picture_at_fault_is_named_and_the_good_ones_are_kept(scan, reads,
     assert 0 < len(reads) < 2 * 200
 
 
+def test_a_config_that_names_the_caption_column_takes_no_result_of_one_that_does_not(scan, tmp_path, folders):
+    rows = [{"target": f"target/a/0{n}.png", "mask": "mask/a/00.png", "text": "a poem"} for n in (0, 1)]
+    rows[1]["caption"] = "a cat"
+    (tmp_path / "one.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    table = str(tmp_path / "one.jsonl")
+    assert [entry.item.caption for entry in scan(table=table)] == ["a poem", "a cat"]
+    assert [entry.item.caption for entry in scan(table=table, columns={"caption": "caption"})] == [None, "a cat"]
+
+
 def test_a_picture_that_was_cut_off_is_found_by_decoding_once(scan, folders, tmp_path, monkeypatch):
     sound, decoded = scan(**folders), []
     assert scan(thorough=True, **folders) == sound

@@ -3,6 +3,7 @@ import io
 import json
 import re
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -389,3 +390,13 @@ def test_columns_that_may_be_captions_are_noted(tmp_path):
     list_table(str(table), table, str(tmp_path), dataset(table), findings, masks=True, pack="pack", packed=io.BytesIO())
     (note,) = findings.notes
     assert (note.kind, note.what) == (CAPTIONS, "no row has the column caption or text, but prompt")
+
+
+@pytest.mark.parametrize("form, other", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_path_in_the_other_of_unicodes_forms_is_found(tmp_path, form, other):
+    name = unicodedata.normalize(form, "é.png")
+    (tmp_path / name).touch()
+    (item,) = items_of(
+        write_jsonl(tmp_path / "list.jsonl", {"target": unicodedata.normalize(other, name), "mask": "m"})
+    )
+    assert item.target.place == f"{tmp_path}/{name}"

@@ -2,6 +2,7 @@ import io
 import json
 import re
 import tarfile
+import unicodedata
 
 import pytest
 
@@ -202,3 +203,10 @@ def test_members_that_may_hold_captions_are_noted(tmp_path):
     assert len(list_tar(str(path), path, dataset, findings, masks=True)) == 1 and findings.problems == []
     (note,) = findings.notes
     assert note.kind == CAPTIONS and note.what == "samples without a caption (txt, caption, json) have prompt"
+
+
+@pytest.mark.parametrize("form, other", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_in_both_of_unicodes_forms_are_one(items_of, form, other):
+    name = unicodedata.normalize(form, "größe/é")
+    (item,) = items_of({f"{name}.jpg": b"", f"{unicodedata.normalize(other, name)}.mask.png": b"mask"})
+    assert item.name == f"photos-0/{name}" and read(item.mask) == b"mask"

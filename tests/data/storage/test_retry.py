@@ -117,7 +117,7 @@ def test_a_member_whose_file_is_replaced_meanwhile_is_no_dead_one(tmp_path, stal
         assert other.claim("a")
         stale(part, 2)
         assert not one.claim("a")
-        assert other.holds("a")
+        assert other.still_holds("a")
 
 
 def test_a_shard_whose_index_is_replaced_meanwhile_is_read(tmp_path, write_shard, stale):

@@ -67,7 +67,7 @@ def choose_twice(arguments: list[str]) -> tuple[Choice, Choice, float]:
     """
     import hashlib
 
-    from trainer.checkpoints import run_state
+    from trainer.checkpoints.resume import choose_checkpoint
     from trainer.engines.base import Engine
     from trainer.engines.start import start_engine
     from trainer.process.command_line import read_command_line
@@ -85,7 +85,7 @@ def choose_twice(arguments: list[str]) -> tuple[Choice, Choice, float]:
     engine = start_engine(config)
     choices = []
     for _ in range(2):
-        folder = run_state.choose_checkpoint(config, resume_from, engine)
+        folder = choose_checkpoint(config, resume_from, engine)
         choices.append(Choice(folder.name, hashed.copy()))
         hashed.clear()
         engine.ranks.barrier()
