@@ -10,7 +10,7 @@ set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
-python3 -m pip install -q --target packages datasets==5.2.0 pyarrow==26.0.1
+python3 -m pip install -q --no-compile --target packages datasets==5.2.0 pyarrow==26.0.1
 export HF_HOME=$work/home HF_HUB_OFFLINE=1 PYTHONPATH=packages
 python3 - <<'PY'
 import io

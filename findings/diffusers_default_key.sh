@@ -10,7 +10,7 @@ set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
-python3 -m pip install -q --target packages diffusers==0.42.1 numpy==2.4.6
+python3 -m pip install -q --no-compile --target packages diffusers==0.42.1 numpy==2.4.6
 PYTHONPATH=packages python3 - <<'PY'
 import sys
 

@@ -10,7 +10,7 @@ set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
-python3 -m pip install -q --target packages torch==2.13.0 numpy==2.4.6
+python3 -m pip install -q --no-compile --target packages torch==2.13.0 numpy==2.4.6
 cat >ranks.py <<'PY'
 import sys
 

@@ -9,7 +9,7 @@ set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
-python3 -m pip install -q --target packages s3fs==2026.9.0 'moto[server]==5.2.5'
+python3 -m pip install -q --no-compile --target packages s3fs==2026.9.0 'moto[server]==5.2.5'
 export PYTHONPATH=packages AWS_ACCESS_KEY_ID=any AWS_SECRET_ACCESS_KEY=any AWS_DEFAULT_REGION=us-east-1
 python3 - <<'PY'
 import logging

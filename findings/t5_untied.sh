@@ -11,7 +11,7 @@ set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
-python3 -m pip install -q --target packages transformers==5.23.0
+python3 -m pip install -q --no-compile --target packages transformers==5.23.0
 PYTHONPATH=packages python3 - <<'PY'
 import json
 import sys

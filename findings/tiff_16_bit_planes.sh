@@ -10,7 +10,7 @@ set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
-python3 -m pip install -q --no-deps --target packages pillow==13.0.0 numpy==2.4.6 tifffile==2026.3.3
+python3 -m pip install -q --no-compile --no-deps --target packages pillow==13.0.0 numpy==2.4.6 tifffile==2026.3.3
 PYTHONPATH=packages python3 - <<'PY'
 import sys
 
