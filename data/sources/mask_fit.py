@@ -65,7 +65,8 @@ def looks_right(target: np.ndarray, source: np.ndarray, mask: np.ndarray) -> boo
     changed = difference > _CHANGED
     total = int(np.count_nonzero(changed))
     outside = int(np.count_nonzero(changed & (mask < _UNTOUCHED)))
-    fits = total >= 4 and outside <= _LEAST_OUTSIDE * total
+    much = max(4.0, 0.1 * int(np.count_nonzero(mask >= _UNTOUCHED)))  # a few edges differ by how they are reduced
+    fits = total >= much and outside <= _LEAST_OUTSIDE * total
     return fits and not stands_in_target(target, source, changed)
 
 
@@ -159,32 +160,39 @@ def _share_around(flags: np.ndarray, size: int) -> np.ndarray:
 def _explain(grey: np.ndarray, changed: np.ndarray, mask: np.ndarray, cell: int) -> MaskFit | None:
     """Why so much of what differs lies outside the mask; None if it may be the object's shadow."""
     covered, black = mask >= _UNTOUCHED, mask < 255 - _UNTOUCHED
-    total, outside = np.count_nonzero(changed), np.count_nonzero(changed & ~covered)
-    filled = _share(changed, covered)
+    outside = np.count_nonzero(changed & ~covered) / np.count_nonzero(changed)
+    is_missed = bool(outside > 0.9 and _share(changed, covered) < 0.1)
     rows, columns, overlap = _best_shift(changed, covered)
-    if outside > 0.9 * total and filled < 0.1:
-        inverted = int(np.count_nonzero(changed & black)) / int(np.count_nonzero(changed | black))
+    if is_missed:
+        inverted = np.count_nonzero(changed & black) / np.count_nonzero(changed | black)
         if np.count_nonzero(covered) > 0.5 * covered.size or inverted >= overlap:
             return MaskFit(INVERTED, "the mask is inverted: source and target differ only where it is black")
-    said = f"the mask lies elsewhere: {outside / total:.0%} of what differs between source and target is outside it"
-    moved = _moved(covered, rows, columns)
-    bared = covered & ~moved & _moved(np.ones_like(covered), rows, columns)  # but for what came from past the border
-    dense = _share(changed, moved)
-    # What the move covers anew must differ as what the mask covers then, and what it bares must not. Of an object with
-    # a shadow, which differs less, no move does both.
+    said = f"the mask lies elsewhere: {outside:.0%} of what differs between source and target is outside it"
     far = np.hypot(rows, columns)
-    if (
-        far >= 1.5
-        and far * cell >= 5
-        and np.count_nonzero(changed & moved & ~covered) > max(2, _LEAST_OUTSIDE * total)
-        and _share(changed, moved & ~covered) >= 0.6 * dense
-        and _share(changed, bared) <= 0.3 * dense
-        and np.median(grey[changed & ~covered]) >= 0.4 * np.median(grey[changed])
-    ):
+    if far >= 1.5 and far * cell >= 4 and _is_explained(grey, changed, covered, (rows, columns), is_missed=is_missed):
         return MaskFit(ELSEWHERE, f"{said}; moved by about {_shift_in_words(rows * cell, columns * cell)} it would fit")
-    if outside > 0.5 * total and filled < _share(changed, ~covered):
+    if outside > 0.5 and _share(changed, covered) < _share(changed, ~covered):
         return MaskFit(ELSEWHERE, f"{said}, and no shift makes it fit")
     return None
+
+
+def _is_explained(
+    grey: np.ndarray, changed: np.ndarray, covered: np.ndarray, shift: tuple[int, int], *, is_missed: bool
+) -> bool:
+    """Whether what differs outside a mask is the object that it should cover, and not its shadow: then the mask, moved,
+    is filled by what differs (as loose ones are not, unless they missed it), and what it covers anew differs as much
+    as all that does, and what it bares does not."""
+    moved = _moved(covered, *shift)
+    fresh = moved & ~covered
+    bared = covered & ~moved & _moved(np.ones_like(covered), *shift)  # but for what would come from past the border
+    filled = _share(changed, moved)
+    return bool(
+        (filled >= 0.35 or is_missed)
+        and np.count_nonzero(changed & fresh) > max(2, _LEAST_OUTSIDE * np.count_nonzero(changed))
+        and _share(changed, fresh) >= 0.45 * filled
+        and _share(changed, bared) <= 0.3 * filled
+        and np.median(grey[changed & ~covered]) >= 0.5 * np.median(grey[changed])
+    )
 
 
 def _share(changed: np.ndarray, region: np.ndarray) -> float:
@@ -193,16 +201,24 @@ def _share(changed: np.ndarray, region: np.ndarray) -> float:
 
 def _best_shift(changed: np.ndarray, covered: np.ndarray) -> tuple[int, int, float]:
     """(rows, columns) by which the mask would have to be moved to fit best, and its overlap with what differs over
-    their union."""
+    their union, but for what would come from past the border."""
     size = (2 * changed.shape[0], 2 * changed.shape[1])
-    spectrum = np.fft.rfft2(changed.astype(np.float32), size)
-    overlap = np.rint(np.fft.irfft2(spectrum * np.conj(np.fft.rfft2(covered.astype(np.float32), size)), size))
-    union = overlap / (np.count_nonzero(changed) + np.count_nonzero(covered) - overlap)
+
+    def correlate(fixed: np.ndarray, shifted: np.ndarray) -> np.ndarray:
+        """Their common cells by shift."""
+        spectra = (np.fft.rfft2(flags.astype(np.float32), size) for flags in (fixed, shifted))
+        return np.rint(np.fft.irfft2(next(spectra) * np.conj(next(spectra)), size))
+
+    everywhere = np.ones_like(changed)
+    overlap = correlate(changed, covered)
+    union = correlate(changed, everywhere) + correlate(everywhere, covered) - overlap
     rows = np.fft.fftfreq(size[0], 1 / size[0]).round().astype(int)[:, None]
     columns = np.fft.fftfreq(size[1], 1 / size[1]).round().astype(int)[None, :]
-    score = union - 1e-4 * np.hypot(rows, columns)
+    # A mask moved out of the picture would fit what little it covers then.
+    enough = overlap >= 0.5 * min(np.count_nonzero(changed), np.count_nonzero(covered))
+    score = np.where(enough, overlap / np.maximum(union, 1) - 1e-3 * np.hypot(rows, columns), -1)
     best = np.unravel_index(int(score.argmax()), score.shape)
-    return int(rows[best[0], 0]), int(columns[0, best[1]]), float(union[best])
+    return int(rows[best[0], 0]), int(columns[0, best[1]]), max(0.0, float(score[best]))
 
 
 def _moved(region: np.ndarray, rows: int, columns: int) -> np.ndarray:

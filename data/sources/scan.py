@@ -149,7 +149,7 @@ class _Scanner:
         self.max_megapixels = data.max_megapixels
         recipe = recipe_of(dataset)
         self.masks, self.label = not recipe.shares, recipe.label  # masks: whether the dataset has its own
-        self.checks = self.masks and dataset.check_masks != "off"
+        self.checks = dataset.check_masks != "off"  # whether pairs of source and target are compared
         self.results = ScanCache(data.cache_folder, dataset.name)
         self.copies = DownloadCache(data.cache_folder / COPIES, int(data.copies_gib * 2**30))
         self.picture_pool = ThreadPoolExecutor(_PICTURE_THREADS)
@@ -270,7 +270,7 @@ class _Scanner:
             if target is None or (mask is None) != (item.mask is None) or (source is None) != (item.source is None):
                 return None
             try:
-                fault = self._find_fault(target, mask, source) if self.checks and mask else None
+                fault = self._find_fault(target, mask, source) if mask else None
             except InputError as error:
                 own.add_error(error, TRUNCATED)
                 return None
@@ -324,6 +324,6 @@ class _Scanner:
                 return fault
         has_both = mask.info.darkest < 128 <= mask.info.brightest
         of_one_size = source and len({(seen.info.width, seen.info.height) for seen in (target, mask, source)}) == 1
-        if source is None or not has_both or not of_one_size:
+        if source is None or not self.checks or not has_both or not of_one_size:
             return None
         return find_fault_of_pair(target.picture, source.picture, mask.levels, max_megapixels=limit)

@@ -11,6 +11,8 @@ from configs.mask_recipe import MaskRecipe, mask_folder, recipe_of
     [
         ("m", MaskRecipe(), "own"),
         ({"folder": "m", "dilate": [2, 9], "variants": 3}, MaskRecipe(dilate=(2, 9), variants=3), None),
+        ({"folder": "m", "label": 1}, MaskRecipe(label=1), "own, label 1"),
+        ({"folder": "m", "label": "#ff0000"}, MaskRecipe(label="#ff0000"), "own, label #ff0000"),
         ({"random": {"brush": 2, "box": 0, "full": 1}}, MaskRecipe(shares=(("brush", 2.0), ("full", 1.0))), None),
     ],
 )
@@ -23,6 +25,7 @@ def test_a_recipe_is_what_the_config_says(mask, recipe, text):
 def test_recipes_that_differ_are_told_apart_by_their_text():
     recipes = [
         MaskRecipe(),
+        MaskRecipe(label=1),
         MaskRecipe(dilate=(0, 4)),
         MaskRecipe(dilate=(0, 4), variants=2),
         MaskRecipe(shares=(("box", 1.0),)),
@@ -31,7 +34,7 @@ def test_recipes_that_differ_are_told_apart_by_their_text():
         MaskRecipe(shares=(("box", 1.0), ("full", 1.0))),
     ]
     assert len({str(recipe) for recipe in recipes}) == len(recipes)
-    assert str(recipes[2]) == "own, grown by 0 to 4 pixels; 2 variants"
+    assert str(recipes[3]) == "own, grown by 0 to 4 pixels; 2 variants"
 
 
 @pytest.mark.parametrize(
@@ -39,3 +42,17 @@ def test_recipes_that_differ_are_told_apart_by_their_text():
 )
 def test_the_folder_of_own_masks_is_found_whichever_way_it_is_said(mask, folder):
     assert mask_folder(DatasetConfig.model_validate({"name": "a", "target": "t", "mask": mask})) == folder
+
+
+def test_a_recipe_without_a_label_is_hashed_as_it_was_before_there_were_labels():
+    assert MaskRecipe().hashed == {"shares": (), "dilate": (0, 0), "variants": 1}
+    assert MaskRecipe(label=1).hashed == {"shares": (), "dilate": (0, 0), "variants": 1, "label": 1}
+
+
+def test_random_holes_have_no_label():
+    with pytest.raises(ValueError, match="only a dataset's own masks have labels"):
+        DatasetConfig.model_validate({"name": "a", "target": "t", "mask": {"random": {"box": 1}, "label": 1}})
+
+
+def test_masks_of_tars_may_be_labels():
+    assert recipe_of(DatasetConfig.model_validate({"name": "a", "tars": "t.tar", "mask": {"label": 1}})).label == 1
