@@ -20,10 +20,10 @@ install: .venv/.installed ## build .venv with the tested versions, the same on a
 demo: .venv/.installed ## train a tiny FLUX-Fill on real photographs, on a CPU, from folders to filled holes
 	@$(RUN) demo/run.py $(ARGS)
 
-# One thread a process: the tests start several processes at once.
+# One thread a process: the tests start several processes at once. A test file stays together: it shares its fixtures.
 test: export OMP_NUM_THREADS ?= 1
 test: .venv/.installed ## run the tests but the slow ones; ARGS="tests/data -k order" goes to pytest
-	@$(RUN) -m pytest $(ARGS)
+	@$(RUN) -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 check: .venv/.installed ## lint, formatting and types
 	@$(RUN) -m ruff check

@@ -109,7 +109,7 @@ def write_shard(path: Path, case: Case) -> ShardIndex:
 
 
 def describe(case: Case, shards: Mapping[str, ShardIndex]) -> tuple[Manifest, ShardTable]:
-    """The head of a cache of a case's shards. shards: path below the cache -> index."""
+    """The manifest of a cache of a case's shards. shards: path below the cache -> index."""
     indexes = list(shards.values())
     table = ShardTable(
         path=np.array(list(shards)),

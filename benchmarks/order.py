@@ -2,8 +2,9 @@
 
     python benchmarks/order.py [--out benchmarks/results/order.jsonl] [--shards 1000000] [--ranks 4096] [--nodes 512]
 
-A head of 1e6 shards with 1e8 samples (three datasets, nine buckets, a few per cent held out) is written by the cache's
-own code; then ranks start in processes of their own, read it as a trainer does, and find their rows of the first batch.
+A manifest of 1e6 shards with 1e8 samples (three datasets, nine buckets, a few per cent held out) is written by the
+cache's own code; then ranks start in processes of their own, read it as a trainer does, and find their rows of the
+first batch.
 Seconds count from reading shards.npz on; the imports before it (torch) are given apart. Memory is the process's peak.
 Nothing is read from shards: they do not exist.
 """

@@ -1,7 +1,7 @@
 """One set of pictures: where they come from, and how their masks are made."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
@@ -41,6 +41,9 @@ class RandomMasks(Section):
     """The whole picture, which is then painted from its caption alone."""
 
 
+Label = Annotated[int, Field(strict=True, ge=0, le=65535)] | Annotated[str, Field(pattern=r"^#[0-9a-f]{6}$")]
+
+
 class MaskConfig(Section):
     """How a dataset's masks are made: random holes, or its own masks, grown. Masks hang on the picture's content and
     the variant's number alone."""
@@ -50,6 +53,10 @@ class MaskConfig(Section):
 
     folder: PathText | None = None
     """Folder of the dataset's own masks, where its target is a folder."""
+
+    label: Annotated[Label | None, Field(examples=[1])] = None
+    """Which value of its own masks' pixels is the hole, where they hold labels: a grey level or an index into a palette
+    (1), or a colour ("#ff0000"). null: they are black and white, and white is the hole."""
 
     dilate: Annotated[list[Count] | None, Field(examples=[[0, 24]])] = None
     """Grow its own masks by a number of pixels from and to these, at the size that is trained; drawn for each variant.
@@ -71,6 +78,13 @@ class MaskConfig(Section):
         if folder is not None and info.data.get("random") is not None:
             raise ValueError("random draws holes that need no masks: remove folder, or random")
         return folder
+
+    @field_validator("label")
+    @classmethod
+    def _random_has_no_labels(cls, label: Label | None, info: ValidationInfo) -> Label | None:
+        if label is not None and info.data.get("random") is not None:
+            raise ValueError("only a dataset's own masks have labels: remove label, or random")
+        return label
 
     @field_validator("dilate")
     @classmethod
@@ -159,6 +173,11 @@ class DatasetConfig(Section):
 
     source: Annotated[PathText | None, Shapes.PLAN] = None
     """Folder of what the model sees in the place of the target, as in object removal. null: the target itself."""
+
+    check_masks: Annotated[Literal["error", "warn", "off"], Shapes.NOTHING] = "error"
+    """What becomes of masks that are seen to be wrong: photographs, gradients; and, where there is a source, masks that
+    are inverted or lie elsewhere, a source that is the target, and the two swapped. error: refused, the latter where it
+    is more than one pair in twenty; warn: named; off: not looked for."""
 
     flip: Annotated[bool, Field(strict=True), Shapes.SAMPLES] = False
     """Train on every picture's mirror image too, with its masks mirrored and the caption as it is. Not for pictures

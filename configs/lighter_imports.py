@@ -3,13 +3,13 @@
 They import packages because they are installed. For as long as one of the modules below executes, such a package is a
 placeholder. What is taken from it is looked up in the real package when it is called, asked for an attribute, or stands
 in isinstance: a base that was saved quantized finds its quantizer, and nothing that is installed counts as missing.
+A module that does more than name it while it is imported (it calls it, or derives a class) gets the package at once.
 Everyone else imports as ever.
 """
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -27,7 +27,7 @@ _LATE = {
     "transformers.loss": ("scipy",),  # for object detection
     "transformers.quantizers": ("torchao",),  # for text encoders that were saved quantized
 }
-
+_late_now: set[str] = set()
 
 _LISTS_FOLDERS = "transformers.utils.import_utils"
 
@@ -46,8 +46,12 @@ class _LateName:
         self.__module__, self.__qualname__, self.__name__ = module, name, name
 
     def _real(self) -> Any:
-        _remove_placeholders(_package(self.__module__))  # if it is used while it is late
-        return getattr(importlib.import_module(self.__module__), self.__name__)
+        _end_lateness({_package(self.__module__)})  # if it is used while it is late
+        module = importlib.import_module(self.__module__)
+        try:
+            return getattr(module, self.__name__)
+        except AttributeError:  # `from package import module`
+            return importlib.import_module(f"{self.__module__}.{self.__name__}")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real(), name)
@@ -83,15 +87,12 @@ class _PlaceholderLoader:
 
 
 class _Finder:
-    """First on sys.meta_path: knows which packages are late at this moment, and finds placeholders for them."""
-
-    def __init__(self) -> None:
-        self._late: set[str] = set()
+    """First on sys.meta_path: finds placeholders for the packages that are late at this moment."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if _package(name) in self._late:
+        if _package(name) in _late_now:
             return ModuleSpec(name, _PlaceholderLoader(), is_package=True)  # type: ignore[arg-type]
         packages = _packages_late_in(name)
         if not packages and name != _LISTS_FOLDERS:
@@ -99,37 +100,43 @@ class _Finder:
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
             # The loader itself stays: inspect and tracebacks ask it for the source.
-            execute = partial(self._execute, spec.loader.exec_module, packages)
+            execute = partial(_execute, spec.loader.exec_module, packages)
             setattr(spec.loader, "exec_module", execute)  # noqa: B010
         return spec
 
-    def _execute(self, execute: Callable[[ModuleType], None], packages: set[str], module: ModuleType) -> None:
-        with self._make_late({package for package in packages if package not in sys.modules} - self._late):
-            execute(module)
-        if module.__name__ == _LISTS_FOLDERS:
-            _remember_folders(module)
 
-    @contextmanager
-    def _make_late(self, packages: set[str]) -> Iterator[None]:
-        self._late |= packages
-        try:
-            yield
-        finally:
-            self._late -= packages
-            for package in packages:
-                _remove_placeholders(package)
+def _execute(execute: Callable[[ModuleType], None], packages: set[str], module: ModuleType) -> None:
+    _execute_with_late(execute, {package for package in packages if package not in sys.modules} - _late_now, module)
+    if module.__name__ == _LISTS_FOLDERS:
+        _remember_folders(module)
+
+
+def _execute_with_late(execute: Callable[[ModuleType], None], late: set[str], module: ModuleType) -> None:
+    _late_now.update(late)
+    try:
+        execute(module)
+        return
+    except Exception:
+        if not late:
+            raise
+        # Perhaps it did what no placeholder can: it has the packages themselves for a second try.
+    finally:
+        _end_lateness(late)
+    execute(module)
+
+
+def _end_lateness(packages: set[str]) -> None:
+    """From here on the packages are found themselves."""
+    _late_now.difference_update(packages)
+    for name, module in list(sys.modules.items()):
+        if isinstance(module, _Placeholder) and _package(name) in packages:
+            del sys.modules[name]
 
 
 def _remember_folders(module: Any) -> None:
     """It reads the 1,100 folders of transformers' models twice, since its cache has room for 128."""
     if hasattr(module, "create_import_structure_from_path"):
         module.create_import_structure_from_path = cache(module.create_import_structure_from_path)
-
-
-def _remove_placeholders(package: str) -> None:
-    for name, module in list(sys.modules.items()):
-        if isinstance(module, _Placeholder) and _package(name) == package:
-            del sys.modules[name]
 
 
 def _packages_late_in(name: str) -> set[str]:

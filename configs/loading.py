@@ -1,4 +1,4 @@
-"""From YAML and command line to a frozen Config, or one error that lists everything wrong with it."""
+"""Loading of a config: YAML and command line -> a frozen Config, or one error that lists everything wrong with it."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -91,4 +91,4 @@ class Shapes(IntEnum):
     SAMPLES = 2
     """What the samples are. A run that trains on the cache must agree too."""
     TENSORS = 3
-    """The stored tensors of any sample. Part of every shard's hash too: another value encodes all anew."""
+    """The stored tensors of any sample. Part of every shard's hash too: another value encodes all of them again."""

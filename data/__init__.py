@@ -1,7 +1,7 @@
 """Pictures -> triples -> shards -> batches, room by room. Knows neither the trainer nor accelerate.
 
 preprocess.py    the door: `accelerate launch data/preprocess.py`
-storage/         bytes on disks and networks: whole or not there, tried again, full, remote, strict tars
+storage/         bytes on disks and networks: atomic writes, retries, full disks, remote files, strict tars
 sources/         pictures where they are -> triples, each looked at once
 samples/         triple -> planned sample -> planned shard -> pixels: buckets, crops, masks
 encoders/        pixels and captions -> the tensors that FLUX.1-Fill trains on

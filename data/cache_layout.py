@@ -8,6 +8,7 @@
     validation/                   pixels to watch a run by.  Replaced as a folder by the worker that completes the cache
     scan/<dataset>/               what was found out about pictures.  Deleted by a scan that had no use for it
     copies/                       of remote pictures.  Deleted by the worker that completes the cache
+    quarantine/, quarantine.jsonl what repair found bad, and why.  Only its user deletes it
     problems.txt                  all that was wrong with the pictures, if too long to show.  Replaced by the next scan
     crew/                         who is at work on what.  Deleted by the last worker to leave
     *.<8 hex digits>.part         half written.  Deleted by whoever takes over a dead worker's work
@@ -21,6 +22,7 @@ from pathlib import Path
 MANIFEST, SHARD_TABLE = "manifest.json", "shards.npz"
 EMPTY_TEXT = "empty_text.safetensors"
 PROBLEMS = "problems.txt"
+QUARANTINE, QUARANTINE_LIST = "quarantine", "quarantine.jsonl"
 SHARDS, VALIDATION, SCAN, COPIES, CREW = OWN_FOLDERS = ("shards", "validation", "scan", "copies", "crew")
 
 _PART = r"\.[0-9a-f]{8}\.part"

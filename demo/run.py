@@ -44,7 +44,12 @@ def main() -> int:
 
 
 def make_inputs(folder: Path) -> None:
-    """Write the triples and the model into a folder; in a process of its own, whose memory goes with it."""
+    """Write the triples and the model into a folder; in a process of its own, whose memory goes with it.
+
+    Those of an earlier demo are replaced: it may have been another release's, with another model.
+    """
+    for name in ("triples", "model"):
+        shutil.rmtree(folder / name, ignore_errors=True)
     script = (
         "from pathlib import Path\n"
         "from configs.lighter_imports import lighten_imports\n"

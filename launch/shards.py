@@ -1,4 +1,5 @@
-"""`fluxfill shards`: the cache looked at. What reads it is imported by the command that runs: it needs torch."""
+"""`fluxfill shards`: a cache verified, repaired, shown. What reads it is imported by the command that runs: it needs
+torch."""
 
 import os
 from collections.abc import Callable, Collection, Iterator
@@ -22,6 +23,7 @@ from rich.table import Table
 
 from configs.errors import InputError
 from configs.loading import load_config
+from data.cache_layout import QUARANTINE, QUARANTINE_LIST
 
 if TYPE_CHECKING:
     from data.verify.cache import CheckedCache
@@ -49,7 +51,7 @@ def verify(
         str | None,
         typer.Option(
             metavar="CONFIG",
-            help="Move what is bad into the cache's quarantine folder and encode it anew as this config says.",
+            help="Move what is bad into the cache's quarantine folder and encode it again as this config says.",
         ),
     ] = None,
     threads: Annotated[
@@ -83,8 +85,8 @@ def verify(
     checked, changed = repair_cache(config, check, console)
     if checked.problems:
         for path in changed:
-            console.print(f"{path}: encoded anew with other bytes than before; the cache lists these now.", **_PLAIN)
-        console.print(f"What was bad lies in {cache / 'quarantine'}; {cache / 'quarantine.jsonl'} says why.", **_PLAIN)
+            console.print(f"{path}: encoded again with other bytes than before; the cache lists these now.", **_PLAIN)
+        console.print(f"What was bad lies in {cache / QUARANTINE}; {cache / QUARANTINE_LIST} says why.", **_PLAIN)
         checked = check(only={whole.path for whole in checked.rebuildable} | set(checked.bad))
     raise typer.Exit(BAD_FOUND if checked.problems else 0)
 

@@ -1,4 +1,4 @@
-"""Run a training command, or the workers that preprocess before it, to its end: signals go through, and the exit code
+"""Supervision of a training command, or of the workers that preprocess before it: signals go through, and the exit code
 is their own."""
 
 import json

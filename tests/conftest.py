@@ -3,6 +3,7 @@ made once a session."""
 
 from __future__ import annotations
 
+import gc
 import http.server
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 
 lighten_imports()  # as in every program of ours
+
+
+def pytest_collection_finish() -> None:
+    """What the test files have imported is no garbage: neither a collection nor the exit need go through it."""
+    gc.freeze()
+
 
 # The fixtures import what they need themselves: diffusers takes 10 s, and most tests need none of it.
 

@@ -26,7 +26,8 @@ def test_every_file_that_is_named_is_there() -> None:
 
 
 def test_each_of_ten_changes_begins_in_one_file() -> None:
-    rows = section("Ten changes, and where to begin").strip().splitlines()[2:]
+    text = section("Ten changes, and where to begin")
+    rows = [line for line in text.splitlines() if line.startswith("| ")][2:]
     assert len(rows) == 10
     for row in rows:
         assert len(re.findall(r"`[a-z]+/[\w/]+\.py`", row.split("|")[2])) == 1, row

@@ -41,7 +41,7 @@ def build_transformer(config: Config, model: Path, engine: Engine) -> FluxTransf
         transformer.enable_gradient_checkpointing()
     if config.train.compile == "regional":
         # Blocks of one kind share a graph. Dynamic from the start: were the first sizes taken for fixed, a later one
-        # could be compiled anew between a forward pass and its recomputation, which then do not match.
+        # could be compiled again between a forward pass and its recomputation, which then do not match.
         transformer.compile_repeated_blocks(dynamic=True)
         torch._dynamo.config.optimize_ddp = False  # it cuts graphs where DDP's messages begin
     counts = [sum(p.numel() for p in transformer.parameters() if p.requires_grad is wanted) for wanted in (True, False)]

@@ -54,7 +54,7 @@ class RunLog:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         write_text_atomically(self._folder / "config.yaml", dump_config(config))
-        kept_step = first_step if first_step else -1  # a fresh start validates at step 0 anew
+        kept_step = first_step if first_step else -1  # a fresh start validates at step 0 again
         for name in ("metrics", "validation"):
             _set_aside(self._folder / f"{name}.jsonl", after_step=kept_step, restart=state.restarts)
         if "tensorboard" in config.logging.trackers:

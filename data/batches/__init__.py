@@ -1,0 +1,1 @@
+"""Shards -> micro-batches: order, noise, reading."""

@@ -1,0 +1,1 @@
+"""The format of a cache: tar, index, manifest; opening one, here or by URL."""

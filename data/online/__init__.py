@@ -1,0 +1,1 @@
+"""Batches encoded while a run trains."""

@@ -112,7 +112,7 @@ class OnlineTrainingSet:
         )
 
     def _full_mask(self, bucket: Bucket) -> dict[str, memoryview]:
-        mask = memoryview(b"\xff" * (bucket.height * bucket.width // 8))
+        mask = memoryview(b"\xff" * bucket.mask_bytes)
         return _bytes_of(encode_full_mask(self._encoders, bucket)) | {"mask": mask}
 
     def validation_samples(self, *, split: str, count: int) -> list[ValidationSample]:

@@ -1,0 +1,1 @@
+"""The preprocessing job: many workers make one cache. `data/preprocess.py` is its door."""

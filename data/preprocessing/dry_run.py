@@ -51,7 +51,7 @@ def bytes_by_part(plans: Sequence[PlannedShard], *, text_bytes: int) -> dict[str
         masks = sum(sample.recipe.variants for sample in plan.samples)
         parts["latents"] += count * latents
         parts["masked latents"] += masks * latents
-        parts["masks"] += masks * plan.bucket.height * plan.bucket.width // 8
+        parts["masks"] += masks * plan.bucket.mask_bytes
         parts["texts"] += len({sample.text for sample in plan.samples}) * text_bytes
         parts["headers and JSON, about"] += count * _REST_BYTES
     return dict(parts)

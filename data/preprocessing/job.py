@@ -45,9 +45,8 @@ class Job:
 
 
 def make_plan(job: Job, progress: Progress) -> list[PlannedShard]:
-    """Every shard of a job's cache: a pure function of the pictures and the settings. Prints
-    what a person should know of it. Raises InputError as
-    `plan_samples` does."""
+    """Every shard of a job's cache: a pure function of the pictures and the settings. Prints what a person should know
+    of it. Raises InputError as `plan_samples` does."""
     samples = plan_samples(job.config, progress, thorough=job.thorough)
     print_summary(progress.console, samples, job.config.data.captions)
     return plan_shards(

@@ -58,16 +58,16 @@ class ShardQueue:
 
     def __init__(self, cache: Path, plan: PlanFile, group: WorkerGroup, worker: Worker) -> None:
         finished = read_finished_of(cache, plan.specs)
-        unfinished = [head for head, row in zip(plan.specs, finished, strict=True) if row is None]
+        unfinished = [spec for spec, row in zip(plan.specs, finished, strict=True) if row is None]
         first = len(unfinished) * worker.index // worker.count
-        self.remaining = {head.path: head for head in [*unfinished[first:], *unfinished[:first]]}
-        self.num_samples = sum(head.num_samples for head in unfinished)
+        self.remaining = {spec.path: spec for spec in [*unfinished[first:], *unfinished[:first]]}
+        self.num_samples = sum(spec.num_samples for spec in unfinished)
         self.num_encoded = 0
         self.advance: Callable[[int], object] = lambda count: None
         self._cache, self._plan, self._group = cache, plan, group
         self._in_work: set[str] = set()
         self._problems: dict[str, str] = {}
-        self._folders = sorted({(cache / head.path).parent for head in unfinished})
+        self._folders = sorted({(cache / spec.path).parent for spec in unfinished})
         self._inodes, self._looked = self._list_indexes(), time.monotonic()
 
     # --- taking

@@ -1,4 +1,4 @@
-"""Behind the device: a thread that waits for encoded tensors, writes, hashes, flushes and publishes shards.
+"""The writer behind the device: a thread that waits for encoded tensors, writes, hashes, flushes, publishes shards.
 
 A shard is published while its claim is still this worker's, with all samples of its plan, or not at all; what fails
 leaves no part of one behind.

@@ -1,0 +1,1 @@
+"""Triples -> planned samples -> planned shards -> pixels: buckets, crops, masks."""

@@ -42,7 +42,7 @@ def load_pixels(sample: PlannedSample, data: DataConfig, *, stop: threading.Even
     if triple.mask is None:
         mask = Image.new("L", target.size)  # drawn below, at the bucket's size
     else:
-        mask = load_mask(read[triple.mask], max_megapixels=limit)
+        mask = load_mask(read[triple.mask], max_megapixels=limit, label=sample.recipe.label)
     pixels = fit(target, mask, source, sample.bucket)
     if triple.mask is not None and (not pixels.mask.any() or pixels.mask.all()):
         what = "nothing to keep" if pixels.mask.all() else "nothing to paint"

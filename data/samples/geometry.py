@@ -37,6 +37,11 @@ class Bucket:
         """(channels, h, w) of the latents."""
         return LATENT_CHANNELS, *self.latent_size
 
+    @property
+    def mask_bytes(self) -> int:
+        """Bytes of a stored mask: 8 pixels each."""
+        return self.height * self.width // 8
+
     @classmethod
     def parse(cls, text: str) -> "Bucket":
         """The bucket that `str` names: "512x768" is 512 high and 768 wide."""

@@ -44,7 +44,7 @@ class PlannedShard(ShardSpec):
 def sample_bytes(bucket: Bucket, *, num_variants: int) -> int:
     """About what a sample takes in its tar, without its text: latents, variants, headers and JSON."""
     latents = math.prod(bucket.latent_shape) * 2
-    return latents + num_variants * (latents + bucket.height * bucket.width // 8 + 1024) + 2048
+    return latents + num_variants * (latents + bucket.mask_bytes + 1024) + 2048
 
 
 def plan_shards(
@@ -149,7 +149,7 @@ def _plan_hash(samples: Sequence[PlannedSample], encoding: Mapping[str, object],
             "caption": sample.triple.caption,
             "bucket": str(sample.bucket),
             "crop": vars(sample.crop),
-            "masks": vars(sample.recipe),
+            "masks": sample.recipe.hashed,
             "flip": sample.flip,
         }
         for sample in samples

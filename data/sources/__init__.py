@@ -1,0 +1,1 @@
+"""Pictures where they are (folders, tars, tables) -> triples, each looked at once."""

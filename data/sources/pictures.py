@@ -3,15 +3,18 @@
 import io
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError, features
 from PIL.TiffImagePlugin import TiffImageFile
 
+from configs.dataset_schema import Label
 from configs.errors import InputError
 from data.sources.colours import has_alpha, to_srgb, to_srgb_from_16_bits
 from data.sources.deep_samples import has_deep_samples, raw_mode, read_deep_samples
 from data.sources.file_signatures import foreign_colours, format_by_signature, png_chunks
+from data.sources.mask_levels import select_label
 from data.sources.picture_file import PictureBytes, PictureFile, byte_limit
 from data.sources.tiff_layout import as_tiff_shows, describe_tiff, tiff_problem
 
@@ -41,7 +44,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_QUARTER_TURNS = frozenset({5, 6, 7, 8})  # the stored width is the upright height
+QUARTER_TURNS = frozenset({5, 6, 7, 8})  # the stored width is the upright height
 _PNG_METADATA = frozenset({b"eXIf", b"tEXt", b"zTXt", b"iTXt"})  # where Pillow looks for EXIF and XMP
 
 
@@ -157,14 +160,34 @@ def _says_more_behind_its_pixels(png: bytes) -> bool:
     return b"IDAT" in kinds and not _PNG_METADATA.isdisjoint(kinds[kinds.index(b"IDAT") :])
 
 
-def picture_size(picture_file: Picture, *, max_megapixels: float) -> tuple[int, int]:
-    """Upright (width, height) of a picture, from its header. Raises InputError as `load_picture` does."""
+class Header(NamedTuple):
+    """width, height: upright.  orientation: EXIF's, by which a picture is turned to stand so; 1 = not at all."""
+
+    width: int
+    height: int
+    orientation: int = 1
+
+    @property
+    def stored_size(self) -> tuple[int, int]:
+        """(width, height) before it is turned."""
+        return (self.height, self.width) if self.orientation in QUARTER_TURNS else (self.width, self.height)
+
+
+def read_header(picture_file: Picture, *, max_megapixels: float) -> Header:
+    """Size of a picture that is not decoded. Raises InputError as `load_picture` does."""
     read = read_picture(picture_file, max_megapixels=max_megapixels)
     with _open(read, max_megapixels) as picture:
         if picture.format == "PNG" and _says_more_behind_its_pixels(read.data):
             _decode(picture, read)
         width, height = picture.size
-        return (height, width) if _orientation(picture) in _QUARTER_TURNS else (width, height)
+        orientation = _orientation(picture)
+        return Header(*((height, width) if orientation in QUARTER_TURNS else (width, height)), orientation)
+
+
+def picture_size(picture_file: Picture, *, max_megapixels: float) -> tuple[int, int]:
+    """Upright (width, height) of a picture, from its header. Raises InputError as `load_picture` does."""
+    header = read_header(picture_file, max_megapixels=max_megapixels)
+    return header.width, header.height
 
 
 def _decode_upright(picture: ImageFile.ImageFile, name: object) -> Image.Image:
@@ -193,20 +216,49 @@ def load_picture(picture_file: Picture, *, max_megapixels: float) -> Image.Image
     return to_srgb_from_16_bits(samples.colours, samples.alpha, profile, premultiplied=samples.premultiplied)
 
 
-def load_mask(picture_file: Picture, *, max_megapixels: float) -> Image.Image:
-    """A decoded, upright mask in mode L: white (255) = repaint, black (0) = keep.
+def load_preview(picture_file: Picture, cell: int, *, max_megapixels: float) -> np.ndarray:
+    """A grey, upright picture in which every pixel is the mean of cell x cell ones: uint8 [ceil(H / cell), ceil(W /
+    cell)]. Raises as `load_picture` does.
+
+    cell: a power of two.  A JPEG is decoded at that size, up to an eighth, and colour profiles are passed over, so two
+    pictures can be compared that have the same one.
+    """
+    read = read_picture(picture_file, max_megapixels=max_megapixels)
+    with _open(read, max_megapixels) as picture:
+        width, height = picture.size
+        is_plain = picture.format in ("JPEG", "MPO", "PNG") and picture.mode in ("L", "RGB")
+        if is_plain and (_orientation(picture) == 1 or not (width % cell or height % cell)):
+            picture.draft("L", (max(1, width // cell), max(1, height // cell)))
+            upright = _decode_upright(picture, read)
+            rest = cell * max(upright.size) // max(width, height)
+            return np.asarray((upright.reduce(rest) if rest > 1 else upright).convert("L"))
+    return np.asarray(load_picture(read, max_megapixels=max_megapixels).reduce(cell).convert("L"))
+
+
+def load_stored(picture_file: Picture, *, max_megapixels: float) -> Image.Image:
+    """A decoded, upright picture in the mode it is stored in. Raises as `load_picture` does."""
+    read = read_picture(picture_file, max_megapixels=max_megapixels)
+    with _open(read, max_megapixels) as picture:
+        return _decode_upright(picture, read)
+
+
+def load_mask(picture_file: Picture, *, max_megapixels: float, label: Label | None = None) -> Image.Image:
+    """A decoded, upright mask in mode L: white (255) = repaint, black (0) = keep. label: which value of its pixels is
+    the hole, where they are labels.
 
     Raises as `load_picture` does, and where transparency says other than the colours. Some programs mean by it what is
     to be painted, some what is not; only a person can tell.
     """
     read = read_picture(picture_file, max_megapixels=max_megapixels)
-    with _open(read, max_megapixels) as opened:
-        picture = _decode_upright(opened, read)
+    picture = load_stored(read, max_megapixels=max_megapixels)
+    if label is not None:
+        return select_label(picture, label)
     if picture.mode.startswith("I;16"):
         # Pillow's own conversion clips at 255: all but the darkest grey would be white.
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     # Pillow knows the way from Lab to RGB, but none to grey.
-    mask = (picture.convert("RGB") if picture.mode == "LAB" else picture).convert("L")
+    grey = picture.convert("RGB") if picture.mode == "LAB" else picture
+    mask = grey if grey.mode == "L" else grey.convert("L")
     if has_alpha(picture) and not _agree(np.asarray(mask), np.asarray(picture.convert("RGBA").getchannel("A"))):
         raise InputError(
             f"{read}: the mask is partly transparent, and its colours do not say which part is the hole. Save it "

@@ -17,8 +17,21 @@ from data.storage.atomic_write import write_text_atomically
 # The kinds, in the order in which they are shown: what is listed comes before what is read, and that before pixels.
 LISTS, NAMES, LEFT_OUT, CAPTIONS = "lists", "names", "left out", "captions"
 UNREADABLE, TRUNCATED, SIZES, MASKS = "unreadable", "truncated", "sizes", "masks"
-POLARITY, MISPLACED, ORIENTATION = "inverted masks", "misplaced masks", "EXIF"
-KINDS = (LISTS, NAMES, LEFT_OUT, CAPTIONS, UNREADABLE, TRUNCATED, SIZES, MASKS, POLARITY, MISPLACED, ORIENTATION)
+POLARITY, MISPLACED, SOURCES, ORIENTATION = "inverted masks", "misplaced masks", "sources", "EXIF"
+KINDS = (
+    LISTS,
+    NAMES,
+    LEFT_OUT,
+    CAPTIONS,
+    UNREADABLE,
+    TRUNCATED,
+    SIZES,
+    MASKS,
+    POLARITY,
+    MISPLACED,
+    SOURCES,
+    ORIENTATION,
+)
 
 _SHOWN = 10  # of each kind; the rest stands in the file
 

@@ -15,9 +15,10 @@ from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple, cast
 
-import numpy as np
 import xxhash
+from PIL import Image
 
 from configs.data_schema import DataConfig
 from configs.dataset_schema import DatasetConfig
@@ -30,8 +31,9 @@ from data.sources.download_cache import DownloadCache, Pack, open_new_file
 from data.sources.file_stamps import outwait_the_clock, stamp_of
 from data.sources.folders import list_folders
 from data.sources.items import Item
-from data.sources.picture_file import PictureFile
-from data.sources.pictures import load_mask, load_picture, picture_size, read_picture
+from data.sources.mask_checks import Fault, find_fault_of_mask, find_fault_of_pair
+from data.sources.picture_file import PictureBytes, PictureFile
+from data.sources.pictures import load_mask, load_picture, read_header, read_picture
 from data.sources.problems import CAPTIONS, LISTS, NAMES, TRUNCATED, UNREADABLE, Findings, Problem
 from data.sources.scan_cache import (
     ITEM_COLUMNS,
@@ -48,7 +50,7 @@ from data.sources.scan_cache import (
 from data.sources.tables import find_tables, list_table, names_are_below, number_repeats
 from data.sources.tars import expand_tars, list_tar
 
-_SCAN_VERSION = 3
+_SCAN_VERSION = 4
 _UNIT_THREADS, _PICTURE_THREADS = 4, 8  # they wait for disks and networks, and decode masks
 _UNIT_ITEMS = 1024
 
@@ -130,6 +132,14 @@ def _deal_to_units(items: Sequence[Item]) -> list[list[Item]]:
     return list(units.values())
 
 
+class _Seen(NamedTuple):
+    """A picture that was read; of a mask, its decoded levels."""
+
+    info: PictureInfo
+    picture: PictureBytes
+    levels: Image.Image | None
+
+
 class _Scanner:
     """The scan of one dataset."""
 
@@ -137,7 +147,9 @@ class _Scanner:
         self.findings, self.thorough = findings, thorough
         self.dataset = dataset
         self.max_megapixels = data.max_megapixels
-        self.masks = not recipe_of(dataset).shares  # whether the dataset has its own
+        recipe = recipe_of(dataset)
+        self.masks, self.label = not recipe.shares, recipe.label  # masks: whether the dataset has its own
+        self.checks = self.masks and dataset.check_masks != "off"
         self.results = ScanCache(data.cache_folder, dataset.name)
         self.copies = DownloadCache(data.cache_folder / COPIES, int(data.copies_gib * 2**30))
         self.picture_pool = ThreadPoolExecutor(_PICTURE_THREADS)
@@ -241,12 +253,12 @@ class _Scanner:
         return path.name if path.parent == self.copies.folder else stamp_of(place)
 
     def _key(self, *parts: object) -> str:
-        return self.results.key(_SCAN_VERSION, self.max_megapixels, self.masks, *parts)
+        return self.results.key(_SCAN_VERSION, self.max_megapixels, self.masks, self.label, self.checks, *parts)
 
     def _scan(self, items: Sequence[Item], own: Findings, packed: Pack | None) -> list[ScannedItem]:
         """Read every picture; the items of which all can be. own: takes what is wrong with the others."""
 
-        def look(file: PictureFile | None, *, is_mask: bool = False) -> PictureInfo | None:
+        def look(file: PictureFile | None, *, is_mask: bool = False) -> _Seen | None:
             try:
                 return None if file is None else self._look(file, packed, is_mask=is_mask)
             except InputError as error:
@@ -257,7 +269,12 @@ class _Scanner:
             target, mask, source = look(item.target), look(item.mask, is_mask=True), look(item.source)
             if target is None or (mask is None) != (item.mask is None) or (source is None) != (item.source is None):
                 return None
-            return ScannedItem(item, target, mask, source)
+            try:
+                fault = self._find_fault(target, mask, source) if self.checks and mask else None
+            except InputError as error:
+                own.add_error(error, TRUNCATED)
+                return None
+            return ScannedItem(item, target.info, mask and mask.info, source and source.info, fault)
 
         return [scanned for scanned in self.picture_pool.map(scan, items) if scanned is not None]
 
@@ -284,13 +301,29 @@ class _Scanner:
         self._keep(all_decode, [], own)
         return [entry for entry, is_sound in zip(scanned, sound, strict=True) if is_sound]
 
-    def _look(self, file: PictureFile, packed: Pack | None, *, is_mask: bool) -> PictureInfo:
+    def _look(self, file: PictureFile, packed: Pack | None, *, is_mask: bool) -> _Seen:
+        """One read serves for the hash, the header and the pixels."""
         limit = self.max_megapixels
         picture = read_picture(file, max_megapixels=limit)
-        width, height = picture_size(picture, max_megapixels=limit)
-        darkest, brightest = 0, 0
+        width, height, orientation = read_header(picture, max_megapixels=limit)
+        levels, darkest, brightest = None, 0, 0
         if is_mask:
-            levels = np.asarray(load_mask(picture, max_megapixels=limit))
-            darkest, brightest = int(levels.min()), int(levels.max())
+            levels = load_mask(picture, max_megapixels=limit, label=self.label)
+            darkest, brightest = cast(tuple[int, int], levels.getextrema())  # of its one channel
         copied = packed.add(picture.data) if packed is not None and is_url(file.place) else (0, 0)
-        return PictureInfo(picture.content, width, height, darkest, brightest, *copied)
+        info = PictureInfo(picture.content, width, height, darkest, brightest, *copied, orientation)
+        return _Seen(info, picture, levels)
+
+    def _find_fault(self, target: _Seen, mask: _Seen, source: _Seen | None) -> Fault | None:
+        """What is seen to be wrong with a mask, or with a pair."""
+        assert mask.levels is not None
+        limit = self.max_megapixels
+        if self.label is None:
+            fault = find_fault_of_mask(target.picture, mask.picture, mask.levels, max_megapixels=limit)
+            if fault is not None:
+                return fault
+        has_both = mask.info.darkest < 128 <= mask.info.brightest
+        of_one_size = source and len({(seen.info.width, seen.info.height) for seen in (target, mask, source)}) == 1
+        if source is None or not has_both or not of_one_size:
+            return None
+        return find_fault_of_pair(target.picture, source.picture, mask.levels, max_megapixels=limit)

@@ -14,7 +14,9 @@ import xxhash
 from configs.errors import InputError
 from data.cache_layout import SCAN
 from data.sources.items import Item
+from data.sources.mask_checks import Fault
 from data.sources.picture_file import PictureFile
+from data.sources.pictures import Header
 from data.storage.atomic_write import write_text_atomically
 
 Row = list[Any]
@@ -24,7 +26,8 @@ class PictureInfo(NamedTuple):
     """What was found out about one picture.
 
     content: hash of its bytes, 32 hex digits.  width, height: upright.  darkest, brightest: a mask's levels, else 0.
-    copy_offset, size: where its bytes are in a pack of remote pictures; size 0 = nowhere.
+    copy_offset, size: where its bytes are in a pack of remote pictures; size 0 = nowhere.  orientation: EXIF's, by
+    which it was turned upright; 1 = not at all.
     """
 
     content: str
@@ -34,15 +37,29 @@ class PictureInfo(NamedTuple):
     brightest: int = 0
     copy_offset: int = 0
     size: int = 0
+    orientation: int = 1
+
+    @property
+    def header(self) -> Header:
+        return Header(self.width, self.height, self.orientation)
 
 
 class ScannedItem(NamedTuple):
-    """An item and the infos of its pictures: target, mask (None where masks are random), source (or None)."""
+    """An item and the infos of its pictures: target, mask (None where masks are random), source (or None).
+
+    fault: what is seen to be wrong with its mask, or with its pair of source and target.
+    """
 
     item: Item
     target: PictureInfo
     mask: PictureInfo | None
     source: PictureInfo | None
+    fault: Fault | None = None
+
+    @property
+    def infos(self) -> list[PictureInfo]:
+        """Of the pictures it has: target, mask, source."""
+        return [info for info in (self.target, self.mask, self.source) if info is not None]
 
 
 class ScanCache:
@@ -118,13 +135,14 @@ def item_of(row: Row, file: str = "", copy: str = "") -> Item:
 
 
 def row_of_infos(scanned: ScannedItem) -> Row:
-    """The infos of an item as a row of three."""
-    return [info and list(info) for info in (scanned.target, scanned.mask, scanned.source)]
+    """The infos of an item as a row of four, its fault the last."""
+    return [info and list(info) for info in (scanned.target, scanned.mask, scanned.source, scanned.fault)]
 
 
 def with_infos(item: Item, row: Row, pack: Path | None = None) -> ScannedItem:
     """An item with the infos of a row. pack: where copies of its remote pictures are, if there are any."""
-    target, mask, source = (None if info is None else PictureInfo(*info) for info in row)
+    *infos, fault = row
+    target, mask, source = (None if info is None else PictureInfo(*info) for info in infos)
 
     def copied(file: PictureFile, info: PictureInfo) -> PictureFile:
         if not info.size:
@@ -138,4 +156,4 @@ def with_infos(item: Item, row: Row, pack: Path | None = None) -> ScannedItem:
         mask=item.mask and mask and copied(item.mask, mask),
         source=item.source and source and copied(item.source, source),
     )
-    return ScannedItem(item, target, mask, source)
+    return ScannedItem(item, target, mask, source, fault and Fault(*fault))

@@ -9,8 +9,9 @@ import xxhash
 from configs.data_schema import DataConfig
 from configs.dataset_schema import DatasetConfig
 from data.sources.items import finish_caption
+from data.sources.mask_checks import LABELS, SAVE_UPRIGHT, Fault, find_turn, judge
 from data.sources.picture_file import PictureFile
-from data.sources.problems import MASKS, SIZES, Findings
+from data.sources.problems import MASKS, ORIENTATION, SIZES, Findings
 from data.sources.scan import scan_dataset
 from data.sources.scan_cache import ScannedItem
 
@@ -62,13 +63,17 @@ def list_triples(
     advance, findings, thorough: as `scan_dataset` takes them.
     """
     triples = []
+    faults: list[tuple[PictureFile, Fault]] = []
+    num_pairs = 0
     found = scan_dataset(dataset, data, advance, findings, thorough=thorough)
     found.reverse()
     while found:  # what is used up is let go: of millions, twice is too much
         scanned = found.pop()
         _check(scanned, findings)
         item = scanned.item
-        contents = [info.content for info in scanned[1:] if info is not None]
+        faults += _faults_of(scanned)
+        num_pairs += scanned.source is not None
+        contents = [info.content for info in scanned.infos]
         triple = Triple(
             dataset.name,
             item.name,
@@ -80,7 +85,22 @@ def list_triples(
             content_of(contents),
         )
         triples.append((triple, (scanned.target.width, scanned.target.height)))
+    judge(faults, num_pairs, dataset.check_masks, findings)
     return triples
+
+
+def _faults_of(scanned: ScannedItem) -> list[tuple[PictureFile, Fault]]:
+    """What is seen to be wrong with a mask, or with a pair, at the picture that is to blame: one or none."""
+    item, mask, fault = scanned.item, scanned.mask, scanned.fault
+    if item.mask is None or mask is None:
+        return []
+    of_one_size = (mask.width, mask.height) == (scanned.target.width, scanned.target.height)
+    # A source shows whether the mask lies right; without one, EXIF alone tells that it may not.
+    if of_one_size and (fault.is_of_pair if fault else scanned.source is None):
+        fault = find_turn(scanned.target.header, mask.header, "mask") or fault
+    if fault is None:
+        return []
+    return [(item.source if fault.is_of_source and item.source else item.mask, fault)]
 
 
 def _check(scanned: ScannedItem, findings: Findings) -> None:
@@ -89,13 +109,16 @@ def _check(scanned: ScannedItem, findings: Findings) -> None:
     for role, file, info in (("mask", item.mask, scanned.mask), ("source", item.source, scanned.source)):
         if info is not None and (info.width, info.height) != (target.width, target.height):
             fits = False
+            if turn := find_turn(target.header, info.header, role):
+                findings.add(ORIENTATION, file, turn.what, SAVE_UPRIGHT)
+                continue
             findings.add(
                 SIZES,
                 file,
                 f"the {role} is {info.width}x{info.height}, its target {item.target} is {target.width}x{target.height}",
                 f"Make the {role} at the target's size: stretching it would shift the hole.",
             )
-    if fits and scanned.mask is not None:
+    if fits and scanned.mask is not None and not (scanned.fault and scanned.fault.kind == LABELS):
         darkest, brightest = scanned.mask.darkest, scanned.mask.brightest
         if brightest < 128:
             findings.add(

@@ -1,0 +1,1 @@
+"""`fluxfill shards verify [--repair]`: a cache checked against its checksums, and mended."""

@@ -48,7 +48,7 @@ def verify_cache(
     """Read all of a cache, `threads` shards at once (hashing and reading release Python's lock).
 
     start: told the bytes that will be read.  advance: told the bytes of each stretch, from many threads.
-    only: shards to read, below the cache folder, beside the head; None: all of them.
+    only: shards to read, below the cache folder, beside the manifest; None: all of them.
     Raises InputError if the folder holds no cache at all.
     """
     refuse_no_cache(cache)

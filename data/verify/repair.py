@@ -15,7 +15,7 @@ from configs.errors import InputError
 from configs.schema import Config
 from data.cache.manifest import ShardTable, read_manifest, read_shard_table, refuse_other_settings
 from data.cache.shard_index import rebuild_index
-from data.cache_layout import CREW, index_path
+from data.cache_layout import CREW, QUARANTINE, QUARANTINE_LIST, index_path
 from data.encoders.model_folder import find_model
 from data.preprocessing.run import preprocess
 from data.preprocessing.worker_group import join
@@ -23,8 +23,6 @@ from data.storage.atomic_write import fsync_folder
 from data.verify.cache import CheckedCache, refuse_no_cache
 from data.verify.shard import IntactTar
 from data.verify.tar import Problem
-
-QUARANTINE = "quarantine"  # folder, and .jsonl beside it
 
 
 def refuse_other_config(config: Config, cache: Path) -> None:
@@ -99,7 +97,7 @@ def _quarantine(cache: Path, paths: Sequence[str], problems: Sequence[Problem]) 
         for problem in problems
     ]
     # Said before it is done: killed in between, the files are in their place and the next repair says it again.
-    with (cache / f"{QUARANTINE}.jsonl").open("a", encoding="utf-8") as file:
+    with (cache / QUARANTINE_LIST).open("a", encoding="utf-8") as file:
         file.writelines(f"{line}\n" for line in lines)
         file.flush()
         os.fsync(file.fileno())

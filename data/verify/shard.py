@@ -18,9 +18,9 @@ _READ_AHEAD = 1 << 20
 class ExpectedShard:
     """A shard as the cache's manifest and table describe it.
 
-    path: below the cache folder.  sha256, size: of the tar, or None without a head: the shard's index tells them.
-    samples, variants, plan: None without a head.  tensors: kind of member (LATENTS, MASKED, TEXT) -> what it
-    holds; empty without a head.
+    path: below the cache folder.  sha256, size: of the tar, or None without a manifest: the shard's index tells them.
+    samples, variants, plan: None without a manifest.  tensors: kind of member (LATENTS, MASKED, TEXT) -> what it
+    holds; empty without a manifest.
     """
 
     path: str
@@ -60,7 +60,7 @@ def check_shard(cache: Path, expected: ExpectedShard, advance: Callable[[int], N
     index, index_problems = _check_index(cache, expected)
     sha256 = expected.sha256 or (index.tar_sha256 if index else None)
     if sha256 is None:
-        what = "neither the cache's head nor an index tells its sha256: preprocessing was interrupted here"
+        what = "neither the cache's manifest nor an index tells its sha256: preprocessing was interrupted here"
         return CheckedShard([Problem(expected.path, "", what), *index_problems], None, None)
     holes = None if index is None else count_hole_fractions([index])
     size = expected.size if expected.size is not None else index.tar_bytes if index else None
@@ -107,5 +107,7 @@ def _check_index(cache: Path, expected: ExpectedShard) -> tuple[ShardIndex | Non
         ("plan", expected.plan, index.plan),
         ("bytes", expected.size, index.tar_bytes),
     )
-    wrong = [f"{what} {found}, the head says {should}" for what, should, found in said if should not in (None, found)]
+    wrong = [
+        f"{what} {found}, the manifest says {should}" for what, should, found in said if should not in (None, found)
+    ]
     return index, [Problem(name, "", what) for what in wrong]

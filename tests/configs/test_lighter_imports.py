@@ -1,10 +1,12 @@
 """What a run does not use is not imported, and works when it is used; each case in a process that has only imported
 trainer/main.py."""
 
+import importlib
 import io
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +93,51 @@ def use_what_diffusers_was_given_late() -> None:
 
 def test_what_was_left_out_works_when_it_is_used():
     in_a_fresh_process(use_what_diffusers_was_given_late)
+
+
+NAMED = "from late_package.shapes import Square\n"
+MODULES = {
+    "named": NAMED + "def is_square(shape): return isinstance(shape, Square)",
+    "made": NAMED + "side = Square(2).side",
+    "derived": NAMED + "class Tile(Square): ...\nside = Tile(3).side",
+    "typed": NAMED + "def draw(shape: Square | None): ...",
+    "asked": "import late_package\nversion = late_package.__version__\nhas_round = 'round' in late_package.corners",
+    "module": "from late_package import hidden\ndef value(): return hidden.VALUE",
+    "broken": NAMED + "raise KeyError('its own')",
+}
+
+
+def import_modules_that_use_a_late_package(folder: str) -> dict[str, bool]:
+    """Module -> whether the package had been imported when it was."""
+    from configs import lighter_imports
+
+    sys.path.insert(0, folder)
+    lighter_imports._LATE = {"late_user": ("late_package",)}
+    lighter_imports.lighten_imports()
+    got_package = {}
+    for name in MODULES:
+        own_error = pytest.raises(KeyError, match="its own") if name == "broken" else nullcontext()
+        with own_error:
+            importlib.import_module(f"late_user.{name}")
+        got_package[name] = "late_package" in sys.modules
+        if name == "named":
+            square = importlib.import_module("late_package.shapes").Square(1)
+            assert sys.modules["late_user.named"].is_square(square) and not sys.modules["late_user.named"].is_square(1)
+        if name == "module":
+            assert sys.modules["late_user.module"].value() == 7
+        for imported in [module for module in sys.modules if module.partition(".")[0] == "late_package"]:
+            del sys.modules[imported]
+    return got_package
+
+
+def test_a_module_that_does_more_than_name_a_package_gets_it_at_once(tmp_path):
+    """As a next release of diffusers may do."""
+    package = {"__init__": "__version__, corners = '1', ['sharp']", "hidden": "VALUE = 7"}
+    package["shapes"] = "class Square:\n    def __init__(self, side): self.side = side"
+    for folder, files in (("late_package", package), ("late_user", {"__init__": "", **MODULES})):
+        (tmp_path / folder).mkdir()
+        for name, text in files.items():
+            (tmp_path / folder / f"{name}.py").write_text(text)
+    got_package = in_a_fresh_process(import_modules_that_use_a_late_package, str(tmp_path))
+    late = {name for name, got in got_package.items() if not got}
+    assert late == {"named", "module"}

@@ -13,9 +13,13 @@ from demo.run import make_inputs
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_demos_inputs_are_made_without_a_word_of_the_libraries(tmp_path, capfd):
+def test_the_demos_inputs_are_made_without_a_word_of_the_libraries_whatever_an_earlier_demo_left(tmp_path, capfd):
+    for left in ("triples", "model"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "of-another-release").touch()
     make_inputs(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"triples", "model"}
+    assert not list(tmp_path.rglob("of-another-release")) and (tmp_path / "model" / "model_index.json").is_file()
     assert "".join(capfd.readouterr()) == ""
 
 

@@ -83,7 +83,7 @@ def test_copies_without_room_for_the_least_are_refused(config, cache, tmp_path):
 
 
 def test_a_run_reads_a_cache_by_its_url(config, cache, engine, tiny_model, tmp_path, serve):
-    """Head, validation pictures and shards come from the server; the rows are those of the folder."""
+    """Manifest, validation pictures and shards come from the server; the rows are those of the folder."""
 
     def get(handler):
         data = (cache.folder / handler.path.lstrip("/")).read_bytes()

@@ -1,0 +1,1 @@
+"""LoRA, DoRA and LoKr: built, read, written."""

@@ -12,9 +12,8 @@ from data.batches.row_filler import ReplacedRow, refuse_too_many
 from trainer.engines.base import Engine, Update
 
 MAX_SKIPS = 5
-VERSION = (
-    1  # of state.json; a change of it, or of the files beside it, that this code could not read gets the next number
-)
+# Of state.json; a change of it, or of the files beside it, that this code could not read gets the next number.
+VERSION = 1
 
 _FILE = "state.json"
 

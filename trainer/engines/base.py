@@ -1,4 +1,4 @@
-"""What differs between engines: processes, sharding, gradients, the optimizer's step, and where a rank's state lies.
+"""The abstract engine: processes, sharding, gradients, the optimizer's step, and where a rank's state lies.
 
 An engine is an accelerate config file (configs/engines/) that `accelerate launch` turns into environment variables.
 Accelerate falls back without a word when something is missing (FSDP on a CPU becomes DDP, or N runs of one process), so

@@ -1,4 +1,4 @@
-"""Where a rank's share of weights and optimizer state lies, in words that all engines speak."""
+"""Slices: a rank's share of weights and optimizer state, described alike under all engines."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Which engine a process was launched with, and the one object that the rest of the trainer gets of it."""
+"""The engine of a run: chosen by what the process was launched with, and checked against the config."""
 
 import os
 from collections.abc import Mapping

@@ -1,0 +1,1 @@
+"""The adapter or model that a run leaves: written, read back and compared."""

@@ -1,0 +1,1 @@
+"""Validation: pictures sampled with the live weights, and their figures."""

@@ -24,6 +24,7 @@ OTHER_VALUES: dict[str, Any] = {
     "local_cache_gib": 1.0,
     "datasets.name": "cats",
     "datasets.mask": {"random": {"box": 1.0}, "variants": 2},
+    "datasets.check_masks": "warn",
     "datasets.flip": True,
     "datasets.weight": 2.0,
     "resolution": [64],

@@ -61,7 +61,7 @@ def test_a_folder_that_is_no_cache_is_refused(tmp_path):
         verify(tmp_path)
 
 
-# --- the head, and what lies beside the shards ------------------------------------------------------------------------
+# --- the manifest, and what lies beside the shards --------------------------------------------------------------------
 
 
 def test_a_flipped_bit_in_a_constant_is_noticed(folder):

@@ -65,7 +65,7 @@ def test_a_lost_index_is_named_and_its_shard_is_not(folder, content, what):
         ("text_row", "photos-1-1.json: does not fit its shard: says text, tokens and hole fractions are"),
         ("hole_fraction", "photos-1-1.json: does not fit its shard: says text, tokens and hole fractions are"),
         ("keys", "photos-1-x.safetensors: does not fit its shard: its tar header says photos-1-1.safetensors"),
-        ("plan", ": plan 0123456789abcdef0123456789abcdef, the head says"),
+        ("plan", ": plan 0123456789abcdef0123456789abcdef, the manifest says"),
     ],
 )
 def test_an_index_that_says_otherwise_than_its_shard_is_noticed(folder, column, what):
