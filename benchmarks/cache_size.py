@@ -24,7 +24,6 @@ from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.batches.order import ORDER_VERSION
 from data.cache.manifest import FORMAT_VERSION, Manifest, ShardTable
 from data.cache.shard_index import ShardIndex, count_hole_fractions
 from data.cache.shard_writer import SampleTensors, ShardWriter
@@ -123,7 +122,7 @@ def describe(case: Case, shards: Mapping[str, ShardIndex]) -> tuple[Manifest, Sh
     )
     manifest = Manifest(
         format_version=FORMAT_VERSION,
-        order_version=ORDER_VERSION,
+        order_version=1,
         settings={},
         encoders={},
         vae_shift=0.1159,

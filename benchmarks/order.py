@@ -26,11 +26,10 @@ BUCKETS = ("1024x1024", "896x1152", "1152x896", "832x1216", "1216x832", "768x134
 WEIGHTS = {"photos": 3.0, "removal": 1.0, "posters": 0.5}
 
 
-def write_head(folder: Path, num_shards: int) -> None:
+def write_cache_manifest(folder: Path, num_shards: int) -> None:
     """manifest.json and shards.npz of a cache with `num_shards` shards of about 100 samples."""
     import numpy as np
 
-    from data.batches.order import ORDER_VERSION
     from data.cache.manifest import FORMAT_VERSION, Manifest, ShardTable, write_manifest
     from data.samples.plan import HOLDOUT, TRAIN
 
@@ -52,7 +51,7 @@ def write_head(folder: Path, num_shards: int) -> None:
     )
     manifest = Manifest(
         format_version=FORMAT_VERSION,
-        order_version=ORDER_VERSION,
+        order_version=1,
         settings={},
         encoders={},
         vae_shift=0.1159,
@@ -137,7 +136,7 @@ def main() -> None:
         return
     folder = Path(tempfile.mkdtemp(prefix="order-benchmark-"))
     try:
-        write_head(folder, options.shards)
+        write_cache_manifest(folder, options.shards)
         for streams in (1, options.nodes):
             for share in (0.0, 0.9):
                 rank = options.ranks * 5 // 7

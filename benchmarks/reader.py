@@ -36,7 +36,7 @@ from webdataset import TarWriter, WebDataset
 
 from data.batches.batch_stream import BatchStream
 from data.batches.cached_rows import CachedRows
-from data.batches.order import ORDER_VERSION, Order, OrderSettings, hash_shards
+from data.batches.order import Order, OrderSettings, hash_shards
 from data.cache.manifest import FORMAT_VERSION, Manifest, ShardTable
 from data.cache.open_cache import Cache
 from data.cache.shard_writer import SampleTensors, ShardWriter
@@ -115,7 +115,7 @@ def write_cache(folder: Path, side: int, num_samples: int) -> Cache:
     )
     manifest = Manifest(
         format_version=FORMAT_VERSION,
-        order_version=ORDER_VERSION,
+        order_version=1,
         settings={},
         encoders={},
         vae_shift=0.1159,

@@ -5,8 +5,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any, get_args, get_origin
 
 from configs.data_schema import DataConfig
-from configs.mask_recipe import recipe_of
+from configs.dataset_schema import DatasetConfig
+from configs.mask_recipe import mask_folder, recipe_of
 from configs.section import Section, Shapes
+from configs.urls import shown
 
 
 def keys_that_shape(least: Shapes, section: type[Section] = DataConfig) -> dict[str, Any]:
@@ -42,7 +44,7 @@ def worker_settings(data: DataConfig) -> dict[str, object]:
 def manifest_settings(data: DataConfig) -> dict[str, object]:
     """The settings in which a run must agree with the cache that it trains on: dotted key -> value in JSON's types.
 
-    Not where the pictures lay, which training does not need; nor an order of datasets or resolutions.
+    Not which pictures these were (`picture_settings`), nor an order of datasets or resolutions.
     """
     dumped = data.model_dump(mode="json", include=keys_that_shape(Shapes.SAMPLES))
     datasets = {entry.pop("name"): entry for entry in dumped.pop("datasets")}
@@ -65,6 +67,33 @@ def _without_later_keys(settings: dict[str, object]) -> dict[str, object]:
     return {key: value for key, value in settings.items() if key not in LATER_KEYS or value is not None}
 
 
+def picture_settings(dataset: DatasetConfig) -> dict[str, object]:
+    """Which pictures a dataset's samples are made of, as what: dotted key -> value in JSON's types, None where a key is
+    at its default. Places without the query of a URL, which may hold a token."""
+    given = dataset.model_dump(mode="json", include=set(_PICTURES), exclude_defaults=True)
+    folder = mask_folder(dataset)
+    values = {name: given.get(name) for name in _PICTURES} | {"mask.folder": folder and str(folder)}
+    return {f"data.datasets.{dataset.name}.{name}": _without_queries(value) for name, value in values.items()}
+
+
+def is_place(key: str) -> bool:
+    """Whether a key of `picture_settings` says where pictures are; else it says what they are called."""
+    return key.split(".", 3)[-1] in ("tars", "table", "target", "source", "mask.folder")
+
+
+def plan_settings(data: DataConfig, dataset: DatasetConfig) -> dict[str, object]:
+    """All else that shapes a dataset's shards, in JSON's types; keys at their defaults are left out."""
+    shared = data.model_dump(mode="json", include=keys_that_shape(Shapes.PLAN), exclude_defaults=True)
+    own = dataset.model_dump(mode="json", include=set(_OWN) - {"name"}, exclude_defaults=True)
+    return {**shared, "datasets": [{**own, "mask": str(recipe_of(dataset))}]}
+
+
+def _without_queries(value: Any) -> object:
+    if isinstance(value, list):
+        return [shown(place) for place in value]
+    return shown(value) if isinstance(value, str) else value
+
+
 def tensor_settings(data: DataConfig) -> dict[str, object]:
     """The settings that shape the tensors of any sample, by their last names; hashed for every shard.
 
@@ -82,3 +111,7 @@ def _flatten(settings: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, ob
             yield from _flatten(value, f"{prefix}.{key}")
         else:
             yield f"{prefix}.{key}", value
+
+
+_OWN = keys_that_shape(Shapes.SAMPLES, DatasetConfig)
+_PICTURES = sorted(keys_that_shape(Shapes.PICTURES, DatasetConfig).keys() - _OWN.keys())

@@ -149,29 +149,29 @@ class DatasetConfig(Section):
     tars: Annotated[
         Annotated[list[Word], Field(min_length=1)] | None,
         BeforeValidator(list_of_word, json_schema_input_type=Word | Annotated[list[Word], Field(min_length=1)] | None),
-        Shapes.PLAN,
+        Shapes.PICTURES,
     ] = None
     """WebDataset tars of pictures: paths or URLs (https, s3, gs), one or several, with braces as in
     s3://bucket/photos-{000000..000127}.tar; paths also with *, or a folder of tars."""
 
-    table: Annotated[Annotated[str, Field(min_length=1, examples=["/data/pictures.jsonl"])] | None, Shapes.PLAN] = None
+    table: Annotated[Annotated[Word, Field(examples=["/data/pictures.jsonl"])] | None, Shapes.PICTURES] = None
     """A list of pictures, one row each: a .jsonl, .csv or .parquet file (path or URL), or a folder as Hugging Face's
     datasets writes it (metadata.jsonl beside pictures, .parquet or .arrow files)."""
 
-    target: Annotated[Annotated[PathText, Field(examples=["/data/after"])] | None, Shapes.PLAN] = None
+    target: Annotated[Annotated[PathText, Field(examples=["/data/after"])] | None, Shapes.PICTURES] = None
     """Folder of the pictures to learn, and of their captions as .txt or .caption beside them."""
 
-    members: Annotated[MembersConfig, Shapes.PLAN] = MembersConfig()
+    members: Annotated[MembersConfig, Shapes.PICTURES] = MembersConfig()
     """What the members of a sample are called in tars."""
 
-    columns: Annotated[ColumnsConfig, Shapes.PLAN] = ColumnsConfig()
+    columns: Annotated[ColumnsConfig, Shapes.PICTURES] = ColumnsConfig()
     """What the columns of a table are called."""
 
     mask: Annotated[Annotated[PathText, Field(examples=["/data/mask"])] | MaskConfig | None, Shapes.SAMPLES] = None
     """Folder of the masks, where target is a folder: white is painted, black is kept. Or how masks are made, as in
     {random: {brush: 0.6, box: 0.4}, variants: 4}. null: those of the tars or the table."""
 
-    source: Annotated[PathText | None, Shapes.PLAN] = None
+    source: Annotated[PathText | None, Shapes.PICTURES] = None
     """Folder of what the model sees in the place of the target, as in object removal. null: the target itself."""
 
     check_masks: Annotated[Literal["error", "warn", "off"], Shapes.NOTHING] = "error"

@@ -87,8 +87,11 @@ class Shapes(IntEnum):
 
     NOTHING = 0
     PLAN = 1
-    """Where pictures are read, and how samples are dealt to shards. All workers on one cache must agree."""
-    SAMPLES = 2
-    """What the samples are. A run that trains on the cache must agree too."""
-    TENSORS = 3
+    """How samples are dealt to shards. All workers on one cache must agree."""
+    PICTURES = 2
+    """Which pictures are read, as what. A run that trains on the cache must agree, but may find the same pictures at
+    another place."""
+    SAMPLES = 3
+    """What the samples are. A run must agree."""
+    TENSORS = 4
     """The stored tensors of any sample. Part of every shard's hash too: another value encodes all of them again."""

@@ -6,6 +6,7 @@
     blank_<bucket>.safetensors    masked latents of a picture that is all hole.  Deleted if no shard has the bucket
     shards/<dataset>/             tars and their indexes.  Deleted if no plan names them; moved away by repair
     validation/                   pixels to watch a run by.  Replaced as a folder by the worker that completes the cache
+    owner.json                    the run that the cache was made for, and its datasets.  Replaced by preprocessing
     scan/<dataset>/               what was found out about pictures.  Deleted by a scan that had no use for it
     copies/                       of remote pictures.  Deleted by the worker that completes the cache
     quarantine/, quarantine.jsonl what repair found bad, and why.  Only its user deletes it
@@ -21,7 +22,7 @@ from pathlib import Path
 
 MANIFEST, SHARD_TABLE = "manifest.json", "shards.npz"
 EMPTY_TEXT = "empty_text.safetensors"
-PROBLEMS = "problems.txt"
+PROBLEMS, OWNER = "problems.txt", "owner.json"
 QUARANTINE, QUARANTINE_LIST = "quarantine", "quarantine.jsonl"
 SHARDS, VALIDATION, SCAN, COPIES, CREW = OWN_FOLDERS = ("shards", "validation", "scan", "copies", "crew")
 

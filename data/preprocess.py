@@ -1,6 +1,6 @@
 """Encode once: pictures, masks and captions -> a cache folder of shards. The job is data/preprocessing/run.py.
 
-fluxfill preprocess CONFIG.yaml [key=value ...] [--worker I --workers N] [--dry-run] [--thorough]
+fluxfill preprocess CONFIG.yaml [key=value ...] [--worker I --workers N] [--dry-run] [--thorough] [--replace]
 accelerate launch data/preprocess.py --config CONFIG.yaml [key=value ...]
 """
 
@@ -35,12 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, help="how many there are")
     parser.add_argument("--dry-run", action="store_true", help="say what it would do, how large and how long")
     parser.add_argument("--thorough", action="store_true", help="decode every picture in full before encoding any")
+    parser.add_argument("--replace", action="store_true", help="delete what the cache holds for another run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example data.resolution=[512]")
     options = parser.parse_args(arguments)
     try:
         worker = which_worker(os.environ, worker=options.worker, workers=options.workers)
         run = dry_run if options.dry_run else preprocess
-        run(load_config(options.config, options.overrides), Console(), worker, thorough=options.thorough)
+        flags = {"thorough": options.thorough, "replace": options.replace}
+        run(load_config(options.config, options.overrides), Console(), worker, **flags)
     except ProblemsFound as error:
         print_found(Console(stderr=True), error)
         return BAD_INPUT

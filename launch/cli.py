@@ -106,6 +106,9 @@ def preprocess(
         bool,
         typer.Option("--thorough", help="Decode every picture in full first: finds files that were cut off."),
     ] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Delete what the cache holds for another run, where it is in the way.")
+    ] = False,
 ) -> None:
     """Encode the pictures once and write the shards that training reads.
 
@@ -121,7 +124,7 @@ def preprocess(
     lighten_imports()
     from data.preprocessing import run as job  # imports torch, which the other commands do without
 
-    (job.dry_run if dry_run else job.preprocess)(run, Console(), which, thorough=thorough)
+    (job.dry_run if dry_run else job.preprocess)(run, Console(), which, thorough=thorough, replace=replace)
 
 
 @app.command()

@@ -45,7 +45,7 @@ def reason_to_train_at_once(config: Config, config_path: str) -> str | None:
         )
     if missing := next((place for place in _places(config) if not place.exists()), None):
         return f"the cache is complete, and its pictures are not on this machine ({missing})"
-    refuse_other_settings(config, find_model(config.model.base), read_manifest(data.cache))
+    refuse_other_settings(config, find_model(config.model.base), read_manifest(data.cache), pictures=False)
     return None
 
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -113,8 +114,8 @@ def show(
     """
     cache = _cache_folder(place)
     base = model or (None if Path(place).is_dir() else load_config(place, []).model.base)
-    if out is not None and (out.suffix not in {".html", ".png"} or not out.absolute().parent.is_dir()):
-        raise InputError(f"--out {out}: give a name that ends in .html or .png, in a folder that exists.")
+    if out is not None:
+        _refuse_unwritable(out)
     if out is not None and base is None:
         raise InputError("--out needs the VAE that encoded the cache: give --model, or a config in the folder's place.")
     console = _console()
@@ -137,11 +138,27 @@ def show(
     vae, chosen = load_cache_vae(base, manifest), spread_samples(table, rows, samples)
     with _counting(console, "pictures", len(chosen)) as advance:
         decoded = list(decode_samples(vae, read_samples(cache, table, chosen), advance))
-    if out.suffix == ".png":
+    if out.suffix.lower() == ".png":
         save_sheet(out, decoded)
     else:
         save_page(out, cache, manifest, counted, decoded)
     console.print(f"{out}: {len(decoded)} samples", **_PLAIN)
+
+
+def _refuse_unwritable(out: Path) -> None:
+    """Raise InputError if a sheet cannot be written there: before minutes of decoding, not behind them."""
+    if out.suffix.lower() not in {".html", ".png"}:
+        raise InputError(f"--out {out}: give a name that ends in .html or .png.")
+    if out.is_dir():
+        raise InputError(f"--out {out}: is a folder. Give the name of a file.")
+    try:
+        with TemporaryFile(dir=out.absolute().parent):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"--out {out}: nothing can be written in {out.absolute().parent} ({error.strerror}). Make the folder, "
+            "change its permissions, or give another."
+        ) from error
 
 
 def _print_verdict(console: Console, cache: Path, checked: "CheckedCache") -> None:

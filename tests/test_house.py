@@ -12,6 +12,7 @@ MOST_LINES = 400
 TESTED_ELSEWHERE = {
     "benchmarks/planning.py": "measures for minutes; what it calls is tested",
     "benchmarks/preprocess.py": "measures for minutes; what it calls is tested",
+    "benchmarks/scan.py": "measures for minutes; what it calls is tested",
     "benchmarks/start.py": "measures for minutes; what it calls is tested",
     "benchmarks/verify.py": "measures for minutes; what it calls is tested",
     "demo/train_vae.py": "made demo/vae/ once, in an hour",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configs.cache_settings import manifest_settings
+from configs.cache_settings import manifest_settings, picture_settings
 from configs.errors import InputError
 from configs.mask_recipe import recipe_of
 from configs.schema import Config
@@ -51,10 +51,13 @@ def describe_samples(
 ) -> Manifest:
     """The manifest of a plan, whether its samples are encoded yet or not."""
     names = [dataset.name for dataset in config.data.datasets]
+    settings = manifest_settings(config.data)
+    for dataset in config.data.datasets:
+        settings |= picture_settings(dataset)
     return Manifest(
         format_version=FORMAT_VERSION,
         order_version=1,  # of format 1; a run's own state says by which order it goes
-        settings=manifest_settings(config.data),
+        settings=settings,
         encoders=encoders,
         vae_shift=read_part_number(model, "vae", "shift_factor"),
         vae_scale=read_part_number(model, "vae", "scaling_factor"),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from configs.cache_settings import LATER_KEYS, manifest_settings
+from configs.cache_settings import LATER_KEYS, is_place, manifest_settings, picture_settings
 from configs.errors import InputError
 from configs.schema import Config
 from data.cache_layout import MANIFEST, SHARD_TABLE, SHARDS, VALIDATION
@@ -44,7 +44,7 @@ class ShardTable:
 class Manifest:
     """The properties that all shards of a cache share.
 
-    settings: `manifest_settings` of the config.  encoders: part -> fingerprint.
+    settings: `manifest_settings` of the config, and `picture_settings` of its datasets.  encoders: part -> fingerprint.
     vae_shift, vae_scale: latents = (z - shift) * scale.  text_width, pooled_width: numbers per T5 token and of CLIP.
     mask_variants: per dataset.  samples: dataset -> split -> count.  hole_fractions: dataset -> masks, all variants,
     per tenth of the area that is painted.
@@ -175,18 +175,27 @@ def _compact(column: np.ndarray) -> np.ndarray:
     return column.astype(np.dtypes.StringDType()) if column.dtype.kind == "U" else column
 
 
-def refuse_other_settings(config: Config, model: Path, manifest: Manifest) -> None:
-    """Raise InputError that lists every setting and encoder in which a config and its model differ from a cache's."""
+def refuse_other_settings(config: Config, model: Path, manifest: Manifest, *, pictures: bool = True) -> None:
+    """Raise InputError that lists every setting and encoder in which a config and its model differ from a cache's.
+
+    pictures: compare as well what the pictures of a dataset are (folders or tars, with a source or without, under which
+    names of columns or members). Not where they lie, nor what the cache does not say, as those that were made before
+    this was written down.
+    """
     encoders, wanted = encoder_fingerprints(model), manifest_settings(config.data)
+    if pictures:
+        for dataset in config.data.datasets:
+            wanted |= {key: value for key, value in picture_settings(dataset).items() if key in manifest.settings}
+    found = manifest.settings
     problems = [
         f"{part} of model.base {config.model.base} is not the one that encoded the cache "
         f"({encoders[part][:12]}, not {manifest.encoders.get(part, 'none')[:12]})"
         for part in encoders
         if encoders[part] != manifest.encoders.get(part)
     ] + [
-        f"{key} is {wanted.get(key)!r}, the cache was made with {manifest.settings.get(key)!r}"
+        f"{key} is {wanted.get(key)!r}, the cache was made with {found.get(key)!r}"
         for key in [*wanted, *sorted(LATER_KEYS - wanted.keys())]
-        if wanted.get(key) != manifest.settings.get(key)
+        if wanted.get(key) != found.get(key) and not (is_place(key) and wanted[key] and found.get(key))
     ]
     if problems:
         raise InputError(

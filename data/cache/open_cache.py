@@ -9,6 +9,7 @@ from configs.schema import Config
 from data.cache.manifest import Manifest, ShardTable, hash_files, read_manifest, read_shard_table, refuse_other_settings
 from data.cache.node_cache import NodeCache
 from data.cache.remote_manifest import fetch_manifest
+from data.cache.same_pictures import refuse_other_pictures
 from data.cache_layout import MANIFEST, SHARD_TABLE
 
 _PARALLEL, _CHUNK = 16, 256  # threads that look at shards, shards that one looks at in a go
@@ -28,7 +29,8 @@ def open_cache(config: Config, model: Path, *, check_shards: bool = True) -> Cac
     """The cache of a config, checked against the model that is to be trained on it, and for its shards to be there.
 
     Raises InputError that lists every setting and encoder in which they differ, or every shard that is missing or of
-    another size (one process of a run is enough to look). Those of a remote cache are checked as they are fetched.
+    another size, or that names a dataset which lies elsewhere now and has other pictures there (one process of a run is
+    enough to look). Shards of a remote cache are checked as they are fetched.
     """
     data = config.data
     if isinstance(data.cache, Path):
@@ -45,11 +47,14 @@ def open_cache(config: Config, model: Path, *, check_shards: bool = True) -> Cac
         )
     if not isinstance(data.cache, Path):
         assert data.local_cache is not None
+        if check_shards:
+            refuse_other_pictures(config, None, manifest, table)
         return Cache(
             folder, manifest, table, NodeCache(data.cache, data.local_cache, int(data.local_cache_gib * 2**30), table)
         )
     if check_shards:
         _refuse_missing_shards(folder, table)
+        refuse_other_pictures(config, folder, manifest, table)
     return Cache(folder, manifest, table)
 
 

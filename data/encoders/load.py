@@ -42,7 +42,7 @@ def load_encoders(model: Path, config: EncodersConfig, *, device_index: int) -> 
     device_index: of this process's own GPU, modulo how many there are; used where the config says auto.
     Raises InputError if a device is not there, or its memory does not hold them.
     """
-    vae, clip, t5 = (_find_device(key, vars(config)[key], device_index) for key in ("vae", "clip", "t5"))
+    vae, clip, t5 = (find_device(key, vars(config)[key], device_index) for key in ("vae", "clip", "t5"))
     if vae.type == "cuda":
         torch.cuda.set_device(vae)
     int8 = config.t5_precision == "int8"
@@ -61,7 +61,11 @@ def load_encoders(model: Path, config: EncodersConfig, *, device_index: int) -> 
         ) from error
 
 
-def _find_device(key: str, name: str, index: int) -> torch.device:
+def find_device(key: str, name: str, index: int) -> torch.device:
+    """The device `name` of data.encoders.<key>; auto: GPU number `index` of those here, counted round, or the CPU.
+
+    Raises InputError if it is not here.
+    """
     count = torch.cuda.device_count()
     if name == "auto":
         return torch.device("cuda", index % count) if count else torch.device("cpu")

@@ -85,8 +85,8 @@ def measure(
         fullest = max(plans, key=lambda plan: len(plan.samples))
         samples = fullest.samples[: data.encode_batch_size]
         decode_each = _time_decoding(samples, data, worker.decode_threads)
-        vae_each = _time_pixels(samples, encoders, data)
-        text_each = _time_captions(samples, encoders, data)
+        vae_each = time_pixels(samples, encoders, data)
+        text_each = time_captions(samples, encoders, data)
         vae += count * vae_each
         text += captions * text_each
         decode += count * decode_each
@@ -129,7 +129,7 @@ def _time_decoding(samples: Sequence[PlannedSample], data: DataConfig, threads: 
     return (time.perf_counter() - start) / len(many)
 
 
-def _time_pixels(samples: Sequence[PlannedSample], encoders: Encoders, data: DataConfig) -> float:
+def time_pixels(samples: Sequence[PlannedSample], encoders: Encoders, data: DataConfig) -> float:
     """Seconds per picture, the second time."""
     batch = collate_pixels([load_pixels(sample, data) for sample in samples])
     for _ in range(2):
@@ -140,7 +140,7 @@ def _time_pixels(samples: Sequence[PlannedSample], encoders: Encoders, data: Dat
     return (time.perf_counter() - start) / len(samples)
 
 
-def _time_captions(samples: Sequence[PlannedSample], encoders: Encoders, data: DataConfig) -> float:
+def time_captions(samples: Sequence[PlannedSample], encoders: Encoders, data: DataConfig) -> float:
     """Seconds per caption, the second time."""
     captions = [sample.triple.caption for sample in samples]
     for _ in range(2):

@@ -18,12 +18,13 @@ from data.samples.summary import print_summary
 @dataclass(frozen=True)
 class Job:
     """A config, and the model that encodes for it.  encoders: part -> fingerprint.  thorough: decode every picture in
-    full before any is encoded."""
+    full before any is encoded.  replace: delete what the cache holds for another run, where it is in the way."""
 
     config: Config
     model: Path
     encoders: dict[str, str]
     thorough: bool = False
+    replace: bool = False
 
     @property
     def encoding(self) -> dict[str, object]:

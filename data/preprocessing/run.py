@@ -36,6 +36,7 @@ from data.encoders.model_folder import encoder_fingerprints, find_model
 from data.preprocessing.dry_run import bytes_by_part, measure, print_bytes, print_counts, print_hours
 from data.preprocessing.encode_shards import encode_shards
 from data.preprocessing.job import Job, make_plan
+from data.preprocessing.owner import refuse_to_delete, write_owner
 from data.preprocessing.plan_file import PlanFile
 from data.preprocessing.progress import Waiting, advancing, open_progress, print_report
 from data.preprocessing.shard_queue import SHARD_CLAIMS, ShardQueue, read_finished_of
@@ -44,6 +45,7 @@ from data.preprocessing.worker import Worker
 from data.preprocessing.worker_group import WorkerGroup, join
 from data.samples.decode import DecodedBatch, decode_batches
 from data.samples.geometry import Pixels
+from data.samples.shard_plan import PlannedShard
 from data.sources.download_cache import delete_copies
 from data.sources.problems import Findings
 from data.sources.scan import scan_dataset
@@ -54,17 +56,20 @@ _DROPOUT_TENSORS, _MANIFEST = "constants", "head"  # what can be claimed, beside
 _ALONE = Worker()
 
 
-def preprocess(config: Config, console: Console, worker: Worker = _ALONE, *, thorough: bool = False) -> None:
+def preprocess(
+    config: Config, console: Console, worker: Worker = _ALONE, *, thorough: bool = False, replace: bool = False
+) -> None:
     """Bring data.cache up to date with the datasets, model and settings of a config, together with other workers;
     touch nothing if it is. Returns when the cache is complete.
 
-    thorough: decode every picture in full before any is encoded.
+    thorough: decode every picture in full before any is encoded.  replace: delete what the cache holds for another run,
+    where it is in the way.
     Raises InputError for whatever the user can mend, and Evicted: shards finished by then stay, parts of one do
     not.
     """
     cache = config.data.cache_folder
     model = find_model(config.model.base)
-    job = Job(config, model, encoder_fingerprints(model), thorough)
+    job = Job(config, model, encoder_fingerprints(model), thorough, replace)
     try:
         with (
             raise_disk_full(cache),
@@ -88,7 +93,7 @@ def _take_part(job: Job, group: WorkerGroup, worker: Worker, progress: Progress)
     before, waiting = _manifest_stamp(cache), Waiting(progress)
     plan = agree_on_plan(
         group,
-        partial(make_plan, job, progress),
+        partial(_plan, job, progress),
         help_planning=partial(_scan, job, progress),
         waiting=waiting,
     )
@@ -102,6 +107,23 @@ def _take_part(job: Job, group: WorkerGroup, worker: Worker, progress: Progress)
         raise error.with_needed(sum(spec.num_bytes for spec in queue.remaining.values())) from error
     complete(job, plan, group, worker, progress, waiting, before=before)
     return queue.num_encoded
+
+
+def _plan(job: Job, progress: Progress) -> list[PlannedShard]:
+    """The plan of a job, whose run owns the cache from now on."""
+    plans = _make_own_plan(job, progress)
+    write_owner(job)
+    return plans
+
+
+def _make_own_plan(job: Job, progress: Progress) -> list[PlannedShard]:
+    """The plan of a job. Raises InputError if it would delete what the cache holds for another run."""
+    if not job.replace:
+        refuse_to_delete(job)
+    plans = make_plan(job, progress)
+    if not job.replace:
+        refuse_to_delete(job, plans)
+    return plans
 
 
 def _scan(job: Job, progress: Progress) -> None:
@@ -221,7 +243,9 @@ def _only_pixels(decoded: DecodedBatch[ValidationItem]) -> tuple[ValidationItem,
     return decoded.tag, decoded.pixels[0][0]
 
 
-def dry_run(config: Config, console: Console, worker: Worker = _ALONE, *, thorough: bool = False) -> None:
+def dry_run(
+    config: Config, console: Console, worker: Worker = _ALONE, *, thorough: bool = False, replace: bool = False
+) -> None:
     """Print what `preprocess` would do: pictures and shards by dataset, bucket and split, bytes by part, and hours,
     measured on a batch of each size. Writes no shard and claims none.
 
@@ -229,9 +253,9 @@ def dry_run(config: Config, console: Console, worker: Worker = _ALONE, *, thorou
     """
     data = config.data
     model = find_model(config.model.base)
-    job = Job(config, model, encoder_fingerprints(model), thorough)
+    job = Job(config, model, encoder_fingerprints(model), thorough, replace)
     with raise_disk_full(data.cache_folder), open_progress(console, worker) as progress:
-        plans = make_plan(job, progress)
+        plans = _make_own_plan(job, progress)
     finished = read_finished_of(data.cache_folder, plans)
     todo = [plan for plan, shard in zip(plans, finished, strict=True) if shard is None]
     print_counts(console, data.cache_folder, plans, todo)

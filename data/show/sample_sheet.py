@@ -17,13 +17,16 @@ from data.cache.manifest import Manifest
 from data.encoders.encode import decode_latents
 from data.encoders.load import load_vae
 from data.encoders.model_folder import find_model, fingerprint
-from data.show.picture_grid import save_grid, to_picture
+from data.show.picture_grid import GridItem, save_grid, to_picture
 from data.show.statistics import CacheStatistics
 from data.show.statistics_report import print_statistics
 from data.show.stored_samples import StoredSample
+from data.sources.problems import printable
 from data.storage.atomic_write import write_atomically, write_text_atomically
 
 _DECODED_AT_ONCE = 4
+_NAME_LETTERS = 56  # of a picture's name on a sheet, from its end
+_SHOWN_MASKS = 6  # of a sample, which may have 64
 _PAGE_SIDE = 512  # px, of the longest side of a picture on a page
 _STATISTICS_COLUMNS = 110
 
@@ -38,7 +41,8 @@ figure { margin: 0 0 6px; }
 img { width: 100%; display: block; outline: 1px solid rgba(128, 128, 128, .35); }
 img.small { image-rendering: pixelated; }
 figcaption, details { font-size: 12px; opacity: .75; }
-p { margin: .3rem 0; }
+h2 { font-size: 1em; margin: .3rem 0 0; overflow-wrap: anywhere; }
+p { margin: .3rem 0; overflow-wrap: anywhere; }
 summary { cursor: pointer; overflow-wrap: anywhere; }
 dl { display: grid; grid-template-columns: auto 1fr; gap: 0 .8em; margin: .4em 0 0; overflow-wrap: anywhere; }
 dd { margin: 0; }
@@ -47,7 +51,7 @@ dd { margin: 0; }
 
 @dataclass(frozen=True)
 class DecodedSample:
-    """A stored sample and its decoded latents: fp32 [3, H, W] in [0, 1], `masked` per mask variant."""
+    """A stored sample and its decoded latents: fp32 [3, H, W] in [0, 1], `masked` for the first few mask variants."""
 
     stored: StoredSample
     target: Tensor
@@ -70,25 +74,38 @@ def load_cache_vae(model: str, manifest: Manifest):
 
 
 def decode_samples(vae, samples: Iterable[StoredSample], advance: Callable[[], None]) -> Iterator[DecodedSample]:
-    """Samples with their pictures, in order.  advance: called after each."""
+    """Samples with their pictures, in order, and of their masks the first few.  advance: called after each."""
     for sample in samples:
-        latents = torch.stack([sample.latents, *sample.masked_latents])
+        latents = torch.stack([sample.latents, *sample.masked_latents[:_SHOWN_MASKS]])
         pictures = torch.cat([decode_latents(vae, part).cpu() for part in latents.split(_DECODED_AT_ONCE)])
         yield DecodedSample(sample, pictures[0], list(pictures[1:]))
         advance()
 
 
 def save_sheet(path: Path, samples: Sequence[DecodedSample]) -> None:
-    """Write a PNG: a row for each sample and mask variant, with its hole's size and its caption."""
-    rows, notes = [], []
+    """Write a PNG: for each sample a line for each mask with the size of its hole, its name, and its caption."""
+    items = []
     for sample in samples:
-        stored = sample.stored
-        for variant, (masked, mask) in enumerate(zip(sample.masked, stored.masks, strict=True)):
-            rows.append([sample.target, masked, torch.from_numpy(mask).float().unsqueeze(0)])
-            which = f"  mask {variant}" if len(stored.masks) > 1 else ""
-            notes.append(f"{stored.bucket}{which}  hole {mask.mean():.0%}  {stored.meta.get('caption', '')}")
+        stored, num_masks = sample.stored, len(sample.stored.masks)
+        lines, notes = [], []
+        for number, (masked, mask) in enumerate(zip(sample.masked, stored.masks, strict=False), start=1):
+            lines.append([sample.target if number == 1 else None, masked, torch.from_numpy(mask).float().unsqueeze(0)])
+            which = f"mask {number} of {num_masks} · " if num_masks > 1 else ""
+            notes.append(f"{which}hole {mask.mean():.0%}")
+        name = _name_of(stored)
+        name = name if len(name) <= _NAME_LETTERS else f"…{name[1 - _NAME_LETTERS :]}"
+        notes[0] = f"{name} · {stored.bucket} · {notes[0]}"
+        items.append(GridItem(lines, notes, stored.meta.get("caption", "") or "no caption"))
     columns = ("target", "what the model sees", "mask")
-    write_atomically(path, lambda temporary: save_grid(temporary, columns, rows, notes))
+    write_atomically(path, lambda temporary: save_grid(temporary, columns, items))
+
+
+def _name_of(stored: StoredSample) -> str:
+    return printable(stored.meta.get("target", stored.key))
+
+
+def _caption_of(stored: StoredSample) -> str:
+    return printable(stored.meta.get("caption", ""))
 
 
 def save_page(
@@ -110,20 +127,20 @@ def save_page(
 def _card(sample: DecodedSample) -> str:
     stored, meta = sample.stored, sample.stored.meta
     rows = []
-    for masked, mask in zip(sample.masked, stored.masks, strict=True):
+    for masked, mask in zip(sample.masked, stored.masks, strict=False):
         pictures = (
             (to_picture(sample.target), "target"),
             (to_picture(masked), "what the model sees"),
             (Image.fromarray(mask), f"mask, hole {mask.mean():.1%}"),
         )
         rows.append(f'<div class="row">{"".join(_figure(picture, text) for picture, text in pictures)}</div>')
-    summary = " · ".join((stored.bucket, stored.split, stored.meta.get("target", stored.key)))
+    summary = " · ".join((stored.bucket, stored.split))
     facts = {"key": stored.key, "shard": stored.shard}
-    facts |= {name: str(value) for name, value in meta.items() if name not in ("caption", "text", "target")}
+    facts |= {name: printable(str(value)) for name, value in meta.items() if name not in ("caption", "text", "target")}
     details = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts.items())
-    caption = html.escape(meta.get("caption", "")) or "<em>no caption</em>"
+    caption = html.escape(_caption_of(stored)) or "<em>no caption</em>"
     more = f"<details><summary>{html.escape(summary)}</summary><dl>{details}</dl></details>"
-    return f"<article>{''.join(rows)}<p>{caption}</p>{more}</article>"
+    return f"<article>{''.join(rows)}<h2>{html.escape(_name_of(stored))}</h2><p>{caption}</p>{more}</article>"
 
 
 def _figure(picture: Image.Image, text: str) -> str:

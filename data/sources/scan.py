@@ -272,8 +272,8 @@ class _Scanner:
             try:
                 fault = self._find_fault(target, mask, source) if mask else None
             except InputError as error:
-                at_fault = next((file for file in item.pictures if str(error).startswith(f"{file}: ")), "")
-                own.add_error(error, TRUNCATED, at_fault)
+                at_fault = (file for file in item.pictures if str(error).startswith(f"{file}: "))
+                own.add_error(error, TRUNCATED, next(at_fault, ""))
                 return None
             return ScannedItem(item, target.info, mask and mask.info, source and source.info, fault)
 

@@ -41,8 +41,13 @@ class Triple:
     def key(self) -> str:
         """Name inside a shard: letters, digits, - and _ only, at most 70 long, with a hash of the whole name (stems
         collide, and webdataset cuts names at the first dot)."""
-        stem = _NOT_IN_KEYS.sub("_", self.name[-48:])
-        return f"{stem}-{xxhash.xxh3_64_hexdigest(f'{self.dataset}/{self.name}'.encode())}"
+        return key_of(self.dataset, self.name)
+
+
+def key_of(dataset: str, name: str) -> str:
+    """The key of the triple of that name in a dataset: see `Triple.key`."""
+    stem = _NOT_IN_KEYS.sub("_", name[-48:])
+    return f"{stem}-{xxhash.xxh3_64_hexdigest(f'{dataset}/{name}'.encode())}"
 
 
 def content_of(picture_contents: Iterable[str]) -> str:

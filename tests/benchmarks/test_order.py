@@ -1,8 +1,8 @@
-from benchmarks.order import ROWS_PER_RANK, start_rank, write_head
+from benchmarks.order import ROWS_PER_RANK, start_rank, write_cache_manifest
 
 
 def test_a_rank_starts_on_a_small_head(tmp_path):
-    write_head(tmp_path, 3000)
+    write_cache_manifest(tmp_path, 3000)
     places = [(streams, share) for streams in (1, 2) for share in (0.0, 0.9)]
     lines = [start_rank(tmp_path, rank=5, ranks=16, streams=streams, share=share) for streams, share in places]
     for line in lines:

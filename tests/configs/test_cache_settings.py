@@ -4,7 +4,15 @@ from typing import Annotated
 
 import pytest
 
-from configs.cache_settings import keys_that_shape, manifest_settings, tensor_settings, worker_settings
+from configs.cache_settings import (
+    is_place,
+    keys_that_shape,
+    manifest_settings,
+    picture_settings,
+    plan_settings,
+    tensor_settings,
+    worker_settings,
+)
 from configs.data_schema import CaptionsConfig, DataConfig
 from configs.dataset_schema import DatasetConfig, MaskConfig, RandomMasks
 from configs.section import Section, Shapes
@@ -94,3 +102,26 @@ def test_the_settings_in_every_shards_hash_are_those_of_format_1(keys, expected)
 def test_a_later_key_is_compared_once_it_is_set(key, value):
     for settings_of in (manifest_settings, worker_settings):
         assert settings_of(data_config(**{key: value})) == settings_of(data_config()) | {f"data.{key}": value}
+
+
+def test_the_manifest_says_which_pictures_a_cache_was_made_of_without_tokens():
+    assert picture_settings(PHOTOS) == {
+        **{f"data.datasets.photos.{key}": None for key in ("columns", "members", "source", "table", "tars")},
+        **{"data.datasets.photos.target": "a", "data.datasets.photos.mask.folder": "m"},
+    }
+    tars = DatasetConfig(name="web", tars=["https://host/a.tar?token=1"], members={"source": "before.png"})
+    found = picture_settings(tars)
+    assert found["data.datasets.web.tars"] == ["https://host/a.tar"]
+    assert found["data.datasets.web.members"] == {"source": ["before.png"]}
+    assert {key for key in found if is_place(key)} == found.keys() - {
+        "data.datasets.web.members",
+        "data.datasets.web.columns",
+    }
+
+
+def test_all_else_that_shapes_a_plan_is_known_without_its_places():
+    data = data_config(shard_size_mib=7)
+    moved = data_config(shard_size_mib=7, datasets=[PHOTOS.model_copy(update={"target": Path("c"), "mask": Path("d")})])
+    assert plan_settings(data, PHOTOS) == plan_settings(moved, moved.datasets[0])
+    assert plan_settings(data, PHOTOS) != plan_settings(data_config(), PHOTOS)
+    assert plan_settings(data, FLIPPED)["datasets"] == [{"flip": True, "mask": "random box 1; 3 variants"}]

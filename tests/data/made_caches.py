@@ -9,7 +9,6 @@ import torch
 import xxhash
 from safetensors.torch import save_file
 
-from data.batches.order import ORDER_VERSION
 from data.cache.manifest import FORMAT_VERSION, Manifest, ShardTable, write_manifest
 from data.cache.open_cache import Cache
 from data.cache.shard_index import ShardIndex, count_hole_fractions
@@ -97,7 +96,7 @@ def write_cache(folder: Path, shards: Sequence[tuple], *, num_variants: int = 1,
         counts[row[1]][row[3]] += row[4]
     manifest = Manifest(
         format_version=FORMAT_VERSION,
-        order_version=ORDER_VERSION,
+        order_version=1,
         settings={},
         encoders={},
         vae_shift=0.1159,
@@ -115,3 +114,8 @@ def write_cache(folder: Path, shards: Sequence[tuple], *, num_variants: int = 1,
         blank = torch.randn(Bucket.parse(name).latent_shape, generator=_generator_of(f"blank {name}"))
         save_file({"masked_latents": blank.bfloat16()}, folder / full_mask_name(name))
     return Cache(folder, write_manifest(folder, manifest, table), table)
+
+
+def stored_shards(cache: Path) -> dict[Path, bytes]:
+    """Path below a cache's folder -> bytes of every tar there."""
+    return {path.relative_to(cache): path.read_bytes() for path in sorted(cache.rglob("*.tar"))}

@@ -19,6 +19,7 @@ from data.sources.problems import (
     MASKS,
     MISPLACED,
     NAMES,
+    ORIENTATION,
     POLARITY,
     SIZES,
     SOURCES,
@@ -47,11 +48,11 @@ def _name(number: int) -> str:
 
 
 def _triple(number: int) -> dict[str, Image.Image]:
-    """Smooth noise, the same with a grey patch in the hole, and the hole."""
+    """Smooth noise, the same with a dark patch in the hole, and the hole."""
     noise = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     target = Image.fromarray(noise).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     source, mask = target.copy(), Image.new("L", (SIDE, SIDE))
-    source.paste((number * 4, 128, 255 - number * 4), HOLE)
+    source.paste((number % 20, 8, 16), HOLE)
     mask.paste(255, HOLE)
     return {"target": target, "mask": mask, "source": source}
 
@@ -104,9 +105,7 @@ def _write_sound_oddities(folder: Path) -> None:
     for text in (48, 51):
         (folder / "target" / f"{_name(text)}.caption").write_text("a caption under another suffix")
     (folder / "target" / f"{_name(47)}.txt").write_text(" \n")  # none
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    _save(folder, 49, exif=turned)  # all three
+    _save(folder, 49, exif=_turned(6))  # all three
     _save_one(folder, "target", 50, _triple(50)["target"].convert("RGBA"))
     _save_one(folder, "target", 52, _triple(52)["target"].convert("L"))
     _save_one(folder, "mask", 53, _triple(53)["mask"].convert("1"))
@@ -150,17 +149,63 @@ def _fill(number: int, level: int) -> Callable[[Path], object]:
     return lambda folder: _save_one(folder, "mask", number, Image.new("L", (SIDE, SIDE), level))
 
 
-def _change_mask(number: int, change: Callable[[Image.Image], Image.Image]) -> Callable[[Path], object]:
-    return lambda folder: _save_one(folder, "mask", number, change(_triple(number)["mask"]))
-
-
-def _shift(mask: Image.Image) -> Image.Image:
-    return ImageChops.offset(mask, 12, 0)
-
-
 def _again(role: str, number: int) -> Callable[[Path], object]:
     """The picture as it should be."""
     return lambda folder: _save_one(folder, role, number)
+
+
+def _instead(role: str, other: str, number: int) -> Callable[[Path], object]:
+    """Another role's picture in the place of this one's."""
+    return lambda folder: _save_one(folder, role, number, _triple(number)[other])
+
+
+def _photograph(number: int) -> Callable[[Path], object]:
+    return _instead("mask", "target", number)
+
+
+def _levels(number: int, factor: float) -> Callable[[Path], object]:
+    """A mask whose white is darker: of 1 / 255, labels 0 and 1."""
+    mask = _triple(number)["mask"].point(lambda level: round(level * factor))
+    return lambda folder: _save_one(folder, "mask", number, mask)
+
+
+def _inverted(number: int) -> Callable[[Path], object]:
+    return lambda folder: _save_one(folder, "mask", number, ImageOps.invert(_triple(number)["mask"]))
+
+
+def _moved(number: int, by: tuple[int, int]) -> Callable[[Path], object]:
+    return lambda folder: _save_one(folder, "mask", number, ImageChops.offset(_triple(number)["mask"], *by))
+
+
+def _swapped(number: int) -> Callable[[Path], object]:
+    """Source and target exchanged, each time it is done."""
+
+    def swap(folder: Path) -> None:
+        source, target = (folder / role / f"{_name(number)}.png" for role in ("source", "target"))
+        aside = source.rename(source.with_suffix(".aside"))
+        target.rename(source)
+        aside.rename(target)
+
+    return swap
+
+
+def _oblong(number: int, **of_target: Image.Exif) -> Callable[[Path], object]:
+    """All three wider than high; options of the target's file."""
+
+    def save(folder: Path) -> None:
+        for role, picture in _triple(number).items():
+            options = of_target if role == "target" else {}
+            picture.resize((SIDE, SIDE - 12), Image.Resampling.NEAREST).save(
+                folder / role / f"{_name(number)}.png", **options
+            )
+
+    return save
+
+
+def _turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
 
 
 def _leave(folder: Path) -> None:
@@ -258,41 +303,15 @@ FAULTS = [
     ),
     Fault(MASKS, "mask/park-16.png", "all black", True, _fill(16, 0), _again("mask", 16)),
     Fault(MASKS, "mask/street-17.png", "all white", True, _fill(17, 255), _again("mask", 17)),
-    Fault(
-        POLARITY,
-        "mask/park-18.png",
-        "the mask is inverted",
-        True,
-        _change_mask(18, ImageOps.invert),
-        _again("mask", 18),
-    ),
-    Fault(
-        MISPLACED, "mask/street-19.png", "the mask lies elsewhere", True, _change_mask(19, _shift), _again("mask", 19)
-    ),
-    Fault(
-        MASKS,
-        "mask/park-20.png",
-        "its pixels are labels, not brightness: 0 (",
-        True,
-        _change_mask(20, lambda mask: mask.point(lambda level: level // 255)),
-        _again("mask", 20),
-    ),
-    Fault(
-        MASKS,
-        "mask/street-21.png",
-        "is the target's own file, no mask",
-        True,
-        _change_mask(21, lambda mask: _triple(21)["target"]),
-        _again("mask", 21),
-    ),
-    Fault(
-        SOURCES,
-        "source/park-22.png",
-        "source and target are the same",
-        True,
-        lambda folder: _save_one(folder, "source", 22, _triple(22)["target"]),
-        _again("source", 22),
-    ),
+    Fault(MASKS, "mask/park-18.png", "no mask", True, _photograph(18), _again("mask", 18)),
+    Fault(MASKS, "mask/street-19.png", "labels", True, _levels(19, 1 / 255), _again("mask", 19)),
+    Fault(POLARITY, "mask/park-20.png", "inverted", True, _inverted(20), _again("mask", 20)),
+    Fault(MISPLACED, "mask/street-21.png", "elsewhere", True, _moved(21, (12, 14)), _again("mask", 21)),
+    Fault(SOURCES, "source/park-22.png", "the same file", True, _instead("source", "target", 22), _again("source", 22)),
+    Fault(SOURCES, "source/street-23.png", "swapped", True, _swapped(23), _swapped(23)),
+    Fault(SOURCES, "source/park-24.png", "swapped", True, _swapped(24), _swapped(24)),
+    Fault(ORIENTATION, "mask/street-25.png", "EXIF", True, _oblong(25, exif=_turned(6)), _oblong(25)),
+    Fault(ORIENTATION, "source/street-25.png", "EXIF", True, _leave, _leave),
 ]
 
 

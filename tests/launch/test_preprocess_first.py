@@ -150,6 +150,7 @@ def finished(cache: Cache, demo_config: Callable, tmp_path: Path) -> Callable:
 
 def test_a_finished_cache_is_compared_with_its_pictures(finished: Callable) -> None:
     assert reason_to_train_at_once(finished(), "a.yaml") is None
+    assert reason_to_train_at_once(finished("data.datasets.0.source=null"), "a.yaml") is None, "others are encoded"
 
 
 def test_never_trains_on_what_is_there_and_names_the_command_if_nothing_is(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from configs.loading import dump_config
+from tests.data.made_caches import stored_shards
 
 ROOT = Path(__file__).resolve().parents[2]
 FLUXFILL = "from launch.cli import main; main()"
@@ -30,10 +31,6 @@ def config_file(demo_config, tmp_path):
         return path
 
     return write
-
-
-def shards(cache):
-    return {path.relative_to(cache): path.read_bytes() for path in sorted(cache.rglob("*.tar"))}
 
 
 @pytest.mark.parametrize("start", [["-m", "data.preprocess", "--config"], ["-c", FLUXFILL, "preprocess"]])
@@ -67,5 +64,5 @@ def test_ranks_of_accelerate_and_tasks_of_an_array_make_the_same_cache(config_fi
     assert "0 of 96 samples were encoded now, by worker 1 of 2 (SLURM array task 1)." in printed, (
         "the second task found all of it done"
     )
-    assert shards(tmp_path / "array") == shards(tmp_path / "ranks")
-    assert len(shards(tmp_path / "array")) > 2
+    assert stored_shards(tmp_path / "array") == stored_shards(tmp_path / "ranks")
+    assert len(stored_shards(tmp_path / "array")) > 2

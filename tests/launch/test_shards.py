@@ -63,13 +63,16 @@ def test_verify_of_a_damaged_cache_ends_with_1_and_a_table_and_repair_with_0(con
         (["show", ".", "--out", "x.pdf"], "--out x.pdf: give a name that ends in .html or .png"),
         (
             ["show", ".", "--out", "no/x.png"],
-            "--out no/x.png: give a name that ends in .html or .png, in",
+            "/no (No such file or directory). Make the folder, change its permissions, or give another.",
         ),
+        (["show", ".", "--out", "/proc/x.png"], "--out /proc/x.png: nothing can be written in /proc ("),
+        (["show", ".", "--out", "folder.png"], "--out folder.png: is a folder. Give the name of a file."),
         (["verify", "."], ": no cache is there. Give the folder that `fluxfill preprocess CONFIG` wrote"),
     ],
 )
 def test_bad_input_is_a_message_and_exit_code_2(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
     result = run(*arguments)
     assert result.exit_code == 2
     assert message in result.stderr and "Traceback" not in result.output
@@ -97,7 +100,7 @@ def test_show_prints_tables_and_writes_pictures(config, cache, tmp_path):
     result = run("show", tmp_path / "cache", "--shard", cache.table.path[0])
     assert result.exit_code == 0, result.output
     assert f"stored for {cache.table.samples[0]} samples" in result.output
-    for out, arguments in (("a.png", (config,)), ("a.html", (tmp_path / "cache", "--model", cache_model(config)))):
+    for out, arguments in (("a.PNG", (config,)), ("a.html", (tmp_path / "cache", "--model", cache_model(config)))):
         result = run("show", *arguments, "--out", tmp_path / out, "--samples", 3)
         assert result.exit_code == 0, result.output
         assert f"{tmp_path / out}: 3 samples" in result.output

@@ -26,7 +26,7 @@ from data.encoders.encode import decode_latents
 from data.encoders.load import load_vae
 from data.samples.geometry import Bucket, Pixels
 from data.samples.plan import HOLDOUT, TRAIN
-from data.show.picture_grid import save_grid
+from data.show.picture_grid import GridItem, save_grid
 from trainer.engines.base import Engine
 from trainer.model.flow import flow_loss, mix_noise
 from trainer.model.flux import pack_latents, predict_velocity
@@ -41,7 +41,7 @@ log = logging.getLogger("fluxfill")
 
 SIGMA_BINS = (0.1, 0.3, 0.5, 0.7, 0.9)  # middles of fifths
 _NOISE_SEED = 2024  # of validation alone: the same noise in every run and at every step
-_SAMPLED_AT_ONCE = 4  # pictures per pipeline call at 1024 px; more of smaller ones
+SAMPLED_AT_ONCE = 4  # pictures per pipeline call at 1024 px; more of smaller ones
 _GRID_ROWS = 12
 
 
@@ -226,15 +226,15 @@ class Validator:
         for split in (HOLDOUT, TRAIN):
             if not (shown := self._shown(split)):
                 continue
-            rows, notes = [], []
+            grid = []
             for item in shown:
                 hole = torch.where(item.mask, 0.5, item.image)
                 filled = paste_back(pictures[item.number].float().div(255), item.image, item.mask)
-                rows.append([item.target, hole, filled, item.mask.float().unsqueeze(0)])
+                stages = [item.target, hole, filled, item.mask.float().unsqueeze(0)]
                 ceiling = self._ceilings[item.number]["hole_psnr_ceiling"]
-                caption = item.item.caption if len(item.item.caption) <= 60 else f"{item.item.caption[:57]}..."
-                notes.append(f"hole {figures_of[item.number]['hole_psnr']:.1f} dB (VAE {ceiling:.1f})   {caption}")
-            save_grid(self._folder / f"step-{step:08d}-{split}.png", ("target", "hole", "filled", "mask"), rows, notes)
+                note = f"hole {figures_of[item.number]['hole_psnr']:.1f} dB (VAE {ceiling:.1f}) · {item.item.key}"
+                grid.append(GridItem([stages], [note], item.item.caption))
+            save_grid(self._folder / f"step-{step:08d}-{split}.png", ("target", "hole", "filled", "mask"), grid)
 
 
 def _noise_key(item: ValidationItem) -> int:
@@ -280,6 +280,6 @@ def _chunk(items: Sequence[_Item], world_size: int) -> list[list[_Item]]:
         by_bucket[item.rows.bucket].append(item)
     chunks = []
     for bucket, members in sorted(by_bucket.items()):
-        size = max(1, min(16, _SAMPLED_AT_ONCE * 4096 // bucket.tokens, -(-len(items) // world_size)))
+        size = max(1, min(16, SAMPLED_AT_ONCE * 4096 // bucket.tokens, -(-len(items) // world_size)))
         chunks += [members[start : start + size] for start in range(0, len(members), size)]
     return chunks

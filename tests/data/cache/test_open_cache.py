@@ -62,6 +62,22 @@ def test_every_setting_that_differs_is_named(copied, demo_config):
         assert f"{key} is {now}, the cache was made with {before}" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "change, found",
+    [
+        ("data.datasets.0.source=null", "source is None, the cache was made with '/.*/source'"),
+        ("data.datasets.0={name: photographs, tars: /a.tar}", "tars is \\['/a.tar'\\], the cache was made with None"),
+        (
+            "data.datasets.0={name: photographs, table: /a.jsonl, columns: {source: before}}",
+            "columns is {'source': 'before'}, the cache was made with None",
+        ),
+    ],
+)
+def test_pictures_of_another_kind_are_refused(copied, demo_config, change, found):
+    with pytest.raises(InputError, match=f"data.datasets.photographs.{found}"):
+        open_again(demo_config(copied.data.cache, change))
+
+
 def test_settings_that_shape_no_tensor_may_change(copied, demo_config):
     free = ["data.captions.dropout=0.5", "data.datasets.0.weight=3", "data.shard_size_mib=7", "train.lr=1.0"]
     open_again(demo_config(copied.data.cache, *free))

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from configs.data_schema import EncodersConfig
 from configs.errors import InputError
 from data.encoders.encode import encode_captions
-from data.encoders.load import _find_device, load_encoders
+from data.encoders.load import find_device, load_encoders
 
 CAPTIONS = ["a cup of coffee on a table", "a quick brown fox jumps over the lazy dog", ""]
 
@@ -43,9 +43,9 @@ def test_a_device_that_is_not_there_is_named(tiny_model, part, monkeypatch):
 
 def test_workers_of_a_machine_are_spread_over_its_gpus(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    assert [_find_device("vae", "auto", index).index for index in range(6)] == [0, 1, 2, 3, 0, 1]
-    assert _find_device("t5", "cuda:3", 0) == torch.device("cuda:3")
-    assert _find_device("t5", "cpu", 2) == torch.device("cpu")
+    assert [find_device("vae", "auto", index).index for index in range(6)] == [0, 1, 2, 3, 0, 1]
+    assert find_device("t5", "cuda:3", 0) == torch.device("cuda:3")
+    assert find_device("t5", "cpu", 2) == torch.device("cpu")
 
 
 def test_memory_that_runs_out_says_what_to_set(tiny_model, monkeypatch):

@@ -13,30 +13,13 @@ from configs.errors import StorageFailed
 from data.cache.manifest import read_shard_table
 from data.encoders.load import Encoders
 from data.preprocessing.run import preprocess
+from tests.data.made_caches import stored_shards
 
 QUIET = Console(quiet=True)
 PATIENCE = 120  # seconds
 
 
-@pytest.fixture
-def config(demo_config, tmp_path):
-    """The demo's 96 triples in batches of four."""
-    return demo_config(tmp_path / "cache", "data.encode_batch_size=4")
-
-
-@pytest.fixture
-def expected(demo_config, tmp_path_factory):
-    """Bytes of the shards that come out of it."""
-    config = demo_config(tmp_path_factory.mktemp("expected") / "cache", "data.encode_batch_size=4")
-    preprocess(config, QUIET)
-    return shards(config.data.cache)
-
-
-def shards(cache):
-    return {path.relative_to(cache): path.read_bytes() for path in sorted(cache.rglob("*.tar"))}
-
-
-def test_the_next_pictures_are_decoded_while_a_batch_is_encoded(config, expected, monkeypatch):
+def test_the_next_pictures_are_decoded_while_a_batch_is_encoded(in_fours, shards_of_fours, monkeypatch):
     """Across the shards' borders too."""
     changed = threading.Condition()
     loaded, encoded, in_vain = [], [], []
@@ -59,14 +42,14 @@ def test_the_next_pictures_are_decoded_while_a_batch_is_encoded(config, expected
 
     monkeypatch.setattr("data.samples.decode.load_pixels", load)
     monkeypatch.setattr("data.preprocessing.encode_shards.encode_pixels", encode)
-    preprocess(config, QUIET)
+    preprocess(in_fours, QUIET)
     assert in_vain == []
     assert sum(encoded) == 96
-    assert shards(config.data.cache) == expected
-    assert len(expected) > 3
+    assert stored_shards(in_fours.data.cache) == shards_of_fours
+    assert len(shards_of_fours) > 3
 
 
-def test_text_on_its_own_device_is_encoded_ahead_and_is_the_same(config, expected, monkeypatch):
+def test_text_on_its_own_device_is_encoded_ahead_and_is_the_same(in_fours, shards_of_fours, monkeypatch):
     monkeypatch.setattr(Encoders, "text_has_its_own_device", True)
     threads, encode_captions = set(), data.preprocessing.encode_shards.encode_captions
 
@@ -75,13 +58,13 @@ def test_text_on_its_own_device_is_encoded_ahead_and_is_the_same(config, expecte
         return encode_captions(*arguments, **options)
 
     monkeypatch.setattr("data.preprocessing.encode_shards.encode_captions", encode)
-    preprocess(config, QUIET)
+    preprocess(in_fours, QUIET)
     assert threads == {"ahead"}
-    assert shards(config.data.cache) == expected
-    assert read_shard_table(config.data.cache).samples.sum() == 96
+    assert stored_shards(in_fours.data.cache) == shards_of_fours
+    assert read_shard_table(in_fours.data.cache).samples.sum() == 96
 
 
-def test_storage_that_fails_ends_the_job_and_fails_no_shard(config, expected, monkeypatch):
+def test_storage_that_fails_ends_the_job_and_fails_no_shard(in_fours, shards_of_fours, monkeypatch):
     """Which would be made of its pictures as soon as the storage is back."""
     loaded, load_pixels = [], data.samples.decode.load_pixels
 
@@ -94,8 +77,8 @@ def test_storage_that_fails_ends_the_job_and_fails_no_shard(config, expected, mo
     with monkeypatch.context() as patch:
         patch.setattr("data.samples.decode.load_pixels", load)
         with pytest.raises(StorageFailed, match="the server is away"):
-            preprocess(config, QUIET)
+            preprocess(in_fours, QUIET)
     assert len(loaded) < 96
-    assert not list(config.data.cache.rglob("*.part"))
-    preprocess(config, QUIET)
-    assert shards(config.data.cache) == expected
+    assert not list(in_fours.data.cache.rglob("*.part"))
+    preprocess(in_fours, QUIET)
+    assert stored_shards(in_fours.data.cache) == shards_of_fours

@@ -12,30 +12,13 @@ import data.preprocessing.write_shards
 import data.samples.decode
 from data.cache.shard_writer import ShardWriter
 from data.preprocessing.run import preprocess
+from tests.data.made_caches import stored_shards
 
 QUIET = Console(quiet=True)
 PATIENCE = 120  # seconds
 
 
-@pytest.fixture
-def config(demo_config, tmp_path):
-    """The demo's 96 triples in batches of four."""
-    return demo_config(tmp_path / "cache", "data.encode_batch_size=4")
-
-
-@pytest.fixture
-def expected(demo_config, tmp_path_factory):
-    """Bytes of the shards that come out of it."""
-    config = demo_config(tmp_path_factory.mktemp("expected") / "cache", "data.encode_batch_size=4")
-    preprocess(config, QUIET)
-    return shards(config.data.cache)
-
-
-def shards(cache):
-    return {path.relative_to(cache): path.read_bytes() for path in sorted(cache.rglob("*.tar"))}
-
-
-def test_a_shard_is_written_while_the_next_is_encoded(config, expected, monkeypatch):
+def test_a_shard_is_written_while_the_next_is_encoded(in_fours, shards_of_fours, monkeypatch):
     changed = threading.Condition()
     encoded, in_vain = [], []
     encode_pixels, finish = data.preprocessing.encode_shards.encode_pixels, ShardWriter.finish
@@ -55,13 +38,13 @@ def test_a_shard_is_written_while_the_next_is_encoded(config, expected, monkeypa
 
     monkeypatch.setattr("data.preprocessing.encode_shards.encode_pixels", encode)
     monkeypatch.setattr(ShardWriter, "finish", finish_late)
-    preprocess(config, QUIET)
+    preprocess(in_fours, QUIET)
     assert in_vain == []
-    assert shards(config.data.cache) == expected
+    assert stored_shards(in_fours.data.cache) == shards_of_fours
 
 
 @pytest.mark.parametrize("fails", ["add_text", "add_sample"])
-def test_what_is_queued_behind_a_failed_write_finishes_no_shard(config, expected, monkeypatch, fails):
+def test_what_is_queued_behind_a_failed_write_finishes_no_shard(in_fours, shards_of_fours, monkeypatch, fails):
     """The write fails when all that follows it is in the queue, the shard's end too."""
     all_queued = threading.Event()
     queue_finish, write, writers = data.preprocessing.write_shards.ShardWriting.finish, getattr(ShardWriter, fails), []
@@ -80,16 +63,16 @@ def test_what_is_queued_behind_a_failed_write_finishes_no_shard(config, expected
     monkeypatch.setattr(data.preprocessing.write_shards.ShardWriting, "finish", queue_and_tell)
     monkeypatch.setattr(ShardWriter, fails, fail_once)
     with pytest.raises(OSError, match="Input/output error"):
-        preprocess(config, QUIET)
+        preprocess(in_fours, QUIET)
     assert len(writers) == 1, "the thread went on"
     assert not writers[0].path.exists()
-    assert not list(config.data.cache.rglob("*.part"))
+    assert not list(in_fours.data.cache.rglob("*.part"))
 
-    preprocess(config, QUIET)
-    assert shards(config.data.cache) == expected
+    preprocess(in_fours, QUIET)
+    assert stored_shards(in_fours.data.cache) == shards_of_fours
 
 
-def test_a_shard_of_fewer_samples_than_were_planned_is_not_published(config, expected, monkeypatch):
+def test_a_shard_of_fewer_samples_than_were_planned_is_not_published(in_fours, shards_of_fours, monkeypatch):
     """Whatever it was that lost one."""
     write_samples = data.preprocessing.write_shards._write_samples
     monkeypatch.setattr(
@@ -97,8 +80,8 @@ def test_a_shard_of_fewer_samples_than_were_planned_is_not_published(config, exp
         lambda shard, samples, *tensors: write_samples(shard, samples[1:], *tensors),
     )
     with pytest.raises(RuntimeError, match=r"shards/.*\.tar: \d+ of its \d+ samples were written"):
-        preprocess(config, QUIET)
-    assert shards(config.data.cache) == {}
+        preprocess(in_fours, QUIET)
+    assert stored_shards(in_fours.data.cache) == {}
     monkeypatch.undo()
-    preprocess(config, QUIET)
-    assert shards(config.data.cache) == expected
+    preprocess(in_fours, QUIET)
+    assert stored_shards(in_fours.data.cache) == shards_of_fours

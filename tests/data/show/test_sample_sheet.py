@@ -52,13 +52,32 @@ def test_a_sheet_is_a_picture_of_all_samples(decoded, tmp_path):
     assert (pixels == 0).all(axis=-1).any() and (pixels == 255).all(axis=-1).any(), "masks"
 
 
+def test_every_picture_carries_its_name_its_hole_and_its_caption(decoded, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("data.show.sample_sheet.save_grid", lambda path, columns, items: drawn.extend(items))
+    first = decoded[0]
+    many = replace(first, stored=replace(first.stored, masks=first.stored.masks * 9), masked=first.masked * 6)
+    nameless = replace(first, stored=replace(first.stored, meta={"target": f"{'a/' * 99}cat.png"}))
+    save_sheet(tmp_path / "sheet.png", [*decoded, many, nameless])
+    for sample, shown in zip(decoded, drawn, strict=False):
+        hole = f"hole {sample.stored.masks[0].mean():.0%}"
+        assert shown.notes == [f"{sample.stored.meta['target']} · {sample.stored.bucket} · {hole}"]
+        assert shown.text == sample.stored.meta["caption"]
+    assert len(drawn[-2].lines) == 6 and "· mask 1 of 9 · hole" in drawn[-2].notes[0]
+    assert [line[0] is None for line in drawn[-2].lines] == [False, *[True] * 5], "the target stands there once"
+    assert drawn[-2].notes[5].startswith("mask 6 of 9 · hole")
+    assert drawn[-1].notes[0].startswith("…") and "/cat.png · " in drawn[-1].notes[0] and drawn[-1].text == "no caption"
+
+
 def test_a_page_needs_no_other_file_and_tells_every_caption(decoded, cache, tmp_path):
     rows = list(range(len(cache.table)))
     counted = count_cache(cache.folder, cache.manifest, cache.table, rows, lambda: None)
-    stranger = decoded[0].stored.meta | {"caption": "<script>alert(1)</script> 一只猫 & co"}
+    stranger = decoded[0].stored.meta | {"caption": "<script>alert(1)</script> 一只猫 & co", "x": "\ud83d"}
     first = replace(decoded[0], stored=replace(decoded[0].stored, meta=stranger))
     save_page(tmp_path / "page.html", cache.folder, cache.manifest, counted, [first, *decoded[1:]])
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    name = first.stored.meta["target"]
+    assert f"<h2>{name}</h2>" in text
     assert "<script>" not in text and "&lt;script&gt;alert(1)&lt;/script&gt; 一只猫 &amp; co" in text
     assert not re.search(r"(src|href)=\"(?!data:image/)", text) and "http" not in text
     for sample in decoded[1:]:

@@ -150,7 +150,7 @@ def test_figures_are_those_of_a_pipeline_called_from_scratch(line, config, pipel
 def test_figures_do_not_depend_on_how_items_are_chunked(
     line, named, engine, tiny_model, samples, transformer, monkeypatch
 ):
-    monkeypatch.setattr(validate, "_SAMPLED_AT_ONCE", 0)  # one by one
+    monkeypatch.setattr(validate, "SAMPLED_AT_ONCE", 0)  # one by one
     again = Validator(named("one-by-one"), engine, tiny_model, samples).run(transformer, 3)
     for split in SPLITS:
         assert again[split] == pytest.approx(line[split], abs=1e-3)
