@@ -177,18 +177,6 @@ def _moved(number: int, by: tuple[int, int]) -> Callable[[Path], object]:
     return lambda folder: _save_one(folder, "mask", number, ImageChops.offset(_triple(number)["mask"], *by))
 
 
-def _swapped(number: int) -> Callable[[Path], object]:
-    """Source and target exchanged, each time it is done."""
-
-    def swap(folder: Path) -> None:
-        source, target = (folder / role / f"{_name(number)}.png" for role in ("source", "target"))
-        aside = source.rename(source.with_suffix(".aside"))
-        target.rename(source)
-        aside.rename(target)
-
-    return swap
-
-
 def _oblong(number: int, **of_target: Image.Exif) -> Callable[[Path], object]:
     """All three wider than high; options of the target's file."""
 
@@ -308,8 +296,6 @@ FAULTS = [
     Fault(POLARITY, "mask/park-20.png", "inverted", True, _inverted(20), _again("mask", 20)),
     Fault(MISPLACED, "mask/street-21.png", "elsewhere", True, _moved(21, (12, 14)), _again("mask", 21)),
     Fault(SOURCES, "source/park-22.png", "the same file", True, _instead("source", "target", 22), _again("source", 22)),
-    Fault(SOURCES, "source/street-23.png", "swapped", True, _swapped(23), _swapped(23)),
-    Fault(SOURCES, "source/park-24.png", "swapped", True, _swapped(24), _swapped(24)),
     Fault(ORIENTATION, "mask/street-25.png", "EXIF", True, _oblong(25, exif=_turned(6)), _oblong(25)),
     Fault(ORIENTATION, "source/street-25.png", "EXIF", True, _leave, _leave),
 ]

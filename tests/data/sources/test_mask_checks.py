@@ -123,7 +123,7 @@ def test_a_source_shows_that_a_mask_of_the_upright_target_is_right(tmp_path):
 
 def test_a_few_pairs_that_look_swapped_are_an_accident():
     fault = Fault("swapped", "look swapped")
-    for num_faults, told in ((2, 0), (3, 3)):
+    for num_pairs, num_faults, told in ((100, 9, 0), (100, 10, 10), (6, 2, 0), (6, 3, 3)):
         findings = Findings()
-        judge([(f"{number}.png", fault) for number in range(num_faults)], 100, "error", findings)
-        assert (len(findings.problems), len(findings.notes)) == (0, told)
+        judge([(f"{number}.png", fault) for number in range(num_faults)], num_pairs, "error", findings)
+        assert (len(findings.problems), len(findings.notes)) == (told, 0)
