@@ -180,7 +180,7 @@ def _is_explained(
     grey: np.ndarray, changed: np.ndarray, covered: np.ndarray, shift: tuple[int, int], *, is_missed: bool
 ) -> bool:
     """Whether what differs outside a mask is the object that it should cover, and not its shadow: then the mask, moved,
-    is filled by what differs (as loose ones are not, unless they missed it), and what it covers anew differs as much
+    is filled by what differs (as loose ones are not, unless they missed it), and what it covers newly differs as much
     as all that does, and what it bares does not."""
     moved = _moved(covered, *shift)
     fresh = moved & ~covered
