@@ -85,7 +85,8 @@ def plan_settings(data: DataConfig, dataset: DatasetConfig) -> dict[str, object]
     """All else that shapes a dataset's shards, in JSON's types; keys at their defaults are left out."""
     shared = data.model_dump(mode="json", include=keys_that_shape(Shapes.PLAN), exclude_defaults=True)
     own = dataset.model_dump(mode="json", include=set(_OWN) - {"name"}, exclude_defaults=True)
-    return {**shared, "datasets": [{**own, "mask": str(recipe_of(dataset))}]}
+    # Flat: of a section that differs from its default in what shapes nothing, an empty one would be left.
+    return dict(_flatten({**shared, "datasets": {**own, "mask": str(recipe_of(dataset))}}, "data"))
 
 
 def _without_queries(value: Any) -> object:

@@ -36,6 +36,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, saved_by_a_r
     if saved_by_a_run:
         for section, _, name in (key.rpartition(".") for key in REMOVED):
             raw.get(section, {}).pop(name, None)
+        _forget_what_says_nothing(raw)
     for override in overrides:
         try:
             _apply_override(raw, override, places)
@@ -61,6 +62,15 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, saved_by_a_r
     if problems:
         raise InputError("\n".join(problems))
     return config
+
+
+def _forget_what_says_nothing(raw: dict[str, Any]) -> None:
+    """Take the members of a dataset without tars, and the columns of one without a table, out of a config that a run
+    wrote with all defaults: they were the defaults of its release, and another one's would refuse them there."""
+    for dataset in raw.get("data", {}).get("datasets") or []:
+        for place, names in (("tars", "members"), ("table", "columns")):
+            if dataset.get(place) is None:
+                dataset.pop(names, None)
 
 
 def dump_config(config: Config) -> str:

@@ -124,4 +124,7 @@ def test_all_else_that_shapes_a_plan_is_known_without_its_places():
     moved = data_config(shard_size_mib=7, datasets=[PHOTOS.model_copy(update={"target": Path("c"), "mask": Path("d")})])
     assert plan_settings(data, PHOTOS) == plan_settings(moved, moved.datasets[0])
     assert plan_settings(data, PHOTOS) != plan_settings(data_config(), PHOTOS)
-    assert plan_settings(data, FLIPPED)["datasets"] == [{"flip": True, "mask": "random box 1; 3 variants"}]
+    found = plan_settings(data, FLIPPED)
+    assert found["data.datasets.flip"] is True and found["data.datasets.mask"] == "random box 1; 3 variants"
+    elsewhere = data_config(shard_size_mib=7, encoders={"t5": "cpu"}, captions={"dropout": 0.5})
+    assert plan_settings(elsewhere, PHOTOS) == plan_settings(data, PHOTOS), "sections that shape nothing else"

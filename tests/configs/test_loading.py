@@ -1,7 +1,9 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
+from configs.errors import InputError
 from configs.loading import dump_config, load_config
 from configs.schema import Config, FullConfig, LoraConfig
 from tests.configs.run_file import VALID, problems_of, problems_with
@@ -145,3 +147,16 @@ def test_keys_of_earlier_releases_are_passed_over_in_a_checkpoints_config(config
     config = load_config(config_file)
     config_file.write_text(config_file.read_text() + "checkpoint: {requantize: true}\n")
     assert load_config(config_file, saved_by_a_run=True) == config
+
+
+def test_defaults_of_earlier_releases_are_passed_over_where_they_say_nothing(config_file: Path) -> None:
+    """A run writes its config with all defaults; a dataset of folders has no members, whatever these were by default."""
+    config = load_config(config_file)
+    saved = yaml.safe_load(dump_config(config))
+    for dataset in saved["data"]["datasets"]:
+        assert dataset["tars"] is None and dataset["table"] is None
+        dataset |= {"members": {"target": ["t.png"]}, "columns": {"target": "of-old"}}
+    config_file.write_text(yaml.safe_dump(saved))
+    assert load_config(config_file, saved_by_a_run=True) == config
+    with pytest.raises(InputError, match="remove members"):
+        load_config(config_file)
