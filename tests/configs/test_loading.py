@@ -150,7 +150,7 @@ def test_keys_of_earlier_releases_are_passed_over_in_a_checkpoints_config(config
 
 
 def test_defaults_of_earlier_releases_are_passed_over_where_they_say_nothing(config_file: Path) -> None:
-    """A run writes its config with all defaults; a dataset of folders has no members, whatever these were by default."""
+    """A run writes its config with all defaults; a dataset of folders has no members, whatever their defaults were."""
     config = load_config(config_file)
     saved = yaml.safe_load(dump_config(config))
     for dataset in saved["data"]["datasets"]:
