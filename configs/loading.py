@@ -35,7 +35,8 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, saved_by_a_r
     problems = [f"{path}:{line}: {text}." for line, text in document.problems]
     if saved_by_a_run:
         for section, _, name in (key.rpartition(".") for key in REMOVED):
-            raw.get(section, {}).pop(name, None)
+            if isinstance(raw.get(section), dict):
+                raw[section].pop(name, None)
         _forget_what_says_nothing(raw)
     for override in overrides:
         try:
@@ -67,9 +68,11 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, saved_by_a_r
 def _forget_what_says_nothing(raw: dict[str, Any]) -> None:
     """Take the members of a dataset without tars, and the columns of one without a table, out of a config that a run
     wrote with all defaults: they were the defaults of its release, and another one's would refuse them there."""
-    for dataset in raw.get("data", {}).get("datasets") or []:
+    data = raw.get("data")
+    datasets = data.get("datasets") if isinstance(data, dict) else None
+    for dataset in datasets if isinstance(datasets, list) else []:
         for place, names in (("tars", "members"), ("table", "columns")):
-            if dataset.get(place) is None:
+            if isinstance(dataset, dict) and dataset.get(place) is None:
                 dataset.pop(names, None)
 
 

@@ -160,3 +160,11 @@ def test_defaults_of_earlier_releases_are_passed_over_where_they_say_nothing(con
     assert load_config(config_file, saved_by_a_run=True) == config
     with pytest.raises(InputError, match="remove members"):
         load_config(config_file)
+
+
+@pytest.mark.parametrize("data", ["data:", "data: []", "data: {datasets: {}}", "data: {datasets: [x]}"])
+def test_a_damaged_config_of_a_checkpoint_is_refused_not_stumbled_over(config_file: Path, data: str) -> None:
+    head, _, _ = VALID.partition("data:")
+    config_file.write_text(f"{head}{data}\ncheckpoint:\n", encoding="utf-8")
+    with pytest.raises(InputError, match="data"):
+        load_config(config_file, saved_by_a_run=True)
