@@ -9,10 +9,10 @@ PIP_INSTALL := $(VENV_PYTHON) -m pip install -qq --disable-pip-version-check -c 
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH" $(VENV_PYTHON)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format clean
+.PHONY: help install demo migrate-demo soak bench test check format clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 
 install: .venv/.installed ## build .venv with the tested versions, the same on a CPU and on a GPU machine
 	@echo 'Installed. `. .venv/bin/activate` puts the command fluxfill on your PATH.'
@@ -20,10 +20,25 @@ install: .venv/.installed ## build .venv with the tested versions, the same on a
 demo: .venv/.installed ## train a tiny FLUX-Fill on real photographs, on a CPU, from folders to filled holes
 	@$(RUN) demo/run.py $(ARGS)
 
-# One thread a process: the tests start several processes at once. A test file stays together: it shares its fixtures.
+migrate-demo: .venv/.installed ## move three old folders, with planted faults, to fluxfill and train on them, on a CPU
+	@$(RUN) demo/migrate.py $(ARGS)
+
+soak: MINUTES ?= 15
+soak: SEED ?= 1
+soak: .venv/.installed ## train under random faults, on a CPU: make soak MINUTES=15 SEED=1; ARGS="--kills 20" kills one run
+	@$(RUN) demo/soak.py --minutes $(MINUTES) --seed $(SEED) $(ARGS)
+
+bench: .venv/.installed ## measure what this machine can, and write docs/performance.md; ARGS="overhead peer" measures some
+	@$(RUN) -m benchmarks.run $(ARGS)
+
+# One thread a process: the tests start several processes at once. One file more at a time than there are cores: those of
+# SLURM and of real launches wait for minutes. A file stays together: it shares its fixtures. tests/conftest.py says which
+# come first. What hundreds of processes import is compiled once.
 test: export OMP_NUM_THREADS ?= 1
+test: export PYTHONDONTWRITEBYTECODE :=
+test: WORKERS = $(shell $(VENV_PYTHON) -c 'import os; print(min((os.cpu_count() or 1) + 1, 4))')
 test: .venv/.installed ## run the tests but the slow ones; ARGS="tests/data -k order" goes to pytest
-	@$(RUN) -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
+	@$(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: .venv/.installed ## lint, formatting and types
 	@$(RUN) -m ruff check

@@ -10,7 +10,6 @@ random; no byte is compressed on either side.
 """
 
 import argparse
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -24,6 +23,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
 
+from benchmarks.record import add_result
 from data.cache.manifest import FORMAT_VERSION, Manifest, ShardTable
 from data.cache.shard_index import ShardIndex, count_hole_fractions
 from data.cache.shard_writer import SampleTensors, ShardWriter
@@ -157,7 +157,7 @@ def measure(folder: Path, case: Case) -> dict:
         raise RuntimeError(f"{case}: counted {counted.bytes} bytes, the file has {tar.stat().st_size}")
     apart = case.masks * file_per_mask(folder, case)
     each = counted.bytes / case.samples
-    index = index_path(tar).stat().st_size / case.samples
+    index = index_path(tar, FORMAT_VERSION).stat().st_size / case.samples
     shutil.rmtree(folder)
     return {
         "benchmark": "cache_size",
@@ -173,24 +173,20 @@ def measure(folder: Path, case: Case) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the results to this file, a JSON line each")
+    parser.add_argument("--out", type=Path, help="append the results to this file, a JSON line each")
     parser.add_argument("--folder", type=Path, help="where the shards are written, one after another")
     options = parser.parse_args()
     shown = Table("px", "captions", "masks", "T5")
     for column in ("samples a shard", "MiB a sample", "a file per mask", "times smaller"):
         shown.add_column(column, justify="right")
-    lines = []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for number, case in enumerate(cases()):
             result = measure(Path(folder) / str(number), case)
-            lines.append(json.dumps(result))
+            add_result(result, options.out)
             sizes = (result["bytes_per_sample"], result["file_per_mask_bytes_per_sample"])
             what = (str(case.side), case.captions, str(case.masks), case.text_dtype, str(case.samples))
             shown.add_row(*what, *(f"{size / 2**20:.3f}" for size in sizes), f"{result['times_smaller']:.2f}")
     Console().print(shown)
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

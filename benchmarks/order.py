@@ -11,15 +11,14 @@ Nothing is read from shards: they do not exist.
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
+
+from benchmarks.record import add_result
 
 ROWS_PER_RANK = 2
 BUCKETS = ("1024x1024", "896x1152", "1152x896", "832x1216", "1216x832", "768x1344", "1344x768", "512x512", "640x1536")
@@ -143,23 +142,15 @@ def main() -> None:
                 arguments = {"folder": str(folder), "rank": rank, "ranks": options.ranks, "streams": streams}
                 command = [sys.executable, __file__, "--start-rank", json.dumps(arguments | {"share": share})]
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
-                line = json.dumps(
-                    {
-                        "benchmark": "order",
-                        "shards": options.shards,
-                        "ranks": options.ranks,
-                        "streams": streams,
-                        **json.loads(done.stdout),
-                        "npz_mib": round((folder / "shards.npz").stat().st_size / 2**20, 1),
-                        "cores": os.cpu_count(),
-                        "python": platform.python_version(),
-                        **{package: version(package) for package in ("numpy", "torch")},
-                    }
-                )
-                print(line, flush=True)
-                if options.out:
-                    with options.out.open("a", encoding="utf-8") as file:
-                        file.write(line + "\n")
+                line = {
+                    "benchmark": "order",
+                    "shards": options.shards,
+                    "ranks": options.ranks,
+                    "streams": streams,
+                    **json.loads(done.stdout),
+                    "npz_mib": round((folder / "shards.npz").stat().st_size / 2**20, 1),
+                }
+                add_result(line, options.out)
     finally:
         shutil.rmtree(folder)
 

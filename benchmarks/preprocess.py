@@ -14,13 +14,11 @@ a GPU. Three ways over the same pictures, in the same batches, with encoders tha
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
 
@@ -32,15 +30,17 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from benchmarks.record import add_result
 from configs.data_schema import EncodersConfig
+from configs.flux_shape import LATENT_CHANNELS
 from configs.loading import load_config
 from configs.schema import Config
+from data.cache.manifest import FORMAT_VERSION
 from data.cache.shard_writer import SampleTensors, ShardWriter
 from data.encoders.encode import collate_pixels, encode_captions, encode_pixels
 from data.encoders.load import Encoders, load_encoders
 from data.preprocessing.run import preprocess
 from data.samples.decode import in_batches, load_pixels
-from data.samples.geometry import LATENT_CHANNELS
 from data.samples.plan import plan_samples
 from data.samples.shard_plan import PlannedShard, plan_shards
 from demo.tiny_model import build_tiny_model
@@ -112,7 +112,7 @@ def plan(config: Config) -> list[PlannedShard]:
         size_limit=config.data.shard_size_mib << 20,
         text_bytes=TEXT_LENGTH * T5_WIDTH * 2,
         encoding={},
-        format_version=1,
+        format_version=FORMAT_VERSION,
     )
 
 
@@ -193,17 +193,8 @@ def measure(folder: Path, *, pictures: int, batch_size: int, repeats: int, threa
         "job_share_of_bare": round(medians["job"] / medians["bare"], 3),
         "job_times_in_turn": round(medians["job"] / medians["in_turn"], 3),
         "runs": {name: [float(f"{value:.4g}") for value in values] for name, values in rates.items()},
-        "cores": os.cpu_count(),
         "torch_threads": threads,
-        "processor": _processor(),
-        "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "diffusers", "transformers", "pillow", "webdataset")},
     }
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def main() -> None:
@@ -226,11 +217,7 @@ def main() -> None:
         )
     finally:
         shutil.rmtree(folder)
-    line = json.dumps(result)
-    print(line, flush=True)
-    if options.out:
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+    add_result(result, options.out)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,7 @@ two or three of them in use) come as fast; with larger ones the memory's speed i
 """
 
 import argparse
-import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -23,7 +21,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
 
@@ -34,6 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from webdataset import TarWriter, WebDataset
 
+from benchmarks.record import add_result
 from data.batches.batch_stream import BatchStream
 from data.batches.cached_rows import CachedRows
 from data.batches.order import Order, OrderSettings, hash_shards
@@ -253,9 +251,6 @@ def measure(cache: Cache, plain: list[str], side: int, batch_size: int, *, repea
         "times_webdataset": round(medians["fluxfill"] / medians["webdataset"], 1),
         "share_of_cat": round(medians["fluxfill"] * size / medians["cat"], 2),
         "runs": {name: [float(f"{value:.4g}") for value in values] for name, values in runs.items()},
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "webdataset", "safetensors", "xxhash", "numpy")},
     }
 
 
@@ -275,11 +270,7 @@ def main() -> None:
             cache = write_cache(folder / "cache", side, num_samples)
             plain = write_plain_tars(folder / "plain", side, num_samples)
             for batch_size in options.batch_sizes:
-                line = json.dumps(measure(cache, plain, side, batch_size, repeats=options.repeats))
-                print(line, flush=True)
-                if options.out:
-                    with options.out.open("a", encoding="utf-8") as file:
-                        file.write(line + "\n")
+                add_result(measure(cache, plain, side, batch_size, repeats=options.repeats), options.out)
         finally:
             shutil.rmtree(folder)
 

@@ -4,23 +4,27 @@
 
 Triples of 1024 px from photographs: target and source as JPEG (or PNG), the mask as PNG, from a warm page
 cache, on two cores. The plain way is one thread that opens, decodes and compares the three whole pictures by Pillow and
-numpy. Masks alone are decoded by `check_masks: off`, or by an earlier checkout. Each run is a process of its own, timed
-behind its imports; they alternate; medians.
+numpy. A migration is `fluxfill migrate --reference`, from the first file to the report. Masks alone are decoded by
+`check_masks: off`, or by an earlier checkout. Decoding alone, the ceiling of any scan that looks at all pictures, is
+what Pillow takes with a thread for each core: JPEGs at an eighth, PNGs whole, for lack of another way. Each run is a
+process of its own, timed behind its imports; they alternate; medians.
 """
 
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from benchmarks.record import add_result
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = 1024
@@ -39,7 +43,11 @@ def write_triples(folder: Path, count: int, pictures: str, quality: int) -> dict
         paths = {role: folder / role / f"{number:05d}.{suffix}" for role, suffix in roles.items()}
         if number >= DISTINCT:
             for role, path in paths.items():
-                os.link(folder / role / f"{number % DISTINCT:05d}{path.suffix}", path)
+                first = folder / role / f"{number % DISTINCT:05d}{path.suffix}"
+                if role == "target":
+                    path.write_bytes(first.read_bytes()[:-4] + number.to_bytes(4, "big"))
+                else:
+                    os.link(first, path)
             continue
         generator = np.random.default_rng(number)
         target, other = (cut_square(photographs, generator) for _ in range(2))
@@ -47,6 +55,8 @@ def write_triples(folder: Path, count: int, pictures: str, quality: int) -> dict
         hole = hole.point(lambda level: 255 * (level >= 128))
         for role, picture in (("target", target), ("source", Image.composite(other, target, hole)), ("mask", hole)):
             picture.save(paths[role], quality=quality)  # which PNG passes over
+        # Bytes that nobody decodes make each target a picture of its own: a migration leaves duplicates out.
+        paths["target"].write_bytes(paths["target"].read_bytes() + number.to_bytes(4, "big"))
     return {"name": "pairs"} | {role: str(folder / role) for role in roles}
 
 
@@ -76,6 +86,23 @@ def compare_plainly(dataset: dict[str, str]) -> tuple[float, float, float]:
     return seconds, 0.0, cpu
 
 
+def decode_alone(dataset: dict[str, str]) -> tuple[float, float, float]:
+    """Seconds of threads that decode the three pictures at the size that the scan compares, and do nothing else, as
+    `scan` gives them."""
+    paths = [path for role in ("target", "source", "mask") for path in Path(dataset[role]).iterdir()]
+
+    def decode(path: Path) -> None:
+        with Image.open(path) as picture:
+            picture.draft("L", (SIZE // 8, SIZE // 8))  # which PNG passes over
+            picture.load()
+
+    start, cpu_start = time.perf_counter(), time.process_time()
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for _ in pool.map(decode, paths):
+            pass
+    return time.perf_counter() - start, 0.0, time.process_time() - cpu_start
+
+
 def scan(dataset: dict[str, str], cache: Path) -> tuple[float, float, float]:
     """Seconds of a scan, of the next one of the same files, and of processors in the first."""
     from configs.loading import load_config
@@ -92,6 +119,26 @@ def scan(dataset: dict[str, str], cache: Path) -> tuple[float, float, float]:
         if any(getattr(scanned, "fault", None) for scanned in found):
             raise RuntimeError("right triples look wrong")
     return seconds[0], seconds[2], seconds[1]
+
+
+def migrate_by_reference(dataset: dict[str, str], out: Path) -> tuple[float, float, float]:
+    """Seconds of a migration that leaves the pictures where they are, of a second one, and of processors in the
+    first."""
+    from data.migrate.report import OldFolders
+    from data.migrate.run import Options, migrate
+
+    seconds = []
+    folders = OldFolders(*(Path(dataset[role]) for role in ("target", "mask", "source")))
+    for _ in range(2):
+        start, cpu_start = time.perf_counter(), time.process_time()
+        report = migrate(folders, out, Options(how="reference"), lambda *_: None)
+        seconds += [time.perf_counter() - start, time.process_time() - cpu_start]
+        if report.quarantined:
+            raise RuntimeError("right triples look wrong")
+    return seconds[0], seconds[2], seconds[1]
+
+
+WITHOUT_CACHE = {"plain": compare_plainly, "decode_alone": decode_alone}
 
 
 def run_once(kind: str, dataset: dict[str, str], checkout: Path) -> list[float]:
@@ -114,11 +161,12 @@ def main() -> None:
     options = parser.parse_args()
     if options.once:
         kind, dataset = options.once[0], json.loads(options.once[1])
-        if kind == "plain":
-            print(json.dumps(compare_plainly(dataset)))
+        if kind in WITHOUT_CACHE:
+            print(json.dumps(WITHOUT_CACHE[kind](dataset)))
             return
         with tempfile.TemporaryDirectory(prefix="scan-", dir=options.folder) as cache:
-            print(json.dumps(scan(dataset, Path(cache))))
+            measure = migrate_by_reference if kind == "migrate" else scan
+            print(json.dumps(measure(dataset, Path(cache))))
         return
 
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
@@ -129,7 +177,9 @@ def main() -> None:
         sizes = [path.stat().st_size for path in list(Path(dataset["target"]).iterdir())[:DISTINCT]]
         kinds = {
             "plain": (dataset, ROOT),
+            "decode_alone": (dataset, ROOT),
             "scan": (dataset, ROOT),
+            "migrate": (dataset, ROOT),
             "masks_alone": (dataset | {"check_masks": "off"}, ROOT),
         }
         if options.before:
@@ -150,15 +200,14 @@ def main() -> None:
             for kind, of_kind in seconds.items()
         },
         "times_plain": round(first["plain"] / first["scan"], 2),
+        "migrate_times_plain": round(first["plain"] / first["migrate"], 2),
+        "decode_alone_times_plain": round(first["plain"] / first["decode_alone"], 2),
         "of_masks_alone": round(first["masks_alone"] / first["scan"], 2),
         **({"of_before": round(first["before"] / first["scan"], 2)} if options.before else {}),
         "second_scan_seconds": round(statistics.median(runs[1] for runs in seconds["scan"]), 2),
-        "python": platform.python_version(),
+        "second_migration_seconds": round(statistics.median(runs[1] for runs in seconds["migrate"]), 2),
     }
-    print(json.dumps(line))
-    if options.out is not None:
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+    add_result(line, options.out)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ medians.
 """
 
 import argparse
-import json
 import os
 import signal
 import statistics
@@ -20,6 +19,8 @@ import tempfile
 import time
 from itertools import product
 from pathlib import Path
+
+from benchmarks.record import add_result
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGINES = {"single": 1, "ddp": 2}
@@ -118,12 +119,7 @@ def main() -> None:
         line = {"benchmark": "start", **case, "cpu_seconds": medians}
         if options.against is not None:
             line |= {"against": commit_of(options.against), "ratio": round(medians["this"] / medians["against"], 3)}
-        text = json.dumps(line)
-        print(text)
-        if options.out is not None:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            with options.out.open("a", encoding="utf-8") as file:
-                file.write(f"{text}\n")
+        add_result(line, options.out)
 
 
 def commit_of(build: Path) -> str:

@@ -7,7 +7,6 @@ the result is read at its own speed. sha256sum runs as many processes as verify 
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -17,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.cache_size import Case, describe, write_shard
+from benchmarks.record import add_result
 from data.cache.manifest import write_manifest
 from data.verify.cache import verify_cache
 
@@ -69,12 +69,7 @@ def main() -> None:
                 way()
                 rates[name].append(num_bytes / (time.perf_counter() - start) / 1e9)
     medians = {name: round(statistics.median(values), 2) for name, values in rates.items()}
-    line = json.dumps({"benchmark": "verify", "bytes": num_bytes, "cores": cores, "gb_per_s": medians})
-    print(line)
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        with options.out.open("a", encoding="utf-8") as file:
-            file.write(f"{line}\n")
+    add_result({"benchmark": "verify", "bytes": num_bytes, "gb_per_s": medians}, options.out)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ QUANTIZED: tuple[QuantizedPrecision, ...] = get_args(QuantizedPrecision)
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 FSDP = tuple(engine for engine in ENGINES if engine.startswith(("fsdp2", "hsdp")))
 ZERO = tuple(engine for engine in ENGINES if engine.startswith("zero"))
+OFFLOAD = tuple(engine for engine in ENGINES if engine.endswith("-offload"))
 ZERO3 = tuple(engine for engine in ZERO if engine.startswith("zero3"))
 
 # The values of each key, those first that are offered first in the place of one that does not work. Keys too are in
@@ -98,8 +99,9 @@ REFUSED: tuple[Rule, ...] = (
         "DeepSpeed keeps weights in fp32 beside those in bf16",
     ),
     Rule(
-        {"compile": ("regional",), "engine": (*FSDP, *ZERO)},
-        "a compiled block met another graph when it was computed again from shards (tried with torch 2.13)",
+        {"compile": ("regional",), "engine": ZERO},
+        "zero3 gathers weights in hooks of the layers inside a block, which would become part of its graph, and zero1 "
+        "and zero2 have not been tried",
     ),
 )
 
@@ -116,6 +118,16 @@ NOTES: tuple[Rule, ...] = (
         "engine or number of processes goes on",
     ),
     Rule(
+        {"optimizer": ("adamw8bit",), "engine": OFFLOAD},
+        "bitsandbytes has no kernels for a CPU, and there takes many times as long as adamw: train.optimizer=adamw is "
+        "the better choice where host memory holds its state, 8 bytes a weight",
+    ),
+    Rule(
+        {"engine": ("zero1",)},
+        "where products are computed in bf16, DeepSpeed adds the gradients of micro-batches up in bf16, and from zero2 "
+        "on in fp32",
+    ),
+    Rule(
         {"method": ("dora",), "engine": ZERO},
         "where products are computed in bf16, DeepSpeed hands out the lengths of the rows in bf16 too, and small "
         "changes of them show late",
@@ -126,13 +138,14 @@ NOTES: tuple[Rule, ...] = (
     ),
     Rule(
         {"weights": ("bf16_stochastic",)},
-        "the two moments are kept in bf16 too; what is rounded which way depends on the shard, so a resumed run is "
-        "bit-equal on the same number of processes only",
+        "the two moments are kept in bf16 too, and gradients of micro-batches are added up in it; what is rounded "
+        "which way depends on the shard, so a resumed run is bit-equal on the same number of processes only (on a GPU "
+        "with train.deterministic)",
     ),
     Rule(
         {"precision": ("int8", "fp8")},
-        "torchao quantizes the blocks' weights, one scale per row; products are computed in bf16 from weights made "
-        "whole for the moment, on any card",
+        "torchao quantizes the blocks' weights, with a scale per row of int8 and one per weight of fp8; products are "
+        "computed in bf16 from weights made whole for the moment, on any card",
     ),
 )
 
@@ -157,6 +170,13 @@ class Refusal:
         pair = [f"{KEYS[key]} {getattr(self.asked, key)}" for key in self.rule.when]
         instead = ", ".join(f"{KEYS[key]}={value}" for key, value in self.changes.items())
         return f"{' and '.join(pair)} do not go together: {self.rule.text}. Nearest that works: {instead}"
+
+
+def started_engine(asked: Literal["auto", EngineName], processes: int) -> EngineName:
+    """The engine that a number of processes is started with, for `parallel.engine`: auto is ddp, or single for one."""
+    if asked != "auto":
+        return asked
+    return "ddp" if processes > 1 else "single"
 
 
 def combination_of(config: Config, engine: str) -> Combination:

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from configs.dataset_schema import DatasetConfig
 from configs.errors import InputError
 from configs.section import (
+    NO_MATTER,
     Count,
     Device,
     FolderOrUrl,
@@ -23,6 +24,7 @@ from configs.section import (
     Section,
     Shapes,
     Side,
+    in_force,
     list_of_one,
     list_of_word,
 )
@@ -37,7 +39,7 @@ class CaptionsConfig(Section):
     trigger: Annotated[Annotated[str, Field(min_length=1)] | None, Shapes.SAMPLES] = None
     """Put in front of every caption that does not hold it already."""
 
-    dropout: Annotated[Fraction, Shapes.NOTHING] = 0.1
+    dropout: Annotated[Fraction, Shapes.NOTHING, in_force("which samples lose their caption")] = 0.1
     """Share of the samples that are trained with an empty caption."""
 
     text_length: Annotated[int, Field(strict=True, ge=16, le=512), Shapes.TENSORS] = 512
@@ -51,14 +53,14 @@ class CaptionsConfig(Section):
 class EncodersConfig(Section):
     """Where the VAE and the text encoders run: all on one device, or spread."""
 
-    vae: Annotated[Device, Shapes.NOTHING] = "auto"
+    vae: Annotated[Device, Shapes.NOTHING, NO_MATTER] = "auto"
     """Device of the VAE. auto: in preprocessing the process's own GPU (cpu if there is none), with mode online one of
     encoder_devices; or cpu, cuda:0, cuda:1, ..."""
 
-    clip: Annotated[Device, Shapes.NOTHING] = "auto"
+    clip: Annotated[Device, Shapes.NOTHING, NO_MATTER] = "auto"
     """Device of CLIP. auto: as for the VAE."""
 
-    t5: Annotated[Device, Shapes.NOTHING] = "auto"
+    t5: Annotated[Device, Shapes.NOTHING, NO_MATTER] = "auto"
     """Device of T5, which takes 9.5 GB in bf16. auto: as for the VAE."""
 
     t5_precision: Annotated[Literal["auto", "int8"], Shapes.TENSORS] = "auto"
@@ -69,12 +71,12 @@ class EncodersConfig(Section):
 class DataConfig(Section):
     """The pictures, and the cache of encoded samples that is made from them."""
 
-    mode: Annotated[Literal["cached", "online"], Shapes.NOTHING] = "cached"
+    mode: Annotated[Literal["cached", "online"], Shapes.NOTHING, NO_MATTER] = "cached"
     """cached: train from what `fluxfill preprocess` encoded. online: encode pictures and captions while training, with
     the same outcome; nothing has to be preprocessed. Shards that are finished in `cache` are read, so that `fluxfill
     preprocess` may run before or beside it; without them every epoch encodes again."""
 
-    preprocess: Annotated[Literal["auto", "never"], Shapes.NOTHING] = "auto"
+    preprocess: Annotated[Literal["auto", "never"], Shapes.NOTHING, NO_MATTER] = "auto"
     """With mode cached, what `fluxfill train` does first. auto: what `fluxfill preprocess` does, on the GPUs that are
     to train, so a cache that is missing or behind its pictures is brought up to date; a run that goes on keeps the
     pictures that it began with. never: the cache is taken as it is, and one that is missing is an error; for clusters,
@@ -86,20 +88,21 @@ class DataConfig(Section):
             list_of_word, json_schema_input_type=NamedDevice | Annotated[list[NamedDevice], Field(min_length=1)] | None
         ),
         Shapes.NOTHING,
+        NO_MATTER,
     ] = None
     """With mode online: devices of the encoders, dealt to the training processes of a machine in turn. `fluxfill
     train` trains on the GPUs before the first of them: cuda:0 where it is [cuda:1]. null: each process encodes on the
     GPU that it trains on."""
 
-    cache: Annotated[FolderOrUrl, Field(examples=["/data/cache/removal"]), Shapes.NOTHING]
+    cache: Annotated[FolderOrUrl, Field(examples=["/data/cache/removal"]), Shapes.NOTHING, NO_MATTER]
     """Folder of the encoded samples: written by `fluxfill preprocess`, read by the trainer. For training also an
     https://, s3:// or gs:// URL of such a folder. A run with mode online keeps there what it found out about the
     pictures, and writes no shards."""
 
-    local_cache: Annotated[PathText | None, Shapes.NOTHING] = None
+    local_cache: Annotated[PathText | None, Shapes.NOTHING, NO_MATTER] = None
     """With a URL as `cache`: folder on each node that shards are copied to, shared by the node's processes."""
 
-    local_cache_gib: Annotated[PositiveFloat, Shapes.NOTHING] = 100.0
+    local_cache_gib: Annotated[PositiveFloat, Shapes.NOTHING, NO_MATTER] = 100.0
     """What the copies in `local_cache` may take, in GiB; those that were not used for the longest time go first."""
 
     datasets: Annotated[list[DatasetConfig], Field(min_length=1)]
@@ -119,11 +122,13 @@ class DataConfig(Section):
     captions: CaptionsConfig = CaptionsConfig()
     """The text that goes with a picture."""
 
-    mask_choice: Annotated[Literal["random", "cycle", "first"], Shapes.NOTHING] = "random"
+    mask_choice: Annotated[
+        Literal["random", "cycle", "first"], Shapes.NOTHING, in_force("which of its masks a sample is trained with")
+    ] = "random"
     """Where samples have several masks. random: one drawn each time; cycle: each in turn, one an epoch; first: always
     the first."""
 
-    mask_dropout: Annotated[Fraction, Shapes.NOTHING] = 0.0
+    mask_dropout: Annotated[Fraction, Shapes.NOTHING, in_force("which samples are all hole")] = 0.0
     """Share of the samples that are trained with a hole as large as the picture."""
 
     holdout: Annotated[Count, Shapes.SAMPLES] = 64
@@ -141,20 +146,21 @@ class DataConfig(Section):
     max_enlarge: Annotated[Annotated[float, Field(strict=True, ge=1)] | None, Shapes.SAMPLES] = None
     """Pictures that would be enlarged by more than this to fill their bucket are left out. null: none is."""
 
-    copies_gib: Annotated[NonNegativeFloat, Shapes.NOTHING] = 100.0
+    copies_gib: Annotated[NonNegativeFloat, Shapes.NOTHING, NO_MATTER] = 100.0
     """Room beside the cache, in GiB, for copies of remote pictures until they are encoded; those beyond it are fetched
     twice."""
 
-    encode_batch_size: Annotated[PositiveInt, Shapes.NOTHING] = 8
-    """Pictures that go through the VAE at once, and captions through T5."""
+    encode_batch_size: Annotated[PositiveInt, Shapes.NOTHING, NO_MATTER] = 8
+    """Captions that go through T5 at once, and pictures of 512 x 512 through the VAE; of larger ones fewer, by their
+    pixels (of 8, two of 1024 x 1024), which keep a GPU as busy."""
 
     encoders: EncodersConfig = EncodersConfig()
     """Where the VAE and the text encoders run: all on one device, or spread."""
 
-    reader_threads: Annotated[PositiveInt, Shapes.NOTHING] = 2
+    reader_threads: Annotated[PositiveInt, Shapes.NOTHING, NO_MATTER] = 2
     """Threads that read samples, in each training process."""
 
-    streams: Annotated[PositiveInt, Shapes.NOTHING] = 1
+    streams: Annotated[PositiveInt, Shapes.NOTHING, NO_MATTER] = 1
     """Shares that the shards of each bucket are dealt to; each global batch takes as many samples from one as from the
     other. One per node lets a node fetch only its own share from remote storage; 1 mixes best. A run keeps the number
     that it began with."""
@@ -163,8 +169,19 @@ class DataConfig(Section):
     @classmethod
     def _something_encodes(cls, devices: list[str] | None, info: ValidationInfo) -> list[str] | None:
         if devices is not None and info.data.get("mode") == "cached":
-            raise ValueError("with mode cached nothing is encoded while training: set data.mode=online, or remove it")
+            raise ValueError(
+                "with mode cached nothing is encoded while training: set data.encoder_devices=null too, or "
+                "data.mode=online"
+            )
         return devices
+
+    def pictures_at_once(self, pixels: int) -> int:
+        """Pictures of so many pixels each that go through the VAE together."""
+        return max(1, min(self.encode_batch_size, self.encode_batch_size * 512**2 // pixels))
+
+    def pixels_at_once(self, largest: int) -> int:
+        """Most pixels that go through the VAE together, of pictures of up to so many each."""
+        return min(self.encode_batch_size * largest, max(largest, self.encode_batch_size * 512**2))
 
     @property
     def cache_folder(self) -> Path:

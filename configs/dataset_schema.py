@@ -6,10 +6,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from configs.section import (
+    ANOTHER_RUN,
+    NO_MATTER,
     Count,
+    Fraction,
     Names,
     NonNegativeFloat,
     PathText,
+    PlaceText,
     PositiveFloat,
     Section,
     Shapes,
@@ -62,6 +66,12 @@ class MaskConfig(Section):
     """Grow its own masks by a number of pixels from and to these, at the size that is trained; drawn for each variant.
     null: they stay as they are."""
 
+    area: Annotated[
+        Annotated[list[Fraction], Field(min_length=2, max_length=2)] | None, Field(examples=[[0.01, 0.5]])
+    ] = None
+    """Share of the picture that random brush strokes, boxes and polygons cover, from and to; log-uniform, so that small
+    holes, as retouching has them, come as often as large ones. null: about 10 to 50 %, evenly."""
+
     variants: Annotated[int, Field(strict=True, ge=1, le=64)] = 1
     """Masks per picture. Each costs a masked picture's latents in the cache; training chooses one of them."""
 
@@ -94,6 +104,18 @@ class MaskConfig(Section):
         if dilate is not None and not (len(dilate) == 2 and dilate[0] <= dilate[1] <= 512):
             raise ValueError("must be the least and the most pixels, at most 512: [0, 24]")
         return dilate
+
+    @field_validator("area")
+    @classmethod
+    def _drawn_holes_have_an_area(cls, area: list[float] | None, info: ValidationInfo) -> list[float] | None:
+        if area is None or "random" not in info.data:
+            return area
+        random = info.data["random"]
+        if random is None or not (random.brush or random.box or random.polygon):
+            raise ValueError("it is that of random brush, box and polygon, and none of them is drawn: remove area")
+        if not 0.001 <= area[0] <= area[1] <= 0.6:
+            raise ValueError("must be the least and the most, from 0.001 to 0.6: [0.01, 0.5]")
+        return area
 
     @field_validator("variants")
     @classmethod
@@ -147,14 +169,16 @@ class DatasetConfig(Section):
     """The dataset's folder in the cache: letters, digits, underscores and hyphens."""
 
     tars: Annotated[
-        Annotated[list[Word], Field(min_length=1)] | None,
-        BeforeValidator(list_of_word, json_schema_input_type=Word | Annotated[list[Word], Field(min_length=1)] | None),
+        Annotated[list[PlaceText], Field(min_length=1)] | None,
+        BeforeValidator(
+            list_of_word, json_schema_input_type=PlaceText | Annotated[list[PlaceText], Field(min_length=1)] | None
+        ),
         Shapes.PICTURES,
     ] = None
     """WebDataset tars of pictures: paths or URLs (https, s3, gs), one or several, with braces as in
     s3://bucket/photos-{000000..000127}.tar; paths also with *, or a folder of tars."""
 
-    table: Annotated[Annotated[Word, Field(examples=["/data/pictures.jsonl"])] | None, Shapes.PICTURES] = None
+    table: Annotated[Annotated[PlaceText, Field(examples=["/data/pictures.jsonl"])] | None, Shapes.PICTURES] = None
     """A list of pictures, one row each: a .jsonl, .csv or .parquet file (path or URL), or a folder as Hugging Face's
     datasets writes it (metadata.jsonl beside pictures, .parquet or .arrow files)."""
 
@@ -174,16 +198,16 @@ class DatasetConfig(Section):
     source: Annotated[PathText | None, Shapes.PICTURES] = None
     """Folder of what the model sees in the place of the target, as in object removal. null: the target itself."""
 
-    check_masks: Annotated[Literal["error", "warn", "off"], Shapes.NOTHING] = "error"
+    check_masks: Annotated[Literal["error", "warn", "off"], Shapes.NOTHING, NO_MATTER] = "error"
     """What becomes of masks that are seen to be wrong: photographs, gradients; and, where there is a source, masks that
-    are inverted or lie elsewhere, a source that is the target, and the two swapped. error: refused, the latter where it
-    is more than one pair in twenty; warn: named; off: not looked for."""
+    are inverted or lie elsewhere, a source that is the target, another picture or turned, and the two swapped. error:
+    refused, the latter where it is more than one pair in twenty; warn: named; off: not looked for."""
 
     flip: Annotated[bool, Field(strict=True), Shapes.SAMPLES] = False
     """Train on every picture's mirror image too, with its masks mirrored and the caption as it is. Not for pictures
     with writing, or captions that say left and right."""
 
-    weight: Annotated[PositiveFloat, Shapes.NOTHING] = 1.0
+    weight: Annotated[PositiveFloat, Shapes.NOTHING, ANOTHER_RUN] = 1.0
     """Share of this dataset in the mix, relative to the others."""
 
     @field_validator("tars")

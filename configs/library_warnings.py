@@ -1,7 +1,8 @@
 """Import-time chatter of libraries, kept off a user's screen.
 
 Only named loggers, and only below an error: what torchao and bitsandbytes say of kernels that are not there, torch of
-enums, diffusers of torchao, transformers of a torchvision that FLUX does not use.
+enums, diffusers of torchao and of a LoRA that holds nothing for the text encoders, transformers of a torchvision that
+FLUX does not use.
 """
 
 import logging
@@ -14,6 +15,7 @@ _CHATTERING = (
     "torchao",
     "torch.utils._pytree",
     "diffusers.quantizers.torchao.torchao_quantizer",
+    "diffusers.loaders.lora_base",
     "bitsandbytes.backends.cpu.ops",
     "transformers.utils.import_utils",
     "transformers.models.auto.image_processing_auto",

@@ -8,6 +8,7 @@ Everyone else imports as ever.
 """
 
 import importlib
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -28,6 +29,8 @@ _LATE = {
     "transformers.quantizers": ("torchao",),  # for text encoders that were saved quantized
 }
 _late_now: set[str] = set()
+
+log = logging.getLogger("fluxfill")
 
 _LISTS_FOLDERS = "transformers.utils.import_utils"
 
@@ -116,10 +119,12 @@ def _execute_with_late(execute: Callable[[ModuleType], None], late: set[str], mo
     try:
         execute(module)
         return
-    except Exception:
+    except Exception as error:
         if not late:
             raise
-        # Perhaps it did what no placeholder can: it has the packages themselves for a second try.
+        # Perhaps it did what no placeholder can, whose sign may be any error: it has the packages themselves for a
+        # second try, which raises what is wrong with the module itself.
+        log.debug("%s is executed again, with %s: %r", module.__name__, ", ".join(sorted(late)), error)
     finally:
         _end_lateness(late)
     execute(module)

@@ -1,5 +1,7 @@
 """Loading of a config: YAML and command line -> a frozen Config, or one error that lists everything wrong with it."""
 
+import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,14 +10,18 @@ from pydantic import ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 
 from configs.combinations import problem_of
-from configs.errors import InputError
+from configs.contradictions import contradiction_of
+from configs.errors import InputError, StorageFailed, is_of_storage
 from configs.problems import explain_errors, render_value
 from configs.schema import Config
+from configs.slurm_schema import problem_of_signal
 from configs.suggest import REMOVED
+from configs.urls import problem_with_url, shown
 from configs.yaml_text import Document, KeyPath, YamlError, dotted, dump_yaml, parse_yaml
 
 VERSION = 1
-COMMAND_LINE = "command line"
+# Places of keys are lines of the file, from 1; two are none, and come behind all lines.
+_WHOLE_FILE, _COMMAND_LINE = float(sys.maxsize), math.inf
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = (), *, saved_by_a_run: bool = False) -> Config:
@@ -23,16 +29,16 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, saved_by_a_r
 
     overrides: dotted keys and YAML values, as in train.lr=5e-5, data.resolution=[512,768], data.datasets.0.weight=2;
     the last one for a key counts.  saved_by_a_run: the file lies in a checkpoint, perhaps of an earlier release; keys
-    that are gone since are passed over.  Raises one InputError with a line for every problem: where (file and line, or
-    the command line), key, value, limit, and what to do.
+    that are gone since are passed over.  Raises one InputError with a line for every problem, in the order of the
+    file's: where (file and line, or the command line), key, value, limit, and what to do.
     """
-    document = _read_document(Path(path))
+    document = read_document(Path(path))
     if not isinstance(document.value, dict):
         found = "is empty" if document.value is None else f"holds {render_value(document.value)}, not keys with values"
         raise InputError(f"{path}: the file {found}. Start from a recipe, such as configs/fill_lora.yaml.")
     raw: dict[str, Any] = document.value
-    places = {key: f"{path}:{line}" for key, line in document.lines.items()}
-    problems = [f"{path}:{line}: {text}." for line, text in document.problems]
+    places: dict[KeyPath, float] = dict(document.lines)
+    problems: list[tuple[float, str]] = [(line, f"{text}.") for line, text in document.problems]
     if saved_by_a_run:
         for section, _, name in (key.rpartition(".") for key in REMOVED):
             if isinstance(raw.get(section), dict):
@@ -42,26 +48,29 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, saved_by_a_r
         try:
             _apply_override(raw, override, places)
         except InputError as error:
-            problems.append(f"{COMMAND_LINE}: {error}")
+            problems.append((_COMMAND_LINE, str(error)))
 
     version = raw.get("version", VERSION)
     if type(version) is not int or version != VERSION:
-        problem = f"{_place(('version',), places, path)}: {_explain_version(version)}"
+        problem = _line_of(("version",), places), _explain_version(version)
         if type(version) is int and version > VERSION:  # its other keys are not this version's to judge
-            raise InputError(problem)
+            raise InputError(_render_problem(path, *problem))
         problems.append(problem)
         del raw["version"]
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        explained = explain_errors(error, raw, json_schema())
-        problems += [f"{_place(key, places, path)}: {text}" for key, text in explained]
+        explained = explain_errors(error, raw, json_schema(), anchors=document.anchors)
+        problems += [(_line_of(key, places), text) for key, text in explained]
     else:
-        if (mismatch := problem_of(config)) is not None:
-            key, text = mismatch
-            problems.append(f"{_place(tuple(key.split('.')), places, path)}: {text}.")
+        mismatches = [problem_of(config) or contradiction_of(config)]
+        if not saved_by_a_run and (text := problem_of_signal(config.slurm)):  # it matters to jobs alone
+            mismatches.append(("slurm.signal_seconds", text))
+        for key, text in filter(None, mismatches):
+            problems.append((_line_of(tuple(key.split(".")), places), f"{text}."))
     if problems:
-        raise InputError("\n".join(problems))
+        problems.sort(key=lambda problem: problem[0])
+        raise InputError("\n".join(_render_problem(path, *problem) for problem in problems))
     return config
 
 
@@ -77,8 +86,18 @@ def _forget_what_says_nothing(raw: dict[str, Any]) -> None:
 
 
 def dump_config(config: Config) -> str:
-    """The config as YAML, every default written out; `load_config` reads it back equal."""
-    return dump_yaml(config.model_dump(mode="json"))
+    """The config as YAML, every default written out; `load_config` reads it back equal, but for the queries of URLs:
+    they may be signatures, and what a run stores is shown to others."""
+    dumped = config.model_dump(mode="json")
+    return dump_yaml(dumped | {"data": _without_queries(dumped["data"])})
+
+
+def _without_queries(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_queries(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_queries(entry) for entry in value]
+    return shown(value) if isinstance(value, str) and problem_with_url(value) is None else value
 
 
 def json_schema() -> dict[str, Any]:
@@ -94,17 +113,15 @@ class _Schema(GenerateJsonSchema):
         return False
 
 
-def _read_document(path: Path) -> Document:
+def read_document(path: Path, wanted: str = "a config, such as a copy of a recipe") -> Document:
+    """A YAML file, parsed. Raises InputError, with what is wanted there, if it cannot be read, or is not YAML."""
     try:
         return parse_yaml(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
-        raise InputError(
-            f"{path}: there is no such file. Give the path of a config, such as a copy of a recipe."
-        ) from error
+        raise InputError(f"{path}: there is no such file. Give the path of {wanted}.") from error
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror}). Give the path of a readable YAML file."
-        ) from error
+        kind = StorageFailed if is_of_storage(error) else InputError
+        raise kind(f"{path}: cannot be read ({error.strerror}). Give the path of a readable YAML file.") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
     except YamlError as error:
@@ -114,7 +131,7 @@ def _read_document(path: Path) -> Document:
         ) from error
 
 
-def _apply_override(raw: dict[str, Any], override: str, places: dict[KeyPath, str]) -> None:
+def _apply_override(raw: dict[str, Any], override: str, places: dict[KeyPath, float]) -> None:
     """Set one dotted key in `raw`, in place; `places` learns where the value came from."""
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
@@ -137,10 +154,11 @@ def _apply_override(raw: dict[str, Any], override: str, places: dict[KeyPath, st
         path = (*path, step)
         if isinstance(current, dict):
             current.setdefault(step, None)
-        places.setdefault(path, COMMAND_LINE)
-    current[step] = document.value
+        places.setdefault(path, _COMMAND_LINE)
+    # Nothing behind the = is no null: more often it is a variable of the shell that is not set.
+    current[step] = document.value if text.strip() else ""
     for inner in [place for place in places if place[: len(path)] == path]:
-        places[inner] = COMMAND_LINE
+        places[inner] = _COMMAND_LINE
 
 
 def _step_into(current: Any, name: str, path: KeyPath, override: str) -> str | int:
@@ -154,11 +172,17 @@ def _step_into(current: Any, name: str, path: KeyPath, override: str) -> str | i
     return int(name)
 
 
-def _place(key: KeyPath, places: dict[KeyPath, str], path: Path | str) -> str:
+def _line_of(key: KeyPath, places: dict[KeyPath, float]) -> float:
     """Where the key stands, or the section it should stand in."""
     while key and key not in places:
         key = key[:-1]
-    return places[key] if key else str(path)
+    return places[key] if key else _WHOLE_FILE
+
+
+def _render_problem(path: Path | str, place: float, text: str) -> str:
+    if place == _COMMAND_LINE:
+        return f"command line: {text}"
+    return f"{path}: {text}" if place == _WHOLE_FILE else f"{path}:{place:.0f}: {text}"
 
 
 def _explain_version(version: object) -> str:

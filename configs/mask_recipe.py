@@ -12,13 +12,15 @@ class MaskRecipe:
 
     shares: of the kinds that are drawn, in this order; empty = each picture has a mask of its own.
     dilate: pixels by which that one grows, from and to.  variants: masks per picture.  label: the value of its pixels
-    that is the hole; None = white.
+    that is the hole; None = white.  area: least and most share of the picture that brush, box and polygon cover,
+    log-uniform; None = as each kind has it.
     """
 
     shares: tuple[tuple[str, float], ...] = ()
     dilate: tuple[int, int] = (0, 0)
     variants: int = 1
     label: Label | None = None
+    area: tuple[float, float] | None = None
 
     def __str__(self) -> str:
         """As the manifest says it: "random brush 0.6, box 0.4; 4 variants", or "own"."""
@@ -26,13 +28,14 @@ class MaskRecipe:
         grown = ", grown by {} to {} pixels".format(*self.dilate) if any(self.dilate) else ""
         variants = f"; {self.variants} variants" if self.variants > 1 else ""
         label = "" if self.label is None else f", label {self.label}"
-        return (f"random {kinds}" if kinds else f"own{label}{grown}") + variants
+        area = "" if self.area is None else ", area {:g} to {:g}".format(*self.area)
+        return (f"random {kinds}{area}" if kinds else f"own{label}{grown}") + variants
 
     @property
     def hashed(self) -> dict[str, object]:
         """What shards are hashed by. A key that format 1 did not begin with is left out at its default: shards that
         were made before it stay good."""
-        return {key: value for key, value in vars(self).items() if key != "label" or value is not None}
+        return {key: value for key, value in vars(self).items() if key not in ("label", "area") or value is not None}
 
 
 OWN_MASKS = MaskRecipe()  # one mask a picture, as it is
@@ -45,7 +48,8 @@ def recipe_of(dataset: DatasetConfig) -> MaskRecipe:
         return OWN_MASKS
     shares = tuple((kind, float(share)) for kind, share in mask.random if share > 0) if mask.random else ()
     low, high = mask.dilate or (0, 0)
-    return MaskRecipe(shares, (low, high), mask.variants, mask.label)
+    area = None if mask.area is None else (float(mask.area[0]), float(mask.area[1]))
+    return MaskRecipe(shares, (low, high), mask.variants, mask.label, area)
 
 
 def mask_folder(dataset: DatasetConfig) -> Path | None:

@@ -3,11 +3,13 @@
 import difflib
 import json
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from pydantic import ValidationError
 
+from configs.redact import HIDDEN, is_secret_name
 from configs.suggest import suggest_key
 from configs.urls import shown
 from configs.yaml_text import KeyPath, dotted
@@ -17,11 +19,13 @@ JsonSchema = dict[str, Any]
 _LONGEST_VALUE = 80  # characters of a value that a message shows
 
 
-def explain_errors(error: ValidationError, raw: dict[str, Any], schema: JsonSchema) -> list[tuple[KeyPath, str]]:
+def explain_errors(
+    error: ValidationError, raw: dict[str, Any], schema: JsonSchema, anchors: Collection[KeyPath] = ()
+) -> list[tuple[KeyPath, str]]:
     """(path, sentence) for each key that is wrong, in the schema's order.
 
     raw: what was validated.  schema: the JSON Schema that goes with it; limits and defaults are read from there, so a
-    sentence cannot disagree with the schema.
+    sentence cannot disagree with the schema.  anchors: keys whose value is used elsewhere by an alias.
     """
     sentences: dict[KeyPath, str] = {}
     for details in error.errors(include_url=False):
@@ -35,6 +39,8 @@ def explain_errors(error: ValidationError, raw: dict[str, Any], schema: JsonSche
             if path[-1] != details["loc"][-1]:  # of a section that may be null
                 path = (*path, details["loc"][-1])
             sentence = _unknown(path, details["input"], raw, schema)
+            if path in anchors:
+                sentence = f"{dotted(path)}: there is no such key. Put the anchor on the first entry that uses it."
         elif kind in ("union_tag_invalid", "union_tag_not_found"):
             path, sentence = _wrong_variant(path, node, details["input"], schema)
         elif kind == "value_error":
@@ -58,9 +64,9 @@ def render_value(value: object) -> str:
 
 
 def _without_secrets(value: Any) -> Any:
-    """A value of a config with every URL in it as messages show it."""
+    """A value of a config with every URL in it as messages show it, and without what is called a token or password."""
     if isinstance(value, dict):
-        return {key: _without_secrets(entry) for key, entry in value.items()}
+        return {key: HIDDEN if is_secret_name(str(key)) else _without_secrets(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [_without_secrets(entry) for entry in value]
     return shown(value) if isinstance(value, str) and "://" in value else value
@@ -151,7 +157,7 @@ def _missing(path: KeyPath, node: JsonSchema, root: JsonSchema) -> str:
 
 
 def _unknown(path: KeyPath, value: object, raw: dict[str, Any], root: JsonSchema) -> str:
-    found = f"{dotted(path)} is {render_value(value)}, but"
+    found = f"{dotted(path)} is {HIDDEN if is_secret_name(str(path[-1])) else render_value(value)}, but"
     keys = dotted_keys(root)
     section = dotted(tuple(0 if isinstance(step, int) else step for step in path[:-1]))
     if dotted(path) in keys:  # a key of another type of this section
@@ -183,9 +189,10 @@ def _advice(node: JsonSchema, value: object, root: JsonSchema) -> str:
         alike = difflib.get_close_matches(value.lower(), [text for part in parts for text in _choices(part)], n=1)
         if alike:
             return f"Did you mean {alike[0]}?"
-        digits = value.replace("_", "").replace(",", "")
-        if types & {"integer", "number"} and _is_number(digits):
-            return f"Write it without quotes, underscores or commas: {digits}"
+        if types & {"integer", "number"} and (readings := _readings(value, whole="number" not in types)):
+            if "." in readings[0] and "," in value:
+                return f"Decimals have a point, not a comma: {' or '.join(readings)}"
+            return f"Write it without quotes, underscores or commas: {readings[0]}"
     elif value is not None and not isinstance(value, dict | list) and "string" in types and not _choices(parts[0]):
         return f"Write it in quotes: {json.dumps(_plain(value))}"
     if (
@@ -207,6 +214,16 @@ def _advice(node: JsonSchema, value: object, root: JsonSchema) -> str:
     if "examples" in node:
         return f"For example: {_plain(node['examples'][0])}"
     return "Write such a value."
+
+
+def _readings(text: str, *, whole: bool) -> list[str]:
+    """The numbers that a text may mean: in 1,5 the comma stands for a point, in 10,000 it groups digits, and 1,500 may
+    be either. whole: only the latter."""
+    digits = text.replace("_", "")
+    groups = "," not in digits or re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?", digits) is not None
+    readings = [digits.replace(",", ".")] if digits.count(",") == 1 and not whole else []
+    readings += [digits.replace(",", "")] if groups else []
+    return [reading for reading in readings if _is_number(reading)]
 
 
 def _is_number(text: str) -> bool:
@@ -253,6 +270,8 @@ def _expected_single(node: JsonSchema) -> str:
     kind = node.get("type")
     if kind in ("integer", "number"):
         return _expected_number(node)
+    if kind == "string" and "pattern" in node and len(node.get("examples", ())) > 1:
+        return f"text as {_either(node['examples'])}"  # which say more than the pattern
     if kind == "string" and "pattern" in node:
         return f"text that matches {node['pattern']}"
     if kind == "string" and node.get("format") == "path":

@@ -94,6 +94,7 @@ REMOVED = {
     "quantized again by itself, and the log says so.",
     "data.write_through": "Remove it: with data.mode online every finished shard of data.cache is read, and `fluxfill "
     "preprocess` beside the run makes them (docs/online.md).",
+    "slurm.preprocess_tasks": "Write slurm.preprocess.tasks: the jobs that preprocess have keys of their own.",
 }
 """Keys of earlier releases, which a config that was saved by one of them still holds."""
 

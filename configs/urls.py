@@ -11,8 +11,8 @@ SCHEMES = ("https", "s3", "gs")
 
 
 def is_url(place: object) -> bool:
-    """Whether a place is written as a URL of any scheme, allowed or not; else it is a path."""
-    return isinstance(place, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", place) is not None
+    """Whether a place is written as a URL of any scheme, allowed or not; else it is a path, as C:/pictures is."""
+    return isinstance(place, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", place) is not None
 
 
 def shown(place: str) -> str:

@@ -11,4 +11,5 @@ preprocessing/   the job: many workers make one cache
 online/          batches encoded while a run trains
 verify/          `fluxfill shards verify [--repair]`
 show/            `fluxfill shards show`, and grids for people
+migrate/         `fluxfill migrate`: three old folders -> a dataset and a report
 """

@@ -21,10 +21,9 @@ from rich.console import Console
 
 from configs.errors import InputError
 from configs.loading import load_config
-from configs.supervision import BAD_INPUT
+from configs.supervision import exit_code
 from data.preprocessing.run import dry_run, preprocess
 from data.preprocessing.worker import which_worker
-from data.sources.problems import ProblemsFound, print_found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,12 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = dry_run if options.dry_run else preprocess
         flags = {"thorough": options.thorough, "replace": options.replace}
         run(load_config(options.config, options.overrides), Console(), worker, **flags)
-    except ProblemsFound as error:
-        print_found(Console(stderr=True), error)
-        return BAD_INPUT
     except InputError as error:
-        Console(stderr=True, soft_wrap=True).print(str(error), style="red", markup=False, highlight=False)
-        return BAD_INPUT
+        error.show()
+        return exit_code(error)
     return 0
 
 

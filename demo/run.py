@@ -6,6 +6,7 @@ make demo                                  (or: python demo/run.py [--num-proces
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from demo.photographs import write_triples
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = Path("demo/work")
@@ -50,24 +53,29 @@ def make_inputs(folder: Path) -> None:
     """
     for name in ("triples", "model"):
         shutil.rmtree(folder / name, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_triples(folder / "triples")
+    make_model(folder / "model")
+
+
+def make_model(folder: Path) -> None:
+    """Write the tiny FLUX-Fill into a folder; in a process of its own, whose memory goes with it."""
     script = (
+        "import sys\n"
         "from pathlib import Path\n"
         "from configs.lighter_imports import lighten_imports\n"
         "from configs.library_warnings import quiet_libraries\n"
         "lighten_imports()\n"
         "quiet_libraries()\n"
-        "from demo.photographs import write_triples\n"
         "from demo.tiny_model import build_tiny_model\n"
-        f"write_triples(Path('{folder}/triples'))\n"
-        f"build_tiny_model(Path('{folder}/model'))\n"
+        "build_tiny_model(Path(sys.argv[1]))\n"
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    subprocess.run([sys.executable, "-c", script], check=True)
+    subprocess.run([sys.executable, "-c", script, str(folder)], check=True)
 
 
 def run_command(command: list[str], console: Console) -> None:
     """Show a command, run it beside this interpreter, and end the demo with its exit code if it fails."""
-    console.print(f"[dim]$ {' '.join(command)}")
+    console.print(f"$ {shlex.join(command)}", style="dim", markup=False, highlight=False, soft_wrap=True)
     environment = dict(os.environ)
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     code = subprocess.run(command, env=environment).returncode

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.nn import functional
 
-from data.samples.geometry import LATENT_CHANNELS
+from configs.flux_shape import LATENT_CHANNELS
 from demo.photographs import draw_hole, load_canvases, make_triples
 
 VAE_FOLDER = Path(__file__).parent / "vae"

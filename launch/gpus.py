@@ -2,6 +2,7 @@
 
 import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 
 def count_gpus(environment: Mapping[str, str]) -> int:
@@ -19,6 +20,55 @@ def count_gpus(environment: Mapping[str, str]) -> int:
         return installed
     named = [device.strip() for device in visible.split(",")]
     return min(installed, len([device for device in named if device not in ("", "-1")]))
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """index: the driver's.  memory_gib: all of it; used_gib: what is taken now, by whomever.  capability: CUDA's
+    compute capability, (9, 0) of an H100."""
+
+    index: int
+    name: str
+    memory_gib: float
+    used_gib: float
+    driver: str
+    capability: tuple[int, int]
+
+
+_QUERY = "index,name,memory.total,memory.used,driver_version,compute_cap,uuid"
+
+
+def list_gpus(environment: Mapping[str, str]) -> list[Gpu]:
+    """The GPUs that a process with these variables may use, in its own order: CUDA_VISIBLE_DEVICES by number or UUID,
+    up to the first that is not there, as CUDA reads it. Empty where there is no driver."""
+    command = ["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"]
+    try:
+        listing = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    rows = [[field.strip() for field in line.split(",")] for line in listing.splitlines()]
+    installed = [(_gpu_of(row), row[6]) for row in rows if len(row) == 7]
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return [gpu for gpu, _ in installed]
+    chosen = []
+    for device in (device.strip() for device in visible.split(",")):
+        match = [gpu for gpu, uuid in installed if device == str(gpu.index) or (device and uuid.startswith(device))]
+        if not match:
+            break
+        chosen.append(match[0])
+    return chosen
+
+
+def _gpu_of(row: Sequence[str]) -> Gpu:
+    index, name, total, used, driver, capability, _ = row
+
+    def mib(text: str) -> float:  # "[N/A]" where a card shares the host's memory
+        return float(text) if text.replace(".", "").isdigit() else 0.0
+
+    major, _, minor = capability.partition(".")
+    known = (int(major), int(minor)) if major.isdigit() and minor.isdigit() else (0, 0)
+    return Gpu(int(index), name, mib(total) / 1024, mib(used) / 1024, driver, known)
 
 
 def count_training_gpus(num_gpus: int, encoder_devices: Sequence[str] | None) -> int:

@@ -1,7 +1,6 @@
 """`fluxfill shards`: a cache verified, repaired, shown. What reads it is imported by the command that runs: it needs
 torch."""
 
-import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,9 +21,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from configs.errors import InputError
+from configs.errors import InputError, os_errors_named
+from configs.library_warnings import quiet_libraries
 from configs.loading import load_config
-from data.cache_layout import QUARANTINE, QUARANTINE_LIST
+from configs.this_machine import count_cores
 
 if TYPE_CHECKING:
     from data.verify.cache import CheckedCache
@@ -36,7 +36,7 @@ _LOG_COLUMNS = 160
 _PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
 
 app = typer.Typer(
-    help="Look at a cache: is every byte as it was written, and what is in it.",
+    help="Verify, repair and show the shards of a cache.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -56,10 +56,10 @@ def verify(
         ),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Shards read at once; by default one per core, 16 at most.")
+        int | None, typer.Option(metavar="N", min=1, help="Shards read at once; by default one per core, 16 at most.")
     ] = None,
 ) -> None:
-    """Read the whole cache and compare it with its checksums: shards, members, indexes, and what lies beside them.
+    """Read the whole cache and compare it with its checksums. Shards, members, indexes, and what lies beside them.
 
     Exit codes: 0 all is as it was written (or was repaired), 1 something is not, 2 bad input. Changes nothing without
     --repair.
@@ -69,8 +69,11 @@ def verify(
     cache = _cache_folder(place)
     config = load_config(repair, []) if repair is not None else None
     console = _console()
-    num_threads = threads or min(len(os.sched_getaffinity(0)), _MOST_THREADS)
-    from data.verify.cache import verify_cache
+    num_threads = threads or min(count_cores(), _MOST_THREADS)
+    quiet_libraries()
+    from data.verify.cache import refuse_no_cache, verify_cache
+
+    refuse_no_cache(cache)  # before a bar is drawn
 
     def check(only: Collection[str] | None = None) -> "CheckedCache":
         with _reading(console) as (start, advance):
@@ -87,7 +90,6 @@ def verify(
     if checked.problems:
         for path in changed:
             console.print(f"{path}: encoded again with other bytes than before; the cache lists these now.", **_PLAIN)
-        console.print(f"What was bad lies in {cache / QUARANTINE}; {cache / QUARANTINE_LIST} says why.", **_PLAIN)
         checked = check(only={whole.path for whole in checked.rebuildable} | set(checked.bad))
     raise typer.Exit(BAD_FOUND if checked.problems else 0)
 
@@ -102,13 +104,13 @@ def show(
         Path | None,
         typer.Option(metavar="FILE", help="Write samples as pictures: .html (with these tables) or .png."),
     ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Samples in FILE, evenly spread.")] = 16,
+    samples: Annotated[int, typer.Option(metavar="N", min=1, help="Samples in FILE, evenly spread.")] = 16,
     model: Annotated[
         str | None,
         typer.Option(metavar="DIR", help="The model whose VAE decodes them; by default the config's model.base."),
     ] = None,
 ) -> None:
-    """What a cache holds: samples, bytes by part, captions, sizes of the holes; and samples as pictures.
+    """Show what a cache holds: samples, bytes, captions, holes. Samples as pictures, too.
 
     Example: fluxfill shards show configs/fill_lora.yaml --out cache.html
     """
@@ -119,30 +121,45 @@ def show(
     if out is not None and base is None:
         raise InputError("--out needs the VAE that encoded the cache: give --model, or a config in the folder's place.")
     console = _console()
-    from data.cache.manifest import read_manifest, read_shard_table
+    quiet_libraries()
+    from data.cache.manifest import cache_errors_named, read_manifest, read_shard_table
     from data.show.statistics import count_cache, find_shards
     from data.show.statistics_report import print_statistics
 
-    manifest, table = read_manifest(cache), read_shard_table(cache)
+    with cache_errors_named(cache):
+        manifest, table = read_manifest(cache), read_shard_table(cache)
     rows = find_shards(table, shard)
     with _counting(console, "indexes", len(rows)) as advance:
         counted = count_cache(cache, manifest, table, rows, advance)
     print_statistics(console, cache, manifest, counted)
     if out is None or base is None:
         return
-    from configs.library_warnings import quiet_libraries
     from data.show.sample_sheet import decode_samples, load_cache_vae, save_page, save_sheet
     from data.show.stored_samples import read_samples, spread_samples
 
-    quiet_libraries()
     vae, chosen = load_cache_vae(base, manifest), spread_samples(table, rows, samples)
     with _counting(console, "pictures", len(chosen)) as advance:
-        decoded = list(decode_samples(vae, read_samples(cache, table, chosen), advance))
+        decoded = list(decode_samples(vae, read_samples(cache, manifest, table, chosen), advance))
     if out.suffix.lower() == ".png":
         save_sheet(out, decoded)
     else:
         save_page(out, cache, manifest, counted, decoded)
     console.print(f"{out}: {len(decoded)} samples", **_PLAIN)
+
+
+@app.command()
+def features(place: Place) -> None:
+    """Print the `features=` for Hugging Face's datasets. It is that of a cache's shards, as Python.
+
+    Example: fluxfill shards features /data/cache/removal > features.py
+    """
+    cache = _cache_folder(place)
+    from data.cache.manifest import cache_errors_named, read_manifest, read_shard_table
+    from data.show.features import datasets_features
+
+    with cache_errors_named(cache):
+        manifest, table = read_manifest(cache), read_shard_table(cache)
+    typer.echo(datasets_features(cache, manifest, table), nl=False)
 
 
 def _refuse_unwritable(out: Path) -> None:
@@ -188,8 +205,9 @@ def _console() -> Console:
 
 def _cache_folder(place: str) -> Path:
     """The cache that a folder or a config's path means."""
-    if Path(place).is_dir():
-        return Path(place)
+    with os_errors_named(Path(place), "read"):
+        if Path(place).is_dir():
+            return Path(place)
     if Path(place).suffix in {".yaml", ".yml"}:
         cache = load_config(place, []).data.cache
         if isinstance(cache, Path):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import http.server
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from configs.lighter_imports import lighten_imports
+from tests.environment import environment_of_before
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -23,9 +25,39 @@ ROOT = Path(__file__).resolve().parents[1]
 lighten_imports()  # as in every program of ours
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, then those with most tests: a file is one process's, and the last long one would
+    leave the other cores idle."""
+    tests = Counter(item.path for item in items)
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: (-slow[item.path], -tests[item.path]))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests of a GPU, where they were chosen and there is none, are skipped."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs an NVIDIA GPU: torch.cuda.is_available() is False")
+
+
 def pytest_collection_finish() -> None:
     """What the test files have imported is no garbage: neither a collection nor the exit need go through it."""
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def a_tests_environment() -> Iterator[None]:
+    with environment_of_before():
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def a_files_environment() -> Iterator[None]:
+    """A file's shared fixtures may need what they have set until its last test."""
+    with environment_of_before():
+        yield
 
 
 # The fixtures import what they need themselves: diffusers takes 10 s, and most tests need none of it.

@@ -9,9 +9,12 @@ quiet_libraries()
 lighten_imports()
 gc.disable()
 
+import torch  # noqa: E402
+
 import data.preprocessing.run  # noqa: E402, F401
 import trainer.export.verify  # noqa: E402  (with peft and the pipeline)
 import trainer.main  # noqa: E402, F401
 
+torch.compile(lambda: None)  # imports its compiler, as a module of DeepSpeed's does in every rank
 gc.freeze()  # the forks leave their parent's pages alone
 gc.enable()

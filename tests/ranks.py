@@ -7,38 +7,14 @@ state of an earlier one.
 import faulthandler
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 
-ENGINES = Path(__file__).parent.parent / "configs" / "engines"
+from benchmarks.ranks import launch_environment
+from tests.ports import own_port
+
 _PRELOAD = ["tests.rank_imports"]
-
-
-def launch_environment(engine: str, num_processes: int) -> dict[str, str]:
-    """What `accelerate launch --config_file configs/engines/<engine>.yaml` adds to a rank's environment."""
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-
-    line = ["--config_file", str(ENGINES / f"{engine}.yaml"), "--num_processes", str(num_processes)]
-    arguments = launch_command_parser().parse_args([*line, "--main_process_port", "0", "trainer/main.py"])
-    arguments, defaults, _ = _validate_launch_command(arguments)
-    before = dict(os.environ)
-    if arguments.use_deepspeed:
-        arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
-        _, environment = prepare_deepspeed_cmd_env(arguments)
-    else:
-        environment = prepare_multi_gpu_env(arguments)
-    wanted = ("ACCELERATE_", "FSDP_", "PARALLELISM_")
-    return {name: value for name, value in environment.items() if name.startswith(wanted) and before.get(name) != value}
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def _rank_main(
@@ -79,13 +55,25 @@ def run_ranks(
     function: of a module, so that it can be sent.  node_size: ranks on one simulated node (all of them by default).
     Raises RankFailure if a rank raises, dies or is not done in time; the others are ended.
     """
+    with own_port() as port:
+        return _run_ranks(port, engine, num_processes, function, arguments, node_size or num_processes, timeout_seconds)
+
+
+def _run_ranks(
+    port: int,
+    engine: str,
+    num_processes: int,
+    function: Callable,
+    arguments: tuple,
+    node_size: int,
+    timeout_seconds: float,
+) -> list:
     context = warm_context()
-    node_size = node_size or num_processes
     shared = launch_environment(engine, num_processes) | {
         "WORLD_SIZE": str(num_processes),
         "LOCAL_WORLD_SIZE": str(node_size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }
     ranks = []
@@ -117,6 +105,7 @@ def run_ranks(
         for process, receiver in ranks:
             if pending:
                 process.kill()
-            process.join(timeout=20)
+            process.join(timeout_seconds)  # what it does at its exit ends too
+            process.kill()
             receiver.close()
     return outcomes

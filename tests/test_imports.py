@@ -34,10 +34,14 @@ ROOMS = {
         "batches < online",
         "cache < show",
         "preprocessing < verify",
+        "sources < migrate",
     ],
     "trainer": [
         "process < model < adapters < optimizers < engines < checkpoints < export",
         "checkpoints < validation",
+        "export < evaluation",
+        "validation < evaluation",
+        "engines < simulation",
     ],
 }
 OURS = {*MAY_IMPORT, "tests"}

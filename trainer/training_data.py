@@ -17,7 +17,9 @@ from data.batches.training_set import CachedTrainingSet, TrainingSet
 from data.cache.open_cache import open_cache
 from data.online.training_set import OnlineTrainingSet, encoder_device, plan_online
 from data.preprocessing.worker import which_worker
-from data.samples.plan import TRAIN
+from data.samples.geometry import Bucket
+from data.samples.plan import HOLDOUT, TRAIN
+from data.samples.summary import explain_untrained
 from trainer.checkpoints.run_state import RunState
 from trainer.engines.base import Engine
 
@@ -104,42 +106,66 @@ def _training_samples(samples: TrainingSet) -> np.ndarray:
     return np.where(samples.table.split == TRAIN, samples.table.samples, 0)
 
 
-def open_stream(config: Config, engine: Engine, samples: TrainingSet, state: RunState) -> BatchStream:
-    """This rank's micro-batches from the run's place in the order. Raises InputError if there is nothing to train."""
+def largest_bucket(samples: TrainingSet) -> Bucket:
+    """Of those that are trained on, the one of the most tokens."""
+    trains = _training_samples(samples) > 0
+    names = np.unique(samples.table.bucket[trains | ~trains.any()])  # if none is, opening the stream says so
+    return max((Bucket.parse(str(name)) for name in names), key=lambda bucket: bucket.tokens)
+
+
+def open_stream(
+    config: Config, engine: Engine, samples: TrainingSet, state: RunState, micro_batch_size: int
+) -> BatchStream:
+    """This rank's micro-batches from the run's place in the order. Raises InputError if there is nothing to train.
+
+    micro_batch_size: of the largest bucket; of smaller ones as many tokens.
+    """
     table = samples.table
     order = Order(table.dataset, table.bucket, _training_samples(samples), state.order)
+    if engine.is_main:
+        for dataset in sorted(state.order.weights.keys() - set(table.dataset[_training_samples(samples) > 0].tolist())):
+            held_out = samples.manifest.samples.get(dataset, {}).get(HOLDOUT, 0)
+            log.warning("%s. %s", *explain_untrained(dataset, held_out))
     if (copies := samples.copies) is not None:
         held = _held_bytes(samples, state.order.block_shards, state.order.streams, engine.num_nodes)
-        if held > copies.prefetch_bytes:  # of a run that began with more room, or on more nodes
+        if engine.is_main and held > copies.prefetch_bytes:  # of a run that began with more room, or on more nodes
             log.warning(
                 "data.local_cache_gib is %.3g, but this run's order holds up to %.3g GiB of a node: where it does not "
                 "fit, shards are fetched more than once",
                 copies.limit_bytes / 2**30,
                 held / copies.prefetch_share / 2**30,
             )
-    micro = config.train.micro_batch_size
-    if micro == "auto":
-        micro = 1
-        log.info("train.micro_batch_size: auto, so 1 at the largest bucket and as many tokens of smaller ones")
     log.info(
         "data: %d samples, %d a batch, %d process(es)",
         order.num_samples,
         state.order.global_batch_size,
         engine.world_size,
     )
-    policy = RowPolicy(
-        mask_choice=config.data.mask_choice,
-        caption_dropout=config.data.captions.dropout,
-        mask_dropout=config.data.mask_dropout,
-        max_bad_samples=config.guard.max_bad_samples,
-    )
     return BatchStream(
         samples.manifest,
         order,
-        samples.open_rows(order, policy, state.replaced),
+        samples.open_rows(order, _row_policy(config), state.replaced),
         rank=engine.rank,
         world_size=engine.world_size,
-        micro_batch_size=micro,
+        micro_batch_size=micro_batch_size,
         start=state.batch,
+        excluded=state.excluded,
         pin_memory=engine.device.type == "cuda",
+    )
+
+
+def restart_stream(config: Config, samples: TrainingSet, stream: BatchStream, state: RunState) -> None:
+    """Have the stream go on from another place in the order, as one that is opened there."""
+    stream.close()  # first: the encoders are at work for it, and two readers would share a node's copies
+    source = samples.open_rows(stream.order, _row_policy(config), state.replaced)
+    stream.restart(source, state.batch, state.excluded)
+
+
+def _row_policy(config: Config) -> RowPolicy:
+    return RowPolicy(
+        mask_choice=config.data.mask_choice,
+        caption_dropout=config.data.captions.dropout,
+        mask_dropout=config.data.mask_dropout,
+        unmasked_probability=config.flow.unmasked_probability,
+        max_bad_samples=config.guard.max_bad_samples,
     )

@@ -42,6 +42,7 @@ class BatchViews:
     uniform: np.ndarray
     weight: np.ndarray
     position: np.ndarray
+    unmasked: np.ndarray
 
     def pad(self, place: int) -> None:
         """Make a row a padding row: finite numbers, weight 0."""
@@ -75,7 +76,7 @@ class BatchBuffer:
         stored = tuple(
             {field.name: raw[field.name][place].data for field in fields if field.is_stored} for place in range(rows)
         )
-        drawn = (tensors[name].numpy() for name in ("noise", "uniform", "weight", "position"))
+        drawn = (tensors[name].numpy() for name in ("noise", "uniform", "weight", "position", "unmasked"))
         made = self._laid_out[bucket, rows] = BatchViews(
             MicroBatch(bucket, is_last=False, **tensors), stored, tuple(raw.values()), *drawn
         )

@@ -6,10 +6,13 @@ Where a row's tensors come from is the RowSource's matter: shards (`data/batches
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from typing import Any
+
+import torch
 
 from data.batches.batch_memory import BatchBuffer, BufferLease, buffer_bytes
 from data.batches.micro_batch import MicroBatch, row_fields
@@ -44,7 +47,8 @@ class BatchStream:
     wait_seconds: how long its user waited for it.
 
     micro_batch_size: rows per forward of the largest bucket; smaller buckets get more, at the same number of tokens.
-    start: the first global batch.  depth: micro-batches begun ahead of the one in use, or more if the source asks.
+    start: the first global batch.  excluded: those that are passed over; the others keep their positions, so their
+    noise too.  depth: micro-batches begun ahead of the one in use, or more if the source asks.
     """
 
     def __init__(
@@ -57,12 +61,11 @@ class BatchStream:
         world_size: int,
         micro_batch_size: int,
         start: int = 0,
+        excluded: Collection[int] = (),
         depth: int = 3,
         pin_memory: bool = False,
     ) -> None:
-        self._source = source
         self.order = order
-        self.next_batch = start
         self.batch_start, self.wait_seconds = time.monotonic(), 0.0
         self._mine = rank_rows(order.settings.global_batch_size, rank=rank, world_size=world_size)
         self._world_size = world_size
@@ -76,13 +79,47 @@ class BatchStream:
             buffer_bytes(fields, min(self.micro_batch_size(bucket), self._most_rows))
             for bucket, fields in self._fields.items()
         )
-        self._free = [BatchBuffer(num_bytes, pin_memory) for _ in range(self._depth + 1)]
+        self._buffers = [BatchBuffer(num_bytes, pin_memory) for _ in range(self._depth + 1)]
         self._lent: BufferLease | None = None
         # A batch is asked for twice: when the first of it is begun ahead, and when its user comes to it.
         self._batch = lru_cache(maxsize=self._depth + 2)(partial(order.batch, part=self._mine))
-        self._planned = self._plan(start)
+        self._start_at(source, start, excluded)
+
+    def _start_at(self, source: RowSource, start: int, excluded: Collection[int]) -> None:
+        self._source, self._excluded = source, frozenset(excluded)
+        self.next_batch = self._first_from(start)
+        self._free = list(self._buffers)
+        self._planned = self._plan(self.next_batch)
         self._ahead: deque[_Ahead] = deque()
-        source.reached(self._batch(start))
+        source.reached(self._batch(self.next_batch))
+
+    def restart(self, source: RowSource, start: int, excluded: Collection[int]) -> None:
+        """Go on from another global batch, with a source of its own. The one before is closed."""
+        self.close()
+        if self._lent is not None:
+            self._lent.give_back()  # what was queued may still read from it; nobody reads from what was begun ahead
+            self._lent = None
+        self._start_at(source, start, excluded)
+
+    def _first_from(self, batch: int) -> int:
+        """The first global batch from one on that is not passed over."""
+        while batch in self._excluded:
+            batch += 1
+        return batch
+
+    @property
+    def rows_per_forward(self) -> int:
+        """Of the largest bucket, on this rank."""
+        return min(self._micro_batch_size, self._most_rows)
+
+    def example(self) -> MicroBatch:
+        """A micro-batch of the largest bucket, as large as they come, of zeros, noise and weight 0; of no order."""
+        bucket = max(self._fields, key=lambda bucket: bucket.tokens)
+        shape = {field.name: ((self.rows_per_forward, *field.shape), field.dtype) for field in self._fields[bucket]}
+        tensors: dict[str, Any] = {name: torch.zeros(size, dtype=dtype) for name, (size, dtype) in shape.items()}
+        tensors["noise"].normal_(generator=torch.Generator().manual_seed(0))
+        tensors["uniform"].fill_(0.5)
+        return MicroBatch(bucket, is_last=True, **tensors)
 
     def micro_batch_size(self, bucket: Bucket) -> int:
         """Rows per forward of a bucket: about as many tokens as the largest bucket's."""
@@ -105,7 +142,7 @@ class BatchStream:
                 rows = mine[step * width : (step + 1) * width]
                 rest = self._most_rows - step * width
                 yield PlannedMicroBatch(batch, step == num_steps - 1, rows, bucket, min(width, rest))
-            index += 1
+            index = self._first_from(index + 1)
 
     def _begin_ahead(self) -> None:
         while len(self._ahead) < self._depth:
@@ -120,11 +157,11 @@ class BatchStream:
         self.current = self._batch(self.next_batch)
         self.batch_start, self.wait_seconds = time.monotonic(), 0.0
         self._source.reached(self.current)
-        self.next_batch += 1
-        return self._micro_batches(self.next_batch - 1)
+        self.next_batch = self._first_from(self.next_batch + 1)
+        return self._micro_batches(self.current.index)
 
     def _micro_batches(self, index: int) -> Iterator[MicroBatch]:
-        while index == self.next_batch - 1:  # no later batch has been asked for
+        while index == self.current.index:  # no later batch has been asked for
             if self._lent is not None:
                 self._lent.give_back()
                 self._lent = None
@@ -144,13 +181,23 @@ class BatchStream:
     def replaced(self) -> list[ReplacedRow]:
         """The damaged rows up to the global batch last asked for that were replaced, in order: those of this rank, and
         those that were given."""
-        end = self.next_batch * self.order.settings.global_batch_size
+        end = self.next_batch * self.order.settings.global_batch_size  # of passed-over ones nothing was read
         return sorted(row for row in list(self._source.replaced) if row.position < end)
 
     def keys(self, batch: Batch) -> list[str]:
         """Names of all of a global batch's samples, in order. Of a cache this opens every shard that it touches."""
         complete = self.order.batch(batch.index)  # not this rank's part alone
         return [self._source.key(int(s), int(r)) for s, r in zip(complete.shards, complete.rows, strict=True)]
+
+    def own_samples(self) -> list[tuple[int, int, str]]:
+        """(shard, row, name) of this rank's samples of the global batch last asked for, in order; of a damaged one, of
+        the row that stands in for it."""
+        replacements = {row.position: row.replacement for row in self.replaced()}
+        batch, found = self.current, []
+        for number, shard, row in zip(batch.part, batch.shards.tolist(), batch.rows.tolist(), strict=True):
+            row = replacements.get(batch.position + number, row)
+            found.append((shard, row, self._source.key(shard, row)))
+        return found
 
     def __enter__(self) -> "BatchStream":
         return self

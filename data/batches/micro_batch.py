@@ -21,6 +21,7 @@ class MicroBatch:
     t5: bf16 [B, L, D]; from a cache of int8 texts int8, with t5_scale fp32 [B, L], until `to` moves the rows.
     pooled: bf16 [B, P].  noise: fp32 [B, 16, h, w].  uniform: fp64 [B] in (0, 1).
     weight: fp32 [B], 1 for a sample, 0 for a padding row.  position: int64 [B], place in the order.
+    unmasked: fp32 [B], 1 for a sample whose loss ignores the mask; None: of none.
     is_last: the last micro-batch of its global batch.
     """
 
@@ -36,6 +37,12 @@ class MicroBatch:
     weight: Tensor
     position: Tensor
     t5_scale: Tensor | None = None
+    unmasked: Tensor | None = None
+
+    @property
+    def hole(self) -> Tensor:
+        """The mask, unpacked: fp32 [B, 1, H, W], 1 = paint."""
+        return unpack_mask(self.mask)
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same rows on a device, texts in bf16; from pinned memory the copies do not block."""
@@ -83,4 +90,5 @@ def row_fields(bucket: Bucket, manifest: Manifest) -> tuple[RowField, ...]:
         RowField("uniform", torch.float64, (), is_stored=False),
         RowField("weight", torch.float32, (), is_stored=False),
         RowField("position", torch.int64, (), is_stored=False),
+        RowField("unmasked", torch.float32, (), is_stored=False),
     )

@@ -10,7 +10,7 @@ import threading
 import numpy as np
 
 # The purposes of a sample's numbers: the highest word of the counter, so their streams never meet.
-_SIGMA, _NOISE, _VARIANT, _DROPOUT, _WHOLE_HOLE = range(5)
+_SIGMA, _NOISE, _VARIANT, _DROPOUT, _WHOLE_HOLE, _UNMASKED = range(6)
 
 
 class _Generators(threading.local):
@@ -58,3 +58,8 @@ def draw_caption_dropout(seed: int, position: int, probability: float) -> bool:
 def draw_mask_dropout(seed: int, position: int, probability: float) -> bool:
     """Whether the sample's mask is dropped (the hole is the whole picture)."""
     return bool(_generator(seed, position, _WHOLE_HOLE).random() < probability)
+
+
+def draw_unmasked(seed: int, position: int, probability: float) -> bool:
+    """Whether the sample's loss ignores its mask (hole and kept part weigh alike)."""
+    return bool(_generator(seed, position, _UNMASKED).random() < probability)

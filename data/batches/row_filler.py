@@ -12,7 +12,14 @@ from typing import Literal, TypeVar
 
 from configs.errors import InputError
 from data.batches.batch_memory import BatchViews
-from data.batches.noise import draw_caption_dropout, draw_mask_dropout, draw_noise, draw_uniform, draw_variant
+from data.batches.noise import (
+    draw_caption_dropout,
+    draw_mask_dropout,
+    draw_noise,
+    draw_uniform,
+    draw_unmasked,
+    draw_variant,
+)
 from data.batches.shard_reader import Buffers, DamagedSample, DamagedShard
 from data.samples.geometry import Bucket
 
@@ -27,12 +34,14 @@ class RowPolicy:
 
     mask_choice: of a sample's mask variants, one at random; each in turn, one an epoch; or the first.
     caption_dropout, mask_dropout: shares of the rows that get the empty caption, and a hole as large as the picture.
+    unmasked_probability: share of the rows whose loss ignores the mask.
     max_bad_samples: damaged samples that are replaced before the run stops.
     """
 
     mask_choice: Literal["random", "cycle", "first"] = "random"
     caption_dropout: float = 0.0
     mask_dropout: float = 0.0
+    unmasked_probability: float = 0.0
     max_bad_samples: int = 0
 
 
@@ -95,6 +104,8 @@ class RowFiller:
         rows.uniform[place] = draw_uniform(seed, position)
         rows.weight[place] = 1.0
         rows.position[place] = position
+        chance = policy.unmasked_probability
+        rows.unmasked[place] = chance > 0 and draw_unmasked(seed, position, chance)
         return out
 
     def choose_variant(self, num_variants: int, *, row: int, stream_epoch: int, position: int) -> int:

@@ -1,6 +1,6 @@
 """The stored bytes of samples, by (shard, row): read at their offsets, straight to their place, and checked.
 
-There is nothing to decode, `preadv` releases the GIL, and xxh3 (30 GB/s) costs next to nothing. Members that lie side
+There is nothing to decode, reading releases the GIL, and xxh3 (30 GB/s) costs next to nothing. Members that lie side
 by side in the tar are read by one call.
 """
 
@@ -19,11 +19,11 @@ import xxhash
 
 from configs.errors import InputError
 from data.cache.members import LATENTS, MASKED, MAX_HEADER, TEXT, Tensors, num_bytes, parse_header, sample_tensors
-from data.cache.node_cache import FileHandle
 from data.cache.open_cache import Cache
 from data.cache.shard_index import ShardIndex, read_index, rebuild_index
 from data.cache_layout import index_path
 from data.samples.geometry import Bucket
+from data.storage.file_handle import FileHandle, read_at, read_into
 from data.storage.retry import with_retries
 
 log = logging.getLogger("fluxfill")
@@ -172,20 +172,22 @@ class ShardReader:
     def _open_shard(self, number: int) -> _OpenShard:
         if self._copies is None:
             path = self._folder / str(self.table.path[number])
-            return self._open_file(number, path, FileHandle(path), str(path))
-        path, where = self._copies.path(number), f"{self._copies.url_of(number)} (its copy {self._copies.path(number)})"
+            index_file = index_path(path, self.manifest.format_version)
+            return self._open_file(number, path, index_file, FileHandle(path), str(path))
+        path, index_file = self._copies.path(number), self._copies.index_path(number)
+        where = f"{self._copies.url_of(number)} (its copy {path})"
         handle = self._copies.open(number, stop=self._closing)
         assert handle is not None  # it may exceed the limit
         try:
-            return self._open_file(number, path, handle, where)
+            return self._open_file(number, path, index_file, handle, where)
         except (InputError, OSError) as error:  # of the copy or its index: the shard may be intact where it comes from
             log.warning("%s: damaged, fetched again (%s)", where, error)
             self._copies.discard(number, handle)
         handle = self._copies.open(number, stop=self._closing)
         assert handle is not None
-        return self._open_file(number, path, handle, where)
+        return self._open_file(number, path, index_file, handle, where)
 
-    def _open_file(self, number: int, path: Path, handle: FileHandle, where: str) -> _OpenShard:
+    def _open_file(self, number: int, path: Path, index_file: Path, handle: FileHandle, where: str) -> _OpenShard:
         """where: the shard, for messages."""
         sha256, size = str(self.table.sha256[number]), int(self.table.bytes[number])
         if (actual := os.fstat(handle).st_size) != size:
@@ -194,13 +196,11 @@ class ShardReader:
                 "`fluxfill preprocess CONFIG` again."
             )
         try:
-            index = read_index(index_path(path))
+            index = read_index(index_file)
         except FileNotFoundError:
-            index = rebuild_index(path, plan=str(self.table.plan[number]), sha256=sha256)
+            index = rebuild_index(path, index_file, plan=str(self.table.plan[number]), sha256=sha256)
         if index.tar_sha256 != sha256:
-            raise DamagedShard(
-                f"{index_path(path)}: belongs to another shard. Delete it: it is rebuilt from the shard."
-            )
+            raise DamagedShard(f"{index_file}: belongs to another shard. Delete it: it is rebuilt from the shard.")
         places = {LATENTS: index.latents, MASKED: index.masked.reshape(-1, 2), TEXT: index.texts}
         expected = sample_tensors(Bucket.parse(str(self.table.bucket[number])), self.manifest)
         layouts = {kind: _find_layout(handle, where, kind, places[kind], expected[kind]) for kind in places}
@@ -307,7 +307,7 @@ class ShardReader:
             parts += [out[name] for name in layout.names]
             end = member.offset + member.size
         start = run[0].offset
-        if os.preadv(opened.handle, parts, start) != end - start:
+        if read_into(opened.handle, parts, start) != end - start:
             _read_again(opened, parts, run)
         for member, header in zip(run, headers, strict=True):
             digest = xxhash.xxh3_64(header)
@@ -319,6 +319,15 @@ class ShardReader:
                 raise DamagedSample(
                     f"{_where(opened, member)} holds other tensors than the others of its shard. {_ENCODE_AGAIN}"
                 )
+            # Not of texts: four times the bytes, shared by many samples.
+            for name in ("latents", "masked_latents"):
+                if name in member.layout.names and _not_finite(out[name]):
+                    raise DamagedSample(f"{_where(opened, member)}: {name} are not finite numbers. {_ENCODE_AGAIN}")
+
+
+def _not_finite(bf16: memoryview) -> bool:
+    """Whether a number of a bf16 tensor is nan or inf: as integers these are the largest of each sign."""
+    return bool(np.frombuffer(bf16, np.int16).max() >= 0x7F80 or np.frombuffer(bf16, np.uint16).max() >= 0xFF80)
 
 
 def _offset(member: _Member) -> int:
@@ -336,7 +345,7 @@ def _find_layout(handle: int, where: str, kind: str, places: np.ndarray, expecte
     """
     problem = None
     for number, (offset, size) in enumerate(places.tolist()):
-        head = os.pread(handle, min(size, MAX_HEADER), offset)
+        head = read_at(handle, min(size, MAX_HEADER), offset)
         try:
             return _parse_layout(
                 kind, head, expected, f"{where}: {'first' if number == 0 else 'a later'} {kind} member"
@@ -350,7 +359,7 @@ def _read_again(opened: _OpenShard, parts: list[memoryview], run: list[_Member])
     """Finish a short read: legal on network filesystems, and the only answer at the end of a cut file."""
     start, end = run[0].offset, run[-1].offset + run[-1].size
     data = bytearray()
-    while len(data) < end - start and (piece := os.pread(opened.handle, end - start - len(data), start + len(data))):
+    while len(data) < end - start and (piece := read_at(opened.handle, end - start - len(data), start + len(data))):
         data += piece
     cut = next((m for m in run if m.offset + m.size > start + len(data)), None)
     if cut is not None:

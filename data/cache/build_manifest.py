@@ -11,7 +11,7 @@ from configs.cache_settings import manifest_settings, picture_settings
 from configs.errors import InputError
 from configs.mask_recipe import recipe_of
 from configs.schema import Config
-from data.cache.manifest import FORMAT_VERSION, Manifest, ShardTable, hash_files, read_manifest, read_shard_table
+from data.cache.manifest import Manifest, ShardTable, hash_files, read_manifest, read_shard_table
 from data.cache.shard_index import ShardSummary
 from data.cache.validation_items import validation_items_are_there
 from data.cache_layout import EMPTY_TEXT, files_of_plans, full_mask_name, index_path
@@ -23,7 +23,7 @@ from data.samples.shard_plan import ShardSpec
 def delete_unplanned(cache: Path, plans: Sequence[ShardSpec]) -> None:
     """Delete shards that no plan names (their pictures went elsewhere) and what an interrupted job left."""
     planned = {cache / plan.path for plan in plans}
-    planned |= {index_path(tar) for tar in planned}
+    planned |= {index_path(cache / plan.path, plan.format_version) for plan in plans}
     planned |= {cache / full_mask_name(str(plan.bucket)) for plan in plans}
     for path in files_of_plans(cache):
         if path not in planned:
@@ -55,7 +55,7 @@ def describe_samples(
     for dataset in config.data.datasets:
         settings |= picture_settings(dataset)
     return Manifest(
-        format_version=FORMAT_VERSION,
+        format_version=plans[0].format_version,
         order_version=1,  # of format 1; a run's own state says by which order it goes
         settings=settings,
         encoders=encoders,

@@ -1,7 +1,8 @@
 """The manifest of a cache, manifest.json: what was cached, by which encoders; and its shard table, shards.npz."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any
@@ -10,13 +11,29 @@ import numpy as np
 import xxhash
 
 from configs.cache_settings import LATER_KEYS, is_place, manifest_settings, picture_settings
-from configs.errors import InputError
+from configs.errors import InputError, os_errors_named
 from configs.schema import Config
 from data.cache_layout import MANIFEST, SHARD_TABLE, SHARDS, VALIDATION
 from data.encoders.model_folder import encoder_fingerprints
 from data.storage.atomic_write import write_atomically, write_text_atomically
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of new caches; one that was begun in format 1 keeps it (read_format)
+
+
+class NewerFormat(InputError):
+    """A cache of a format that a later release made."""
+
+
+@contextmanager
+def cache_errors_named(cache: Path) -> Iterator[None]:
+    """A time in which a cache that cannot be read, or not looked into, is a message. For commands: whoever mends a
+    damaged cache must not take one for it that is another user's."""
+    try:
+        yield
+    except OSError as error:
+        cure = f" Whoever trains needs to read all of data.cache: ask its owner for `chmod -R a+rX {cache}`."
+        with os_errors_named(Path(error.filename or cache), "read", cure if isinstance(error, PermissionError) else ""):
+            raise
 
 
 @dataclass(frozen=True)
@@ -109,7 +126,8 @@ def _checksum(fields: dict) -> str:
 
 
 def read_manifest(cache: Path) -> Manifest:
-    """The manifest of a cache. Raises InputError if the cache is not complete, or of a newer format."""
+    """The manifest of a cache. Raises InputError if the cache is not complete, or of a newer format; OSError if it
+    cannot be read (cache_errors_named)."""
     path = cache / MANIFEST
     if not path.is_file():
         raise InputError(
@@ -118,13 +136,27 @@ def read_manifest(cache: Path) -> Manifest:
     return parse_manifest(path.read_bytes(), path)
 
 
+def read_format(cache: Path) -> int:
+    """The format that a cache is in, finished or not; of a folder that is none yet, the newest.
+
+    Raises NewerFormat.
+    """
+    try:
+        return read_manifest(cache).format_version
+    except NewerFormat:
+        raise
+    except InputError:
+        # There is none while preprocessing is at work. Then indexes lie where format 1 has them, or none does.
+        return 1 if any((cache / SHARDS).glob("*/*.index")) else FORMAT_VERSION
+
+
 def parse_manifest(data: bytes, path: Path | str) -> Manifest:
     """The manifest of a file's bytes. Raises InputError, naming `path`, if they are none, or one of a newer format."""
     try:
         fields = json.loads(data.decode())
         version = fields["format_version"]
         if version > FORMAT_VERSION:
-            raise InputError(
+            raise NewerFormat(
                 f"{path}: format version {version}, this fluxfill reads up to {FORMAT_VERSION}. Update fluxfill."
             )
         if fields.pop("checksum") != _checksum(fields):
@@ -150,6 +182,8 @@ def read_shard_table(cache: Path) -> ShardTable:
         _refuse_names(table)
     except FileNotFoundError:
         raise InputError(f"{path}: missing. Run `fluxfill preprocess CONFIG` again; whole shards are kept.") from None
+    except PermissionError:
+        raise
     except Exception as error:  # zipfile, zlib and numpy each have their own
         raise InputError(
             f"{path}: damaged ({error}). Run `fluxfill preprocess CONFIG` again; whole shards are kept."
@@ -200,5 +234,6 @@ def refuse_other_settings(config: Config, model: Path, manifest: Manifest, *, pi
     if problems:
         raise InputError(
             f"data.cache {config.data.cache} was made by other settings:\n  " + "\n  ".join(problems) + "\n"
-            "Run `fluxfill preprocess CONFIG` again, or point data.cache (or model.base) at the one that fits."
+            "Run `fluxfill preprocess CONFIG` again, or point data.cache (or model.base) at the one that fits "
+            "(docs/troubleshooting.md#the-cache-is-of-another-run)."
         )

@@ -13,6 +13,11 @@ from data.samples.geometry import Bucket
 
 LATENTS, MASKED, TEXT = "latents", "masked", "text"  # the kinds of a sample's members with tensors
 
+# Since format 2 every sample has a text member, so that all have the same members: other programs take those of the
+# first samples for everyone's. Where an earlier sample of the shard has the text, it is a safetensors file of nothing.
+TEXT_SUFFIX = "text.safetensors"
+NO_TEXT = struct.pack("<Q", 8) + b"{}".ljust(8)
+
 Tensors = Mapping[str, tuple[str, list[int]]]  # name -> (safetensors dtype, shape)
 
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "I8": torch.int8, "U8": torch.uint8}

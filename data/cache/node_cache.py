@@ -6,19 +6,21 @@ exclusively, the others wait; whoever reads a copy holds it by a shared lock, an
 """
 
 import errno
-import fcntl
 import hashlib
 import logging
 import os
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from configs.errors import InputError
-from data.cache.manifest import ShardTable
+from configs.errors import InputError, StorageFailed
+from data.cache.manifest import FORMAT_VERSION, ShardTable
 from data.cache.shard_index import read_index
 from data.cache_layout import SHARDS, index_path
 from data.storage.atomic_write import fsync_folder, write_atomically
+from data.storage.file_handle import FileHandle
+from data.storage.file_locks import lock, try_lock, unlock
 from data.storage.remote_files import open_url
 from data.storage.retry import ATTEMPTS, with_retries
 
@@ -28,29 +30,21 @@ _CHUNK = 1 << 20
 _POLL_SECONDS = 0.05
 
 
-class FileHandle(int):
-    """A file descriptor that closes itself, and gives its locks back, with its last reference."""
-
-    def __new__(cls, path: Path, flags: int = os.O_RDONLY) -> "FileHandle":
-        return super().__new__(cls, os.open(path, flags, 0o644))
-
-    def __del__(self, close=os.close) -> None:  # bound here: at exit the module may be gone before the last handle
-        close(self)
-
-
 class NodeCache:
     """The copies of one cache's shards; safe to use from many threads and processes.
 
-    url: of the cache.  folder: made if it is not there.  limit_bytes: what all copies in the folder may take; those not
-    held by anyone go first, the longest unused of them first. Only a shard that is needed at once may exceed it.
-    prefetch_share: of it, that may be held for later.
+    url, format_version: of the cache.  folder: made if it is not there.  limit_bytes: what all copies in the folder may
+    take; those not held by anyone go first, the longest unused of them first. Only a shard that is needed at once may
+    exceed it.  prefetch_share: of it, that may be held for later.
     """
 
     prefetch_share = 0.6
 
-    def __init__(self, url: str, folder: Path, limit_bytes: int, table: ShardTable) -> None:
+    def __init__(
+        self, url: str, folder: Path, limit_bytes: int, table: ShardTable, format_version: int = FORMAT_VERSION
+    ) -> None:
         self.url, self.folder, self.limit_bytes = url, folder, limit_bytes
-        self._table = table
+        self._table, self._format_version = table, format_version
         self._shards = folder / SHARDS
         self._shards.mkdir(parents=True, exist_ok=True)
 
@@ -67,6 +61,10 @@ class NodeCache:
     def path(self, number: int) -> Path:
         """The path of a shard's copy, which may not be there."""
         return self._shards / f"{self._table.sha256[number]}.tar"
+
+    def index_path(self, number: int) -> Path:
+        """The path of its index: beside it, whatever its format."""
+        return _index_of(self.path(number))
 
     def url_of(self, number: int) -> str:
         """The URL of a shard."""
@@ -95,14 +93,14 @@ class NodeCache:
         """
         path = self.path(number)
         if _is_at(handle, path):  # at worst a copy that came in this very moment goes too, and is fetched once more
-            index_path(path).unlink(missing_ok=True)
+            _index_of(path).unlink(missing_ok=True)
             path.unlink(missing_ok=True)
 
     def _hold(self, number: int, stop: threading.Event) -> FileHandle | None:
         """A shared lock on a copy, which is now the one used last; None if it is not there."""
         try:
             handle = FileHandle(self.path(number))
-            while not _lock(handle, fcntl.LOCK_SH):
+            while not try_lock(handle, shared=True):
                 if stop.wait(_POLL_SECONDS / 10):  # it is being made room with, or has just been fetched
                     raise _closed(self.url_of(number))
             if os.fstat(handle).st_nlink == 0:
@@ -118,7 +116,7 @@ class NodeCache:
         path, url = self.path(number), self.url_of(number)
         part = path.with_suffix(".part")
         handle = FileHandle(part, os.O_RDWR | os.O_CREAT)
-        while not (is_ours := _lock(handle, fcntl.LOCK_EX)) and _is_at(handle, part):
+        while not (is_ours := try_lock(handle)) and _is_at(handle, part):
             if stop.wait(_POLL_SECONDS):
                 raise _closed(url)
         if not (is_ours and _is_at(handle, part)):
@@ -129,7 +127,7 @@ class NodeCache:
             if not self._make_room(handle, int(self._table.bytes[number]), may_exceed):
                 return False
             with_retries(lambda: self._download(number, handle, url, stop), url, stop=stop, attempts=attempts)
-            self._fetch_index(number, url)
+            self._fetch_index(number)
             part.rename(path)
             fsync_folder(self._shards)
             return True
@@ -138,12 +136,13 @@ class NodeCache:
                 part.unlink()
             # Not left to the handle's end: an error of fsspec's drivers holds itself, and with it every frame that it
             # passed through, until Python's collector comes by; the copy would be locked for as long.
-            fcntl.flock(handle, fcntl.LOCK_UN)
+            unlock(handle)
 
     def _download(self, number: int, handle: FileHandle, url: str, stop: threading.Event) -> None:
         """Fill a .part. Raises OSError if it is not, to the last bit, the shard of the manifest."""
         size, sha256 = int(self._table.bytes[number]), str(self._table.sha256[number])
         digest, received, head = hashlib.sha256(), 0, b""
+        os.lseek(handle, 0, os.SEEK_SET)  # an attempt before this one may have written some of it
         with open_url(url) as file:
             while chunk := file.read(_CHUNK):
                 if stop.is_set():
@@ -152,44 +151,46 @@ class NodeCache:
                 if received + len(chunk) > size:
                     raise OSError(f"more than the {size} bytes of the manifest; it begins with {head!r}")
                 digest.update(chunk)
-                self._write(handle, chunk, received)
+                with self._full_named():
+                    _write(handle, chunk)
                 received += len(chunk)
         if received != size:
             raise OSError(f"{received} bytes, the manifest says {size}; it begins with {head!r}")
         if digest.hexdigest() != sha256:
             raise OSError(f"sha256 {digest.hexdigest()[:12]}, the manifest says {sha256[:12]}; it begins with {head!r}")
-        os.fsync(handle)
+        with self._full_named():  # some filesystems (NFS, quotas) find out no earlier
+            os.fsync(handle)
 
-    def _write(self, handle: FileHandle, data: bytes, offset: int) -> None:
-        view = memoryview(data)
+    @contextmanager
+    def _full_named(self) -> Iterator[None]:
+        """Raises StorageFailed where the disk of the copies turns out to be full: to fetch again would be in vain."""
         try:
-            while view:
-                written = os.pwrite(handle, view, offset)
-                view, offset = view[written:], offset + written
+            yield
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            raise InputError(
+            raise StorageFailed(
                 f"data.local_cache {self.folder}: {error.strerror}. Free room there, or lower data.local_cache_gib."
             ) from error
 
-    def _fetch_index(self, number: int, url: str) -> None:
+    def _fetch_index(self, number: int) -> None:
         """Bring a shard's index too; one that is missing or of another shard is rebuilt from the copy by its reader."""
-        target = index_path(self.path(number))
+        target = self.index_path(number)
+        url = f"{self.url}/{index_path(Path(self._table.path[number]), self._format_version).as_posix()}"
         try:
-            with open_url(_index_url(url)) as file:
+            with open_url(url) as file:
                 data = file.read()
             write_atomically(target, lambda temporary: temporary.write_bytes(data))
             if read_index(target).tar_sha256 != self._table.sha256[number]:
                 target.unlink()
         except Exception as error:  # of any driver
-            log.info("%s: its index is rebuilt (%s)", url, error)
+            log.info("%s: rebuilt from its shard (%s)", url, error)
             target.unlink(missing_ok=True)
 
     def _make_room(self, part: FileHandle, size: int, may_exceed: bool) -> bool:
         """Remove copies until one of `size` bytes fits, and reserve its room by making the .part that large."""
         with (self.folder / "room.lock").open("w") as gate:
-            fcntl.flock(gate, fcntl.LOCK_EX)
+            lock(gate)
             os.ftruncate(part, 0)
             copies = []
             for path in self._shards.iterdir():
@@ -214,21 +215,18 @@ class NodeCache:
             return True
 
 
+def _write(handle: FileHandle, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(handle, view) :]
+
+
 def _closed(url: str) -> InputError:
     return InputError(f"{url}: not fetched, the reader was closed.")
 
 
-def _index_url(url: str) -> str:
-    """The URL of a shard's index."""
-    return url.removesuffix(".tar") + ".index"
-
-
-def _lock(handle: FileHandle, kind: int) -> bool:
-    try:
-        fcntl.flock(handle, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def _index_of(copy: Path) -> Path:
+    return copy.with_suffix(".index")
 
 
 def _is_at(handle: FileHandle, path: Path) -> bool:
@@ -247,9 +245,9 @@ def _remove_unheld(path: Path) -> bool:
         return True
     except PermissionError:  # somebody else's
         return False
-    if not _lock(handle, fcntl.LOCK_EX):
+    if not try_lock(handle):
         return False
     path.unlink(missing_ok=True)
     if not path.with_suffix(".tar").exists():
-        index_path(path).unlink(missing_ok=True)
+        _index_of(path).unlink(missing_ok=True)
     return True

@@ -6,7 +6,15 @@ from pathlib import Path
 
 from configs.errors import InputError, list_problems
 from configs.schema import Config
-from data.cache.manifest import Manifest, ShardTable, hash_files, read_manifest, read_shard_table, refuse_other_settings
+from data.cache.manifest import (
+    Manifest,
+    ShardTable,
+    cache_errors_named,
+    hash_files,
+    read_manifest,
+    read_shard_table,
+    refuse_other_settings,
+)
 from data.cache.node_cache import NodeCache
 from data.cache.remote_manifest import fetch_manifest
 from data.cache.same_pictures import refuse_other_pictures
@@ -38,7 +46,8 @@ def open_cache(config: Config, model: Path, *, check_shards: bool = True) -> Cac
     else:
         assert data.local_cache is not None  # the config's own check
         folder = fetch_manifest(data.cache, data.local_cache)
-    manifest, table = read_manifest(folder), read_shard_table(folder)
+    with cache_errors_named(folder):
+        manifest, table = read_manifest(folder), read_shard_table(folder)
     refuse_other_settings(config, model, manifest)
     if hash_files(folder, [SHARD_TABLE])[SHARD_TABLE] != manifest.files.get(SHARD_TABLE):
         raise InputError(
@@ -49,11 +58,12 @@ def open_cache(config: Config, model: Path, *, check_shards: bool = True) -> Cac
         assert data.local_cache is not None
         if check_shards:
             refuse_other_pictures(config, None, manifest, table)
-        return Cache(
-            folder, manifest, table, NodeCache(data.cache, data.local_cache, int(data.local_cache_gib * 2**30), table)
-        )
+        limit = int(data.local_cache_gib * 2**30)
+        copies = NodeCache(data.cache, data.local_cache, limit, table, manifest.format_version)
+        return Cache(folder, manifest, table, copies)
     if check_shards:
-        _refuse_missing_shards(folder, table)
+        with cache_errors_named(folder):
+            _refuse_missing_shards(folder, table)
         refuse_other_pictures(config, folder, manifest, table)
     return Cache(folder, manifest, table)
 

@@ -1,6 +1,5 @@
 """The manifest of a remote cache and the small files that it lists, copied to this node."""
 
-import fcntl
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from configs.errors import InputError
 from data.cache.manifest import Manifest, hash_files, parse_manifest
 from data.cache_layout import MANIFEST
 from data.storage.atomic_write import write_atomically
+from data.storage.file_locks import lock, require_file_locks
 from data.storage.remote_files import open_url
 from data.storage.retry import with_retries
 
@@ -25,12 +25,13 @@ def fetch_manifest(url: str, local_cache: Path) -> Path:
     what cannot be fetched after many attempts, and for a manifest that is none; or naming data.local_cache, if that
     cannot be written to.
     """
+    require_file_locks("data.cache at a URL")
     place = f"{url}/{MANIFEST}"
     data = with_retries(partial(_read, place), place)
     manifest = parse_manifest(data, place)
     folder = local_cache / "heads" / f"{xxhash.xxh3_64_hexdigest(url.encode())}-{xxhash.xxh3_64_hexdigest(data)}"
-    with _open_lock(folder / "fetch.lock", local_cache) as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _open_lock(folder / "fetch.lock", local_cache) as fetching:
+        lock(fetching)
         missing = _missing(folder, manifest)
         with ThreadPoolExecutor(_PARALLEL) as pool:
             for fetched in [pool.submit(_fetch, url, folder, path, manifest.files[path]) for path in missing]:

@@ -19,7 +19,7 @@ from configs.mask_recipe import mask_folder, recipe_of
 from configs.schema import Config
 from configs.urls import is_url
 from data.cache.manifest import Manifest, ShardTable
-from data.cache.shard_index import read_index
+from data.cache.shard_index import read_index, rebuild_index
 from data.cache_layout import index_path
 from data.sources.folders import list_folders
 from data.sources.items import Item
@@ -53,10 +53,10 @@ def refuse_other_pictures(config: Config, folder: Path | None, manifest: Manifes
             )
             continue
         assert folder is not None
-        stored = dict(_some_samples(folder, table, dataset.name))
         try:
+            stored = dict(_some_samples(folder, manifest, table, dataset.name))
             problem = _first_other(dataset, stored, config.data.max_megapixels)
-        except InputError as error:
+        except InputError as error:  # of the pictures, or a damaged shard, which who reads it judges
             log.warning("%s. Whether the same pictures are there could not be found out: %s", where, error)
             continue
         if problem is not None:
@@ -92,13 +92,20 @@ def _reason_not_to_look(dataset: DatasetConfig, folder: Path | None) -> str | No
     return None
 
 
-def _some_samples(folder: Path, table: ShardTable, dataset: str) -> Iterator[tuple[str, dict[str, str]]]:
+def _some_samples(
+    folder: Path, manifest: Manifest, table: ShardTable, dataset: str
+) -> Iterator[tuple[str, dict[str, str]]]:
     """Key -> JSON member of some samples of a dataset, from up to 16 shards."""
     shards = np.flatnonzero(table.dataset == dataset)
     few = shards[np.linspace(0, len(shards) - 1, min(len(shards), _LOOKED_AT)).astype(int)]
     for shard in few:
         path = folder / str(table.path[shard])
-        index = read_index(index_path(path))
+        index_file = index_path(path, manifest.format_version)
+        try:
+            index = read_index(index_file)
+        except FileNotFoundError:  # as for who reads the samples
+            plan, sha256 = str(table.plan[shard]), str(table.sha256[shard])
+            index = rebuild_index(path, index_file, plan=plan, sha256=sha256)
         rows = np.linspace(0, index.num_samples - 1, min(index.num_samples, -(-_LOOKED_AT // len(few)))).astype(int)
         with path.open("rb") as tar:
             for row in rows:

@@ -1,4 +1,4 @@
-"""The index of a shard: where its members lie, and their checksums; written beside the tar, or rebuilt from it."""
+"""The index of a shard: where its members lie, and their checksums; written with the tar, or rebuilt from it."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from configs.errors import InputError
-from data.cache_layout import index_path
+from data.cache.members import NO_TEXT, TEXT_SUFFIX
 from data.storage.atomic_write import write_bytes_atomically
 
 Place = tuple[int, int, int]  # offset, size and xxh3 of a member's data
@@ -29,6 +29,7 @@ class ShardIndex:
     text_row: int32 [n], row of the sample's text.  tokens: int32 [n].
     hole_fraction: fp32 [n, k], share of the area that is painted.
     keys: n names.  plan: 32 hex digits, what the shard was made from.  tar_bytes, tar_sha256: of the tar.
+    format_version: of the tar; since 2 a text stands with the first sample that has it.
     """
 
     latents: np.ndarray
@@ -46,6 +47,7 @@ class ShardIndex:
     plan: str
     tar_bytes: int
     tar_sha256: str
+    format_version: int = 1
 
     @property
     def num_samples(self) -> int:
@@ -80,7 +82,13 @@ class IndexRow:
 
 
 def build_index(
-    rows: Sequence[IndexRow], texts: Sequence[Place], *, plan: str, tar_bytes: int, tar_sha256: str
+    rows: Sequence[IndexRow],
+    texts: Sequence[Place],
+    *,
+    plan: str,
+    tar_bytes: int,
+    tar_sha256: str,
+    format_version: int,
 ) -> ShardIndex:
     """The index of a tar with these samples and texts, each in the tar's order."""
     num_variants = len(rows[0].masked) if rows else 0
@@ -104,6 +112,7 @@ def build_index(
         plan=plan,
         tar_bytes=tar_bytes,
         tar_sha256=tar_sha256,
+        format_version=format_version,
     )
 
 
@@ -127,6 +136,8 @@ def write_index(path: Path, index: ShardIndex) -> None:
         "tar_bytes": np.array([index.tar_bytes], dtype=np.int64),
         "tar_sha256": np.frombuffer(bytes.fromhex(index.tar_sha256), dtype=np.uint8),
     }
+    if index.format_version > 1:  # those of format 1 have no such column
+        columns["format_version"] = np.array([index.format_version], dtype=np.int64)
     contiguous = {name: np.ascontiguousarray(column) for name, column in columns.items()}
     contiguous["checksum"] = np.frombuffer(_checksum(contiguous), dtype=np.uint8)
     write_bytes_atomically(path, save(contiguous))
@@ -150,11 +161,13 @@ def read_index(path: Path) -> ShardIndex:
         if stored != _checksum(columns):
             raise ValueError("its checksum differs")
         keys = columns.pop("keys").tobytes().decode()
+        format_version = columns.pop("format_version", np.ones(1, dtype=np.int64))
         return ShardIndex(
             keys=tuple(keys.split("\n")) if keys else (),
             plan=columns.pop("plan").tobytes().hex(),
             tar_bytes=int(columns.pop("tar_bytes")[0]),
             tar_sha256=columns.pop("tar_sha256").tobytes().hex(),
+            format_version=int(format_version[0]),
             **columns,
         )
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -174,8 +187,8 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def rebuild_index(tar: Path, *, plan: str, sha256: str) -> ShardIndex:
-    """The index of a shard whose index was lost, from the tar itself; written beside it, if that can be written to.
+def rebuild_index(tar: Path, path: Path, *, plan: str, sha256: str) -> ShardIndex:
+    """The index of a shard whose index was lost, from the tar itself; written to `path`, if that can be written to.
 
     Raises InputError if the tar is missing or its sha256 is not the one given: a damaged tar would be indexed short
     without complaint, as Python's tarfile takes a bad header for the end.
@@ -197,7 +210,12 @@ def rebuild_index(tar: Path, *, plan: str, sha256: str) -> ShardIndex:
             members.setdefault(key, {})[suffix] = (member.offset_data, member.size, xxhash.xxh3_64_intdigest(data))
             if suffix == "json":
                 metas[key] = json.loads(data)
-    texts = {key: suffixes["safetensors"] for key, suffixes in members.items() if key not in metas}
+    format_version = 2 if any(TEXT_SUFFIX in suffixes for suffixes in members.values()) else 1
+    if format_version == 1:
+        texts = {key: suffixes["safetensors"] for key, suffixes in members.items() if key not in metas}
+    else:
+        with_text = ((meta["text"], members[key][TEXT_SUFFIX]) for key, meta in metas.items())
+        texts = {text: place for text, place in with_text if place[1] != len(NO_TEXT)}
     text_rows = {text: row for row, text in enumerate(texts)}
     rows = [
         IndexRow(
@@ -211,7 +229,15 @@ def rebuild_index(tar: Path, *, plan: str, sha256: str) -> ShardIndex:
         )
         for key, meta in metas.items()
     ]
-    index = build_index(rows, list(texts.values()), plan=plan, tar_bytes=tar.stat().st_size, tar_sha256=sha256)
+    index = build_index(
+        rows,
+        list(texts.values()),
+        plan=plan,
+        tar_bytes=tar.stat().st_size,
+        tar_sha256=sha256,
+        format_version=format_version,
+    )
     with suppress(OSError):  # a cache that is shared read-only; the next process does this again
-        write_index(index_path(tar), index)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_index(path, index)
     return index

@@ -1,10 +1,11 @@
-"""The writer of a shard: a plain WebDataset tar, and beside it the index of its members (shard_index.py).
+"""The writer of a shard: a plain WebDataset tar, and the index of its members (shard_index.py).
 
 A shard holds samples of one dataset, bucket and split:
-    text-<hash>.safetensors     t5 bf16 [L, D], pooled bf16 [P]; once per shard, ahead of its first use
+    <key>.text.safetensors      t5 bf16 [L, D], pooled bf16 [P]; nothing if an earlier sample of its caption has them
     <key>.safetensors           latents bf16 [16, h, w]
     <key>.m<k>.safetensors      masked_latents bf16 [16, h, w], mask uint8 [H, W/8] (bit-packed rows); one per variant
     <key>.json                  caption, text, dataset, target, original size, crop, hole fractions
+In format 1 a text is a sample of its own, ahead of the others: text-<hash>.safetensors.
 `webdataset.WebDataset(path)` reads it without any of this.
 """
 
@@ -26,6 +27,8 @@ from safetensors.torch import save
 from torch import Tensor
 from webdataset import TarWriter
 
+from data.cache.manifest import FORMAT_VERSION
+from data.cache.members import NO_TEXT, TEXT_SUFFIX
 from data.cache.shard_index import IndexRow, Place, ShardIndex, build_index, write_index
 from data.cache_layout import index_path
 from data.encoders.encode import NotFinite
@@ -86,17 +89,21 @@ class ShardWriter:
     All of it raises DiskFull where there is no room.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, format_version: int = FORMAT_VERSION) -> None:
         self.path = path
+        self._format_version = format_version
+        self._index_path = index_path(path, format_version)
         # Of its own name: a worker that was taken for dead may still write when another makes the shard again.
         self._part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
         with raise_disk_full(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            self._index_path.parent.mkdir(parents=True, exist_ok=True)
             self._sink = _HashingFile(self._part)
         self._tar = TarWriter(self._sink, encoder=False, mtime=0, user="fluxfill", group="fluxfill")
         self._offset = 0
         self._texts: list[Place] = []
         self._text_rows: dict[str, int] = {}
+        self._unwritten: dict[str, bytes] = {}  # texts that wait for their first sample
         self._rows: list[IndexRow] = []
 
     def __enter__(self) -> "ShardWriter":
@@ -127,18 +134,29 @@ class ShardWriter:
 
     def add_text(self, text: str, **tensors: Tensor) -> None:
         """Store a caption's tensors under `text`, once: `pooled` bf16 [P], `t5` bf16 [L, D] (or int8 with `t5_scale`
-        fp32 [L]).
+        fp32 [L]). Raises NotFinite if they are not.
 
-        Raises NotFinite if they are not.
+        Since format 2 they are written with the first sample that has them, and wait for it in memory.
         """
         self._refuse_non_finite(text, **tensors)
-        self._text_rows[text] = len(self._texts)
         data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
-        self._texts.append(self._add_member(text, "safetensors", data))
+        if self._format_version == 1:
+            self._note_text(text, self._add_member(text, "safetensors", data))
+        else:
+            self._unwritten[text] = data
+
+    def _note_text(self, text: str, place: Place) -> None:
+        self._text_rows[text] = len(self._texts)
+        self._texts.append(place)
 
     def add_sample(self, sample: SampleTensors) -> None:
         """Store a sample whose text was added before. Raises NotFinite if its tensors are not."""
         self._refuse_non_finite(sample.key, latents=sample.latents)
+        if sample.text in self._unwritten:
+            data = self._unwritten.pop(sample.text)
+            self._note_text(sample.text, self._add_member(sample.key, TEXT_SUFFIX, data))
+        elif self._format_version > 1:
+            self._add_member(sample.key, TEXT_SUFFIX, NO_TEXT)
         member = self._add_member(sample.key, "safetensors", save({"latents": sample.latents.contiguous()}))
         variants = []
         for variant, (masked_latents, mask) in enumerate(zip(sample.masked_latents, sample.masks, strict=True)):
@@ -173,16 +191,25 @@ class ShardWriter:
             self._tar.close()
             self._sink.commit()
         tar_bytes, tar_sha256 = self._part.stat().st_size, self._sink.sha256.hexdigest()
-        index = build_index(self._rows, self._texts, plan=plan, tar_bytes=tar_bytes, tar_sha256=tar_sha256)
+        index = build_index(
+            self._rows,
+            self._texts,
+            plan=plan,
+            tar_bytes=tar_bytes,
+            tar_sha256=tar_sha256,
+            format_version=self._format_version,
+        )
         check()
-        # At no moment does an index stand beside a tar that it does not describe: a new one beside an old tar, perhaps
-        # of the same size, would pass for a finished shard.
-        index_path(self.path).unlink(missing_ok=True)
+        # At no moment is there an index of a tar that it does not describe: a new one with an old tar, perhaps of the
+        # same size, would pass for a finished shard. Nor after a power cut, though the two lie in different folders.
+        with suppress(FileNotFoundError):
+            self._index_path.unlink()
+            fsync_folder(self._index_path.parent)
         self._part.replace(self.path)
         fsync_folder(self.path.parent)
         check()
         try:
-            write_index(index_path(self.path), index)
+            write_index(self._index_path, index)
         except DiskFull:
             self.path.unlink(missing_ok=True)  # of no use without it, and nothing is as large
             raise

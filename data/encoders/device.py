@@ -55,5 +55,5 @@ def no_memory(device: torch.device, doing: str, error: torch.OutOfMemoryError) -
     return InputError(
         f"{device} has no memory left to {doing} ({error}). Lower data.encode_batch_size, or place the encoders "
         "elsewhere: data.encoders sets the device of each (cuda:1, or cpu) and T5's precision; for data.mode online, "
-        "data.encoder_devices names GPUs of their own."
+        "data.encoder_devices names GPUs of their own (docs/troubleshooting.md#out-of-memory)."
     )

@@ -10,7 +10,7 @@ import torch
 
 from configs.data_schema import EncodersConfig
 from configs.errors import InputError
-from data.samples.geometry import LATENT_CHANNELS
+from configs.flux_shape import LATENT_CHANNELS
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,9 @@ def load_vae(model: Path, *, device: torch.device, dtype: torch.dtype):
 
     folder = model / "vae"
     with _reading(folder):
-        vae, report = AutoencoderKL.from_pretrained(model, subfolder="vae", torch_dtype=dtype, output_loading_info=True)
+        vae, report = AutoencoderKL.from_pretrained(
+            model, subfolder="vae", torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
         _refuse_gaps(folder, report["missing_keys"])
     if vae.config.latent_channels != LATENT_CHANNELS or vae.config.shift_factor is None:
         raise InputError(
@@ -124,7 +126,8 @@ def load_t5(model: Path, *, device: torch.device, dtype: torch.dtype, int8: bool
 
 def _load_part(kind: Any, folder: Path, **options: Any) -> Any:
     with _reading(folder):
-        encoder, report = kind.from_pretrained(folder, output_loading_info=True, **options)
+        # Else of a folder without safetensors its .bin is read, a pickle.
+        encoder, report = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
         _refuse_gaps(folder, report["missing_keys"])
     return encoder
 
@@ -133,7 +136,7 @@ def _load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     with _reading(folder):
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # else a terminal is asked
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """A model's folder: found, checked for its parts, and the fingerprints of its encoders."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import xxhash
@@ -10,23 +11,32 @@ from configs.errors import InputError
 PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
 ENCODERS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
+_KINDS = ("json", "safetensors", "txt", "model")  # of a part's files: pickles and other programs' weights are none
+
 _PROBE_BYTES = 1 << 16
 _PROBES = 64
 
 
-def find_model(base: str) -> Path:
+def find_model(base: str, *, download: bool = True) -> Path:
     """The folder of a model in diffusers' layout: a folder as given, or the local copy of a hub repository.
 
+    download: fetch what the local copy lacks.
     Raises InputError, naming the part, if something a run needs is missing.
     """
     folder = Path(base).expanduser()
     if not folder.is_dir():
-        if folder.suffix in {".safetensors", ".ckpt", ".pt"} or folder.is_absolute() or base.count("/") != 1:
+        if folder.is_file():
             raise InputError(
-                f"model.base {base}: no such folder. Give a folder in diffusers' layout (model_index.json beside "
-                f"{', '.join(PARTS)}) or a hub id such as black-forest-labs/FLUX.1-Fill-dev."
+                f"model.base {base}: is a file. `fluxfill fetch {base} --out DIR` makes a folder in diffusers' layout "
+                "of it; point model.base at that."
             )
-        folder = _download(base)
+        if not is_hub_id(base):
+            seen_from = "" if folder.is_absolute() else f", seen from {Path.cwd()}"
+            raise InputError(
+                f"model.base {base}: no such folder{seen_from}. Give a folder in diffusers' layout (model_index.json "
+                f"beside {', '.join(PARTS)}) or a hub id such as black-forest-labs/FLUX.1-Fill-dev."
+            )
+        folder = _local_copy(base, download=download)
     missing = [part for part in PARTS if not (folder / part).is_dir()]
     if not (folder / "model_index.json").is_file():
         missing.insert(0, "model_index.json")
@@ -38,19 +48,34 @@ def find_model(base: str) -> Path:
     return folder
 
 
-def _download(base: str) -> Path:
+def is_hub_id(base: str) -> bool:
+    """Whether model.base may name a hub repository where no folder is called so: "owner/name"."""
+    path = Path(base).expanduser()
+    is_file = path.suffix in {".safetensors", ".ckpt", ".pt"}
+    return not path.is_dir() and not is_file and not path.is_absolute() and base.count("/") == 1
+
+
+def hub_patterns(without_weights: Collection[str] = ()) -> list[str]:
+    """Patterns of the files of a hub repository that a model needs; of some parts the config alone.
+
+    The hub also holds BFL's single file, as large as the transformer again: it is in no part's folder.
+    """
+    whole = [f"{part}/*.{kind}" for part in PARTS if part not in without_weights for kind in _KINDS]
+    return ["model_index.json", *whole, *(f"{part}/config.json" for part in without_weights)]
+
+
+def _local_copy(base: str, *, download: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    # The hub also holds BFL's single file, as large as the transformer again.
-    wanted = ["model_index.json", *(f"{part}/*" for part in PARTS)]
     try:
-        return Path(snapshot_download(base, allow_patterns=wanted))
+        return Path(snapshot_download(base, allow_patterns=hub_patterns(), local_files_only=not download))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise InputError(
-            f"model.base {base}: neither a folder here nor to be had from the hub ({type(error).__name__}). If it is "
-            "gated, accept its licence on the hub's page and log in with `hf auth login`; without a network, give the "
-            "folder of a copy."
+            f"model.base {base}: neither a folder here nor to be had from the hub ({type(error).__name__}). Run "
+            f"`fluxfill fetch {base}` where there is a network: it says what is missing. A gated model "
+            "wants its licence accepted on the hub's page and `hf auth login` "
+            "(docs/troubleshooting.md#the-model-cannot-be-fetched)."
         ) from error
 
 

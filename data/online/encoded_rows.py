@@ -153,12 +153,16 @@ class EncodedRows:
                         with_text=["t5" in row.out for row in run],
                     ),
                 )
-                for run in in_batches(decoded, self._data.encode_batch_size)
+                for run in in_batches(decoded, self._pictures_at_once(decoded))
             ]
         except BaseException as error:
             _fail(group, error)
             return
         self._delivering.submit(self._deliver, group, encoded)
+
+    def _pictures_at_once(self, decoded: Sequence[_DecodedRow]) -> int:
+        """decoded: of one global batch, and so of one bucket."""
+        return self._data.pictures_at_once(decoded[0].sample.bucket.pixels) if decoded else 1
 
     def _deliver(self, group: Sequence[_Begun], encoded: Iterable[tuple[Sequence[_DecodedRow], EncodedBatch]]) -> None:
         try:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from configs.errors import StorageFailed
-from data.batches.shard_reader import Buffers, DamagedShard, ShardReader
+from configs.errors import InputError, StorageFailed
+from data.batches.shard_reader import Buffers, ShardReader
 from data.cache.manifest import Manifest, ShardTable
 from data.cache.open_cache import Cache
 from data.preprocessing.shard_queue import read_finished
@@ -51,14 +51,14 @@ class FinishedShards:
             return False
         try:
             self._reader.read(shard, row, out, variant=variant)
-        except DamagedShard as error:
-            if self._forget(shard, look_at=math.inf):
-                log.warning("%s\nThis run goes on and encodes its samples.", error)
-            return False
         except StorageFailed:
             if (self._folder / self._plans[shard].path).exists():
                 raise
             self._forget(shard, look_at=time.monotonic() + LOOK_SECONDS)  # deleted by who made another plan
+            return False
+        except InputError as error:  # the shard or its index is damaged, or is another since it was found
+            if self._forget(shard, look_at=math.inf):
+                log.warning("%s\nThis run goes on and encodes its samples.", error)
             return False
         return True
 

@@ -38,6 +38,7 @@ from data.preprocessing.worker import Worker
 from data.samples.decode import in_batches, load_pixels
 from data.samples.geometry import Bucket, Pixels
 from data.samples.shard_plan import PlannedShard
+from data.sources.download_cache import keep_copies
 
 
 def encoder_device(config: Config, *, local_rank: int, own: torch.device) -> torch.device:
@@ -56,7 +57,9 @@ def encoder_device(config: Config, *, local_rank: int, own: torch.device) -> tor
 
 
 def plan_online(config: Config, model: Path, console: Console) -> list[PlannedShard]:
-    """The shards that preprocessing would make. Raises one InputError that lists all problems of the pictures."""
+    """The shards that preprocessing would make. Raises one InputError that lists all problems of the pictures. A job
+    that completes the cache beside this process leaves it the copies that it reads."""
+    keep_copies(config.data.cache_folder)
     with open_progress(console, Worker()) as progress:
         return make_plan(Job(config, model, encoder_fingerprints(model)), progress)
 
@@ -127,8 +130,8 @@ class OnlineTrainingSet:
         for place, (_, sample) in enumerate(chosen):
             by_bucket[sample.bucket].append(place)
         tensors: dict[int, dict[str, Tensor]] = {}
-        for places in by_bucket.values():
-            for run in in_batches(places, self._config.data.encode_batch_size):
+        for bucket, places in by_bucket.items():
+            for run in in_batches(places, self._config.data.pictures_at_once(bucket.pixels)):
                 batch = self._encoder.encode(
                     [chosen[place][1] for place in run],
                     [pixels[place] for place in run],

@@ -84,16 +84,17 @@ def measure(
         captions = sum(len({sample.text for sample in plan.samples}) for plan in plans)
         fullest = max(plans, key=lambda plan: len(plan.samples))
         samples = fullest.samples[: data.encode_batch_size]
+        pictures = samples[: data.pictures_at_once(fullest.bucket.pixels)]
         decode_each = _time_decoding(samples, data, worker.decode_threads)
-        vae_each = time_pixels(samples, encoders, data)
+        vae_each = time_pixels(pictures, encoders, data)
         text_each = time_captions(samples, encoders, data)
         vae += count * vae_each
         text += captions * text_each
         decode += count * decode_each
         console.print(
-            f"{fullest.bucket}, {len(samples)} at once, measured: VAE {1 / vae_each:.1f} pictures/s, "
-            f"text {1 / text_each:.1f} captions/s, decoding {1 / decode_each:.1f} pictures/s by "
-            f"{worker.decode_threads} threads",
+            f"{fullest.bucket}, measured: VAE {1 / vae_each:.1f} pictures/s, {len(pictures)} at once, "
+            f"text {1 / text_each:.1f} captions/s, {len(samples)} at once, "
+            f"decoding {1 / decode_each:.1f} pictures/s by {worker.decode_threads} threads",
             highlight=False,
         )
     return Estimate(max(vae, text) if encoders.text_has_its_own_device else vae + text, decode)

@@ -4,7 +4,7 @@
     the calling thread      queue the batch's work on the device, never waiting for it
     a thread of its own     wait for the tensors, write, hash, fsync, rename                  behind it: write_shards.py
 
-A shard's batches depend on its plan and the batch size alone, so its bytes do not depend on who makes it.
+A shard's batches depend on its plan and data.encode_batch_size alone, so its bytes do not depend on who makes it.
 """
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -94,15 +94,15 @@ def _ready_batches(
         # There a shard's text is encoded while the VAE is busy with the shard before.
         with_texts = run_ahead(((plan, iter(list(texts))) for plan, texts in with_texts), depth=1)
     ahead = -(-2 * threads // data.encode_batch_size)
-    decoded = decode_batches(_split_into_batches(with_texts, data.encode_batch_size), data, pool, ahead=ahead)
+    decoded = decode_batches(_split_into_batches(with_texts, data), data, pool, ahead=ahead)
     return run_ahead((_make_ready(batch, encoders.vae.device) for batch in decoded), _BATCHES_AHEAD)
 
 
 def _split_into_batches(
-    shards: Iterable[tuple[PlannedShard, Iterator[EncodedTexts]]], size: int
+    shards: Iterable[tuple[PlannedShard, Iterator[EncodedTexts]]], data: DataConfig
 ) -> Iterator[tuple[_BatchOfShard, Sequence[PlannedSample]]]:
     for plan, texts in shards:
-        count = len(plan.samples)
+        count, size = len(plan.samples), data.pictures_at_once(plan.bucket.pixels)
         for first in range(0, count, size):
             place = _BatchOfShard(plan, texts if first == 0 else None, is_last=first + size >= count)
             yield place, plan.samples[first : first + size]

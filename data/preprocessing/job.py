@@ -1,13 +1,14 @@
 """A preprocessing job: a config with the model that encodes for it, and the shards it makes of the pictures."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from rich.progress import Progress
 
 from configs.cache_settings import tensor_settings, worker_settings
 from configs.schema import Config
-from data.cache.manifest import FORMAT_VERSION
+from data.cache.manifest import read_format
 from data.encoders.model_folder import read_part_number
 from data.encoders.stored_text import text_bytes
 from data.samples.plan import plan_samples
@@ -26,6 +27,12 @@ class Job:
     thorough: bool = False
     replace: bool = False
 
+    @cached_property
+    def format_version(self) -> int:
+        """The format of the job's cache, as it was when the job began: one that was begun in format 1 goes on in it, so
+        that no shard of it is encoded again."""
+        return read_format(self.config.data.cache_folder)
+
     @property
     def encoding(self) -> dict[str, object]:
         """All that shapes the tensors besides the pictures and captions."""
@@ -35,7 +42,7 @@ class Job:
     def settings(self) -> dict[str, object]:
         """Settings that workers on one cache must agree in: all that shapes the plan."""
         encoders = {f"model's {part}": print for part, print in self.encoders.items()}
-        return {"format": FORMAT_VERSION, **encoders, **worker_settings(self.config.data)}
+        return {"format": self.format_version, **encoders, **worker_settings(self.config.data)}
 
     @property
     def text_bytes(self) -> int:
@@ -55,5 +62,5 @@ def make_plan(job: Job, progress: Progress) -> list[PlannedShard]:
         size_limit=job.config.data.shard_size_mib << 20,
         text_bytes=job.text_bytes,
         encoding=job.encoding,
-        format_version=FORMAT_VERSION,
+        format_version=job.format_version,
     )

@@ -16,7 +16,7 @@ import xxhash
 from configs.cache_settings import picture_settings, plan_settings
 from configs.errors import InputError
 from data.cache.shard_index import ShardIndex, read_index
-from data.cache_layout import OWNER, SHARDS, files_of_plans, index_path
+from data.cache_layout import OWNER, SHARDS, index_path, tars_of
 from data.preprocessing.job import Job
 from data.samples.shard_plan import PlannedShard
 from data.storage.atomic_write import write_text_atomically
@@ -77,7 +77,7 @@ def refuse_to_delete(job: Job, plans: Sequence[PlannedShard] | None = None) -> N
     for dataset in sorted(path.name for path in (cache / SHARDS).glob("*")):
         if _may_change(dataset, owner, wanted) or (plans is None and dataset in wanted.pictures):
             continue
-        shards = _read_indexes(cache, dataset)
+        shards = _read_indexes(cache, dataset, job.format_version)
         planned = {plan.path: plan for plan in plans or () if plan.dataset == dataset}
         gone = [index for path, index in shards.items() if path not in planned or planned[path].plan != index.plan]
         if gone and not (owner and owner.run == wanted.run and _are_of_same_names(shards.values(), planned.values())):
@@ -113,13 +113,13 @@ def _are_of_same_names(shards: Iterable[ShardIndex], planned: Iterable[PlannedSh
     return 2 * sum(key in names for key in keys) >= len(keys)
 
 
-def _read_indexes(cache: Path, dataset: str) -> dict[str, ShardIndex]:
+def _read_indexes(cache: Path, dataset: str, format_version: int) -> dict[str, ShardIndex]:
     """Path below the cache -> index, of a dataset's shards that are finished."""
-    paths = [path for path in files_of_plans(cache) if path.suffix == ".tar" and path.parent.name == dataset]
+    paths = tars_of(cache, dataset)
 
     def read(tar: Path) -> ShardIndex | None:
         try:
-            return read_index(index_path(tar))
+            return read_index(index_path(tar, format_version))
         except (FileNotFoundError, InputError):
             return None  # not finished, or damaged
 

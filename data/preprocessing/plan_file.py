@@ -42,7 +42,7 @@ class PlanFile:
         return map(self.load, self.specs)
 
 
-_COLUMNS = ("path", "dataset", "bucket", "split", "plan", "num_samples", "num_bytes")
+_COLUMNS = ("path", "dataset", "bucket", "split", "plan", "num_samples", "num_bytes", "format_version")
 
 
 def write_plan(path: Path, plans: Iterable[PlannedShard]) -> None:
@@ -56,7 +56,7 @@ def write_plan(path: Path, plans: Iterable[PlannedShard]) -> None:
                 size = file.write(zlib.compress(_SAMPLES.dump_json(plan.samples), level=1))
                 bucket = (plan.bucket.height, plan.bucket.width)
                 told = (plan.path, plan.dataset, bucket, plan.split, plan.plan, plan.num_samples, plan.num_bytes)
-                rows.append((*told, offset, size))
+                rows.append((*told, plan.format_version, offset, size))
             offset = file.tell()
             size = file.write(zlib.compress(json.dumps(rows).encode(), level=1))
             file.write(offset.to_bytes(8, "little") + size.to_bytes(8, "little"))
@@ -74,11 +74,9 @@ def read_plan(path: Path) -> PlanFile:
         return _read(path, int.from_bytes(footer[:8], "little"), int.from_bytes(footer[8:], "little"))
 
     specs, places, buckets = [], {}, dict[tuple[int, ...], Bucket]()
-    for name, dataset, sides, split, plan, num_samples, num_bytes, offset, size in json.loads(
-        retry_if_stale(path, read)
-    ):
+    for name, dataset, sides, split, plan, *numbers, offset, size in json.loads(retry_if_stale(path, read)):
         bucket = buckets.setdefault(tuple(sides), Bucket(*sides))  # one for all: there may be a million shards
-        specs.append(ShardSpec(name, sys.intern(dataset), bucket, sys.intern(split), plan, num_samples, num_bytes))
+        specs.append(ShardSpec(name, sys.intern(dataset), bucket, sys.intern(split), plan, *numbers))
         places[name] = (offset, size)
     return PlanFile(path, tuple(specs), places)
 

@@ -49,7 +49,7 @@ from data.samples.shard_plan import PlannedShard
 from data.sources.download_cache import delete_copies
 from data.sources.problems import Findings
 from data.sources.scan import scan_dataset
-from data.storage.disk_full import DiskFull, raise_disk_full
+from data.storage.disk_full import FINISHED_IS_KEPT, DiskFull, raise_disk_full
 
 _DROPOUT_TENSORS, _MANIFEST = "constants", "head"  # what can be claimed, besides shards
 
@@ -72,7 +72,7 @@ def preprocess(
     job = Job(config, model, encoder_fingerprints(model), thorough, replace)
     try:
         with (
-            raise_disk_full(cache),
+            raise_disk_full(cache, kept=FINISHED_IS_KEPT),
             join(cache / CREW, job.settings) as group,
             open_progress(console, worker) as progress,
         ):
@@ -111,12 +111,12 @@ def _take_part(job: Job, group: WorkerGroup, worker: Worker, progress: Progress)
 
 def _plan(job: Job, progress: Progress) -> list[PlannedShard]:
     """The plan of a job, whose run owns the cache from now on."""
-    plans = _make_own_plan(job, progress)
+    plans = make_own_plan(job, progress)
     write_owner(job)
     return plans
 
 
-def _make_own_plan(job: Job, progress: Progress) -> list[PlannedShard]:
+def make_own_plan(job: Job, progress: Progress) -> list[PlannedShard]:
     """The plan of a job. Raises InputError if it would delete what the cache holds for another run."""
     if not job.replace:
         refuse_to_delete(job)
@@ -255,7 +255,7 @@ def dry_run(
     model = find_model(config.model.base)
     job = Job(config, model, encoder_fingerprints(model), thorough, replace)
     with raise_disk_full(data.cache_folder), open_progress(console, worker) as progress:
-        plans = _make_own_plan(job, progress)
+        plans = make_own_plan(job, progress)
     finished = read_finished_of(data.cache_folder, plans)
     todo = [plan for plan, shard in zip(plans, finished, strict=True) if shard is None]
     print_counts(console, data.cache_folder, plans, todo)

@@ -24,13 +24,13 @@ SHARD_CLAIMS = "shards."  # what the names of their claims begin with
 
 def read_finished(cache: Path, plan: ShardSpec) -> ShardIndex | None:
     """The index of a shard that is finished and made from this plan; else None."""
-    tar = cache / plan.path
-    return retry_if_stale(index_path(tar), partial(_read_finished, tar, plan))
+    path = index_path(cache / plan.path, plan.format_version)
+    return retry_if_stale(path, partial(_read_finished, cache / plan.path, path, plan))
 
 
-def _read_finished(tar: Path, plan: ShardSpec) -> ShardIndex | None:
+def _read_finished(tar: Path, path: Path, plan: ShardSpec) -> ShardIndex | None:
     try:
-        index = read_index(index_path(tar))
+        index = read_index(path)
         is_finished = tar.stat().st_size == index.tar_bytes and index.plan == plan.plan
     except (FileNotFoundError, InputError):
         return None
@@ -67,7 +67,7 @@ class ShardQueue:
         self._cache, self._plan, self._group = cache, plan, group
         self._in_work: set[str] = set()
         self._problems: dict[str, str] = {}
-        self._folders = sorted({(cache / spec.path).parent for spec in unfinished})
+        self._folders = sorted({self._index(spec).parent for spec in unfinished})
         self._inodes, self._looked = self._list_indexes(), time.monotonic()
 
     # --- taking
@@ -87,7 +87,7 @@ class ShardQueue:
         name = _claim_name(plan)
         if problem := self._group.failure(name):
             self._drop(plan)
-            self._problems[plan.path] = problem
+            self._problems[plan.path] = str(problem)
             return False
         if read_finished(self._cache, plan):
             self._drop(plan)
@@ -99,12 +99,15 @@ class ShardQueue:
             self._drop(plan)
             return False
         self._in_work.add(plan.path)
-        tar = self._cache / plan.path
-        for part in [*tar.parent.glob(f"{tar.name}.*part"), *tar.parent.glob(f"{index_path(tar).name}.*part")]:
-            part.unlink(missing_ok=True)  # of a worker that died: a living one would have the claim
+        for path in (self._cache / plan.path, self._index(plan)):
+            for part in path.parent.glob(f"{path.name}.*part"):
+                part.unlink(missing_ok=True)  # of a worker that died: a living one would have the claim
         # A manifest describes a finished cache: there is none while anything in it changes.
         (self._cache / MANIFEST).unlink(missing_ok=True)
         return True
+
+    def _index(self, plan: ShardSpec) -> Path:
+        return index_path(self._cache / plan.path, plan.format_version)
 
     def _drop(self, plan: ShardSpec) -> None:
         if self.remaining.pop(plan.path, None):
@@ -116,7 +119,7 @@ class ShardQueue:
             return
         inodes = self._list_indexes()
         for plan in list(self.remaining.values()):
-            index = os.fspath(index_path(self._cache / plan.path))
+            index = os.fspath(self._index(plan))
             changed = inodes.get(index) != self._inodes.get(index)
             if changed and plan.path not in self._in_work and read_finished(self._cache, plan):
                 self._drop(plan)
@@ -147,7 +150,7 @@ class ShardQueue:
 
     def fail(self, plan: ShardSpec, problem: str) -> None:
         """Report a shard that cannot be made of the pictures there are: the others need not try."""
-        self._group.report_failure(_claim_name(plan), problem)
+        self._group.report_failure(_claim_name(plan), InputError(problem))
         self.remaining.pop(plan.path, None)
         self._problems[plan.path] = problem
         self._give_back(plan)
@@ -157,9 +160,15 @@ class ShardQueue:
         self._group.release(_claim_name(plan))
 
     def raise_problems(self) -> None:
-        """Raise one InputError that lists all pictures at fault, whoever found them."""
+        """Raise one InputError that lists all pictures at fault, whoever found them, and says how the cache is
+        completed: one that was complete before has lost its manifest by now."""
         if self._problems:
-            raise InputError("\n".join(self._problems[path] for path in sorted(self._problems)))
+            cure = (
+                f"data.cache {self._cache} cannot be trained from until it is complete. Mend what is named or "
+                "remove it, and run the same command again: what is encoded is kept. `fluxfill preprocess CONFIG "
+                "--dry-run --thorough` finds what cannot be decoded before anything is encoded."
+            )
+            raise InputError("\n".join([*(self._problems[path] for path in sorted(self._problems)), cure]))
 
     def waiting_for(self) -> str:
         """The worker that has a shard of the queue, as a phrase for people."""

@@ -34,7 +34,7 @@ def agree_on_plan(
         if (plan := _read_plan_of(group)) is not None:
             return plan
         if problem := group.failure(_CLAIM):
-            raise InputError(problem)
+            raise problem
         if silent := _unconfirmed_with_plan(group):
             waiting(f"a sign of life of {silent}, whose plan is there")
             continue
@@ -75,7 +75,7 @@ def _make_and_share(group: WorkerGroup, make_plan: Callable[[], Sequence[Planned
     try:
         plans = make_plan()
     except InputError as error:
-        group.report_failure(_CLAIM, str(error))
+        group.report_failure(_CLAIM, error)
         raise
     write_plan(group.plan_path, plans)
     group.announce_plan(group.plan_path.name)

@@ -4,11 +4,14 @@ The number is no promise to do a share of the work: any worker does whatever is 
 shards at the start, and over the devices of a machine.
 """
 
-import os
+import re
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from configs.errors import InputError
+from configs.this_machine import count_cores
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,9 @@ def which_worker(environ: Mapping[str, str], *, worker: int | None = None, worke
     """The worker a process is: `--worker I --workers N` or a SLURM array's task, times the ranks within it
     (accelerate's RANK / WORLD_SIZE, or srun's tasks).
 
+    A job that was submitted from within another one inherits those variables of it that it does not set itself: they
+    are taken for its own only where SLURM does not say otherwise.
+
     Raises InputError if only one of the two is given, or the index is not below the number.
     """
     if (worker is None) != (workers is None):
@@ -41,14 +47,14 @@ def which_worker(environ: Mapping[str, str], *, worker: int | None = None, worke
         if not 0 <= worker < workers:
             raise InputError(f"--worker {worker} --workers {workers}: the worker counts from 0 to {workers - 1}.")
         outer = (worker, workers, "--worker")
-    elif "SLURM_ARRAY_TASK_ID" in environ:
+    elif "SLURM_ARRAY_TASK_ID" in environ and not _is_in_no_array(environ):
         outer = _array_task(environ)
     inner = (0, 1, "")
     device_index = outer[0]
     if "RANK" in environ:
         inner = (int(environ["RANK"]), int(environ.get("WORLD_SIZE", "1")), f"rank {environ['RANK']}")
         device_index = int(environ.get("LOCAL_RANK", environ["RANK"]))
-    elif "SLURM_PROCID" in environ and "SLURM_STEP_NUM_TASKS" in environ:  # a batch script alone has no step's count
+    elif "SLURM_PROCID" in environ and "SLURM_STEP_NUM_TASKS" in environ and not is_batch_script():
         inner = (
             int(environ["SLURM_PROCID"]),
             int(environ["SLURM_STEP_NUM_TASKS"]),
@@ -64,7 +70,7 @@ def which_worker(environ: Mapping[str, str], *, worker: int | None = None, worke
         count=outer[1] * inner[1],
         device_index=device_index,
         rank=inner[0],
-        decode_threads=min(max(len(os.sched_getaffinity(0)) // neighbours, 4), 32),
+        decode_threads=min(max(count_cores() // neighbours, 4), 32),
         origin=", ".join(origins) or "alone",
     )
 
@@ -77,3 +83,27 @@ def _array_task(environ: Mapping[str, str]) -> tuple[int, int, str]:
     count = int(environ.get("SLURM_ARRAY_TASK_COUNT", "1"))
     # An array of single numbers (1,5,7) has no step that fits; two workers may then start at the same place.
     return (task - first) // step % count, count, f"SLURM array task {task}"
+
+
+def _is_in_no_array(environ: Mapping[str, str]) -> bool:
+    """Whether the controller knows this job as no task of the array that the environment names.
+
+    Where the controller cannot be asked, in a container without SLURM's commands, the environment is believed.
+    """
+    job, array = environ.get("SLURM_JOB_ID", ""), environ.get("SLURM_ARRAY_JOB_ID", "")
+    if job == array or not re.fullmatch(r"[0-9]+", job):  # the array's last task has its id
+        return False
+    try:
+        command = ["scontrol", "show", "job", "--oneliner", job]
+        told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return f" ArrayJobId={array} " not in told
+
+
+def is_batch_script() -> bool:
+    """Whether SLURM tracks this process as a batch script's, which is no step: its step's variables are another's."""
+    try:
+        return "/step_batch" in Path("/proc/self/cgroup").read_text(encoding="utf-8")
+    except OSError:
+        return False

@@ -29,9 +29,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from configs.errors import InputError
+from configs.errors import InputError, StorageFailed, is_of_storage
 from data.storage.atomic_write import write_text_atomically
 from data.storage.disk_full import DiskFull, raise_disk_full
+from data.storage.processes import is_hidden, process_start, this_place
 from data.storage.retry import retry_if_stale
 
 HEARTBEAT_SECONDS = 10.0
@@ -72,9 +73,9 @@ class WorkerGroup:
         self._me = WorkerInfo(
             token=self.token,
             host=socket.gethostname(),
-            place=_this_place(),
+            place=this_place(),
             pid=os.getpid(),
-            process_start=_process_start(os.getpid()) or 0,
+            process_start=process_start(os.getpid()) or 0,
             settings=dict(settings),
         )
         self._file = self._file_of(self.token)
@@ -113,15 +114,18 @@ class WorkerGroup:
             age = now - file.stat().st_mtime_ns
         except (FileNotFoundError, ValueError, TypeError):
             return None
-        here = worker.place == self._me.place and worker.place != ""
-        if here and _process_start(worker.pid) != worker.process_start:
+        if self._is_here(worker) and process_start(worker.pid) != worker.process_start:
             return None
         return worker if age < STALE_SECONDS * 1e9 else None
+
+    def _is_here(self, worker: WorkerInfo) -> bool:
+        """Whether this machine tells whether a worker runs."""
+        return worker.place == self._me.place and worker.place != "" and not is_hidden(worker.pid)
 
     def is_confirmed_alive(self, other: WorkerInfo) -> bool:
         """Whether another worker is known to be alive, not only not known to be dead: it runs here, or its file was
         touched since this process joined."""
-        if other.place == self._me.place and other.place != "":
+        if self._is_here(other):
             return True  # else it were not among the others
         try:
             return self._file_of(other.token).stat().st_mtime_ns > self.joined
@@ -235,21 +239,26 @@ class WorkerGroup:
 
     # --- failures
 
-    def report_failure(self, what: str, problem: str) -> None:
+    def report_failure(self, what: str, error: InputError) -> None:
         """Tell the others why `what` cannot be done, so that not each of them finds out by itself."""
         file = self.folder / "failed" / f"{what}.txt"
         with suppress(DiskFull):  # then each does
             file.parent.mkdir(exist_ok=True)  # it went with a worker that took itself for the last one
-            write_text_atomically(file, problem)
+            kind = StorageFailed if isinstance(error, StorageFailed) else InputError
+            write_text_atomically(file, f"{kind.__name__}\n{error}")
 
-    def failure(self, what: str) -> str | None:
-        """The problem with `what` that was reported since this process joined; an earlier one may have been mended."""
+    def failure(self, what: str) -> InputError | None:
+        """The problem with `what` that was reported since this process joined; an earlier one may have been mended.
+        One of a storage is StorageFailed here too: every worker of a job may start again then, not its finder alone."""
         file = self.folder / "failed" / f"{what}.txt"
         try:
             text = retry_if_stale(file, lambda: file.read_text(encoding="utf-8"))
-            return text if file.stat().st_mtime_ns > self.joined else None
+            if file.stat().st_mtime_ns <= self.joined:
+                return None
         except FileNotFoundError:
             return None
+        kind, _, problem = text.partition("\n")
+        return (StorageFailed if kind == StorageFailed.__name__ else InputError)(problem)
 
     # --- the end
 
@@ -291,9 +300,9 @@ def join(folder: Path, settings: Mapping[str, object]) -> Iterator[WorkerGroup]:
                 empty.rmdir()
         raise
     except OSError as error:
-        raise InputError(
-            f"data.cache {folder.parent}: cannot be written to ({error.strerror}). "
-            "Point data.cache at a folder that can."
+        raise (StorageFailed if is_of_storage(error) else InputError)(
+            f"data.cache {folder.parent}: cannot be written to ({error.strerror}). Point data.cache at a folder that "
+            "can; a complete cache is trained on as it is with data.preprocess=never."
         ) from error
     left = threading.Event()
 
@@ -324,21 +333,3 @@ def _names_in(folder: Path) -> list[str]:
         return retry_if_stale(folder, lambda: os.listdir(folder))
     except FileNotFoundError:
         return []
-
-
-def _this_place() -> str:
-    """Where a process number means one process: this start of this machine's kernel, and this container."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # no Linux: only heartbeats tell
-        return ""
-
-
-def _process_start(pid: int) -> int | None:
-    """When a running process started, in the kernel's ticks; None if there is none. Numbers are given out again."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])

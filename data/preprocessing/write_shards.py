@@ -43,7 +43,7 @@ class _OpenShard:
 
     def __init__(self, cache: Path, plan: PlannedShard) -> None:
         self.plan = plan
-        self.writer = ShardWriter(cache / plan.path)
+        self.writer = ShardWriter(cache / plan.path, plan.format_version)
         self.tokens: dict[str, int] = {}
         self.problems: list[str] = []
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from configs.data_schema import DataConfig
 from configs.errors import InputError, StorageFailed
+from data.samples.cut_masks import describe_lack, what_lacks
 from data.samples.geometry import Pixels, fit
 from data.samples.masks import dilate_masks, draw_masks
 from data.samples.plan import PlannedSample
@@ -44,12 +45,9 @@ def load_pixels(sample: PlannedSample, data: DataConfig, *, stop: threading.Even
     else:
         mask = load_mask(read[triple.mask], max_megapixels=limit, label=sample.recipe.label)
     pixels = fit(target, mask, source, sample.bucket)
-    if triple.mask is not None and (not pixels.mask.any() or pixels.mask.all()):
-        what = "nothing to keep" if pixels.mask.all() else "nothing to paint"
-        raise InputError(
-            f"{triple.mask}: at the size of its bucket, {sample.bucket}, there is {what}: that part was cut off, or is "
-            "smaller than a pixel. Crop the triple yourself, or remove it."
-        )
+    if triple.mask is not None and (lack := what_lacks(pixels.mask)):  # planning finds it, by the same function
+        what, cure = describe_lack(lack, sample.bucket, sample.crop)
+        raise InputError(f"{triple.mask}: {what}. {cure}")
     if sample.recipe.shares:
         masks = draw_masks(sample.recipe, triple.target_content, sample.bucket.height, sample.bucket.width)
     else:

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-LATENT_CHANNELS = 16  # of FLUX.1's VAE
-VAE_FACTOR = 8  # pixels per latent side: the VAE halves three times
-PATCH = 2 * VAE_FACTOR  # pixels per token side: FLUX packs 2x2 latents into one token
+from configs.flux_shape import LATENT_CHANNELS, PATCH, VAE_FACTOR
+
 MAX_ASPECT = 2.0  # longest bucket side / shortest
 
 
@@ -26,6 +25,10 @@ class Bucket:
     def tokens(self) -> int:
         """Number of image tokens the transformer sees."""
         return (self.height // PATCH) * (self.width // PATCH)
+
+    @property
+    def pixels(self) -> int:
+        return self.height * self.width
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -126,14 +129,18 @@ def fit(target: Image.Image, mask: Image.Image, source: Image.Image | None, buck
     sizes = {picture.size for picture in (target, mask, source) if picture is not None}
     if len(sizes) != 1:
         raise ValueError(f"target, mask and source differ in size: {sorted(sizes)}")
-    crop = plan_crop(*target.size, bucket)
+    target_pixels = _cut(target, bucket)
+    image_pixels = target_pixels if source is None else _cut(source, bucket)
+    return Pixels(target_pixels, image_pixels, fit_mask(mask, bucket))
 
-    def cut(picture: Image.Image) -> np.ndarray:
-        if picture.size != (crop.width, crop.height):
-            picture = picture.resize((crop.width, crop.height), Image.Resampling.LANCZOS)
-        box = (crop.left, crop.top, crop.left + bucket.width, crop.top + bucket.height)
-        return np.asarray(picture.crop(box))
 
-    target_pixels = cut(target)
-    image_pixels = target_pixels if source is None else cut(source)
-    return Pixels(target_pixels, image_pixels, cut(mask) >= 128)
+def fit_mask(mask: Image.Image, bucket: Bucket) -> np.ndarray:
+    """A triple's mask, mode L, as `fit` brings it to its bucket's size: bool [H, W]."""
+    return _cut(mask, bucket) >= 128
+
+
+def _cut(picture: Image.Image, bucket: Bucket) -> np.ndarray:
+    crop = plan_crop(*picture.size, bucket)
+    if picture.size != (crop.width, crop.height):
+        picture = picture.resize((crop.width, crop.height), Image.Resampling.LANCZOS)
+    return np.asarray(picture.crop((crop.left, crop.top, crop.left + bucket.width, crop.top + bucket.height)))

@@ -16,7 +16,10 @@ from PIL import Image, ImageDraw
 from configs.dataset_schema import RandomMasks
 from configs.mask_recipe import MaskRecipe
 
-_Draw = Callable[[float, float, np.random.Generator], "_Shapes"]
+_Draw = Callable[[float, float, np.random.Generator, "_Area"], "_Shapes"]
+_Area = (
+    tuple[float, float] | None
+)  # least and most share of the picture that a hole inside it covers; None: as its kind
 
 
 def mask_generator(content: str, variant: int) -> np.random.Generator:
@@ -33,7 +36,7 @@ def draw_masks(recipe: MaskRecipe, content: str, height: int, width: int) -> lis
     for variant in range(recipe.variants):
         generator = mask_generator(content, variant)
         kind = kinds[int(np.searchsorted(ends, generator.random() * ends[-1], side="right"))]
-        masks.append(draw_mask(kind, height, width, generator))
+        masks.append(draw_mask(kind, height, width, generator, recipe.area))
     return masks
 
 
@@ -80,13 +83,14 @@ class _Shapes:
     outside: bool = False
 
 
-def draw_mask(kind: str, height: int, width: int, generator: np.random.Generator) -> np.ndarray:
+def draw_mask(kind: str, height: int, width: int, generator: np.random.Generator, area: _Area = None) -> np.ndarray:
     """bool [H, W], True = paint, of one of KINDS. The share of the area that is painted:
 
-    brush, box, polygon: 8 to 55 %; half_plane, outpaint: 12 to 65 %; full: all of it.
+    brush, box, polygon: 8 to 55 %, or about what `area` says, log-uniform; half_plane, outpaint: 12 to 65 %; full: all
+    of it.
     """
     side = (height * width) ** 0.5
-    return _rasterize(_DRAW[kind](height / side, width / side, generator), height, width)
+    return _rasterize(_DRAW[kind](height / side, width / side, generator, area), height, width)
 
 
 def _rasterize(shapes: _Shapes, height: int, width: int) -> np.ndarray:
@@ -101,40 +105,51 @@ def _rasterize(shapes: _Shapes, height: int, width: int) -> np.ndarray:
     return np.asarray(picture).astype(bool)
 
 
-def _draw_brush(height: float, width: float, generator: np.random.Generator) -> _Shapes:
+def _draw_share(generator: np.random.Generator, low: float, high: float, area: _Area) -> float:
+    """Share of the picture that a hole is to cover: evenly between two ends, or log-uniform between those of `area`."""
+    if area is None:
+        return generator.uniform(low, high)
+    return float(np.exp(generator.uniform(*np.log(area))))
+
+
+def _draw_brush(height: float, width: float, generator: np.random.Generator, area: _Area) -> _Shapes:
     """Curved strokes of a round brush, one after the other until their share of the area is met; that is even between
     12 and 48 %, where a fixed number of strokes would crowd around its mean."""
-    wanted = generator.uniform(0.12, 0.48)
-    grain = 128  # pixels per unit of the raster on which the share is counted: coarse, and the same for all sizes
+    wanted = _draw_share(generator, 0.12, 0.48, area)
+    thin = 1.0 if area is None else min(1.0, (wanted / 0.12) ** 0.5)  # small holes are of a small brush
+    grain = (
+        128 / thin
+    )  # pixels per unit of the raster on which the share is counted: coarse, and the same for all sizes
+    every = 8 if area is None else 1  # discs between two counts
     coarse = Image.new("L", (round(width * grain), round(height * grain)))
     draw = ImageDraw.Draw(coarse)
     discs: list[tuple[float, float, float]] = []
     while True:
         x, y = generator.uniform(0, width), generator.uniform(0, height)
-        radius, angle, bend = generator.uniform(0.025, 0.07), generator.uniform(0, 2 * np.pi), 0.0
+        radius, angle, bend = thin * generator.uniform(0.025, 0.07), generator.uniform(0, 2 * np.pi), 0.0
         for _ in range(int(generator.integers(20, 90))):
             discs.append((x, y, radius))
             draw.ellipse([(x - radius) * grain, (y - radius) * grain, (x + radius) * grain, (y + radius) * grain], 1)
             bend = 0.85 * bend + generator.normal(0, 0.09)
             angle += bend
-            radius = float(np.clip(radius * np.exp(generator.normal(0, 0.05)), 0.02, 0.08))
+            radius = float(np.clip(radius * np.exp(generator.normal(0, 0.05)), 0.02 * thin, 0.08 * thin))
             x, y = x + 0.4 * radius * np.cos(angle), y + 0.4 * radius * np.sin(angle)
             if not (0 <= x <= width and 0 <= y <= height):
                 angle += np.pi / 2  # turn back at the edge
                 x, y = float(np.clip(x, 0, width)), float(np.clip(y, 0, height))
-            if len(discs) % 8 == 0 and np.asarray(coarse).mean() >= wanted:
+            if len(discs) % every == 0 and np.asarray(coarse).mean() >= wanted:
                 return _Shapes(discs=tuple(discs))
 
 
-def _draw_box(height: float, width: float, generator: np.random.Generator) -> _Shapes:
+def _draw_box(height: float, width: float, generator: np.random.Generator, area: _Area) -> _Shapes:
     """One to three upright boxes."""
     count = int(generator.choice([1, 2, 3], p=[0.6, 0.25, 0.15]))
-    area = generator.uniform(0.1, 0.5)
+    covered = _draw_share(generator, 0.1, 0.5, area)
     boxes = []
     for share in generator.dirichlet([4.0] * count) if count > 1 else [1.0]:
         aspect = np.exp(generator.uniform(-0.8, 0.8))
-        box_width = min((area * share * aspect) ** 0.5, 0.92 * width)
-        box_height = min(area * share / box_width, 0.92 * height)
+        box_width = min((covered * share * aspect) ** 0.5, 0.92 * width)
+        box_height = min(covered * share / box_width, 0.92 * height)
         left, top = generator.uniform(0, width - box_width), generator.uniform(0, height - box_height)
         boxes.append(_box(left, top, left + box_width, top + box_height))
     return _Shapes(polygons=tuple(boxes))
@@ -144,21 +159,21 @@ def _box(left: float, top: float, right: float, bottom: float) -> tuple[tuple[fl
     return (left, top), (right, top), (right, bottom), (left, bottom)
 
 
-def _draw_polygon(height: float, width: float, generator: np.random.Generator) -> _Shapes:
+def _draw_polygon(height: float, width: float, generator: np.random.Generator, area: _Area) -> _Shapes:
     """One star-shaped polygon of 4 to 10 corners, wholly in the picture."""
     count = int(generator.integers(4, 11))
     angles = (np.arange(count) + generator.uniform(-0.35, 0.35, count)) * 2 * np.pi / count
     radii = generator.uniform(0.45, 1.0, count)
     x, y = radii * np.cos(angles), radii * np.sin(angles)
-    area = 0.5 * abs(np.sum(x * np.roll(y, -1) - y * np.roll(x, -1)))  # the shoelace formula
-    scale = (generator.uniform(0.1, 0.5) / area) ** 0.5
+    unscaled = 0.5 * abs(np.sum(x * np.roll(y, -1) - y * np.roll(x, -1)))  # the shoelace formula
+    scale = (_draw_share(generator, 0.1, 0.5, area) / unscaled) ** 0.5
     scale = min(scale, 0.98 * width / np.ptp(x), 0.98 * height / np.ptp(y))
     x, y = (x - x.min()) * scale, (y - y.min()) * scale
     x, y = x + generator.uniform(0, width - x.max()), y + generator.uniform(0, height - y.max())
     return _Shapes(polygons=(tuple(zip(x.tolist(), y.tolist(), strict=True)),))
 
 
-def _draw_half_plane(height: float, width: float, generator: np.random.Generator) -> _Shapes:
+def _draw_half_plane(height: float, width: float, generator: np.random.Generator, area: _Area) -> _Shapes:
     """All to one side of a straight line of any direction."""
     angle, share = generator.uniform(0, 2 * np.pi), generator.uniform(0.15, 0.6)
     normal = np.array([np.cos(angle), np.sin(angle)])
@@ -170,7 +185,7 @@ def _draw_half_plane(height: float, width: float, generator: np.random.Generator
     return _Shapes(polygons=(tuple((float(x), float(y)) for x, y in corners),))
 
 
-def _draw_outpaint(height: float, width: float, generator: np.random.Generator) -> _Shapes:
+def _draw_outpaint(height: float, width: float, generator: np.random.Generator, area: _Area) -> _Shapes:
     """A border on one, two, three or four sides, as when a picture is continued past its edges."""
     kept = 1 - generator.uniform(0.15, 0.6)
     across = generator.choice([1.0, 0.0, 0.5], p=[0.35, 0.35, 0.3])  # of the loss, how much is in the width
@@ -194,7 +209,7 @@ def _draw_outpaint(height: float, width: float, generator: np.random.Generator) 
     )
 
 
-def _draw_full(height: float, width: float, generator: np.random.Generator) -> _Shapes:
+def _draw_full(height: float, width: float, generator: np.random.Generator, area: _Area) -> _Shapes:
     """The whole picture."""
     return _Shapes(outside=True)
 

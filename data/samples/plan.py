@@ -1,20 +1,26 @@
 """Planned samples: every triple in its bucket(s), split and crop, and its mirror image where that is wanted."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import xxhash
+from rich.console import Console
 from rich.progress import Progress
 
 from configs.data_schema import DataConfig
+from configs.dataset_schema import DatasetConfig
 from configs.errors import InputError
 from configs.mask_recipe import OWN_MASKS, MaskRecipe, recipe_of
 from configs.schema import Config
+from data.samples.cut_masks import find_cut_masks
 from data.samples.geometry import Bucket, Crop, choose_buckets, plan_crop
 from data.sources.problems import Findings
 from data.sources.triples import Triple, held_out, list_triples
 
 TRAIN, HOLDOUT = "train", "holdout"  # the splits
+
+Found = tuple[DatasetConfig, Triple, tuple[int, int]]  # a dataset, one of its triples, its upright (width, height)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +45,7 @@ class PlannedSample:
 
     @property
     def text(self) -> str:
-        """Name of its caption's text member."""
+        """Name of its caption: samples of one caption share a text. In format 1 that is a member called so."""
         return text_name(self.triple.caption)
 
 
@@ -55,16 +61,33 @@ def plan_samples(config: Config, progress: Progress, *, thorough: bool = False) 
     thorough: decode every picture in full.
     Raises one ProblemsFound of all that is wrong in any dataset, or InputError if nothing is left to train on.
     """
+    findings = Findings()
+    found = find_pictures(config, progress, findings, thorough=thorough)
+    findings.report(progress.console, config.data.cache_folder)
+    return plan_found(config, found, progress.console)
+
+
+def find_pictures(config: Config, progress: Progress, findings: Findings, *, thorough: bool = False) -> list[Found]:
+    """The triples of every dataset whose pictures can be read; `findings` takes what is wrong with the others, and
+    masks of which a bucket's crop leaves no hole, or nothing else."""
     data = config.data
     bar = progress.add_task("reading pictures", total=None)
-    findings = Findings()
-    found = [
-        (dataset, triple, size)
-        for dataset in data.datasets
-        for triple, size in list_triples(dataset, data, partial(progress.advance, bar), findings, thorough=thorough)
-    ]
-    findings.report(progress.console, data.cache_folder)
+    crops_of = cache(partial(_crops_of, data=data))
+    found = []
+    for dataset in data.datasets:
+        triples = list_triples(dataset, data, partial(progress.advance, bar), findings, thorough=thorough)
+        find_cut_masks(dataset, triples, data, crops_of, findings)
+        found += [(dataset, triple, size) for triple, size, _ in triples]
     progress.update(bar, total=len(found), completed=len(found))
+    return found
+
+
+def plan_found(config: Config, found: Sequence[Found], console: Console) -> list[PlannedSample]:
+    """The samples of pictures that were found; `console` is told how many are left out as too small.
+
+    Raises InputError if nothing is left to train on.
+    """
+    data = config.data
     crops = {size: _crops_of(size, data) for size in {size for _, _, size in found}}  # few, of however many pictures
     wanted = [entry for entry in found if crops[entry[2]]]
     if len(wanted) < len(found):
@@ -74,7 +97,7 @@ def plan_samples(config: Config, progress: Progress, *, thorough: bool = False) 
         ).replace("None", "null")
         if not wanted:
             raise InputError(f"{left_out}. Lower the one, or raise the other.")
-        progress.console.print(left_out, highlight=False, soft_wrap=True)
+        console.print(left_out, highlight=False, soft_wrap=True)
         found = wanted
     kept = held_out((triple.target_content for _, triple, _ in found), data.holdout)
     if all(triple.target_content in kept for _, triple, _ in found):

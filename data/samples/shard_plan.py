@@ -22,7 +22,8 @@ from data.samples.plan import TRAIN, PlannedSample
 class ShardSpec:
     """A planned shard without its samples.
 
-    path: below the cache folder.  plan: 32 hex digits over all that shapes its bytes.  num_bytes: about, of its tar.
+    path: below the cache folder.  plan: 32 hex digits over all that shapes its tensors.  num_bytes: about, of its tar.
+    format_version: of its cache.
     """
 
     path: str
@@ -32,6 +33,7 @@ class ShardSpec:
     plan: str
     num_samples: int
     num_bytes: int
+    format_version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +59,8 @@ def plan_shards(
 ) -> list[PlannedShard]:
     """Deal samples to shards of at most `size_limit` bytes (a single larger sample gets one of its own).
 
-    text_bytes: of one caption's member.  encoding, format_version: what else shapes the stored bytes (encoders, text
-    length): its change makes every shard another one.
+    text_bytes: of one caption's member.  encoding: what else shapes the tensors (encoders, text length): its change
+    makes every shard another one.  format_version: of the cache.
     """
     groups: dict[tuple[str, Bucket, str], list[PlannedSample]] = defaultdict(list)
     for sample in samples:
@@ -79,9 +81,10 @@ def plan_shards(
                     dataset,
                     bucket,
                     split,
-                    _plan_hash(part, encoding, format_version),
+                    _plan_hash(part, encoding),
                     num_samples=len(part),
                     num_bytes=num_bytes(len(part), len({sample.text for sample in part})),
+                    format_version=format_version,
                     samples=tuple(part),
                 )
             )
@@ -141,7 +144,7 @@ def _split(
             yield from _split(half, 2 * leaf + bit, is_done)
 
 
-def _plan_hash(samples: Sequence[PlannedSample], encoding: Mapping[str, object], format_version: int) -> str:
+def _plan_hash(samples: Sequence[PlannedSample], encoding: Mapping[str, object]) -> str:
     parts = [
         {
             "key": sample.key,
@@ -154,5 +157,6 @@ def _plan_hash(samples: Sequence[PlannedSample], encoding: Mapping[str, object],
         }
         for sample in samples
     ]
-    text = json.dumps({"format": format_version, "encoding": encoding, "samples": parts}, sort_keys=True)
+    # 1 in every format: a run's order goes by this hash, and goes on in a cache that was made again in a newer one.
+    text = json.dumps({"format": 1, "encoding": encoding, "samples": parts}, sort_keys=True)
     return xxhash.xxh3_128_hexdigest(text.encode())

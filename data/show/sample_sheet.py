@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 from configs.errors import InputError
@@ -17,9 +17,11 @@ from data.cache.manifest import Manifest
 from data.encoders.encode import decode_latents
 from data.encoders.load import load_vae
 from data.encoders.model_folder import find_model, fingerprint
+from data.samples.summary import describe_captions, lacking_captions
+from data.show.page_style import STYLES
 from data.show.picture_grid import GridItem, save_grid, to_picture
 from data.show.statistics import CacheStatistics
-from data.show.statistics_report import print_statistics
+from data.show.statistics_report import BAR, describe_texts, statistics_tables
 from data.show.stored_samples import StoredSample
 from data.sources.problems import printable
 from data.storage.atomic_write import write_atomically, write_text_atomically
@@ -28,25 +30,6 @@ _DECODED_AT_ONCE = 4
 _NAME_LETTERS = 56  # of a picture's name on a sheet, from its end
 _SHOWN_MASKS = 6  # of a sample, which may have 64
 _PAGE_SIDE = 512  # px, of the longest side of a picture on a page
-_STATISTICS_COLUMNS = 110
-
-_STYLE = """
-:root { color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif; }
-body { margin: 2rem auto; max-width: 1500px; padding: 0 1rem; }
-pre { overflow-x: auto; font: 13px/1.25 ui-monospace, monospace; }
-main { display: grid; grid-template-columns: repeat(auto-fill, minmax(400px, 1fr)); gap: 1.5rem; }
-article { border: 1px solid rgba(128, 128, 128, .35); border-radius: 8px; padding: 12px; }
-.row { display: grid; grid-template-columns: repeat(3, 1fr); gap: 6px; }
-figure { margin: 0 0 6px; }
-img { width: 100%; display: block; outline: 1px solid rgba(128, 128, 128, .35); }
-img.small { image-rendering: pixelated; }
-figcaption, details { font-size: 12px; opacity: .75; }
-h2 { font-size: 1em; margin: .3rem 0 0; overflow-wrap: anywhere; }
-p { margin: .3rem 0; overflow-wrap: anywhere; }
-summary { cursor: pointer; overflow-wrap: anywhere; }
-dl { display: grid; grid-template-columns: auto 1fr; gap: 0 .8em; margin: .4em 0 0; overflow-wrap: anywhere; }
-dd { margin: 0; }
-"""
 
 
 @dataclass(frozen=True)
@@ -112,16 +95,42 @@ def save_page(
     path: Path, cache: Path, manifest: Manifest, counted: CacheStatistics, samples: Sequence[DecodedSample]
 ) -> None:
     """Write an HTML page that needs no other file: the statistics, and a card for each sample."""
-    record = Console(record=True, file=io.StringIO(), width=_STATISTICS_COLUMNS)
-    print_statistics(record, cache, manifest, counted)
     title = html.escape(f"{cache.name}: {counted.samples} samples")
+    captions = f"captions of {counted.captions.total()} samples: {describe_captions(counted.captions)}"
+    lines = [*describe_texts(manifest, counted), captions, lacking_captions(counted.captions) or ""]
+    found = "".join(f"<li>{html.escape(line)}</li>" for line in lines if line)
+    heads = ("Datasets", "Bytes of a sample", "How much of the picture is painted")
+    tables = zip(heads, statistics_tables(cache, counted), strict=True)
+    sections = "\n".join(f"<section><h2>{head}</h2>{_table(table)}</section>" for head, table in tables)
     cards = "\n".join(_card(sample) for sample in samples)
+    style = "".join((STYLES / name).read_text(encoding="utf-8") for name in ("base.css", "sheet.css"))
     write_text_atomically(
         path,
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>\n'
-        f"<body><h1>{title}</h1>\n<pre>{html.escape(record.export_text())}</pre>\n<main>\n{cards}\n</main></body></html>\n",
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}</style></head>\n'
+        f'<body><header><p class="eyebrow">fluxfill shards show</p><h1>{title}</h1><ul class="findings">{found}</ul>'
+        f'</header>\n{sections}\n<section><h2>Samples</h2><div class="cards">\n{cards}\n</div></section>'
+        "</body></html>\n",
     )
+
+
+def _table(table: Table) -> str:
+    """A terminal's table as one of HTML; a cell of block characters as a bar of that length."""
+    sides = [' class="number"' if column.justify == "right" else "" for column in table.columns]
+    heads = (
+        f"<th{side}>{html.escape(str(column.header))}</th>" for column, side in zip(table.columns, sides, strict=True)
+    )
+    rows = []
+    for cells in zip(*(map(str, column.cells) for column in table.columns), strict=True):
+        tags = ("th", *["td"] * (len(cells) - 1))
+        row = zip(tags, sides, cells, strict=True)
+        rows.append("".join(f"<{tag}{side}>{_cell(cell)}</{tag}>" for tag, side, cell in row))
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{"".join(heads)}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _cell(text: str) -> str:
+    return f'<i style="--length: {len(text)}"></i>' if text and not text.strip(BAR) else html.escape(text)
 
 
 def _card(sample: DecodedSample) -> str:
@@ -140,7 +149,7 @@ def _card(sample: DecodedSample) -> str:
     details = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts.items())
     caption = html.escape(_caption_of(stored)) or "<em>no caption</em>"
     more = f"<details><summary>{html.escape(summary)}</summary><dl>{details}</dl></details>"
-    return f"<article>{''.join(rows)}<h2>{html.escape(_name_of(stored))}</h2><p>{caption}</p>{more}</article>"
+    return f"<article>{''.join(rows)}<h3>{html.escape(_name_of(stored))}</h3><p>{caption}</p>{more}</article>"
 
 
 def _figure(picture: Image.Image, text: str) -> str:

@@ -1,5 +1,6 @@
-"""Statistics of a cache, counted from its manifest, the shards' indexes and a few headers, without reading a sample."""
+"""Statistics of a cache, counted from its manifest, the shards' indexes and a few JSON members; no tensor is read."""
 
+import json
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,7 +19,6 @@ from data.cache_layout import index_path
 from data.samples.geometry import Bucket
 from data.samples.plan import text_name
 from data.sources.items import OWN, finish_caption, whose_caption
-from data.storage.tar_members import BLOCK
 
 _THREADS = 16  # that wait for small files
 
@@ -111,7 +111,7 @@ def count_cache(
 
     def count(row: int) -> _Shard:
         tar = cache / str(table.path[row])
-        path = index_path(tar)
+        path = index_path(tar, manifest.format_version)
         try:
             index = read_index(path)
         except FileNotFoundError:
@@ -157,22 +157,23 @@ def _count_shard(index: ShardIndex, manifest: Manifest, bucket: str, with_defaul
 
 
 def _count_text(index: ShardIndex, tar: Path, name: str) -> int:
-    """How many of a shard's samples have the text of this name. The index has no names: those of a few members are read
+    """How many of a shard's samples have the text of this name. The index has no names: a few JSON members have, read
     from the tar, in which samples and so texts are sorted by them."""
+    texts, first_samples = np.unique(index.text_row, return_index=True)
     try:
         with tar.open("rb") as file:
 
-            def name_of(offset: int) -> str:
-                file.seek(offset - BLOCK)  # a member's header is the block before its data
-                return file.read(100).rstrip(b"\0").decode("utf-8", "replace").partition(".")[0]
+            def name_of(sample: int) -> str:
+                offset, size = map(int, index.metas[sample])
+                file.seek(offset)
+                return json.loads(file.read(size))["text"]
 
-            offsets = index.texts[:, 0].tolist()
-            row = bisect_left(offsets, name, key=name_of)
-            if row == len(offsets) or name_of(offsets[row]) != name:
+            row = bisect_left(first_samples.tolist(), name, key=name_of)
+            if row == len(texts) or name_of(first_samples[row]) != name:
                 return 0
     except FileNotFoundError:
         raise InputError(f"{tar}: missing. Restore it, or run `fluxfill preprocess CONFIG` again.") from None
-    return int((index.text_row == row).sum())
+    return int((index.text_row == texts[row]).sum())
 
 
 def _group(table: ShardTable, rows: Sequence[int], shards: Sequence[_Shard]) -> list[Group]:

@@ -10,19 +10,26 @@ from data.cache.manifest import Manifest
 from data.samples.summary import print_captions
 from data.show.statistics import CacheStatistics
 
-_BAR = 32  # characters of the longest bar
+BAR = "█"
+_LONGEST_BAR = 32  # characters
 
 
 def print_statistics(console: Console, cache: Path, manifest: Manifest, counted: CacheStatistics) -> None:
     """Print datasets and buckets; a sample's bytes by part; captions; sizes of the holes."""
-    console.print(_groups_table(cache, counted))
+    groups, parts, holes = statistics_tables(cache, counted)
+    console.print(groups)
     console.print()
-    console.print(_parts_table(counted))
-    for line in _text_lines(manifest, counted):
+    console.print(parts)
+    for line in describe_texts(manifest, counted):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     print_captions(console, counted.captions)
     console.print()
-    console.print(_holes_table(counted))
+    console.print(holes)
+
+
+def statistics_tables(cache: Path, counted: CacheStatistics) -> tuple[Table, Table, Table]:
+    """Tables of datasets and buckets, of a sample's bytes by part, and of the sizes of the holes."""
+    return _groups_table(cache, counted), _parts_table(counted), _holes_table(counted)
 
 
 def _groups_table(cache: Path, counted: CacheStatistics) -> Table:
@@ -45,13 +52,14 @@ def _parts_table(counted: CacheStatistics) -> Table:
     for part, size in counted.parts.items():
         share = size / total
         numbers = (f"{size / samples / 2**10:.2f}", f"{share:.1%}", f"{size / 2**20:.1f}")
-        table.add_row(part, *numbers, "█" * round(share * _BAR))
+        table.add_row(part, *numbers, BAR * round(share * _LONGEST_BAR))
     table.add_section()
     table.add_row("all", f"{counted.bytes / samples / 2**10:.2f}", "100.0%", f"{counted.bytes / 2**20:.1f}", "")
     return table
 
 
-def _text_lines(manifest: Manifest, counted: CacheStatistics) -> list[str]:
+def describe_texts(manifest: Manifest, counted: CacheStatistics) -> list[str]:
+    """What a sample takes beside a file of its own, and how long and how many the stored texts are, a line each."""
     masks = max(counted.masks, 1)
     middle, longest = counted.tokens
     cut = f"; {counted.cut} samples fill it, their captions may be cut" if counted.cut else ""
@@ -75,5 +83,5 @@ def _holes_table(counted: CacheStatistics) -> Table:
     table.add_column("")
     most = max([*counted.hole_fractions, 1])
     for tenth, count in enumerate(counted.hole_fractions):
-        table.add_row(f"{tenth * 10} to {tenth * 10 + 10}", str(count), "█" * -(-count * _BAR // most))
+        table.add_row(f"{tenth * 10} to {tenth * 10 + 10}", str(count), BAR * -(-count * _LONGEST_BAR // most))
     return table

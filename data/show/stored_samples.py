@@ -12,7 +12,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from configs.errors import InputError
-from data.cache.manifest import ShardTable
+from data.cache.manifest import Manifest, ShardTable
 from data.cache.shard_index import read_index
 from data.cache_layout import index_path
 
@@ -45,12 +45,14 @@ def spread_samples(table: ShardTable, rows: Sequence[int], count: int) -> list[t
     return [(rows[shard], int(place)) for shard, place in zip(shards, places, strict=True)]
 
 
-def read_samples(cache: Path, table: ShardTable, chosen: Sequence[tuple[int, int]]) -> Iterator[StoredSample]:
+def read_samples(
+    cache: Path, manifest: Manifest, table: ShardTable, chosen: Sequence[tuple[int, int]]
+) -> Iterator[StoredSample]:
     """The samples at (row of the table, row in the shard). Raises InputError if one is not as it was written."""
     for shard, row in chosen:
         path = cache / str(table.path[shard])
         try:
-            index = read_index(index_path(path))
+            index = read_index(index_path(path, manifest.format_version))
             with path.open("rb") as file:
                 latents = load(_member(file, path, index.latents[row], index.latents_xxh3[row]))["latents"]
                 variants = [

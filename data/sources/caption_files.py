@@ -11,6 +11,8 @@ from data.sources.pictures import PICTURE_SUFFIXES
 from data.sources.problems import CAPTIONS, Findings
 
 CAPTION_SUFFIXES = (".txt", ".caption")  # of two, the first is read
+# Not read: what they hold beside a caption, or how it is written, differs from tool to tool.
+OTHER_TEXT_SUFFIXES = frozenset({".json", ".cap", ".captions", ".md", ".prompt", ".tags", ".text", ".yaml", ".yml"})
 LISTS_OF_PICTURES = frozenset({"metadata.jsonl", "metadata.csv", "metadata.parquet"})
 
 
@@ -34,12 +36,15 @@ def note_unused_texts(
         return
     by_folded = {name.casefold(): name for name in names}
     near = NearNames(sorted(names))
+    read = {name: os.path.basename(path) for path, name in texts.items() if path in used}
     for name, path in unused:
         meant = _without_picture_suffix(name, names) or by_folded.get(name.casefold())
         if meant is None:
             nearest = near.nearest(name)
             what = "belongs to no picture" + (f"; the nearest is {nearest}" if nearest else "")
             findings.note(CAPTIONS, path, what, "Call it like its picture, or remove it.")
+        elif name in read:
+            findings.note(CAPTIONS, path, f"is not read, but {read[name]}", "Keep one of them.")
         elif meant == name:
             cure = "A caption stands beside its target, in one file: move it there, or remove it."
             findings.note(CAPTIONS, path, "is not read", cure)
@@ -49,7 +54,8 @@ def note_unused_texts(
 
 
 def note_other_files(files: Mapping[str, str], names: Collection[str], findings: Findings) -> None:
-    """Note JSON beside a picture (a.json, a.png.json), and lists of pictures.  files: path -> name, without suffix."""
+    """Note other texts beside a picture (a.json, a.png.json, a.tags), and lists of pictures.  files: path -> name,
+    without suffix."""
     for path, name in files.items():
         if os.path.basename(path).lower() in LISTS_OF_PICTURES:
             what = "a list of pictures is not read where target is a folder"

@@ -1,5 +1,6 @@
 """The download cache: copies of remote files, so that what planning reads is not fetched again to be encoded."""
 
+import atexit
 import os
 import secrets
 import shutil
@@ -21,6 +22,8 @@ from data.storage.remote_files import open_url, refuse_short
 from data.storage.retry import with_retries
 
 _ABANDONED_SECONDS = 24 * 3600.0
+_IN_USE = ".in-use"
+_IN_USE_SECONDS = 600.0  # far below the above, by which machines' clocks may differ
 
 
 @dataclass(frozen=True)
@@ -108,12 +111,37 @@ def _fetch(url: str, path: Path) -> None:
         refuse_short(remote)
 
 
+def keep_copies(cache: Path) -> None:
+    """Have `delete_copies` delete nothing beside a cache as long as this process lives: a run that encodes while it
+    trains reads the copies in every epoch, and of a picture inside a table nothing else can be opened."""
+    mark, is_over = cache / COPIES / f"{secrets.token_hex(8)}{_IN_USE}", threading.Event()
+
+    def give_back() -> None:
+        is_over.set()
+        with suppress(OSError):
+            mark.unlink()
+            mark.parent.rmdir()  # if there are no copies
+
+    def beat() -> None:
+        while not is_over.wait(_IN_USE_SECONDS):
+            with suppress(OSError):  # a server that is away for a moment
+                os.utime(mark)
+
+    with suppress(OSError):  # of another user's cache, where there is nothing to be made beside it either
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+        atexit.register(give_back)
+        threading.Thread(target=beat, name="copies-in-use", daemon=True).start()
+
+
 def delete_copies(cache: Path) -> None:
-    """Delete the copies beside a cache, once all is encoded.
+    """Delete the copies beside a cache, once all is encoded, unless a run reads them.
 
     What other processes are just writing stays (a late worker's, a dry run's); what a killed one left goes after a day.
     """
     folder = cache / COPIES
+    if any(_age_seconds(mark) <= _ABANDONED_SECONDS for mark in folder.glob(f"*{_IN_USE}")):
+        return
     with suppress(FileNotFoundError):
         for file in folder.iterdir():
             if file.suffix != ".part" or _age_seconds(file) > _ABANDONED_SECONDS:

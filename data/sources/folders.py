@@ -10,10 +10,17 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from configs.errors import InputError
-from data.sources.caption_files import CAPTION_SUFFIXES, LISTS_OF_PICTURES, note_other_files, note_unused_texts
+from data.sources.caption_files import (
+    CAPTION_SUFFIXES,
+    LISTS_OF_PICTURES,
+    OTHER_TEXT_SUFFIXES,
+    note_other_files,
+    note_unused_texts,
+)
 from data.sources.items import Item, is_utf8
 from data.sources.near_names import NearNames
 from data.sources.picture_file import PictureFile
@@ -23,9 +30,10 @@ from data.sources.walk import walk_folder
 
 # Pictures that are not read. They are counted: one that is passed over without a word is missed a month later.
 _OTHER_PICTURES = re.compile(
-    r"\.(arw|avif|cr2|cr3|dds|dng|exr|gif|hdr|heic|heif|ico|j2k|jfif|jp2|jpe|jpf|jxl|nef|pbm|pcx|pgm|pnm|ppm|psd|qoi|raw"
-    r"|svg|tga)"
+    r"\.(ai|apng|arw|bpg|cr2|cr3|dds|dib|dng|eps|exr|hdr|heic|heif|hif|ico|j2k|jif|jp2|jpf|jxl|jxr|kra|nef|orf|pbm|pcx"
+    r"|pef|pfm|pgm|pnm|ppm|psd|qoi|raf|raw|rw2|sr2|srw|svg|tga|xcf)"
 )
+_FIRST_BYTES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"GIF8", b"II*\0", b"MM\0*")  # of those without a suffix
 _ONE_OF_SEVERAL = re.compile(r"(.+?)[._-]mask[._-]?\d*", re.IGNORECASE)
 
 
@@ -36,10 +44,11 @@ def list_folders(target: Path, mask: Path | None, source: Path | None, dataset: 
     without target, and notes of what is there and not read.
     """
     folders = {"target": target} | ({"mask": mask} if mask else {}) | ({"source": source} if source else {})
-    found: dict[str, _Found] = {}
+    found: dict[str, FoundPictures] = {}
     for role, folder in folders.items():
         try:
-            found[role] = _find(folder, role, dataset, findings)
+            where = f"dataset {dataset}: {role} folder {folder}"
+            found[role] = find_pictures(folder, where, f"data.datasets.*.{role}", findings)
         except InputError as error:
             findings.add_error(error, LISTS)
     if len(found) < len(folders):
@@ -82,36 +91,42 @@ def list_folders(target: Path, mask: Path | None, source: Path | None, dataset: 
 
 
 @dataclass(frozen=True)
-class _Found:
+class FoundPictures:
     """What a folder holds, by relative path without suffix, in Unicode's NFC.
 
-    texts: paths of captions' files, one a name.  left_out: paths of pictures that are not read.  texts_found, others:
-    of all captions' files, and of JSON and lists that may hold some, path -> name.
+    doubled: names of several pictures, of which one is in `pictures`.  texts: paths of captions' files, one a name.
+    left_out: paths of pictures that are not read.  texts_found, others: of all captions' files, and of others that may
+    hold some, path -> name.
     """
 
     folder: Path
     pictures: dict[str, PictureFile] = field(default_factory=dict)
+    doubled: set[str] = field(default_factory=set)
     texts: dict[str, str] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
     texts_found: dict[str, str] = field(default_factory=dict)
     others: dict[str, str] = field(default_factory=dict)
 
     def name_of(self, name: str) -> str:
         """A picture's name as its file has it."""
-        return name if name.isascii() else os.path.splitext(os.path.relpath(self.pictures[name].place, self.folder))[0]
+        if name.isascii():
+            return name
+        return os.path.splitext(os.path.relpath(self.pictures[name].place, self.folder))[0].replace(os.sep, "/")
 
 
-def _find(folder: Path, role: str, dataset: str, findings: Findings) -> _Found:
-    """findings: takes pictures whose name is not UTF-8 or differs in the suffix alone, and notes of those not read.
+def find_pictures(folder: Path, where: str, key: str, findings: Findings) -> FoundPictures:
+    """The pictures and captions of a folder and all below it. where, key: how messages call the folder, and what names
+    it.
 
-    Raises InputError if there is no picture, the folder is missing, or `walk_folder` refuses one below it."""
-    where = f"dataset {dataset}: {role} folder {folder}"
+    findings: takes pictures whose name is not UTF-8 or differs in the suffix alone, and notes of those not read.
+    Raises InputError if there is no picture, the folder is missing, or `walk_folder` refuses one below it.
+    """
     if not folder.is_dir():
-        raise InputError(f"{where} does not exist. Check data.datasets.*.{role}.")
+        raise InputError(f"{where} does not exist. Check {key}.")
 
-    found = _Found(folder)
+    found = FoundPictures(folder)
     for parent, files in walk_folder(folder, where):
-        below = os.path.relpath(parent, folder)
+        below = os.path.relpath(parent, folder).replace(os.sep, "/")  # a name is the same on every system
         for file in files:  # of a million: no Path is made of each
             stem, suffix = os.path.splitext(file)
             suffix = suffix.lower()
@@ -121,6 +136,7 @@ def _find(folder: Path, role: str, dataset: str, findings: Findings) -> _Found:
                 if name in found.pictures:
                     other = os.path.basename(found.pictures[name].place)
                     findings.add(NAMES, where, f"{other} and {file} have the same name", "Keep one of them.")
+                    found.doubled.add(name)
                 if is_utf8(name):
                     found.pictures[name] = PictureFile(path)
                 else:
@@ -129,28 +145,37 @@ def _find(folder: Path, role: str, dataset: str, findings: Findings) -> _Found:
                 found.texts_found[path] = name
                 if suffix == CAPTION_SUFFIXES[0] or name not in found.texts:
                     found.texts[name] = path
-            elif _OTHER_PICTURES.fullmatch(suffix):
-                found.left_out[name] = path
-            elif suffix == ".json" or file.lower() in LISTS_OF_PICTURES:
+            elif _OTHER_PICTURES.fullmatch(suffix) or (not suffix and _begins_like_a_picture(path)):
+                found.left_out.setdefault(name, []).append(path)
+            elif suffix in OTHER_TEXT_SUFFIXES or file.lower() in LISTS_OF_PICTURES:
                 found.others[path] = name
     _note_left_out(found, findings)
     if not found.pictures:
         kinds = ", ".join(sorted(PICTURE_SUFFIXES))
-        raise InputError(f"{where} holds no picture ({kinds}). Check data.datasets.*.{role}.")
+        raise InputError(f"{where} holds no picture ({kinds}). Check {key}.")
     return found
 
 
-def _note_left_out(found: _Found, findings: Findings) -> None:
+def _note_left_out(found: FoundPictures, findings: Findings) -> None:
     by_suffix: dict[str, list[str]] = defaultdict(list)
-    for path in found.left_out.values():
+    for path in chain.from_iterable(found.left_out.values()):
         by_suffix[os.path.splitext(path)[1].lower()].append(os.path.basename(path))
     for suffix, files in by_suffix.items():
         which = ", ".join(sorted(files)[:3]) + (", ..." if len(files) > 3 else "")
         cure = "Save them as PNG or JPEG, or move them away."
-        findings.note(LEFT_OUT, found.folder, f"{len(files)} {suffix} not read: {which}", cure)
+        called = suffix or "without a suffix"
+        findings.note(LEFT_OUT, found.folder, f"{len(files)} {called} not read: {which}", cure)
 
 
-def _target_of_masks(targets: _Found, masks: _Found) -> dict[str, str]:
+def _begins_like_a_picture(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(4).startswith(_FIRST_BYTES)
+    except OSError:
+        return False
+
+
+def _target_of_masks(targets: FoundPictures, masks: FoundPictures) -> dict[str, str]:
     """Mask -> its target, by name, of masks that have one."""
     target_of = {}
     for name in masks.pictures:
@@ -163,19 +188,19 @@ def _target_of_masks(targets: _Found, masks: _Found) -> dict[str, str]:
 
 def _report_partners(
     role: str,
-    partners: _Found,
+    partners: FoundPictures,
     orphans: Set[str],
-    targets: _Found,
+    targets: FoundPictures,
     lacking: Mapping[str, PictureFile],
     findings: Findings,
 ) -> None:
     """What has no partner, and the file that it may be meant for. orphans: of `partners`.  lacking: name -> a picture
     that has none."""
 
-    def add(picture: PictureFile, name: str, what: str, others: _Found, near: NearNames, cure: str) -> None:
+    def add(picture: PictureFile, name: str, what: str, others: FoundPictures, near: NearNames, cure: str) -> None:
         hint = ""
         if name in others.left_out:
-            hint = f"; {os.path.basename(others.left_out[name])} is there, which is not read"
+            hint = f"; {os.path.basename(others.left_out[name][0])} is there, which is not read"
         elif nearest := near.nearest(name):
             hint = f"; the nearest is {os.path.relpath(others.pictures[nearest].place, others.folder)}"
         findings.add(NAMES, picture, f"{what} in {others.folder}{hint}", cure)

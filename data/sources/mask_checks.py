@@ -1,5 +1,5 @@
-"""What can be seen to be wrong with a mask: that it is none, that it lies where source and target do not differ, or
-that EXIF turned its target and not it."""
+"""What can be seen to be wrong with a mask: that it is none, that it lies where source and target do not differ, that
+EXIF turned its target and not it, or that its source shows something else."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from data.sources.likeness import ANOTHER, TURNED_SOURCE, find_other_scene
 from data.sources.mask_fit import (
     ELSEWHERE,
     INVERTED,
@@ -42,6 +43,12 @@ _CURES = {
     ELSEWHERE: (MISPLACED, "Make the mask from this pair."),
     SAME: (SOURCES, "Give the picture as it was before as source, or no source."),
     SWAPPED: (SOURCES, "Exchange the two. Are things to be added, give the dataset `check_masks: warn`."),
+    ANOTHER: (
+        SOURCES,
+        "Give the picture from which the target was made: do the names or the rows of the two match? If they do, give "
+        "the dataset `check_masks: warn`.",
+    ),
+    TURNED_SOURCE: (ORIENTATION, SAVE_UPRIGHT),
     TURNED: (
         ORIENTATION,
         f"{SAVE_UPRIGHT} Was the mask made of the upright target, give the dataset `check_masks: warn`.",
@@ -49,7 +56,8 @@ _CURES = {
 }
 
 
-_OF_PAIRS = (INVERTED, ELSEWHERE, SAME, SWAPPED)
+_OF_SOURCES = (SAME, SWAPPED, ANOTHER, TURNED_SOURCE)
+_OF_PAIRS = (INVERTED, ELSEWHERE, *_OF_SOURCES)
 
 
 class Fault(NamedTuple):
@@ -67,7 +75,7 @@ class Fault(NamedTuple):
     @property
     def is_of_source(self) -> bool:
         """Whether the source is to blame, not the mask."""
-        return self.kind in (SAME, SWAPPED)
+        return self.kind in _OF_SOURCES
 
 
 def find_fault_of_mask(
@@ -81,6 +89,59 @@ def find_fault_of_mask(
     return None
 
 
+class Pair:
+    """Source and target of one size, (width, height): decoded once for each of the two sizes at which they are held
+    against masks.
+
+    Raises InputError, from wherever it decodes them, if a picture cannot be.
+    """
+
+    def __init__(
+        self, target: PictureBytes, source: PictureBytes, size: tuple[int, int], *, max_megapixels: float
+    ) -> None:
+        self._pictures, self._max_megapixels = (target, source), max_megapixels
+        self.cell, self._fine_cell = preview_cell(*size), fine_cell(*size)
+        # Not by cached_property: up to Python 3.11 it has one lock for all pairs, and their decoding would take turns.
+        self._previews: tuple[np.ndarray, np.ndarray] | None = None
+        self._reduced: tuple[np.ndarray, np.ndarray] | None = None
+
+    @property
+    def previews(self) -> tuple[np.ndarray, np.ndarray]:
+        """Target and source in grey, in cells of `cell` pixels: uint8 [h, w]."""
+        if self._previews is None:
+            target, source = (
+                load_preview(picture, self.cell, max_megapixels=self._max_megapixels) for picture in self._pictures
+            )
+            self._previews = target, source
+        return self._previews
+
+    @property
+    def _colours(self) -> tuple[np.ndarray, np.ndarray]:
+        """The two in finer cells: uint8 [h, w, 3]."""
+        if self._reduced is None:
+            target, source = (
+                reduced(load_picture(picture, max_megapixels=self._max_megapixels), self._fine_cell)
+                for picture in self._pictures
+            )
+            self._reduced = target, source
+        return self._reduced
+
+    def looks_right(self, mask: np.ndarray) -> bool:
+        """Whether it plainly fits a mask in cells like the previews'."""
+        return looks_right(*self.previews, mask)
+
+    def find_fault(self, mask: Image.Image) -> Fault | None:
+        """What its pictures show to be wrong, with a mask (decoded, in mode L) that does not plainly fit or with the
+        source."""
+        if other := find_other_scene(*self.previews, reduced(mask, self.cell)):
+            return Fault(*other)
+        found = compare(*self._colours, reduced(mask, self._fine_cell), self._fine_cell)
+        return found and Fault(*found)
+
+
+SAME_FILE = Fault(SAME, "source and target are the same file")
+
+
 def find_fault_of_pair(
     target: PictureBytes, source: PictureBytes, mask: Image.Image, *, max_megapixels: float
 ) -> Fault | None:
@@ -89,20 +150,13 @@ def find_fault_of_pair(
     Raises InputError if a picture cannot be decoded.
     """
     if target.data == source.data:
-        return Fault(SAME, "source and target are the same file")
-    cell = preview_cell(*mask.size)
-    before, after = (load_preview(picture, cell, max_megapixels=max_megapixels) for picture in (source, target))
-    if looks_right(after, before, _reduced(mask, cell)):
-        return None
-    cell = fine_cell(*mask.size)
-    before, after = (
-        _reduced(load_picture(picture, max_megapixels=max_megapixels), cell) for picture in (source, target)
-    )
-    found = compare(after, before, _reduced(mask, cell), cell)
-    return found and Fault(*found)
+        return SAME_FILE
+    pair = Pair(target, source, mask.size, max_megapixels=max_megapixels)
+    return None if pair.looks_right(reduced(mask, pair.cell)) else pair.find_fault(mask)
 
 
-def _reduced(picture: Image.Image, cell: int) -> np.ndarray:
+def reduced(picture: Image.Image, cell: int) -> np.ndarray:
+    """A picture in which every pixel is the mean of cell x cell ones."""
     return np.asarray(picture.reduce(cell) if cell > 1 else picture)
 
 
@@ -120,6 +174,11 @@ def find_turn(target: Header, other: Header, role: str) -> Fault | None:
     )
 
 
+def look_swapped_by_accident(num_swapped: int, num_pairs: int) -> bool:
+    """Whether so few pairs of a set look swapped that none is."""
+    return num_swapped < max(_FEWEST_SWAPPED, _SWAPPED_BY_ACCIDENT * num_pairs)
+
+
 def judge(faults: Sequence[tuple[PictureFile, Fault]], num_pairs: int, policy: str, findings: Findings) -> None:
     """Add a dataset's faults, each with the picture that is to blame, to the findings: those that stop the run to its
     problems, the others to its notes.
@@ -127,7 +186,7 @@ def judge(faults: Sequence[tuple[PictureFile, Fault]], num_pairs: int, policy: s
     num_pairs: how many items have a source.  policy: of `check_masks`.
     """
     kinds = Counter(fault.kind for _, fault in faults)
-    by_accident = kinds[SWAPPED] < max(_FEWEST_SWAPPED, _SWAPPED_BY_ACCIDENT * num_pairs)
+    by_accident = look_swapped_by_accident(kinds[SWAPPED], num_pairs)
     if by_accident:
         del kinds[SWAPPED]
     too_many = sum(kinds[kind] for kind in _OF_PAIRS) > MOST_FAULTY_PAIRS * num_pairs

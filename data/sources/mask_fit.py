@@ -9,7 +9,6 @@ colour (`compare`).
 from typing import NamedTuple
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
 SAME, INVERTED, ELSEWHERE, SWAPPED = "same", "inverted", "elsewhere", "swapped"
 
@@ -74,12 +73,12 @@ def compare(target: np.ndarray, source: np.ndarray, mask: np.ndarray, cell: int)
     """What is wrong with a pair and its mask, or None. target, source: cells, uint8 [h, w, 3]; mask: [h, w], as above.
     cell: its side in pixels of the whole pictures, by which shifts are told."""
     colours = target.astype(np.float32) - source
-    if _is_same(colours, cell):
+    if is_same(colours, cell):
         return MaskFit(SAME, "source and target are the same picture")
     grey = np.abs(colours @ _GREY)
-    changed = _changed(grey)
+    changed = changed_cells(grey)
     if not changed.any():
-        changed = _changed(np.abs(colours).max(axis=2))  # of the same brightness all over
+        changed = changed_cells(np.abs(colours).max(axis=2))  # of the same brightness all over
     covered = mask >= _UNTOUCHED
     inside, outside = np.count_nonzero(changed & covered), np.count_nonzero(changed & ~covered)
     total = inside + outside
@@ -105,7 +104,7 @@ def stands_in_target(target: np.ndarray, source: np.ndarray, changed: np.ndarray
         return False
     window = np.s_[max(0, rows[0] - 3) : rows[-1] + 4, max(0, columns[0] - 3) : columns[-1] + 4]
     target, source, changed = target[window].astype(np.float32), source[window].astype(np.float32), changed[window]
-    region = _share_around(changed, 5) > 0.3  # without the gaps where the two agree by chance
+    region = share_around(changed, 5) > 0.3  # without the gaps where the two agree by chance
     steps = squares = total = heights = 0.0
     count = 0
     for here, there in _NEIGHBOURS:
@@ -124,7 +123,7 @@ def stands_in_target(target: np.ndarray, source: np.ndarray, changed: np.ndarray
     return bool(outside.size and inside.mean() >= 0.5 * outside.mean())
 
 
-def _is_same(colours: np.ndarray, cell: int) -> bool:
+def is_same(colours: np.ndarray, cell: int) -> bool:
     """Whether signed differences of colour are all such as compression makes: it keeps the means of 8x8 pixels, and
     of 16x16 for what is not brightness."""
     grey = colours @ _GREY
@@ -142,19 +141,20 @@ def _largest_mean(values: np.ndarray, size: int) -> float:
     return float(np.abs(values.reshape(height // size, size, width // size, size).mean(axis=(1, 3))).max())
 
 
-def _changed(difference: np.ndarray) -> np.ndarray:
-    """Which cells, and their neighbours, differ by more than the noise that the quietest fifth of the picture has."""
+def changed_cells(difference: np.ndarray) -> np.ndarray:
+    """Which cells, with their neighbours, differ by more than the noise that the quietest fifth of the picture has."""
     candidates = difference > max(_CHANGED, 14 * float(np.quantile(difference, 0.2)))
     if candidates.any():
         candidates = difference > max(_CHANGED, 0.25 * float(np.median(difference[candidates])))
-    return candidates & (_share_around(candidates, 3) > 0.4)
+    return candidates & (share_around(candidates, 3) > 0.4)
 
 
-def _share_around(flags: np.ndarray, size: int) -> np.ndarray:
+def share_around(flags: np.ndarray, size: int) -> np.ndarray:
     """Share of the size x size cells around each that are set; past the border the outermost ones count again."""
-    padded = np.pad(flags, size // 2, mode="edge").astype(np.float32)
-    rows = sliding_window_view(padded, size, axis=0).sum(axis=-1)
-    return sliding_window_view(rows, size, axis=1).sum(axis=-1) / size**2
+    height, width = flags.shape
+    padded = np.pad(flags, size // 2, mode="edge").astype(np.uint8)  # sums are below 256
+    rows = np.add.reduce([padded[start : start + height] for start in range(size)], dtype=np.uint8)
+    return np.add.reduce([rows[:, start : start + width] for start in range(size)], dtype=np.uint8) / size**2
 
 
 def _explain(grey: np.ndarray, changed: np.ndarray, mask: np.ndarray, cell: int) -> MaskFit | None:

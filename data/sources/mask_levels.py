@@ -1,6 +1,7 @@
 """Whether a picture is a mask at all, told from its histogram: photographs, gradients and class labels are none."""
 
 from collections.abc import Callable
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -9,10 +10,12 @@ from PIL import Image
 from configs.dataset_schema import Label
 
 _GREY = slice(33, 223)  # neither black nor white, which compression spreads
+_COLOURED = slice(16, 240)  # the brightness of red, green, blue and yellow, of 29 to 226; neither black nor white
 _MOST_GREY = 0.4  # share of the pixels: of a hole whose edge is as soft as it is wide a third, of photographs most
 _NEAR = 8  # levels around one that compression may add
 _FEW_LEVELS = 16  # soft edges and gradients have more
 _FEW_PIXELS = 1 << 14  # that a histogram is made of
+_LEAST_COLOUR = 64  # levels between the channels of a colour
 _LABEL_SHARE = 0.0005  # of the pixels, in the midst of others of their level
 
 
@@ -30,11 +33,19 @@ def find_no_mask(mask: Image.Image, load_stored: Callable[[], Image.Image]) -> N
     few = mask.resize((-(-mask.width // step), -(-mask.height // step)), Image.Resampling.NEAREST)
     histogram = np.bincount(np.asarray(few).ravel(), minlength=256)
     one_side = not histogram[:128].any() or not histogram[128:].any()
-    if not one_side and histogram[_GREY].sum() < _LABEL_SHARE * histogram.sum():
+    # Classes count from 0; levels 16, 17 and 235 are those of compressed video.
+    are_few = bool(histogram[0]) and np.count_nonzero(histogram) <= _FEW_LEVELS
+    others = histogram[1:255] if are_few else histogram[_COLOURED]
+    if not one_side and others.sum() < _LABEL_SHARE * histogram.sum():
         return None
     labels = _flat_levels(np.asarray(mask))
     are_grey = [label for label in labels if label in range(256)[_GREY]]
-    if (len(labels) > 1 and one_side) or (len(labels) > 2 and (are_grey or np.count_nonzero(histogram) <= _FEW_LEVELS)):
+    if (
+        (len(labels) > 1 and one_side)
+        or (len(labels) > 2 and (are_grey or are_few))
+        or (any(label in range(128)[_COLOURED] for label in labels) and _keeps_a_colour(few, load_stored()))
+        or (not histogram[1:].any() and _has_levels_below_8_bits(load_stored()))
+    ):
         return NoMask(True, f"its pixels are labels, not brightness: {describe_labels(load_stored())}")
     for label in are_grey:  # a mask of two levels, neither black nor white
         histogram[max(0, label - _NEAR) : label + _NEAR + 1] = 0
@@ -46,6 +57,20 @@ def find_no_mask(mask: Image.Image, load_stored: Callable[[], Image.Image]) -> N
             f"{np.count_nonzero(histogram[_GREY])} levels, as in a photograph or a gradient",
         )
     return None
+
+
+def _keeps_a_colour(mask: Image.Image, stored: Image.Image) -> bool:
+    """Whether a mask, reduced, is black for its brightness where a colour says otherwise: a red hole on white."""
+    if stored.mode in ("1", "L", "LA") or stored.mode.startswith("I;16"):
+        return False
+    channels = np.asarray(stored.resize(mask.size, Image.Resampling.NEAREST).convert("RGB")).astype(np.int16)
+    coloured = np.ptp(channels, axis=2) >= _LEAST_COLOUR
+    return bool((coloured & (np.asarray(mask) < 128)).mean() >= _LABEL_SHARE)
+
+
+def _has_levels_below_8_bits(stored: Image.Image) -> bool:
+    """Whether a picture of 16 bits, of which the upper 8 are all 0, has more than one level."""
+    return stored.mode.startswith("I;16") and bool(np.asarray(stored).any())
 
 
 def _flat_levels(levels: np.ndarray) -> list[int]:
@@ -78,9 +103,14 @@ def select_label(stored: Image.Image, label: Label) -> Image.Image:
 def describe_labels(stored: Image.Image) -> str:
     """The commonest labels of a picture and their shares, as `select_label` takes them: "0 (93 %) and 1 (7 %)"."""
     pixels = stored.width * stored.height
-    found = sorted(stored.getcolors(pixels) or [], reverse=True)
-    if stored.mode not in ("1", "L", "P"):
-        found = sorted(stored.convert("RGB").getcolors(pixels) or [], reverse=True)
+    found: list[tuple[int, object]]
+    if stored.mode.startswith("I;16"):
+        counts = np.bincount(np.asarray(stored).ravel())
+        found = [(int(counts[level]), int(level)) for level in np.flatnonzero(counts)]
+    else:
+        shown = stored if stored.mode in ("1", "L", "P") else stored.convert("RGB")
+        found = [*(shown.getcolors(pixels) or [])]
+    found.sort(key=itemgetter(0), reverse=True)
     names = [f"{_name(value)} ({count / pixels:.0%})" for count, value in found[:5]]
     more = f" and {len(found) - 5} more" if len(found) > 5 else ""
     return ", ".join(names) + more

@@ -115,6 +115,10 @@ def _problem(picture: ImageFile.ImageFile, data: bytes) -> str:
 
 
 def _describe_unread(data: bytes) -> str:
+    if not data:
+        return "not a readable picture (the file is empty). Replace or remove the file."
+    if data.startswith(b"version https://git-lfs"):
+        return "is a pointer of Git LFS, which stands for the picture. Run `git lfs pull`."
     layout = describe_tiff(data)
     if layout:
         return f"a TIFF of a layout that is not read ({layout}). Save it as PNG of 8 bits."

@@ -18,6 +18,7 @@ from data.storage.atomic_write import write_text_atomically
 LISTS, NAMES, LEFT_OUT, CAPTIONS = "lists", "names", "left out", "captions"
 UNREADABLE, TRUNCATED, SIZES, MASKS = "unreadable", "truncated", "sizes", "masks"
 POLARITY, MISPLACED, SOURCES, ORIENTATION = "inverted masks", "misplaced masks", "sources", "EXIF"
+DUPLICATES = "duplicates"
 KINDS = (
     LISTS,
     NAMES,
@@ -31,6 +32,7 @@ KINDS = (
     MISPLACED,
     SOURCES,
     ORIENTATION,
+    DUPLICATES,
 )
 
 _SHOWN = 10  # of each kind; the rest stands in the file
@@ -64,6 +66,9 @@ class ProblemsFound(InputError):
         self.problems, self.listed_in = sorted_by_kind(problems), listed_in
         lines = [line for _, of_kind in _by_kind(self.problems) for line in _first_lines(of_kind)]
         super().__init__("\n".join([*lines, *([f"All are listed in {listed_in}."] if listed_in else [])]))
+
+    def show(self) -> None:
+        print_found(Console(stderr=True), self)
 
 
 class Findings:
@@ -100,7 +105,9 @@ class Findings:
             (cache / PROBLEMS).unlink(missing_ok=True)
         if self.notes:
             notes = sorted_by_kind(self.notes)
-            _print(console, notes, f"{len(notes)} note{'s' * (len(notes) > 1)} (no problem)", "yellow", listed_in)
+            print_problems(
+                console, notes, f"{len(notes)} note{'s' * (len(notes) > 1)} (no problem)", "yellow", listed_in
+            )
         self.raise_problems(listed_in)
 
     def raise_problems(self, listed_in: Path | None = None) -> None:
@@ -128,11 +135,16 @@ def print_found(console: Console, error: ProblemsFound) -> None:
     """All that ended a run, by kind, with counts, the first of each kind and what to do: a table on a terminal; in a
     log a line each, so that a search finds it."""
     count = len(error.problems)
-    _print(console, error.problems, f"{count} problem{'s' * (count > 1)}", "red", error.listed_in)
+    print_problems(console, error.problems, f"{count} problem{'s' * (count > 1)}", "red", error.listed_in)
 
 
-def _print(console: Console, problems: Sequence[Problem], title: str, style: str, listed_in: Path | None) -> None:
-    """problems: sorted by kind."""
+def print_problems(
+    console: Console, problems: Sequence[Problem], title: str, style: str, listed_in: Path | None
+) -> None:
+    """A table on a terminal; in a log a line each.
+
+    problems: sorted by kind, of which the first of each are shown.  style: of the title.  listed_in: a file with all.
+    """
     shown = dict(_by_kind(problems))
     if console.is_terminal:
         console.print(_table_of(shown, title, style))

@@ -6,6 +6,7 @@ next run reads only what is new. The URLs in a table are taken for what they wer
 what they name changed.
 """
 
+import os
 import random
 import secrets
 from collections import defaultdict
@@ -32,6 +33,7 @@ from data.sources.file_stamps import outwait_the_clock, stamp_of
 from data.sources.folders import list_folders
 from data.sources.items import Item
 from data.sources.mask_checks import Fault, find_fault_of_mask, find_fault_of_pair
+from data.sources.mask_reach import measure_reach
 from data.sources.picture_file import PictureBytes, PictureFile
 from data.sources.pictures import load_mask, load_picture, read_header, read_picture
 from data.sources.problems import CAPTIONS, LISTS, NAMES, TRUNCATED, UNREADABLE, Findings, Problem
@@ -47,10 +49,16 @@ from data.sources.scan_cache import (
     row_of_item,
     with_infos,
 )
-from data.sources.tables import find_tables, list_table, names_are_below, number_repeats
+from data.sources.tables import (
+    find_missing_folders,
+    find_tables,
+    list_table,
+    names_are_below,
+    number_repeats,
+)
 from data.sources.tars import expand_tars, list_tar
 
-_SCAN_VERSION = 4
+_SCAN_VERSION = 7
 _UNIT_THREADS, _PICTURE_THREADS = 4, 8  # they wait for disks and networks, and decode masks
 _UNIT_ITEMS = 1024
 
@@ -178,7 +186,11 @@ class _Scanner:
             outwait_the_clock([table])
             own = Findings()
             with self.copies.local(table, stamp) as file, open_new_file(pack) as packed:
-                items = list_table(table, file, below, self.dataset, own, masks=self.masks, pack=pack, packed=packed)
+                listed = list_table(table, file, below, self.dataset, own, masks=self.masks, pack=pack, packed=packed)
+            missing = find_missing_folders(table, (file.place for item in listed for file in item.pictures), own)
+            items = [
+                item for item in listed if missing.isdisjoint(os.path.dirname(file.place) for file in item.pictures)
+            ]
             found = [own.notes, *(row_of_item(item, str(pack)) for item in items)]
             self._keep(key, found, own)
         notes, *rows = found
@@ -307,12 +319,13 @@ class _Scanner:
         limit = self.max_megapixels
         picture = read_picture(file, max_megapixels=limit)
         width, height, orientation = read_header(picture, max_megapixels=limit)
-        levels, darkest, brightest = None, 0, 0
+        levels, darkest, brightest, reach = None, 0, 0, ""
         if is_mask:
             levels = load_mask(picture, max_megapixels=limit, label=self.label)
             darkest, brightest = cast(tuple[int, int], levels.getextrema())  # of its one channel
+            reach = measure_reach(levels)
         copied = packed.add(picture.data) if packed is not None and is_url(file.place) else (0, 0)
-        info = PictureInfo(picture.content, width, height, darkest, brightest, *copied, orientation)
+        info = PictureInfo(picture.content, width, height, darkest, brightest, *copied, orientation, reach)
         return _Seen(info, picture, levels)
 
     def _find_fault(self, target: _Seen, mask: _Seen, source: _Seen | None) -> Fault | None:

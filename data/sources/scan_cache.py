@@ -21,13 +21,15 @@ from data.storage.atomic_write import write_text_atomically
 
 Row = list[Any]
 
+_FITTING = "fitting-1"  # of masks that were held against their bucket: see `ScanCache.read_fitting`
+
 
 class PictureInfo(NamedTuple):
     """What was found out about one picture.
 
     content: hash of its bytes, 32 hex digits.  width, height: upright.  darkest, brightest: a mask's levels, else 0.
     copy_offset, size: where its bytes are in a pack of remote pictures; size 0 = nowhere.  orientation: EXIF's, by
-    which it was turned upright; 1 = not at all.
+    which it was turned upright; 1 = not at all.  reach: of a mask, as `measure_reach` gives it, else "".
     """
 
     content: str
@@ -38,6 +40,7 @@ class PictureInfo(NamedTuple):
     copy_offset: int = 0
     size: int = 0
     orientation: int = 1
+    reach: str = ""
 
     @property
     def header(self) -> Header:
@@ -68,7 +71,7 @@ class ScanCache:
     def __init__(self, cache: Path, dataset: str) -> None:
         """Makes nothing yet. Raises InputError if <cache>/scan/<dataset> could not be made."""
         self.folder = cache / SCAN / dataset
-        self._used: set[str] = set()
+        self._used = {_FITTING}
         there = next(parent for parent in self.folder.absolute().parents if parent.exists())
         if not there.is_dir() or not os.access(there, os.W_OK):
             reason = os.strerror(errno.EACCES if there.is_dir() else errno.ENOTDIR)
@@ -95,6 +98,14 @@ class ScanCache:
         text = json.dumps(rows, ensure_ascii=False)
         with suppress(FileNotFoundError):  # one that was done took it for a dead worker's: then it is found out again
             write_text_atomically(self.folder / f"{key}.json", f"{xxhash.xxh3_128_hexdigest(text.encode())}\n{text}")
+
+    def read_fitting(self) -> list[Row]:
+        """(hash of a triple's pictures, bucket, label) of masks of which enough is left in that bucket, as far as they
+        had to be decoded to tell. Unlike the other results this one grows."""
+        return self.read(_FITTING) or []
+
+    def write_fitting(self, rows: Sequence[Row]) -> None:
+        self.write(_FITTING, rows)
 
     def delete_unused(self) -> None:
         """Forget what was found about files that changed or are gone: all whose key was not made. And what a worker

@@ -11,7 +11,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -106,7 +106,9 @@ def list_table(
 
     def caption_column(row: dict[str, Any]) -> str:
         """The one that the config names, or else caption, or text where a row has none."""
-        named = "caption" in columns.model_fields_set or row.get(columns.caption) is not None
+        caption = row.get(columns.caption)
+        is_none = caption is None or (isinstance(caption, str) and not caption.strip())
+        named = "caption" in columns.model_fields_set or not is_none
         return columns.caption if named else "text"
 
     def find_picture(cell: object, where: str, number: int) -> PictureFile:
@@ -135,7 +137,7 @@ def list_table(
     items: list[Item] = []
     seen: set[str] = set()
     try:
-        for number, where, row in _read_rows(table, file, findings):
+        for number, where, row in read_rows(table, file, findings):
             try:
                 seen |= row.keys()
                 items.append(read_row(number, where, row))
@@ -150,8 +152,9 @@ def list_table(
             f"no row has the column {columns.caption}, but {', '.join(sorted(seen))}",
             "Correct data.datasets.*.columns.caption.",
         )
-    if "caption" not in columns.model_fields_set and seen and not seen & {"caption", "text"}:
-        texts = ", ".join(sorted(seen - {*wanted.values(), columns.name})) or "no other column"
+    others = sorted(seen - {*wanted.values(), columns.name})
+    if "caption" not in columns.model_fields_set and others and not seen & {"caption", "text"}:
+        texts = ", ".join(others)
         cure = "If one of them holds captions, name it in data.datasets.*.columns.caption."
         findings.note(CAPTIONS, shown(table), f"no row has the column caption or text, but {texts}", cure)
     if not items and not findings.problems:
@@ -203,6 +206,8 @@ def _resolve(table: str, cell: object, where: str) -> str:
     folder, separator, _ = table.partition("?")[0].rpartition("/")
     if "\\" in path and (is_url(table) or not os.path.exists(os.path.join(folder, path))):
         path = path.replace("\\", "/")  # as Windows writes it; a file may be called so elsewhere
+    if ".." in PurePosixPath(path).parts:
+        path = os.path.normpath(path)  # a/../b.png is below the folder
     if path.startswith("/") and not is_url(table):
         path = path.removeprefix(f"{os.path.abspath(folder or '.')}/")
     if has_drive or path.startswith("/") or ".." in PurePosixPath(path).parts or "\0" in path:
@@ -213,15 +218,33 @@ def _resolve(table: str, cell: object, where: str) -> str:
         )
     if not PurePosixPath(path).name:
         raise InputError(f"{where} is {path!r}, the table's folder, no picture. Correct it.")
-    return _as_on_disk(f"{folder}{separator}{PurePosixPath(path)}")
+    return as_on_disk(f"{folder}{separator}{PurePosixPath(path)}")
 
 
-def _as_on_disk(place: str) -> str:
+def as_on_disk(place: str) -> str:
     """A path in the one of Unicode's forms in which there is such a file: macOS and Linux differ in it."""
     if place.isascii() or is_url(place) or os.path.exists(place):
         return place
     forms = (unicodedata.normalize(form, place) for form in ("NFC", "NFD"))
     return next((form for form in forms if os.path.exists(form)), place)
+
+
+def find_missing_folders(table: str, places: Iterable[str], findings: Findings) -> set[str]:
+    """The folders of a table's pictures that are not there. findings: takes each once.
+
+    Read one by one, their pictures would each be tried again and again, as where a disk went away.
+    """
+    counts = Counter(os.path.dirname(place) for place in places if not is_url(place))
+    missing = {folder for folder in counts if not os.path.isdir(folder or ".")}
+    for folder in sorted(missing):
+        pictures = f"{counts[folder]} picture{'s' * (counts[folder] > 1)}"
+        findings.add(
+            LISTS,
+            table,
+            f"names {pictures} in {folder}, which is no folder",
+            "Restore it, or mend the paths: they are relative to the list's own folder.",
+        )
+    return missing
 
 
 def number_repeats(items: Sequence[Item], findings: Findings) -> list[Item]:
@@ -251,7 +274,8 @@ def number_repeats(items: Sequence[Item], findings: Findings) -> list[Item]:
 # --- rows: (number from 0, how messages call it, column -> cell) ------------------------------------------------------
 
 
-def _read_rows(table: str, file: Path, findings: Findings) -> Iterator[tuple[int, str, dict[str, Any]]]:
+def read_rows(table: str, file: Path, findings: Findings) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """The rows of a table. findings: takes those at fault.  Raises InputError if the rest cannot be read."""
     suffix = PurePosixPath(table.partition("?")[0]).suffix
     try:
         if suffix == ".jsonl":
@@ -288,8 +312,15 @@ def _read_jsonl(table: str, file: Path, findings: Findings) -> Iterator[tuple[in
 
 def _read_csv(table: str, file: Path, findings: Findings) -> Iterator[tuple[int, str, dict[str, Any]]]:
     with file.open(encoding="utf-8-sig", newline="") as lines:
-        rows = csv.DictReader(lines, strict=True)  # else a quote that is never closed swallows the rows behind it
+        # strict: else a quote that is never closed swallows the rows behind it
+        rows = csv.DictReader(lines, strict=True, skipinitialspace=True)
         try:
+            first = ",".join(rows.fieldnames or ())
+            if "," not in first and (separator := next((each for each in ";\t|" if each in first), None)):
+                raise InputError(
+                    f"{shown(table)}, line 1: no CSV (its columns are separated by {separator!r}). Separate them by "
+                    "commas."
+                )
             for number, row in enumerate(rows):
                 where = f"{shown(table)}, line {rows.line_num}"
                 if None in row:

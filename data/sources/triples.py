@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import xxhash
 
@@ -44,6 +45,15 @@ class Triple:
         return key_of(self.dataset, self.name)
 
 
+class FoundTriple(NamedTuple):
+    """A triple whose pictures can be read. size: upright (width, height).  reach: of its mask, as `measure_reach` gives
+    it; None if it has none of its own, or one with which something is wrong already."""
+
+    triple: Triple
+    size: tuple[int, int]
+    reach: str | None
+
+
 def key_of(dataset: str, name: str) -> str:
     """The key of the triple of that name in a dataset: see `Triple.key`."""
     stem = _NOT_IN_KEYS.sub("_", name[-48:])
@@ -62,8 +72,8 @@ def list_triples(
     findings: Findings,
     *,
     thorough: bool = False,
-) -> list[tuple[Triple, tuple[int, int]]]:
-    """The triples of one dataset whose pictures can be read, with their upright (width, height), sorted by name.
+) -> list[FoundTriple]:
+    """The triples of one dataset whose pictures can be read, sorted by name.
 
     advance, findings, thorough: as `scan_dataset` takes them.
     """
@@ -74,7 +84,7 @@ def list_triples(
     found.reverse()
     while found:  # what is used up is let go: of millions, twice is too much
         scanned = found.pop()
-        _check(scanned, findings)
+        is_sound = _check(scanned, findings)
         item = scanned.item
         faults += _faults_of(scanned)
         num_pairs += scanned.source is not None
@@ -89,41 +99,33 @@ def list_triples(
             contents[0],
             content_of(contents),
         )
-        triples.append((triple, (scanned.target.width, scanned.target.height)))
+        reach = scanned.mask.reach if scanned.mask is not None and is_sound else None
+        triples.append(FoundTriple(triple, (scanned.target.width, scanned.target.height), reach))
     judge(faults, num_pairs, dataset.check_masks, findings)
     return triples
 
 
 def _faults_of(scanned: ScannedItem) -> list[tuple[PictureFile, Fault]]:
-    """What is seen to be wrong with a mask, or with a pair, at the picture that is to blame: one or none."""
+    """What is seen to be wrong with a mask, or with a pair, each at the picture that is to blame."""
     item, mask, fault = scanned.item, scanned.mask, scanned.fault
     if item.mask is None or mask is None:
         return []
+    faults = [(item.source if fault.is_of_source and item.source else item.mask, fault)] if fault else []
     of_one_size = (mask.width, mask.height) == (scanned.target.width, scanned.target.height)
     # A source shows whether the mask lies right; without one, EXIF alone tells that it may not.
-    if of_one_size and (fault.is_of_pair if fault else scanned.source is None):
-        fault = find_turn(scanned.target.header, mask.header, "mask") or fault
-    if fault is None:
-        return []
-    return [(item.source if fault.is_of_source and item.source else item.mask, fault)]
+    doubted = fault.is_of_pair if fault else scanned.source is None
+    if of_one_size and doubted and (turn := find_turn(scanned.target.header, mask.header, "mask")):
+        return [(item.mask, turn), *((where, other) for where, other in faults if other.is_of_source)]
+    return faults
 
 
-def _check(scanned: ScannedItem, findings: Findings) -> None:
-    """What keeps a triple from being used: its pictures differ in size, or its mask has nothing to paint or to keep."""
-    item, target, fits = scanned.item, scanned.target, True
-    for role, file, info in (("mask", item.mask, scanned.mask), ("source", item.source, scanned.source)):
-        if info is not None and (info.width, info.height) != (target.width, target.height):
-            fits = False
-            if turn := find_turn(target.header, info.header, role):
-                findings.add(ORIENTATION, file, turn.what, SAVE_UPRIGHT)
-                continue
-            findings.add(
-                SIZES,
-                file,
-                f"the {role} is {info.width}x{info.height}, its target {item.target} is {target.width}x{target.height}",
-                f"Make the {role} at the target's size: stretching it would shift the hole.",
-            )
-    if fits and scanned.mask is not None and not (scanned.fault and scanned.fault.kind == LABELS):
+def _check(scanned: ScannedItem, findings: Findings) -> bool:
+    """Whether nothing keeps a triple from being used: its pictures are of one size, and its mask has something to paint
+    and something to keep. findings: takes what does."""
+    item, fits = scanned.item, check_sizes(scanned, findings)
+    if scanned.fault and scanned.fault.kind == LABELS:
+        return False
+    if fits and scanned.mask is not None:
         darkest, brightest = scanned.mask.darkest, scanned.mask.brightest
         if brightest < 128:
             findings.add(
@@ -139,6 +141,26 @@ def _check(scanned: ScannedItem, findings: Findings) -> None:
                 f"the mask is all white (its darkest pixel is {darkest} of 255): nothing to keep",
                 "White marks the hole; is it inverted?",
             )
+        return darkest < 128 <= brightest
+    return fits
+
+
+def check_sizes(scanned: ScannedItem, findings: Findings) -> bool:
+    """Whether the pictures of an item are of one size. findings: takes those that are not of their target's."""
+    item, target, fits = scanned.item, scanned.target, True
+    for role, file, info in (("mask", item.mask, scanned.mask), ("source", item.source, scanned.source)):
+        if info is not None and (info.width, info.height) != (target.width, target.height):
+            fits = False
+            if turn := find_turn(target.header, info.header, role):
+                findings.add(ORIENTATION, file, turn.what, SAVE_UPRIGHT)
+                continue
+            findings.add(
+                SIZES,
+                file,
+                f"the {role} is {info.width}x{info.height}, its target {item.target} is {target.width}x{target.height}",
+                f"Make the {role} at the target's size: stretching it would shift the hole.",
+            )
+    return fits
 
 
 def held_out(contents: Iterable[str], count: int) -> frozenset[str]:

@@ -3,18 +3,37 @@
 import os
 import secrets
 from collections.abc import Callable
+from io import BufferedRandom, BufferedReader
 from pathlib import Path
 
 from data.storage.disk_full import raise_disk_full
 
+_MOST_CHARACTERS = 60  # of at most four bytes each
+_FOLDERS_CAN_BE_OPENED = hasattr(os, "O_DIRECTORY")  # not on Windows
+
 
 def fsync_folder(folder: Path) -> None:
-    """Make renames inside a folder survive a power cut."""
+    """Make renames inside a folder survive a power cut. Windows opens no folder: there it is left to NTFS."""
+    if not _FOLDERS_CAN_BE_OPENED:
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def part_path(path: Path) -> Path:
+    """A new name beside a path for what is written before it gets its own: `<its beginning>.<8 hex digits>.part`.
+
+    A name may have 255 bytes, so of a long one only a part is in it.
+    """
+    return path.with_name(f"{path.name[:_MOST_CHARACTERS]}.{secrets.token_hex(4)}.part")
+
+
+def open_to_fsync(path: Path) -> BufferedReader | BufferedRandom:
+    """A finished file, open to be read and given to os.fsync, for which Windows wants one that may be written."""
+    return path.open("rb") if _FOLDERS_CAN_BE_OPENED else path.open("r+b")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], *, num_bytes: int | None = None) -> None:
@@ -29,13 +48,13 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, num_bytes: 
 
 def _write_and_rename(path: Path, write: Callable[[Path], object]) -> None:
     # Of its own name in every process and on every machine: ranks that repair one file must not cut each other's.
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    temporary = part_path(path)
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
         write(temporary)
         temporary.chmod(mode)  # see apply_umask
-        with temporary.open("rb") as file:
+        with open_to_fsync(temporary) as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:

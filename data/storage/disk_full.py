@@ -9,6 +9,8 @@ from pathlib import Path
 
 from configs.errors import StorageFailed
 
+FINISHED_IS_KEPT = "what is finished is kept"  # of programs that go on where they ended
+
 # Of the disk, of a user's quota, of a file (ulimit -f, or what the filesystem can hold).
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -16,36 +18,42 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 class DiskFull(StorageFailed, OSError):
     """There is no room for a file. An OSError too: whoever goes on without what could not be written still does.
 
-    needed: bytes that there must be room for, if known.
+    needed: bytes that there must be room for, if known.  kept: what is left of the program's work, in words.
     """
 
-    def __init__(self, path: Path, number: int, *, needed: int | None = None) -> None:
+    def __init__(self, path: Path, number: int, *, needed: int | None = None, kept: str = "") -> None:
         wanted = "" if needed is None else f", about {_in_words(needed)} are needed"
         super().__init__(
             f"{path}: cannot be written ({os.strerror(number)}). {_free(path)}{wanted}. Make room and run the same "
-            "command again: what is finished is kept."
+            f"command again{kept and f': {kept}'}."
         )
-        self.path, self.errno, self._number = path, number, number
+        self.path, self.errno, self._number, self._needed, self._kept = path, number, number, needed, kept
 
     def with_needed(self, num_bytes: int) -> "DiskFull":
         """The same with what is needed for more than this file."""
-        return DiskFull(self.path, self._number, needed=num_bytes)
+        return DiskFull(self.path, self._number, needed=num_bytes, kept=self._kept)
+
+    def with_kept(self, kept: str, needed: int | None = None) -> "DiskFull":
+        """The same with what is left of the program's work, and what is needed, unless that was said."""
+        needed = needed if self._needed is None else self._needed
+        return DiskFull(self.path, self._number, needed=needed, kept=self._kept or kept)
 
 
 @contextmanager
-def raise_disk_full(path: Path, *, needed: int | None = None) -> Iterator[None]:
+def raise_disk_full(path: Path, *, needed: int | None = None, kept: str = "") -> Iterator[None]:
     """Raises DiskFull, naming `path`, where its disk turns out to be full. Whatever else is raised stays as it is.
 
-    needed: bytes of what is written, if known.
+    needed: bytes of what is written, if known.  kept: what is left of the program's work then: whoever calls knows
+    whether the same command goes on, or begins anew.
     """
     try:
         yield
-    except DiskFull:  # of a file that was named already
-        raise
+    except DiskFull as error:  # of a file that was named already
+        raise error.with_kept(kept, needed) from error.__cause__
     except OSError as error:
         if error.errno not in _FULL:
             raise
-        raise DiskFull(path, error.errno, needed=needed) from error
+        raise DiskFull(path, error.errno, needed=needed, kept=kept) from error
 
 
 def _free(path: Path) -> str:

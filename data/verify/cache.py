@@ -8,9 +8,17 @@ from pathlib import Path
 import numpy as np
 
 from configs.errors import InputError
-from data.cache.manifest import Manifest, ShardTable, hash_files, read_manifest, read_shard_table
+from data.cache.manifest import (
+    Manifest,
+    ShardTable,
+    cache_errors_named,
+    hash_files,
+    read_format,
+    read_manifest,
+    read_shard_table,
+)
 from data.cache.members import sample_tensors
-from data.cache_layout import MANIFEST, SHARD_TABLE, SHARDS, index_path
+from data.cache_layout import INDEX, MANIFEST, SHARD_TABLE, SHARDS, index_path
 from data.samples.geometry import Bucket
 from data.verify.shard import CheckedShard, ExpectedShard, IntactTar, check_shard
 from data.verify.tar import Problem
@@ -22,18 +30,21 @@ class CheckedCache:
 
     problems: in the order of the files' names; none if the cache is intact.  table: the list of shards, or None if
     there is none that can be trusted.  rebuildable: intact tars of damaged or lost indexes.  bad: all other files that
-    are not as they were written, below the cache folder.
+    are not as they were written, below the cache folder.  format_version: of the cache.
     """
 
     problems: list[Problem]
     table: ShardTable | None
     rebuildable: list[IntactTar]
     bad: list[str]
+    format_version: int
 
 
 def refuse_no_cache(folder: Path) -> None:
-    """Raise InputError if a folder holds no cache at all."""
-    if not any((folder / name).exists() for name in (MANIFEST, SHARD_TABLE, SHARDS)):
+    """Raise InputError if a folder holds no cache at all, or may not be looked into."""
+    with cache_errors_named(folder):
+        is_there = any((folder / name).exists() for name in (MANIFEST, SHARD_TABLE, SHARDS))
+    if not is_there:
         raise InputError(f"{folder}: no cache is there. Give the folder that `fluxfill preprocess CONFIG` wrote.")
 
 
@@ -52,12 +63,14 @@ def verify_cache(
     Raises InputError if the folder holds no cache at all.
     """
     refuse_no_cache(cache)
-    manifest, table, problems = _check_head(cache)
+    with cache_errors_named(cache):
+        manifest, table, problems = _check_head(cache)
+    format_version = read_format(cache)
     if table is None:  # every shard that is there is judged by its own index
-        expected = [ExpectedShard(path) for path in _files_below(cache, ".tar")]
+        expected = [ExpectedShard(path, format_version) for path in _files_below(cache, ".tar")]
     else:
-        expected = _expected_shards(manifest, table)
-        problems += _find_strays(cache, table)
+        expected = _expected_shards(manifest, table, format_version)
+        problems += _find_strays(cache, expected)
     if only is not None:
         expected = [shard for shard in expected if shard.path in only]
     start(sum(_size_of(cache / shard.path) for shard in expected))
@@ -74,7 +87,7 @@ def verify_cache(
         elif found.problems:
             bad.add(shard.path)
     problems.sort(key=lambda problem: problem.path)
-    return CheckedCache(problems, table, rebuildable, sorted(bad))
+    return CheckedCache(problems, table, rebuildable, sorted(bad), format_version)
 
 
 def _check_head(cache: Path) -> tuple[Manifest | None, ShardTable | None, list[Problem]]:
@@ -131,14 +144,14 @@ def _check_hole_fractions(manifest: Manifest, table: ShardTable, checked: Sequen
     return [Problem(MANIFEST, "", what)]
 
 
-def _expected_shards(manifest: Manifest | None, table: ShardTable) -> list[ExpectedShard]:
+def _expected_shards(manifest: Manifest | None, table: ShardTable, format_version: int) -> list[ExpectedShard]:
     """Every shard as manifest and table describe it."""
     tensors = {}
     if manifest is not None:
         tensors = {name: sample_tensors(Bucket.parse(name), manifest) for name in np.unique(table.bucket).tolist()}
     variants = manifest.mask_variants if manifest is not None else {}
     return [
-        ExpectedShard(path, sha256, size, samples, variants.get(dataset), plan, tensors.get(bucket))
+        ExpectedShard(path, format_version, sha256, size, samples, variants.get(dataset), plan, tensors.get(bucket))
         for path, sha256, size, samples, dataset, plan, bucket in zip(
             table.path.tolist(),
             table.sha256.tolist(),
@@ -152,16 +165,17 @@ def _expected_shards(manifest: Manifest | None, table: ShardTable) -> list[Expec
     ]
 
 
-def _find_strays(cache: Path, table: ShardTable) -> list[Problem]:
-    """Files among the shards of a finished cache that its table does not list."""
-    listed = set(table.path.tolist())
-    listed |= {index_path(Path(path)).as_posix() for path in listed}
+def _find_strays(cache: Path, shards: Sequence[ExpectedShard]) -> list[Problem]:
+    """Files among the shards and indexes of a finished cache that its table does not list."""
+    listed = {shard.path for shard in shards}
+    listed |= {index_path(Path(shard.path), shard.format_version).as_posix() for shard in shards}
     found = _files_below(cache, ".tar", ".index", ".part")
     return [Problem(path, "", f"not listed in {SHARD_TABLE}") for path in found if path not in listed]
 
 
 def _files_below(cache: Path, *suffixes: str) -> list[str]:
-    files = (path for path in (cache / SHARDS).rglob("*") if path.suffix in suffixes and path.is_file())
+    below = [path for folder in (SHARDS, INDEX) for path in (cache / folder).rglob("*")]
+    files = (path for path in below if path.suffix in suffixes and path.is_file())
     return sorted(path.relative_to(cache).as_posix() for path in files)
 
 

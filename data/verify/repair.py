@@ -1,6 +1,7 @@
 """Repair of what `verify` found: bad files are moved aside, never deleted; lost indexes rebuilt from intact tars.
 
-Preprocessing makes what is missing then: a shard is a function of its pictures, so its bytes are as before.
+Preprocessing makes what is missing then: a shard is a function of its pictures, so its bytes are as before. So nothing
+is moved until that can be planned: most samples of a bad shard are good, and are read until it is replaced.
 """
 
 import json
@@ -8,6 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -16,13 +18,18 @@ from configs.schema import Config
 from data.cache.manifest import ShardTable, read_manifest, read_shard_table, refuse_other_settings
 from data.cache.shard_index import rebuild_index
 from data.cache_layout import CREW, QUARANTINE, QUARANTINE_LIST, index_path
-from data.encoders.model_folder import find_model
-from data.preprocessing.run import preprocess
+from data.encoders.model_folder import encoder_fingerprints, find_model
+from data.preprocessing.job import Job
+from data.preprocessing.progress import open_progress
+from data.preprocessing.run import make_own_plan, preprocess
+from data.preprocessing.worker import Worker
 from data.preprocessing.worker_group import join
 from data.storage.atomic_write import fsync_folder
 from data.verify.cache import CheckedCache, refuse_no_cache
 from data.verify.shard import IntactTar
 from data.verify.tar import Problem
+
+_PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
 
 
 def refuse_other_config(config: Config, cache: Path) -> None:
@@ -32,8 +39,8 @@ def refuse_other_config(config: Config, cache: Path) -> None:
     model = find_model(config.model.base)
     try:
         manifest = read_manifest(cache)
-    except InputError:
-        return  # missing or damaged: nothing tells
+    except (InputError, PermissionError):
+        return  # missing or damaged: nothing tells; or not to be read, which the check says, before anything is moved
     refuse_other_settings(config, model, manifest)
 
 
@@ -43,7 +50,8 @@ def repair_cache(config: Config, check: Callable[[], CheckedCache], console: Con
 
     check: `verify_cache` of all of the cache.
     Bad files go to <cache>/quarantine/<time>/ and a line each into quarantine.jsonl. Killed at any moment it leaves a
-    cache that `verify` judges rightly and preprocessing completes. Raises InputError for what the user can mend.
+    cache that `verify` judges rightly and preprocessing completes. Raises InputError for what the user can mend, before
+    any shard is moved if planning finds it; `console` is told what was moved, and whether it is made again.
     """
     cache = config.data.cache_folder
     refuse_no_cache(cache)
@@ -52,16 +60,32 @@ def repair_cache(config: Config, check: Callable[[], CheckedCache], console: Con
         if other := next(iter(group.others()), None):
             raise InputError(f"data.cache {cache}: {other} is at work in it. Wait for it or stop it.")
         checked = check()
+
+        def index_of(tar: str) -> str:
+            return index_path(Path(tar), checked.format_version).as_posix()
+
         for intact in checked.rebuildable:
-            index = index_path(Path(intact.path)).as_posix()
-            _quarantine(cache, [index], [problem for problem in checked.problems if problem.path == index])
-            _rebuild(cache, intact)
+            index = index_of(intact.path)
+            _quarantine(cache, [index], [problem for problem in checked.problems if problem.path == index], console)
+            _rebuild(cache, intact, index)
         if checked.bad:
+            _refuse_if_not_planned(config, console)
+            # An index after its tar: preprocessing would write over a tar that has no index, but not take an index
+            # without one.
+            paths = [
+                each for path in checked.bad for each in ((path, index_of(path)) if path.endswith(".tar") else (path,))
+            ]
             bad = set(checked.bad)
-            _quarantine(cache, checked.bad, [problem for problem in checked.problems if problem.path in bad])
+            _quarantine(cache, paths, [problem for problem in checked.problems if problem.path in bad], console)
     if not checked.bad:
         return checked, []
-    preprocess(config, console)
+    try:
+        preprocess(config, console)
+    except InputError:
+        console.print(
+            "Not all that was bad is made again: see below. The same command makes what is missing.", **_PLAIN
+        )
+        raise
     if checked.table is None:
         return checked, []
     now = dict(zip(*_paths_and_hashes(read_shard_table(cache)), strict=True))
@@ -69,18 +93,28 @@ def repair_cache(config: Config, check: Callable[[], CheckedCache], console: Con
     return checked, [path for path, sha256 in before if path in checked.bad and now.get(path) != sha256]
 
 
+def _refuse_if_not_planned(config: Config, console: Console) -> None:
+    """Raise InputError if the cache could not be made again: its pictures are elsewhere, say, or wrong by now."""
+    model = find_model(config.model.base)
+    try:
+        with open_progress(console, Worker()) as progress:
+            make_own_plan(Job(config, model, encoder_fingerprints(model)), progress)
+    except InputError:
+        console.print("No shard was moved: what is bad could not be made again, for what is said below.", **_PLAIN)
+        raise
+
+
 def _paths_and_hashes(table: ShardTable) -> tuple[list[str], list[str]]:
     return table.path.tolist(), table.sha256.tolist()
 
 
-def _rebuild(cache: Path, intact: IntactTar) -> None:
-    tar = cache / intact.path
-    rebuild_index(tar, plan=intact.plan, sha256=intact.sha256)
-    if not index_path(tar).is_file():
-        raise InputError(f"{index_path(tar)}: cannot be written. Make room on the disk, or change its permissions.")
+def _rebuild(cache: Path, intact: IntactTar, index: str) -> None:
+    rebuild_index(cache / intact.path, cache / index, plan=intact.plan, sha256=intact.sha256)
+    if not (cache / index).is_file():
+        raise InputError(f"{cache / index}: cannot be written. Make room on the disk, or change its permissions.")
 
 
-def _quarantine(cache: Path, paths: Sequence[str], problems: Sequence[Problem]) -> None:
+def _quarantine(cache: Path, paths: Sequence[str], problems: Sequence[Problem], console: Console) -> None:
     now = datetime.now(UTC)
     folder = f"{QUARANTINE}/{now:%Y%m%d-%H%M%S-%f}"
     lines = [
@@ -103,9 +137,8 @@ def _quarantine(cache: Path, paths: Sequence[str], problems: Sequence[Problem]) 
         os.fsync(file.fileno())
     for path in paths:
         _move(cache, path, folder)
-        if path.endswith(".tar"):
-            # After its tar: preprocessing would write over a tar that has no index, but not take an index without one.
-            _move(cache, index_path(Path(path)).as_posix(), folder)
+    if (cache / folder).exists():
+        console.print(f"What was bad lies in {cache / folder} now; {cache / QUARANTINE_LIST} says why.", **_PLAIN)
 
 
 def _move(cache: Path, path: str, folder: str) -> None:

@@ -18,12 +18,13 @@ _READ_AHEAD = 1 << 20
 class ExpectedShard:
     """A shard as the cache's manifest and table describe it.
 
-    path: below the cache folder.  sha256, size: of the tar, or None without a manifest: the shard's index tells them.
-    samples, variants, plan: None without a manifest.  tensors: kind of member (LATENTS, MASKED, TEXT) -> what it
-    holds; empty without a manifest.
+    path: below the cache folder.  format_version: of the cache.  sha256, size: of the tar, or None without a manifest:
+    the shard's index tells them.  samples, variants, plan: None without a manifest.  tensors: kind of member (LATENTS,
+    MASKED, TEXT) -> what it holds; empty without a manifest.
     """
 
     path: str
+    format_version: int
     sha256: str | None = None
     size: int | None = None
     samples: int | None = None
@@ -80,7 +81,7 @@ def check_shard(cache: Path, expected: ExpectedShard, advance: Callable[[int], N
         where = "outside of its members' data" if index else "and without its index nothing tells where"
         problems.append(Problem(expected.path, "", f"its sha256 differs, {where}"))
     if is_intact:  # so it is the index that is wrong
-        name = str(Path(expected.path).with_suffix(".index"))
+        name = index_path(Path(expected.path), expected.format_version).as_posix()
         problems = [Problem(name, problem.member, f"does not fit its shard: {problem.what}") for problem in problems]
     plan = expected.plan or (index.plan if index else "")
     intact = IntactTar(expected.path, sha256, plan) if is_intact and not walk.misfits else None
@@ -89,8 +90,8 @@ def check_shard(cache: Path, expected: ExpectedShard, advance: Callable[[int], N
 
 def _check_index(cache: Path, expected: ExpectedShard) -> tuple[ShardIndex | None, list[Problem]]:
     """A shard's index if the shard may be read by it, and its problems."""
-    path = index_path(cache / expected.path)
-    name = path.relative_to(cache).as_posix()
+    name = index_path(Path(expected.path), expected.format_version).as_posix()
+    path = cache / name
     try:
         index = read_index(path)
     except FileNotFoundError:

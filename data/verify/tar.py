@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from data.cache.members import LATENTS, MASKED, TEXT, Tensors, parse_header
+from data.cache.members import LATENTS, MASKED, NO_TEXT, TEXT, TEXT_SUFFIX, Tensors, parse_header
 from data.cache.shard_index import ShardIndex
 from data.storage.tar_members import BLOCK, padded
 
@@ -36,7 +36,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class _Member:
-    """A member's place, as the index has it. name: None for a text, whose name the index does not hold."""
+    """A member's place, as the index has it. name: None for a text of format 1, whose name the index does not hold."""
 
     kind: str
     name: str | None
@@ -73,7 +73,7 @@ class TarWalk:
         self._not_told = 0
         self._buffer = bytearray(BLOCK)
         self._problems: list[Problem] = []
-        self._texts: dict[int, str] = {}  # row -> name, as the tar has them
+        self._texts: dict[int, str] = {}  # row -> name, as the tar has them: of the member, or in its sample's JSON
 
     def check(self) -> list[Problem]:
         """Read to the end. Returns the problems, without the misfits."""
@@ -198,7 +198,10 @@ class TarWalk:
         except (ValueError, KeyError, TypeError) as error:
             self._note(name, f"no JSON of a sample ({error})")
             return
-        text = self._texts.get(int(index.text_row[row]))
+        text_row = int(index.text_row[row])
+        if index.format_version > 1:
+            self._texts.setdefault(text_row, found[0])
+        text = self._texts.get(text_row)
         should = (text, int(index.tokens[row]), index.hole_fraction[row].tolist())
         if text is not None and found != should:
             self._note(name, f"says text, tokens and hole fractions are {found}, the index {should}")
@@ -217,16 +220,29 @@ class TarWalk:
 
 def _members(index: ShardIndex) -> Iterator[_Member]:
     """Every member that an index knows."""
+    names = _text_names(index)
     for row, (offset, size) in enumerate(index.texts.tolist()):
-        yield _Member(TEXT, None, row, offset, size, int(index.texts_xxh3[row]))
+        yield _Member(TEXT, names.get(row), row, offset, size, int(index.texts_xxh3[row]))
     for row, key in enumerate(index.keys):
         offset, size = index.latents[row].tolist()
+        name = f"{key}.{TEXT_SUFFIX}"
+        if index.format_version > 1 and names.get(int(index.text_row[row])) != name:
+            start = offset - BLOCK - padded(len(NO_TEXT))
+            yield _Member("no text", name, row, start, len(NO_TEXT), xxhash.xxh3_64_intdigest(NO_TEXT))
         yield _Member(LATENTS, f"{key}.safetensors", row, offset, size, int(index.latents_xxh3[row]))
         for variant, (offset, size) in enumerate(index.masked[row].tolist()):
             xxh3 = int(index.masked_xxh3[row, variant])
             yield _Member(MASKED, f"{key}.m{variant}.safetensors", row, offset, size, xxh3)
         offset, size = index.metas[row].tolist()
         yield _Member("meta", f"{key}.json", row, offset, size, int(index.metas_xxh3[row]))
+
+
+def _text_names(index: ShardIndex) -> dict[int, str]:
+    """Row of a text -> name of its member: with the first sample that has it. None in format 1."""
+    if index.format_version == 1:
+        return {}
+    texts, first = np.unique(index.text_row, return_index=True)
+    return {text: f"{index.keys[row]}.{TEXT_SUFFIX}" for text, row in zip(texts.tolist(), first.tolist(), strict=True)}
 
 
 def _name_of(member: _Member) -> str:

@@ -43,6 +43,7 @@ def test_override_replaces_a_whole_section(config_file: Path) -> None:
     assert load_config(config_file, ["method={type: full}"]).method == FullConfig(type="full")
 
 
+@pytest.mark.fault(18, "several mistakes in one file and on the command line")
 def test_every_problem_is_reported_at_once_with_its_line(config_file: Path) -> None:
     text = (
         VALID.replace("steps: 200", "steps: abc").replace("base: some/model", "bse: x").replace("rank: 16", "rank: 0")
@@ -102,6 +103,7 @@ def test_file_that_is_no_config_is_an_input_error(config_file: Path, content: by
     assert str(config_file) in problems[0] and message in problems[0]
 
 
+@pytest.mark.fault(18, "files that are missing, folders, other formats")
 def test_missing_file_and_folder_are_input_errors(tmp_path: Path) -> None:
     (problem,) = problems_of(tmp_path / "nowhere.yaml")
     assert "there is no such file" in problem
@@ -143,6 +145,18 @@ def test_dumped_config_reads_back_equal(config_file: Path, tmp_path: Path) -> No
     assert load_config(again) == config
 
 
+def test_a_dumped_config_holds_no_signature_of_a_url(config_file: Path, tmp_path: Path) -> None:
+    """What a run stores is shown to others; a text that only looks like one stays."""
+    tars = "data.datasets.0={name: a, tars: ['https://host/a.tar?X-Amz-Signature=TOP', s3://b/c.tar], mask: null}"
+    config = load_config(config_file, [tars, "data.captions.default='why: what? when?'"])
+    assert config.data.datasets[0].tars == ["https://host/a.tar?X-Amz-Signature=TOP", "s3://b/c.tar"]
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_config(config), encoding="utf-8")
+    data = load_config(again).data
+    assert data.datasets[0].tars == ["https://host/a.tar", "s3://b/c.tar"]
+    assert data.captions == config.data.captions
+
+
 def test_keys_of_earlier_releases_are_passed_over_in_a_checkpoints_config(config_file: Path) -> None:
     config = load_config(config_file)
     config_file.write_text(config_file.read_text() + "checkpoint: {requantize: true}\n")
@@ -168,3 +182,22 @@ def test_a_damaged_config_of_a_checkpoint_is_refused_not_stumbled_over(config_fi
     config_file.write_text(f"{head}{data}\ncheckpoint:\n", encoding="utf-8")
     with pytest.raises(InputError, match="data"):
         load_config(config_file, saved_by_a_run=True)
+
+
+def test_problems_are_in_the_order_of_the_lines_and_then_of_the_command_line(config_file: Path) -> None:
+    """Whatever finds them: the parser, the schema or an override."""
+    text = VALID.replace("cache: cache", "cache: cache\n  cache: other").replace("rank: 16", "rank: many")
+    config_file.write_text(text.replace("lr: 1e-4", "lr: -1") + "nothing: 1\nnothing: 2\nrun: {name: again}\n")
+    problems = problems_of(config_file, "train.steps=-1", "run.name")
+    lines = [int(problem.split(":")[1]) for problem in problems if problem.startswith(str(config_file))]
+    assert lines == sorted(lines) and len(lines) == 6, problems
+    assert [problem.split(":")[0] for problem in problems[6:]] == ["command line"] * 2
+    config_file.write_text(VALID.replace("run: {name: try}\n", "").replace("rank: 16", "rank: many"))
+    assert [problem.split(" ")[1] for problem in problems_of(config_file)] == ["method.rank", "run"]
+
+
+@pytest.mark.parametrize("key", ["train.ema_decay", "slurm.time", "train"])
+def test_nothing_behind_the_equals_sign_is_no_null(config_file: Path, key: str) -> None:
+    """It is a variable of the shell that is not set, more often than a wish for none."""
+    (problem,) = problems_of(config_file, f"{key}=")
+    assert f'{key} is "", but must be' in problem

@@ -30,6 +30,7 @@ def test_recipes_that_differ_are_told_apart_by_their_text():
         MaskRecipe(dilate=(0, 4), variants=2),
         MaskRecipe(shares=(("box", 1.0),)),
         MaskRecipe(shares=(("box", 1.0),), variants=2),
+        MaskRecipe(shares=(("box", 1.0),), area=(0.01, 0.5)),
         MaskRecipe(shares=(("box", 1.5),)),
         MaskRecipe(shares=(("box", 1.0), ("full", 1.0))),
     ]
@@ -47,6 +48,26 @@ def test_the_folder_of_own_masks_is_found_whichever_way_it_is_said(mask, folder)
 def test_a_recipe_without_a_label_is_hashed_as_it_was_before_there_were_labels():
     assert MaskRecipe().hashed == {"shares": (), "dilate": (0, 0), "variants": 1}
     assert MaskRecipe(label=1).hashed == {"shares": (), "dilate": (0, 0), "variants": 1, "label": 1}
+
+
+def test_random_masks_without_an_area_are_hashed_as_they_were_before_there_was_one():
+    box = (("box", 1.0),)
+    assert MaskRecipe(box).hashed == {"shares": box, "dilate": (0, 0), "variants": 1}
+    assert MaskRecipe(box, area=(0.01, 0.5)).hashed == MaskRecipe(box).hashed | {"area": (0.01, 0.5)}
+
+
+@pytest.mark.parametrize(
+    "mask, message",
+    [
+        ({"random": {"full": 1, "half_plane": 1}, "area": [0.01, 0.5]}, "none of them is drawn"),
+        ({"folder": "m", "area": [0.01, 0.5]}, "none of them is drawn"),
+        ({"random": {"box": 1}, "area": [0.5, 0.01]}, "the least and the most, from 0.001 to 0.6"),
+        ({"random": {"box": 1}, "area": [0.0, 0.5]}, "the least and the most, from 0.001 to 0.6"),
+    ],
+)
+def test_an_area_is_that_of_holes_that_are_drawn(mask, message):
+    with pytest.raises(ValueError, match=message):
+        DatasetConfig.model_validate({"name": "a", "target": "t", "mask": mask})
 
 
 def test_random_holes_have_no_label():

@@ -5,10 +5,10 @@ import pytest
 from tests.configs.run_file import VALID, problems_of, problems_with
 
 
-@pytest.mark.parametrize("text", ["yes", "on", "no", "off", "1"])
+@pytest.mark.parametrize("text", ["yes", "on", "no", "off", "1.0"])
 def test_only_true_and_false_are_booleans(config_file: Path, text: str) -> None:
     (problem,) = problems_of(config_file, f"train.activation_checkpointing={text}")
-    assert "must be auto, true or false" in problem
+    assert "must be auto, true, false or a whole number of at least 0" in problem
 
 
 def test_a_line_names_key_value_limit_and_remedy(config_file: Path) -> None:
@@ -37,6 +37,14 @@ def test_no_word_of_pydantic_reaches_the_user(config_file: Path) -> None:
         ("train.micro_batch_size=atuo", "Did you mean auto?"),
         ("train.steps='300'", "Write it without quotes, underscores or commas: 300"),
         ("train.steps=1_000", "Write it without quotes, underscores or commas: 1000"),
+        ("train.steps=1,000", "Write it without quotes, underscores or commas: 1000"),
+        ("train.steps=1,5", "must be a whole number above 0. For example"),
+        ("train.lr=1,5e-4", "Decimals have a point, not a comma: 1.5e-4"),
+        ("train.lr='0,0001'", "Decimals have a point, not a comma: 0.0001"),
+        ("train.max_grad_norm=1,500", "Decimals have a point, not a comma: 1.500 or 1500"),
+        ("train.weight_decay=-1,5", "Decimals have a point, not a comma: -1.5"),
+        ("flow.shift=10,000,000", "Write it without quotes, underscores or commas: 10000000"),
+        ("data.datasets.0.weight=1,5", "Decimals have a point, not a comma: 1.5"),
         ("run.name=123", 'Write it in quotes: "123"'),
         ("data.captions.trigger=true", 'Write it in quotes: "true"'),
         ("method=lora", "For example: {type: "),
@@ -78,3 +86,9 @@ def test_missing_keys_say_what_to_write(config_file: Path) -> None:
     assert [line.split(" is missing")[0] for line in problems_of(config_file)] == [
         f"{config_file}: {section}" for section in ("model", "method", "data", "train")
     ]
+
+
+@pytest.mark.parametrize("text", ["hf_token: TOP", "hub: {api_key: TOP}", "hub: [{user: me, password: TOP}]"])
+def test_a_secret_in_a_config_is_named_by_its_key_alone(text: str, config_file: Path) -> None:
+    (problem,) = problems_with(config_file, "run: {name: try}", f"run: {{name: try}}\n{text}")
+    assert text.partition(":")[0] in problem and "TOP" not in problem

@@ -13,7 +13,7 @@ from data.cache.manifest import FORMAT_VERSION, Manifest, ShardTable, write_mani
 from data.cache.open_cache import Cache
 from data.cache.shard_index import ShardIndex, count_hole_fractions
 from data.cache.shard_writer import SampleTensors, ShardWriter
-from data.cache_layout import EMPTY_TEXT, full_mask_name
+from data.cache_layout import EMPTY_TEXT, full_mask_name, index_path
 from data.encoders.stored_text import store_text
 from data.samples.geometry import Bucket
 from data.samples.plan import HOLDOUT, TRAIN
@@ -49,6 +49,11 @@ def make_text(text: str, text_dtype: str = "bf16") -> dict[str, torch.Tensor]:
     random = _generator_of(text)
     t5 = torch.randn(TEXT_LENGTH, TEXT_WIDTH, generator=random)
     return store_text(t5, torch.randn(POOLED_WIDTH, generator=random), text_dtype)
+
+
+def index_of(tar: Path) -> Path:
+    """The file of the index of a shard that was written here."""
+    return index_path(tar, FORMAT_VERSION)
 
 
 def write_shard(

@@ -48,8 +48,8 @@ def _name(number: int) -> str:
 
 
 def _triple(number: int) -> dict[str, Image.Image]:
-    """Smooth noise, the same with a dark patch in the hole, and the hole."""
-    noise = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    """Noise, the same with a dark patch in the hole, and the hole."""
+    noise = np.random.default_rng(number).integers(0, 256, (20, 20, 3), dtype=np.uint8)
     target = Image.fromarray(noise).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     source, mask = target.copy(), Image.new("L", (SIDE, SIDE))
     source.paste((number % 20, 8, 16), HOLE)
@@ -157,6 +157,15 @@ def _again(role: str, number: int) -> Callable[[Path], object]:
 def _instead(role: str, other: str, number: int) -> Callable[[Path], object]:
     """Another role's picture in the place of this one's."""
     return lambda folder: _save_one(folder, role, number, _triple(number)[other])
+
+
+def _of_another(number: int) -> Callable[[Path], object]:
+    """The source of another target."""
+    return lambda folder: _save_one(folder, "source", number, _triple(number + 1001)["source"])
+
+
+def _saved_turned(role: str, number: int) -> Callable[[Path], object]:
+    return lambda folder: _triple(number)[role].save(folder / role / f"{_name(number)}.png", exif=_turned(6))
 
 
 def _photograph(number: int) -> Callable[[Path], object]:
@@ -296,6 +305,9 @@ FAULTS = [
     Fault(POLARITY, "mask/park-20.png", "inverted", True, _inverted(20), _again("mask", 20)),
     Fault(MISPLACED, "mask/street-21.png", "elsewhere", True, _moved(21, (12, 14)), _again("mask", 21)),
     Fault(SOURCES, "source/park-22.png", "the same file", True, _instead("source", "target", 22), _again("source", 22)),
+    Fault(SOURCES, "source/street-23.png", "another picture", True, _of_another(23), _again("source", 23)),
+    Fault(ORIENTATION, "source/park-24.png", "EXIF", True, _saved_turned("target", 24), _again("target", 24)),
+    Fault(ORIENTATION, "mask/park-24.png", "EXIF", True, _leave, _leave),
     Fault(ORIENTATION, "mask/street-25.png", "EXIF", True, _oblong(25, exif=_turned(6)), _oblong(25)),
     Fault(ORIENTATION, "source/street-25.png", "EXIF", True, _leave, _leave),
 ]

@@ -1,31 +1,86 @@
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.main import get_group
 from typer.testing import CliRunner
 
-from configs.loading import json_schema
+from configs.errors import AlreadyRunning, InputError, StorageFailed
 from launch import command as launch_command
-from launch.cli import app
+from launch.cli import COMMANDS, app
 
 RECIPE = str(launch_command.REPO_ROOT / "configs" / "fill_lora.yaml")
 
 
-@pytest.mark.parametrize("command", ["schema", "preprocess", "train", "export"])
-def test_help_of_every_command_has_an_example(command: str) -> None:
-    result = CliRunner().invoke(app, [command, "--help"])
-    assert result.exit_code == 0
-    assert f"Example: fluxfill {command}" in result.output
+@pytest.mark.parametrize("error, code", [(InputError, 2), (AlreadyRunning, 3), (StorageFailed, 1)])
+def test_the_exit_code_is_that_of_the_error(
+    monkeypatch: pytest.MonkeyPatch, error: type[InputError], code: int
+) -> None:
+    def fail() -> None:
+        raise error("so")
+
+    monkeypatch.setattr("launch.schema.schema", fail)
+    ended = CliRunner().invoke(app, ["schema"])
+    assert (ended.exit_code, ended.stderr) == (code, "so\n")
 
 
-def test_schema_is_printed_and_written(tmp_path: Path) -> None:
-    printed = CliRunner().invoke(app, ["schema"])
-    assert json.loads(printed.stdout) == json_schema()
-    assert CliRunner().invoke(app, ["schema", "--out", str(tmp_path / "s.json")]).exit_code == 0
-    assert (tmp_path / "s.json").read_text() == printed.stdout
+def resolve(name: str) -> Any:
+    """The command that a word of the command line means."""
+    program = get_group(app)
+    return program.resolve_command(program.make_context("fluxfill", [name]), [name])[1]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_table_says_of_every_command_what_its_own_help_begins_with(name: str) -> None:
+    command = resolve(name)
+    assert " ".join(command.help.split("\n\n")[0].split()) == COMMANDS[name][1]
+    assert all(word in CliRunner().invoke(app, [name, "--help"]).output for word in COMMANDS[name][1].split())
+
+
+@pytest.mark.parametrize("words", [[], *([name] for name in COMMANDS if hasattr(resolve(name), "commands"))])
+def test_every_command_is_listed_by_a_whole_sentence(words: list[str]) -> None:
+    listed = CliRunner().invoke(app, [*words, "--help"]).output.partition("Commands:\n")[2].splitlines()
+    assert listed and [line for line in listed if not line.endswith(".") or line.endswith("...")] == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_every_command_has_an_example(name: str) -> None:
+    inner = getattr(resolve(name), "commands", {"": None})
+    for words in ([name, *word.split()] for word in inner):
+        result = CliRunner().invoke(app, [*words, "--help"])
+        assert result.exit_code == 0
+        assert f"Example: fluxfill {' '.join(words)}" in result.output
+
+
+def test_help_lists_the_commands_in_the_tables_order_and_imports_none() -> None:
+    code = "import atexit, sys; from launch.cli import main\n"
+    code += "atexit.register(lambda: print(*sys.modules, file=sys.stderr)); sys.argv[1:] = ['--help']; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    listed = done.stdout.partition("Commands:\n")[2].splitlines()
+    assert [line.split()[0] for line in listed] == list(COMMANDS)
+    assert all(COMMANDS[line.split()[0]][1].startswith(line[17:].strip()) for line in listed)
+    loaded = set(done.stderr.split())
+    assert "typer" in loaded
+    assert not loaded & {"pydantic", "yaml", "rich", "numpy", *(place.split(":")[0] for place, _ in COMMANDS.values())}
+
+
+@pytest.mark.parametrize(
+    "typed, completed",
+    [("pre", ["preprocess", "preflight"]), ("shards ", ["verify", "show", "features"]), ("plan --no", ["--nodes"])],
+)
+def test_names_and_options_are_completed(typed: str, completed: list[str]) -> None:
+    words = f"fluxfill {typed}"
+    asked = {"_FLUXFILL_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    result = CliRunner().invoke(app, [], prog_name="fluxfill", env=asked)
+    assert result.stdout.split() == completed
+
+
+def test_a_misspelt_command_is_told_the_nearest() -> None:
+    result = CliRunner().invoke(app, ["tran"])
+    assert result.exit_code == 2 and "Did you mean 'train'?" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -35,83 +90,16 @@ def test_schema_is_printed_and_written(tmp_path: Path) -> None:
         (["train", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
         (["preprocess", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
         (["train", RECIPE, "train.lr=fast", "train.stps=3"], "train.stps is 3, but there is no such key"),
-        (["train", RECIPE, "parallel.engine=single", "--num-processes", "2"], "--num-processes is 2"),
+        (
+            ["train", RECIPE, "parallel.engine=single", "--num-processes", "2"],
+            "parallel.engine is single, which is one process, but 2",
+        ),
     ],
 )
 def test_bad_input_is_a_message_and_exit_code_2(arguments: list[str], message: str) -> None:
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
     assert message in result.stderr and "Traceback" not in result.output and "\x1b" not in result.output
-
-
-LAUNCHER = """\
-import json, os, pathlib
-told = {"code": 2, "reason": "model.base /x: no such folder.", "step": None}
-pathlib.Path(os.environ["FLUXFILL_OUTCOME"]).write_text(json.dumps(told))
-raise RuntimeError("as accelerate ends, with a traceback")
-"""
-
-
-def test_train_ends_with_the_trainers_reason_and_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("launch.cli.render_command", lambda *_, **__: [sys.executable, "-c", LAUNCHER])
-    (tmp_path / "ended").mkdir()
-    with pytest.raises(SystemExit, match="2"):
-        app(["train", RECIPE, "data.mode=online", f"run.dir={tmp_path}", "run.name=ended"])
-    *before, last = capfd.readouterr().err.splitlines()
-    assert last.endswith("model.base /x: no such folder.")
-    assert "RuntimeError: as accelerate ends, with a traceback" in before
-
-
-def test_export_hands_its_options_on_and_ends_as_the_trainer_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[list[str]] = []
-
-    def run(command: list[str], check: bool) -> subprocess.CompletedProcess:
-        seen.append(command)
-        return subprocess.CompletedProcess(command, 2)
-
-    monkeypatch.setattr(subprocess, "run", run)
-    arguments = ["export", "runs/a", "--out", "b", "--weights", "ema", "--dtype", "bf16"]
-    assert CliRunner().invoke(app, arguments).exit_code == 2
-    module = [sys.executable, "-P", "-m", "trainer.export.from_checkpoint"]
-    assert seen == [[*module, "runs/a", "--out", "b", "--weights", "ema", "--dtype", "bf16"]]
-    assert CliRunner().invoke(app, ["export", "runs/a"]).exit_code == 2  # --out is missing
-    assert CliRunner().invoke(app, ["export", "runs/a", "--out", "b", "--weights", "mean"]).exit_code == 2
-    assert len(seen) == 1
-
-
-def test_train_prints_the_command_and_exits_as_the_trainer_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "trainer").mkdir()
-    (tmp_path / "trainer" / "main.py").write_text(
-        "import json, os, sys\n"
-        "os.makedirs(os.path.dirname(os.environ['FLUXFILL_OUTCOME']))\n"
-        "reason = ' '.join(sys.argv[1:])\n"
-        "json.dump({'code': 75, 'reason': reason, 'step': 7}, open(os.environ['FLUXFILL_OUTCOME'], 'w'))\n"
-        "sys.exit(75)\n"
-    )
-    (tmp_path / "configs").symlink_to(launch_command.REPO_ROOT / "configs")
-    monkeypatch.setattr(launch_command, "REPO_ROOT", tmp_path)
-    result = CliRunner().invoke(
-        app, ["train", RECIPE, f"run.dir={tmp_path}", "data.mode=online", "--num-processes", "1"]
-    )
-    assert result.exit_code == 75
-    line = result.stdout.splitlines()[-1]
-    assert "PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1,SIGUSR2" in line and "accelerate.commands.launch" in line
-    assert f"FLUXFILL_OUTCOME={tmp_path}/fill-lora/outcome.json" in line
-    assert f"--config {RECIPE} run.dir={tmp_path} data.mode=online (step 7)" in result.stderr
-
-
-def test_preprocess_reports_a_missing_model_without_a_traceback(tmp_path: Path) -> None:
-    result = CliRunner().invoke(
-        app, ["preprocess", RECIPE, f"model.base={tmp_path}", f"data.cache={tmp_path / 'cache'}"]
-    )
-    assert result.exit_code == 2
-    assert str(tmp_path) in result.stderr and not (tmp_path / "cache").exists()
 
 
 def test_command_line_starts_without_torch_from_a_folder_with_data_and_configs(tmp_path: Path) -> None:

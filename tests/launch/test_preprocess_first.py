@@ -20,6 +20,8 @@ from data.cache.open_cache import Cache
 from launch import command as launch_command
 from launch.cli import app
 from launch.preprocess_first import reason_to_train_at_once
+from tests.holding import HOLD
+from tests.other_user import as_nobody
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_PICTURES = 6
@@ -58,9 +60,13 @@ def config_file(make_config: Callable, tmp_path: Path) -> Path:
     return path
 
 
-def start_train(config_file: Path, *overrides: str) -> subprocess.Popen:
+def start_train(config_file: Path, *overrides: str, held_until: Path | None = None) -> subprocess.Popen:
+    """held_until: the file that the test makes to let a worker go on, which waits before it takes a shard."""
     line = [sys.executable, "-c", "from launch.cli import main; main()", "train", str(config_file), *overrides]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    if held_until is not None:
+        environment |= {"HOLD_AT": "/claims/shards.", "HOLD_UNTIL": str(held_until)}
+        environment["PYTHONPATH"] = f"{HOLD}{os.pathsep}{ROOT}"
     return subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -76,22 +82,23 @@ def num_samples(cache: Path) -> int:
     return sum(count for splits in manifest["samples"].values() for count in splits.values())
 
 
-def worker_at_work(cache: Path) -> int:
-    """The process id of the first worker that has joined."""
-    deadline = time.monotonic() + 120
-    while not (found := list((cache / "crew" / "workers").glob("*.json"))):
+def held_worker(cache: Path, held_until: Path) -> int:
+    """The process id of the one worker, once it is held."""
+    deadline = time.monotonic() + 250
+    while not held_until.with_name(f"{held_until.name}.held").exists():
         assert time.monotonic() < deadline, "no worker came"
         time.sleep(0.01)
-    return json.loads(found[0].read_text(encoding="utf-8"))["pid"]
+    (found,) = (cache / "crew" / "workers").glob("*.json")
+    return json.loads(found.read_text(encoding="utf-8"))["pid"]
 
 
 @pytest.mark.timeout(600)
 def test_first_run_is_one_command_that_may_be_stopped_and_goes_on(config_file: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    process = start_train(config_file)
-    worker = worker_at_work(cache)
+    process = start_train(config_file, held_until=tmp_path / "go")
+    worker = held_worker(cache, tmp_path / "go")
     process.send_signal(signal.SIGUSR1)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=120)
     assert process.returncode == 75 and "preprocessing: stopped by SIGUSR1; the same command goes on" in errors
     assert "accelerate" not in output and not (cache / "manifest.json").exists()
     assert not Path(f"/proc/{worker}").exists()
@@ -115,7 +122,7 @@ def test_pictures_that_were_added_are_encoded_before_the_next_run(
     (tmp_path / "trainer" / "main.py").touch()  # which trains nothing
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.setattr(launch_command, "REPO_ROOT", tmp_path)
-    monkeypatch.setattr("launch.cli.count_gpus", lambda environment: 2)
+    monkeypatch.setattr("launch.train.count_gpus", lambda environment: 2)
     for name in ("first", "second"):
         result = CliRunner().invoke(app, ["train", str(config_file), f"run.name={name}"])
         assert result.exit_code == 0, result.stderr
@@ -177,6 +184,15 @@ def test_a_cache_that_cannot_be_made_here_is_trained_on(finished: Callable, over
     assert re.search(reason, reason_to_train_at_once(finished(*overrides), "a.yaml") or "")
 
 
+def test_a_complete_cache_that_cannot_be_written_to_is_trained_on(finished: Callable, monkeypatch) -> None:
+    """Another user's, or one on a mount that is read only."""
+    config = finished()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != config.data.cache)
+    assert "cannot be written to" in (reason_to_train_at_once(config, "a.yaml") or "")
+    with pytest.raises(InputError, match="was made by other settings"):
+        reason_to_train_at_once(finished("data.resolution=96"), "a.yaml")
+
+
 def test_a_run_that_goes_on_keeps_its_pictures_while_the_cache_is_complete(
     finished: Callable, make_config: Callable, tmp_path: Path
 ) -> None:
@@ -188,8 +204,28 @@ def test_a_run_that_goes_on_keeps_its_pictures_while_the_cache_is_complete(
     assert reason_to_train_at_once(config, "a.yaml") is None, "its cache is not complete"
 
 
+def test_a_run_that_went_back_to_its_beginning_may_take_other_pictures(finished: Callable) -> None:
+    """All that it had saved is set aside, as by --resume never: its order is not fixed."""
+    config = finished("run.name=begun")
+    aside = config.run.folder / "checkpoints" / "step-00000007.undone" / "COMPLETE"
+    aside.parent.mkdir(parents=True)
+    aside.touch()
+    assert reason_to_train_at_once(config, "a.yaml") is None
+
+
 @pytest.mark.parametrize("override", ["data.captions.trigger=sofa", "data.resolution=96", "data.holdout=4"])
 def test_a_finished_cache_of_other_settings_is_not_replaced_unasked(finished: Callable, override: str) -> None:
     key = override.partition("=")[0]
     with pytest.raises(InputError, match=rf"(?s)was made by other settings:\n  {key} is .*`fluxfill preprocess"):
         reason_to_train_at_once(finished(override), "a.yaml")
+
+
+def test_a_cache_that_this_user_may_not_look_into_is_a_message(make_config: Callable, tmp_path: Path) -> None:
+    config = make_config()
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0)
+    try:
+        with as_nobody(), pytest.raises(InputError, match=r"cannot be read \(Permission denied\)\. .*ask its owner"):
+            reason_to_train_at_once(config, "a.yaml")
+    finally:
+        (tmp_path / "cache").chmod(0o755)

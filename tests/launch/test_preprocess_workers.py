@@ -43,7 +43,7 @@ def test_libraries_are_quieted_before_the_first_of_them_is_imported(tmp_path, st
         env=environment | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
         cwd=ROOT,
         capture_output=True,
-        timeout=60,
+        timeout=200,
     )
     assert done.returncode == 41, done.stderr.decode()[-2000:]
 

@@ -1,4 +1,6 @@
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,11 +23,18 @@ def run(*arguments: object):
     return CliRunner().invoke(app, ["shards", *map(str, arguments)], env={"COLUMNS": "200"})
 
 
-@pytest.mark.parametrize("command", ["verify", "show"])
+@pytest.mark.parametrize("command", ["verify", "show", "features"])
 def test_help_has_an_example(command):
     result = run(command, "--help")
     assert result.exit_code == 0
     assert f"Example: fluxfill shards {command}" in result.output
+
+
+def test_features_are_python_alone_that_a_file_can_hold(cache):
+    result = run("features", cache.folder)
+    assert result.exit_code == 0
+    compile(result.output, "features.py", "exec")
+    assert result.output.startswith("from datasets import ") and "features = Features({" in result.output
 
 
 def test_verify_of_a_whole_cache_ends_with_0(config, tmp_path):
@@ -53,6 +62,13 @@ def test_verify_of_a_damaged_cache_ends_with_1_and_a_table_and_repair_with_0(con
     assert tar.read_bytes() == whole
 
 
+def test_a_repair_whose_output_is_a_file_draws_no_bars_of_libraries(config, cache, tmp_path):
+    (tmp_path / "cache" / str(cache.table.path[0])).write_bytes(b"")
+    command = [sys.executable, "-m", "launch", "shards", "verify", str(tmp_path / "cache"), "--repair", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Loading weights" not in done.stderr + done.stdout
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -76,6 +92,7 @@ def test_bad_input_is_a_message_and_exit_code_2(arguments, message, tmp_path, mo
     result = run(*arguments)
     assert result.exit_code == 2
     assert message in result.stderr and "Traceback" not in result.output
+    assert result.stdout == "", "no bar either"
 
 
 def test_a_cache_at_a_url_is_looked_at_where_it_was_made(config, tmp_path):

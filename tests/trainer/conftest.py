@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from tests.environment import environment_of_before
+
 if TYPE_CHECKING:
     from diffusers import FluxFillPipeline
     from PIL import Image
@@ -133,4 +135,11 @@ def engine(config: "Config") -> "Engine":
     """The engine of this process alone, on the CPU."""
     from trainer.engines.start import start_engine
 
-    return start_engine(config)
+    with environment_of_before():  # or what accelerate leaves would stay for all files that follow
+        return start_engine(config)
+
+
+@pytest.fixture
+def rows(load_triple: "Callable[..., RealTriple]") -> "MicroBatch":
+    """The input that outputs are compared on."""
+    return load_triple(64, 64, of=(64, 64)).rows

@@ -3,10 +3,11 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from configs.schema import FlowConfig, FullConfig, LoraConfig
-from trainer.method import build_transformer, checkpoints_activations
-from trainer.model.flux import predict_velocity
+from configs.errors import InputError
+from configs.schema import FullConfig, LoraConfig
+from trainer.method import build_transformer
 
 FULL = FullConfig(type="full")
 LORA = LoraConfig(type="lora", rank=4, alpha=4)
@@ -49,22 +50,23 @@ def test_lora_on_dev_adapts_the_new_inputs_too(changed, tiny_dev_model, engine, 
     assert transformer.x_embedder.lora_A["default"].weight.requires_grad
 
 
-@pytest.mark.parametrize("method", [FULL, LORA], ids=["full", "lora"])
-def test_activation_checkpointing_changes_no_gradient(changed, tiny_model, engine, load_triple, method):
-    rows = load_triple(48, 80, of=(48, 80)).rows
-    gradients = []
-    for checkpointing in (False, True):
-        config = changed(method=method, activation_checkpointing=checkpointing)
-        transformer = build_transformer(config, tiny_model, engine)
-        assert transformer.gradient_checkpointing == checkpointing
-        velocity = predict_velocity(transformer, rows.noise, rows, torch.tensor([0.4]), FlowConfig())
-        velocity.square().mean().backward()
-        gradients.append({n: p.grad for n, p in transformer.named_parameters() if p.requires_grad})
-    plain, checkpointed = gradients
-    assert all(gradient is not None for gradient in checkpointed.values())
-    assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
+def test_dev_is_no_base_to_hold_the_kept_part_against(changed, tiny_dev_model, engine):
+    config = changed(method=LORA)
+    config = config.model_copy(update={"flow": config.flow.model_copy(update={"keep_target": "base"})})
+    with pytest.raises(InputError, match=r"FLUX\.1-dev, but flow\.keep_target is base.*Set flow\.keep_target=picture"):
+        build_transformer(config, tiny_dev_model, engine)
 
 
-@pytest.mark.parametrize("chosen, expected", [("auto", False), (True, True), (False, False)])
-def test_auto_keeps_activations_on_a_cpu(changed, engine, chosen, expected):
-    assert checkpoints_activations(changed(activation_checkpointing=chosen), engine) is expected
+def test_more_checkpointed_blocks_than_there_are_are_refused_before_any_weights_are_read(changed, tiny_model, engine):
+    with pytest.raises(InputError, match=r"train\.activation_checkpointing is 1000, and the model has .* blocks"):
+        build_transformer(changed(activation_checkpointing=1000), tiny_model, engine)
+
+
+def test_an_adapter_that_does_not_fit_is_refused_before_any_weights_are_read(changed, tiny_model, engine, tmp_path):
+    shutil.copytree(tiny_model / "transformer", tmp_path / "transformer")
+    for weights in (tmp_path / "transformer").glob("*.safetensors"):
+        weights.unlink()
+    save_file({"transformer.x_embedder.lora_A.weight": torch.zeros(4, 384)}, tmp_path / "lora.safetensors")
+    method = LORA.model_copy(update={"init_from": tmp_path / "lora.safetensors"})
+    with pytest.raises(InputError, match=r"method\.init_from .*lora\.safetensors does not fit"):
+        build_transformer(changed(method=method), tmp_path, engine)

@@ -13,7 +13,7 @@ from data.cache.open_cache import open_cache
 from data.cache.validation_items import read_validation_items
 from data.storage.disk_full import DiskFull
 from trainer.checkpoints.run_state import RunState
-from trainer.training_data import choose_order, open_samples, open_stream
+from trainer.training_data import choose_order, open_samples, open_stream, restart_stream
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +54,23 @@ def test_a_run_that_goes_on_with_less_room_is_told(config, cache, engine, tmp_pa
     state = RunState(step=0, batch=0, skips=0, restarts=1, order=order)
     tight = NodeCache("https://host/cache", tmp_path, 1000, cache.table)
     for copies in (roomy, tight):
-        open_stream(config, engine, CachedTrainingSet(replace(cache, copies=copies)), state).close()
+        open_stream(config, engine, CachedTrainingSet(replace(cache, copies=copies)), state, 16).close()
         assert ("fetched more than once" in caplog.text) == (copies is tight)
+
+
+@pytest.mark.parametrize(
+    "held, why", [(3, "all 3 that it has are held out. Lower"), (0, "left out by data.min_side or")]
+)
+def test_a_run_without_one_of_its_datasets_is_told_once(config, cache, engine, caplog, held, why):
+    order = choose_order(config, CachedTrainingSet(cache))
+    counts = {**cache.manifest.samples, "rare": {"train": 0, "holdout": held}}
+    samples = CachedTrainingSet(replace(cache, manifest=replace(cache.manifest, samples=counts)))
+    for weights in (order.weights, {**order.weights, "rare": 9.0}):
+        state = RunState(step=0, batch=0, skips=0, restarts=0, order=replace(order, weights=weights))
+        open_stream(config, engine, samples, state, 16).close()
+        told = "dataset rare is not trained on, and the others share its weight: "
+        assert (told in caplog.text) == ("rare" in weights)
+    assert why in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -101,8 +116,27 @@ def test_a_run_reads_a_cache_by_its_url(config, cache, engine, tiny_model, tmp_p
     for each, its_cache in ((config, cache), (remote, opened)):
         samples = CachedTrainingSet(its_cache)
         state = RunState(step=0, batch=0, skips=0, restarts=0, order=choose_order(each, samples))
-        stream = open_stream(each, engine, samples, state)
+        stream = open_stream(each, engine, samples, state, 16)
         found.append([rows.latents.sum().item() + rows.mask.sum().item() for _ in range(6) for rows in next(stream)])
         stream.close()
     assert found[0] == found[1]
     assert opened.folder.is_relative_to(tmp_path / "node")
+
+
+def test_a_stream_that_goes_back_lets_go_of_its_source_before_it_has_another(config, samples, engine, monkeypatch):
+    state = RunState(step=0, batch=0, skips=0, restarts=0, order=choose_order(config, samples))
+    happened, open_rows = [], samples.open_rows
+
+    def opened(*given):
+        happened.append("opened")
+        source = open_rows(*given)
+        close = source.close
+        monkeypatch.setattr(source, "close", lambda: (happened.append("closed"), close()))
+        return source
+
+    monkeypatch.setattr(samples, "open_rows", opened)
+    with open_stream(config, engine, samples, state, 16) as stream:
+        before = [rows.position.tolist() for rows in next(stream)]
+        restart_stream(config, samples, stream, state)
+        assert happened[:3] == ["opened", "closed", "opened"]
+        assert [rows.position.tolist() for rows in next(stream)] == before

@@ -9,24 +9,28 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import count
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from configs.errors import InputError
-from data.storage.atomic_write import fsync_folder, write_text_atomically
+from data.storage.atomic_write import fsync_folder, open_to_fsync, write_text_atomically
+from data.storage.checkpoint_folders import (
+    COMPLETE,
+    checkpoint_folder,
+    checkpoint_folders,
+    complete_checkpoints,
+    step_of,
+)
+from data.storage.retry import with_retries
+
+_PASSED_OVER = "%s is damaged (%s); trying the checkpoint before it"
 
 log = logging.getLogger("fluxfill")
 
-COMPLETE = "COMPLETE"
 MANIFEST = "manifest.json"
-_NAME = re.compile(r"step-(\d{8,})")
-
-
-def checkpoint_folder(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step-{step:08d}"
+_READ_ATTEMPTS = 4  # over about ten seconds; a supervisor starts the run again
 
 
 def save_checkpoint(run: Path, step: int, write: Callable[[Path], Mapping[str, str] | None]) -> Path:
@@ -57,12 +61,12 @@ def _fill(run: Path, folder: Path, step: int, write: Callable[[Path], Mapping[st
     for inner in (path for path in folder.rglob("*") if path.is_dir()):
         fsync_folder(inner)  # the files are on disk, now their names
     write_text_atomically(folder / MANIFEST, json.dumps(hashes, indent=1))
-    _set_later_ones_aside(run, step)
+    set_later_ones_aside(run, step)
     write_text_atomically(folder / COMPLETE, "")
     fsync_folder(folder.parent)
 
 
-def _set_later_ones_aside(run: Path, step: int) -> None:
+def set_later_ones_aside(run: Path, step: int) -> None:
     """Rename complete checkpoints of later steps to step-<number>.undone.
 
     The run went back behind them, by choice or because they are damaged. Left in place they would be the newest: the
@@ -78,46 +82,65 @@ def _set_later_ones_aside(run: Path, step: int) -> None:
 
 def flush_and_hash(path: Path) -> str:
     """Flush a file to disk; its sha256."""
-    with path.open("rb") as file:
+    with open_to_fsync(path) as file:
         os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def complete_checkpoints(run: Path) -> list[Path]:
-    """Folders with the marker, oldest first. By step number, never by time: clocks differ between machines."""
-    folders = (run / "checkpoints").glob("step-*")
-    found = [path for path in folders if _NAME.fullmatch(path.name) and (path / COMPLETE).is_file()]
-    return sorted(found, key=step_of)
-
-
-def step_of(folder: Path) -> int:
-    """The step in a checkpoint folder's name. Raises InputError if it is no such folder."""
-    if (match := _NAME.fullmatch(folder.name)) is None:
-        raise InputError(f"{folder}: not a checkpoint folder (step-<number>).")
-    return int(match[1])
 
 
 def find_damage(folder: Path, *, rank: int = 0, world_size: int = 1) -> str | None:
     """Damage of a complete checkpoint's files, in words, or None. Reads every byte.
 
-    rank, world_size: of those who share the reading; the answer is then of this rank's share of the files.
+    rank, world_size: of those who share the reading; the answer is then of this rank's share of the files.  Raises
+    StorageFailed where the storage does not answer: what cannot be read now may be whole.
     """
     try:
-        hashes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        for name, sha256 in list(hashes.items())[rank::world_size]:
-            with (folder / name).open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                    return f"{name} does not match its sha256"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError) as error:
+        manifest = with_retries(partial(_read, folder / MANIFEST), f"{folder / MANIFEST}", attempts=_READ_ATTEMPTS)
+        if manifest is None:
+            return f"{MANIFEST} is missing"
+        hashes = dict(json.loads(manifest))
+    except (ValueError, TypeError) as error:
         return str(error)
+    for name, sha256 in list(hashes.items())[rank::world_size]:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            return f"{MANIFEST} names {name}, which lies outside"
+        found = with_retries(partial(_hash, folder / name), f"{folder / name}", attempts=_READ_ATTEMPTS)
+        if found != sha256:
+            return f"{name} is missing" if found is None else f"{name} does not match its sha256"
     return None
 
 
+def _read(path: Path) -> bytes | None:
+    """None if there is no such file."""
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _hash(path: Path) -> str | None:
+    """None if there is no such file."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
 def latest_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint that is intact; damaged ones are named in the log and passed over."""
-    return newest_intact(complete_checkpoints(run), find_damage)
+    """The newest checkpoint that is intact; damaged ones are named in the log and passed over.
+
+    One that its run, which goes on, deletes while it is read is not damaged: a newer one is there by then.
+    """
+    damaged: list[Path] = []
+    while folders := [folder for folder in complete_checkpoints(run) if folder not in damaged]:
+        newest = folders[-1]
+        damage = find_damage(newest)
+        if damage is None:
+            return newest
+        if (newest / COMPLETE).is_file():  # it goes first
+            log.warning(_PASSED_OVER, newest, damage)
+            damaged.append(newest)
+    return None
 
 
 def newest_intact(
@@ -129,21 +152,25 @@ def newest_intact(
         if damage is None:
             return folder
         if log_skipped:
-            log.warning("%s is damaged (%s); trying the checkpoint before it", folder, damage)
+            log.warning(_PASSED_OVER, folder, damage)
     return None
 
 
-def prune_checkpoints(run: Path, *, keep_last: int, best: Path | None = None) -> None:
-    """Delete all but the newest `keep_last` complete checkpoints and `best`, and half-written ones older than the
-    newest, from the oldest on."""
+def prune_checkpoints(run: Path, *, keep_last: int, others: Sequence[Path] = ()) -> None:
+    """Delete all but the newest `keep_last` complete checkpoints and the others that are named, and half-written ones
+    older than the newest, from the oldest on. One that cannot be deleted is named in the log, and tried again the next
+    time: on NFS a folder stays as long as another process, an export perhaps, reads a file of it.
+    """
     newest = complete_checkpoints(run)[-keep_last:]
     if not newest:
         return
-    kept = [*newest, best]
-    folders = [path for path in (run / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name)]
-    for folder in sorted(folders, key=step_of):
+    kept = [*newest, *others]
+    for folder in checkpoint_folders(run):
         if folder not in kept and step_of(folder) < step_of(newest[-1]):
-            _delete(folder)
+            try:
+                _delete(folder)
+            except OSError as error:
+                log.warning("%s: not deleted (%s); tried again after the next save", folder, error)
 
 
 def _delete(folder: Path) -> None:

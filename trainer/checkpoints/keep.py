@@ -1,19 +1,26 @@
-"""Checkpoints that stay: the newest `keep_last`, and the best validated one."""
+"""Checkpoints that stay: the newest `keep_last`, the newest good one, and the best validated one."""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from configs.schema import CheckpointConfig
-from trainer.checkpoints.folders import complete_checkpoints, prune_checkpoints, step_of
+from configs.best_figure import best_figure
+from configs.schema import Config
+from data.storage.checkpoint_folders import complete_checkpoints, step_of
+from trainer.checkpoints.folders import prune_checkpoints
+from trainer.checkpoints.run_state import good_checkpoints
 
 
-def remove_old(run: Path, checkpoint: CheckpointConfig) -> None:
-    """Delete what `keep_last` lets go, but never the best one so far if `keep_best` names its figure."""
+def remove_old(config: Config) -> None:
+    """Delete what `keep_last` lets go, but never the newest good one, which a rollback goes to, nor the best one so far
+    unless `keep_best` is null."""
+    run, checkpoint = config.run.folder, config.checkpoint
     if checkpoint.keep_last is None:
         return
-    best = best_checkpoint(run, checkpoint.keep_best) if checkpoint.keep_best is not None else None
-    prune_checkpoints(run, keep_last=checkpoint.keep_last, best=best)
+    kept = good_checkpoints(complete_checkpoints(run))[-1:]
+    if checkpoint.keep_best is not None and (best := best_checkpoint(run, best_figure(config))):
+        kept.append(best)
+    prune_checkpoints(run, keep_last=checkpoint.keep_last, others=kept)
 
 
 def best_checkpoint(run: Path, figure: str) -> Path | None:
@@ -32,7 +39,10 @@ def _scores(path: Path, figure: str) -> Iterator[tuple[int, float]]:
     if not path.is_file():
         return
     for text in path.read_text(encoding="utf-8").splitlines():
-        line = json.loads(text)
+        try:
+            line = json.loads(text)
+        except ValueError:  # written just now: the training goes on meanwhile
+            continue
         figures = line.get("holdout") or line.get("train") or {}
         sign, prefix = (1, "hole_psnr") if figure == "hole_psnr" else (-1, "loss_sigma")
         values = [value for name, value in figures.items() if name == prefix or name.startswith(f"{prefix}_0")]

@@ -1,43 +1,102 @@
 """Resuming: the checkpoint to go on from, chosen and checked by all ranks together, and its tensors into any engine."""
 
 import logging
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from configs.errors import InputError
+from configs.errors import InputError, StorageFailed
+from configs.resume_settings import Change
 from configs.schema import Config
 from data.batches.order import OrderSettings
-from trainer.checkpoints.folders import complete_checkpoints, find_damage, newest_intact
-from trainer.checkpoints.run_state import RunState, read_state
+from data.encoders.model_folder import fingerprint
+from data.storage.checkpoint_folders import complete_checkpoints, step_of
+from trainer.checkpoints.compare import compare_configs, is_finished, precision_of
+from trainer.checkpoints.folders import find_damage, newest_intact, set_later_ones_aside
+from trainer.checkpoints.run_state import (
+    RunState,
+    TrainedBase,
+    forget_rollbacks,
+    good_checkpoints,
+    read_rollbacks,
+    read_state,
+)
 from trainer.checkpoints.tensor_files import StateFiles
 from trainer.engines.base import Engine
 from trainer.engines.ema import Ema
 from trainer.engines.slices import REPLICATED, LocalSlice
 from trainer.optimizers.state import eight_bit_moments, quantize, scale_of, unreshardable_state
+from trainer.process.json_lines import write_event
+from trainer.process.outcome import AlreadyDone
 
 log = logging.getLogger("fluxfill")
 
 
-def resume(config: Config, resume_from: str, engine: Engine, ema: Ema, order: OrderSettings) -> RunState:
-    """The state that the run goes on from, weights, optimizer and average loaded; all zero for a fresh start.
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins or goes on.  folder: the checkpoint; None for a fresh start.  saved_by: the engine, as
+    `save.describe_engine` told of it.  changes: of the config, in force from now on."""
 
-    resume_from: "auto" (the newest intact checkpoint of the run folder, if there is one), "never", or a checkpoint's
-    folder.  order: of a run that would start now.  Raises InputError if it cannot be: another order of the samples,
-    another method, a damaged folder.
+    state: RunState
+    folder: Path | None = None
+    saved_by: dict = field(default_factory=dict)
+    changes: Sequence[Change] = ()
+
+
+def find_start(config: Config, resume_from: str, engine: Engine, model: Path, order: OrderSettings) -> Start:
+    """Where the run begins or goes on, before its model is loaded; all ranks call it.
+
+    resume_from: "auto" (the newest checkpoint of the run folder that is intact and good, if there is one), "never", or
+    a checkpoint's folder.  order: of a run that would start now.  Raises InputError if it cannot be: another order of
+    the samples, another run's state, more steps than there are to be, nothing intact; AlreadyDone if nothing is left.
     """
     _refuse_ranks_that_differ(engine.ranks.all_gather(order))
+    fingerprint_of_base = fingerprint(model / "transformer") if engine.is_main else None
+    base = TrainedBase(engine.ranks.broadcast_object(fingerprint_of_base), precision_of(config, engine.compute_dtype))
     folder = choose_checkpoint(config, resume_from, engine)
     if folder is None:
-        return RunState(step=0, batch=0, skips=0, restarts=0, order=order)
+        if engine.is_main:
+            forget_rollbacks(config.run.folder)
+        fresh = RunState(step=0, batch=0, skips=0, restarts=0, order=order, base=base)
+        return Start(fresh.exclude(config.guard.exclude_batches))
     state, saved_by = read_state(folder)
+    state = engine.ranks.broadcast_object(read_rollbacks(config.run.folder, state) if engine.is_main else None)
     _refuse_another_order(folder, state.order, order)
-    load_tensors(folder, engine, ema, saved_by)
-    log.info("resumed from %s, step %d (saved by %s)", folder, state.step, saved_by["name"])
-    return replace(state, restarts=state.restarts + 1)
+    if state.step > config.train.steps:
+        raise InputError(
+            f"train.steps is {config.train.steps}, but {folder} has {state.step} steps. Raise it, give an earlier "
+            "checkpoint by --resume FOLDER, or start a new run (run.name)."
+        )
+    changes = compare_configs(folder, config, state, base, log_changes=engine.is_main)
+    done = engine.is_main and state.step == config.train.steps and is_finished(config, state.step)
+    if engine.ranks.broadcast_object(done):
+        raise AlreadyDone(
+            state.step,
+            f"{config.run.folder}: all {state.step} steps are done. Nothing is left to train, and nothing was written; "
+            "to go on, raise train.steps.",
+        )
+    state = replace(state.exclude(config.guard.exclude_batches), restarts=state.restarts + 1, base=base)
+    return Start(state, folder, saved_by, changes)
+
+
+def load_state(config: Config, start: Start, engine: Engine, ema: Ema) -> RunState:
+    """The state that the run goes on from, weights, optimizer and average loaded; all zero for a fresh start."""
+    state = start.state
+    if start.folder is None:
+        if engine.is_main:  # of what is damaged: the next start must not stumble over it
+            set_later_ones_aside(config.run.folder, -1)
+        return state
+    load_tensors(start.folder, engine, ema, start.saved_by)
+    log.info("resumed from %s, step %d (saved by %s)", start.folder, state.step, start.saved_by["name"])
+    if engine.is_main:
+        changed = [{"key": c.key, "before": c.before, "now": c.now, "effect": c.mark.effect} for c in start.changes]
+        place = {"step": state.step, "restart": state.restarts, "checkpoint": str(start.folder)}
+        write_event(config.run.folder, "resumed", **place, changed=changed)
+    return state
 
 
 def _refuse_ranks_that_differ(orders: list[OrderSettings]) -> None:
@@ -45,7 +104,8 @@ def _refuse_ranks_that_differ(orders: list[OrderSettings]) -> None:
     if others := [rank for rank, order in enumerate(orders) if order != orders[0]]:
         raise InputError(
             f"rank {others[0]} sees another data.cache than rank 0 ({orders[others[0]]}, not {orders[0]}). Look "
-            "whether all machines read the same one, and whether it was written to just now; then start again."
+            "whether all machines read the same one, and whether it was written to just now; then start again "
+            "(docs/troubleshooting.md#a-run-on-several-machines-hangs)."
         )
 
 
@@ -67,7 +127,7 @@ def _refuse_another_order(folder: Path, saved: OrderSettings, current: OrderSett
         raise InputError(
             f"{folder}: another order of the samples:\n  " + "\n  ".join(problems) + "\n"
             "Set them back (the cache: `fluxfill preprocess CONFIG` with the pictures as they were), or start a new "
-            "run (run.name)."
+            "run, run.name (docs/troubleshooting.md#a-run-does-not-go-on)."
         )
     if current.streams != saved.streams:
         log.info("data.streams %d: the run keeps the %d that it began with", current.streams, saved.streams)
@@ -76,23 +136,60 @@ def _refuse_another_order(folder: Path, saved: OrderSettings, current: OrderSett
 def choose_checkpoint(config: Config, resume_from: str, engine: Engine) -> Path | None:
     """The checkpoint to go on from, the same on every rank; None for a fresh start.
 
-    Raises InputError if the one that was asked for is damaged, or if there should be none.
+    Raises InputError if the one that was asked for is damaged, if there should be none, or if all are damaged: that is
+    no fresh start, unless "never" asks for one.
     """
     run = config.run.folder
+    if resume_from not in ("auto", "never"):
+        folder = Path(resume_from)
+        if damage := _damage_that_all_find(engine, folder):
+            raise InputError(f"--resume {folder}: {damage}. Give an intact checkpoint folder, or auto.")
+        return folder
     # Rank 0's list is everyone's: ranks that chose differently would drift apart in silence.
-    complete = engine.ranks.all_gather(complete_checkpoints(run) if engine.is_main else None)[0]
+    complete = engine.ranks.broadcast_object(_best_last(config) if engine.is_main else None)
+    chosen = newest_intact(complete, partial(_damage_that_all_find, engine), log_skipped=engine.is_main)
     if resume_from == "never":
-        if complete:
+        if chosen is not None:
             raise InputError(
                 f"{run}: holds checkpoints already. Choose another run.name, or resume with --resume auto."
             )
         return None
-    if resume_from == "auto":
-        return newest_intact(complete, partial(_damage_that_all_find, engine), log_skipped=engine.is_main)
-    folder = Path(resume_from)
-    if damage := _damage_that_all_find(engine, folder):
-        raise InputError(f"--resume {folder}: {damage}. Give an intact checkpoint folder, or auto.")
-    return folder
+    if complete and chosen is None:
+        raise InputError(
+            f"{run}: none of its {len(complete)} checkpoints is intact; the log says what is wrong with each. Put back "
+            "the damaged files, or begin anew: --resume never, which keeps these folders as step-<number>.undone, or "
+            "another run.name (docs/troubleshooting.md#a-run-does-not-go-on)."
+        )
+    later = [folder for folder in complete if chosen is not None and step_of(folder) > step_of(chosen)]
+    if engine.is_main and later:
+        log.warning("%s was saved between skipped updates, or is damaged: not gone on from", later[-1])
+    return chosen
+
+
+def _best_last(config: Config) -> list[Path]:
+    """The run's complete checkpoints, good ones behind the others, and behind these the end of a run that is done.
+
+    From a good one the run comes to the others again, to the bit, if nothing was changed; and a learning rate that was
+    lowered since must not begin with weights that had diverged already.
+    """
+    complete = complete_checkpoints(config.run.folder)
+    good = set(good_checkpoints(complete))
+    return sorted(complete, key=lambda folder: (step_of(folder) >= config.train.steps, folder in good, step_of(folder)))
+
+
+def choose_rollback(config: Config, engine: Engine, state: RunState) -> Path | None:
+    """The checkpoint to go back to: the newest good one; if none was saved since the last rollback, the one before
+    that, if there is one. None if no good one is intact. All ranks call it."""
+    good: list[Path] = []
+    if engine.is_main:
+        good = good_checkpoints(complete_checkpoints(config.run.folder))
+    good = engine.ranks.broadcast_object(good)
+    find_damage_together = partial(_damage_that_all_find, engine)
+    newest = newest_intact(good, find_damage_together, log_skipped=engine.is_main)
+    if newest is None or step_of(newest) != state.back_to:
+        return newest
+    before = good[: good.index(newest)]
+    return newest_intact(before, find_damage_together, log_skipped=engine.is_main) or newest
 
 
 def _damage_that_all_find(engine: Engine, folder: Path) -> str | None:
@@ -100,9 +197,18 @@ def _damage_that_all_find(engine: Engine, folder: Path) -> str | None:
     190 GiB for longer than the others wait.
 
     Rank 0 reads again what another finds damaged. Raises InputError if it finds nothing: a machine that sees another
-    run.dir must not send the run back to an older checkpoint.
+    run.dir must not send the run back to an older checkpoint. Raises StorageFailed, on all, if one's storage does not
+    answer.
     """
-    seen = engine.ranks.all_gather(find_damage(folder, rank=engine.rank, world_size=engine.world_size))
+    own, failure = None, None
+    try:
+        own = find_damage(folder, rank=engine.rank, world_size=engine.world_size)
+    except StorageFailed as error:
+        failure = f"{error} What does not answer is not damaged: --resume FOLDER takes another checkpoint meanwhile."
+    told = engine.ranks.all_gather((own, failure))
+    if failures := [failure for _, failure in told if failure]:
+        raise StorageFailed(failures[0])
+    seen = [damage for damage, _ in told]
     finders = [rank for rank, damage in enumerate(seen) if damage]
     if not finders or finders[0] == 0:
         return seen[0]
@@ -132,26 +238,32 @@ def load_tensors(folder: Path, engine: Engine, ema: Ema, saved_by: dict) -> None
         raise InputError(
             f"{folder}: trains {len(files.sizes)} tensors, this config {len(engine.trained_sizes)}"
             + (f"; {wrong[0]} is of another size" if wrong else "")
-            + ". model.base and method must stay as they were; start a new run (run.name) to change them."
+            + ". model.base and method must stay as they were; start a new run, run.name, to change them "
+            "(docs/troubleshooting.md#a-run-does-not-go-on)."
         )
     states = {name: state for name, _, state in engine.optimizer_states()}
     bound, same_layout = unreshardable_state(engine.optimizer_states()), saved_by["layout"] == engine.state_layout
     saved_bound = (
         files.read_bound(0 if engine.state_layout == REPLICATED else engine.rank) if bound and same_layout else {}
     )
+    # One number of a weight that began at 0 throughout: so Prodigy's older checkpoints hold where it began.
+    numbers = {name: value for name, value in saved_bound.items() if value.ndim == 0}
+    saved_bound |= {name: value.expand_as(bound[name]) for name, value in numbers.items() if name in bound}
+    of_moments = {name: saved_bound.pop(name) for name in numbers.keys() - bound.keys()}
     kinds: set[str] = set().union(*(part.moments for part in slices))
     kinds |= {moment for state in states.values() for moment, _ in eight_bit_moments(state)}
     # Of all ranks: of small tensors, or of none, a rank has no such state.
     told = engine.ranks.all_gather((kinds, bool(bound)))
     kinds, any_bound = set[str]().union(*(of_rank for of_rank, _ in told)), any(flag for _, flag in told)
-    shapes, saved_shapes = ({name: value.shape for name, value in kept.items()} for kept in (bound, saved_bound))
-    if (
-        kinds != files.kinds() - {"weight", "ema"}
-        or any_bound != saved_by["bound"]
-        or (same_layout and shapes != saved_shapes)
-    ):
+    saved_kinds = files.kinds() - {"weight", "ema"} | {name.rpartition("//")[2] for name in of_moments}
+    other = sorted(dict(_shapes(bound).items() ^ _shapes(saved_bound).items())) if same_layout else []
+    if other or (kinds, any_bound) != (saved_kinds, saved_by["bound"]):
         raise InputError(
-            f"{folder}: was saved with another train.optimizer. It must stay as it was, or start a new run."
+            f"{folder}: its optimizer's state is not what train.optimizer keeps here: it holds "
+            f"{', '.join(sorted(saved_kinds)) or 'no moments'}, this run {', '.join(sorted(kinds)) or 'none'}"
+            + (f"; {other[0]} is of another shape" if other else "")
+            + ". train.optimizer and the version of its package must stay as they were, or start a new run, run.name "
+            "(docs/troubleshooting.md#a-run-does-not-go-on)."
         )
     if ema.averages and "ema" not in files.kinds():
         raise InputError(f"{folder}: holds no moving average. Set train.ema_decay=null, or start a new run.")
@@ -165,14 +277,15 @@ def load_tensors(folder: Path, engine: Engine, ema: Ema, saved_by: dict) -> None
             )
         part.weight.copy_(weight)
         for key, moment in part.moments.items():
-            moment.copy_(files.read(key, part.name, part.start, count))
+            number = of_moments.get(f"{part.of}//{key}")
+            moment.copy_(files.read(key, part.name, part.start, count) if number is None else number)
         if ema.averages:
             ema.averages[part.name].copy_(files.read("ema", part.name, part.start, count))
     for name, value in saved_bound.items():
         bound[name].copy_(value)
     if bound and not same_layout:
         _requantize(files, slices, states)
-    if any_bound and not same_layout:
+    if engine.is_main and any_bound and not same_layout:
         log.warning(
             "8-bit optimizer state saved as %s was quantized again as %s, so not bit for bit",
             saved_by["layout"],
@@ -182,6 +295,10 @@ def load_tensors(folder: Path, engine: Engine, ema: Ema, saved_by: dict) -> None
         step = state.get("step")
         state["step"] = torch.full_like(step, saved_by["steps"]) if isinstance(step, Tensor) else saved_by["steps"]
     engine.sync_after_load()
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in state.items()}
 
 
 def _requantize(files: StateFiles, slices: list[LocalSlice], states: dict[str, dict]) -> None:

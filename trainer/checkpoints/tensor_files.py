@@ -7,7 +7,9 @@ reader asks for any range of any tensor, so a run saved by eight ranks of FSDP g
     state/<layout-bound name>                                    8-bit moments and the like: read by the rank that wrote
 """
 
+import hashlib
 import json
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -15,22 +17,28 @@ from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from configs.errors import InputError
+from data.storage.safetensors_file import write_tensor_dict
 from trainer.optimizers.state import dequantize, scale_of
 
 INDEX = "index.json"
+_RANK_FILE = re.compile(r"rank-\d{5,}\.safetensors")
 
 
 def rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a rank's file."""
-    save_file(tensors, path)
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write a rank's file, and flush it to disk; returns its sha256. Tensors of a GPU are copied to the host one at a
+    time."""
+    # Those of large elements first, as the library does it: so each begins at a multiple of its element's size.
+    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
+    digest = hashlib.sha256()
+    write_tensor_dict(path, ordered, digest=digest)
+    return digest.hexdigest()
 
 
 class Span(NamedTuple):
@@ -82,6 +90,8 @@ class StateFiles:
         return {name.split("/", 1)[0] for name in self._tensors}
 
     def _open(self, file: str) -> safe_open:
+        if _RANK_FILE.fullmatch(file) is None:
+            raise InputError(f"{self._folder / INDEX}: names {file!r}, which is no rank's file. Do not use it.")
         if file not in self._files:
             self._files[file] = safe_open(self._folder / file, framework="pt")
         return self._files[file]

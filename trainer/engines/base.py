@@ -5,12 +5,14 @@ Accelerate falls back without a word when something is missing (FSDP on a CPU be
 what was started is compared with what was asked for (start.py), and what `prepare` made with what it should have made.
 """
 
+import math
 import os
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from typing import Any, ClassVar, final
 
 import torch
@@ -19,10 +21,13 @@ from torch import Tensor, nn
 
 from configs.schema import Config
 from data.batches.micro_batch import MicroBatch
-from trainer.engines.ranks import Ranks
+from trainer.engines.ranks import Ranks, wait_for_ranks
 from trainer.engines.slices import LocalSlice, trained, trained_parameters
+from trainer.engines.step_profile import StepProfile
 from trainer.model.check_quantized import check_against_reference, reference_layers
+from trainer.model.compute_dtype import compute_in
 from trainer.process.stop_signals import stop_signal
+from trainer.process.watchdog import beat
 
 BuildOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -31,8 +36,9 @@ BuildOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 class Update:
     """What one optimizer update did, alike on every rank.
 
-    loss: mean over the global batch.  grad_norm: before clipping.  applied: False if either was not finite; then no
-    weight changed.  stop: a rank has been told to stop, so all do after this update.
+    loss: mean over the global batch.  grad_norm: before clipping.  applied: False if either was not finite, or the loss
+    above its limit; then no weight, moment or count of the optimizer changed.  stop: a rank has been told to stop, so
+    all do after this update.
     """
 
     loss: float
@@ -72,6 +78,7 @@ class Engine(ABC):
         self.local_rank = self._accelerator.local_process_index
         self.device = self._accelerator.device
         self.ranks = Ranks(self.rank, self.world_size, self.device)
+        self.profile = StepProfile(config, self.rank)
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if self.world_size != started:
             raise RuntimeError(
@@ -81,6 +88,9 @@ class Engine(ABC):
         self._max_grad_norm = config.train.max_grad_norm
         self._global_batch_size = config.train.global_batch_size
         self._loss = torch.zeros((), device=self.device)
+        self._forward_begins: Any = None
+        self._forwards: list[tuple[Any, Any]] = []  # when each forward pass since they were asked for began and ended
+        self._losses: list[Tensor] = []  # [B] of each micro-batch since the last update
 
     @abstractmethod
     def _start_accelerator(self, config: Config) -> Accelerator:
@@ -96,7 +106,12 @@ class Engine(ABC):
     def num_nodes(self) -> int:
         return self.world_size // int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
 
-    @final
+    @cached_property
+    def gpus(self) -> list[str]:
+        """The kinds of GPU of the run's ranks, by name; none: CPUs. All ranks ask for it together, the first time."""
+        own = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
+        return sorted({name for name in self.ranks.all_gather(own) if name is not None})
+
     def close(self) -> None:
         """Leave the process group."""
         self._accelerator.end_training()
@@ -110,10 +125,13 @@ class Engine(ABC):
         transformer: on rank 0 with its weights, elsewhere on the meta device; they are handed out here.  Asserts that
         the outcome is what the engine promises, and that a quantized base came through unharmed.
         """
+        compute_in(transformer, self.compute_dtype)
         references = reference_layers(transformer)
+        self.ranks.barrier()  # wait for rank 0's reading here: groups that `_prepare` makes have not our patience yet
         prepared = self._prepare(transformer, build_optimizer)
+        wait_for_ranks(self.patience)
         if references:
-            check_against_reference(prepared, self.unwrap(), references, self.device, self.autocast)
+            check_against_reference(prepared, self.unwrap(), references, self.device)
         return prepared
 
     @abstractmethod
@@ -137,20 +155,23 @@ class Engine(ABC):
         """Whether rank 0 has every weight, and can run the model alone."""
 
     @final
-    def autocast(self) -> AbstractContextManager:
-        """The arithmetic of forward passes: bf16 with fp32 weights kept, or plain fp32."""
-        if self.compute_dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+    def told_to_stop(self) -> bool:
+        """Whether any rank has been told to stop; all ranks call it."""
+        return self.ranks.all_reduce_sum(stop_signal() is not None) > 0
 
     # --- a step ------------------------------------------------------------------------------------------------------
 
     @final
     def micro_steps(self, micro_batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         """The micro-batches on the device. Gradients are synchronized in the backward pass of the last one only."""
+        self._losses.clear()
+        self.profile.begin()
         for rows in micro_batches:
+            beat("step")
             self._sync_gradients(rows.is_last)
-            yield rows.to(self.device)
+            moved = rows.to(self.device)
+            self._forward_begins = self._now()
+            yield moved
 
     @abstractmethod
     def _sync_gradients(self, wanted: bool) -> None:
@@ -162,8 +183,11 @@ class Engine(ABC):
 
         losses: [B] per sample.  weight: [B], 1 for a real row, 0 for a padding row.
         """
+        if self._forward_begins is not None:
+            self._forwards.append((self._forward_begins, self._now()))
         loss = (losses * weight).sum() / self._global_batch_size
         self._loss += loss.detach()
+        self._losses.append(losses.detach())
         # Every engine averages gradients over the ranks, where the sum is wanted.
         self._backward(loss * self.world_size)
 
@@ -171,19 +195,59 @@ class Engine(ABC):
     def _backward(self, loss: Tensor) -> None: ...
 
     @final
-    def step(self, lr: float) -> Update:
-        """Clip and apply the gradients at learning rate `lr`, unless loss or gradient is not finite on any rank."""
-        # One message for both: what each rank has been told reaches all of them at the same update.
-        told = torch.stack([self._loss, self._loss.new_full((), stop_signal() is not None)])
-        self.ranks.all_reduce_sum_(told)
+    def forward_seconds(self) -> float:
+        """How long this rank's forward passes took since it was asked last; after a step, as its end was waited for.
+        Where the model is sharded, ranks wait for each other inside."""
+        passes = self._forwards.copy()
+        self._forwards.clear()
+        if self.device.type == "cuda":
+            return sum(begin.elapsed_time(end) for begin, end in passes) / 1000
+        return sum(end - begin for begin, end in passes)
+
+    @final
+    def _now(self) -> Any:
+        """This moment, as the device comes to it."""
+        if self.device.type != "cuda":
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @final
+    def own_losses(self) -> list[float]:
+        """Losses of this rank's rows of the last global batch, in order, those of padding rows behind them. Waits for
+        the device."""
+        return torch.cat(self._losses).tolist()
+
+    @final
+    def step(self, lr: float, loss_limit: float = math.inf) -> Update:
+        """Clip and apply the gradients at learning rate `lr`, unless on any rank loss or gradient is not finite, or the
+        loss of all is above the limit."""
         self._set_learning_rate(lr)
-        update = self._step(told)
+        update = self._step(loss_limit)
         self._loss.zero_()
         return update
 
+    @final
+    def drop_gradients(self) -> None:
+        """Forget the backward passes since the last step: for what was not to be trained on."""
+        self._loss.zero_()
+        self._zero_gradients()
+
     @abstractmethod
-    def _step(self, told: Tensor) -> Update:
-        """told: [2], the loss of all ranks, and how many of them have been told to stop."""
+    def _zero_gradients(self) -> None: ...
+
+    @abstractmethod
+    def _step(self, loss_limit: float) -> Update: ...
+
+    @final
+    def _tell_all(self, *numbers: Tensor) -> Tensor:
+        """[2 or more]: the loss of all ranks, how many of them have been told to stop, and the sums of the numbers. One
+        message: all ranks find the same, and what one has been told reaches all at the same update."""
+        stop = self._loss.new_full((), stop_signal() is not None)
+        told = torch.stack([self._loss, stop, *numbers])
+        self.ranks.all_reduce_sum_(told)
+        return told
 
     @final
     def _set_learning_rate(self, lr: float) -> None:
@@ -219,12 +283,25 @@ class Engine(ABC):
     def sync_after_load(self) -> None:
         """Make the model agree with its fp32 state after the views of `local_slices` were written to."""
 
-    @abstractmethod
+    @final
+    @torch.no_grad()
     def iter_full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(name, fp32 tensor on the CPU) of every trained parameter, in full, one by one; on rank 0, nothing elsewhere.
 
-        All ranks must go through it to its end: parts of a parameter come from all of them.
+        All ranks must go through it to its end: parts of a parameter come from all of them.  A tensor is a copy: an
+        average may stand in the parameter's place a moment later.
         """
+        for name, full in self._gather_weights():
+            if self.is_main:  # the copy waits for the gathering
+                yield name, torch.empty(full.shape).copy_(full)
+            elif self.device.type == "cuda":
+                # One gathering at a time. All at once, the clock of the last would run while rank 0 writes those before
+                # it: an export of 24 GB may take longer than ranks have patience.
+                torch.cuda.current_stream(self.device).synchronize()
+
+    @abstractmethod
+    def _gather_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor on the device) of every trained parameter, in full. All ranks go through it to its end."""
 
     @final
     def full_weights(self) -> dict[str, Tensor]:
@@ -240,11 +317,13 @@ class TorchEngine(Engine):
         loss.backward()
 
     @final
-    def _step(self, told: Tensor) -> Update:
-        norm = self._clip_gradients()
+    def _step(self, loss_limit: float) -> Update:
+        norm = self._clip_gradients().to(self._loss)
+        # norm - norm: 0, or nan if it is not finite here; a rank must not go on alone where only another finds that.
+        told = self._tell_all(norm - norm)
         # One wait for the device per update: whether the weights may change hangs on these numbers.
-        loss, stops, grad_norm = torch.stack([*told, norm.to(told)]).tolist()
-        applied = abs(loss) + abs(grad_norm) < float("inf")
+        loss, stops, difference, grad_norm = torch.stack([*told, norm]).tolist()
+        applied = math.isfinite(loss) and loss <= loss_limit and difference == 0
         if applied:
             self._apply_gradients()
         self._zero_gradients()

@@ -139,12 +139,9 @@ class FsdpEngine(TorchEngine):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    @torch.no_grad()
-    def iter_full_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def _gather_weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._named.items():
-            full = parameter.detach().full_tensor()
-            if self.is_main:  # the copy waits for the gathering and leaves a plain tensor
-                yield name, torch.empty(full.shape).copy_(full)
+            yield name, parameter.detach().full_tensor()
 
 
 class HsdpEngine(FsdpEngine):
@@ -162,8 +159,8 @@ class HsdpEngine(FsdpEngine):
 
 
 def mixed_precision(dtype: torch.dtype) -> MixedPrecisionPolicy:
-    """FSDP's policy: parameters are gathered in the compute dtype, gradients summed in fp32. Inputs are not cast:
-    autocast does that where it is safe, and rotary tables stay in fp32."""
+    """FSDP's policy: parameters are gathered in the compute dtype, gradients summed in fp32. Inputs are not cast by it:
+    rotary tables stay in fp32."""
     if dtype == torch.float32:
         return MixedPrecisionPolicy()
     return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)

@@ -1,11 +1,16 @@
 """The processes of a run, and what they send each other between steps."""
 
+import logging
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed import distributed_c10d
+
+log = logging.getLogger("fluxfill")
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,15 @@ class Ranks:
         items: list = [None] * self.world_size
         dist.all_gather_object(items, item)
         return items
+
+    def start_all_gather(self, value: float) -> Tensor:
+        """[world_size] on the device, where every rank's number is once the device comes there: the host goes on."""
+        own = torch.full((1,), value, device=self.device)
+        if self.world_size == 1:
+            return own
+        every = torch.empty(self.world_size, device=self.device)
+        dist.all_gather_into_tensor(every, own)
+        return every
 
     def gather(self, item: Any) -> list | None:
         """Every rank's item, in rank order, on rank 0; None elsewhere. For what is large: the others need no room."""
@@ -67,3 +81,16 @@ class Ranks:
         """Return when every rank has come here."""
         if self.world_size > 1:
             dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+
+def wait_for_ranks(patience: timedelta) -> None:
+    """Have every process group of this rank wait so long for the others, whoever made it: meshes and DeepSpeed make
+    groups of their own, which under NCCL wait 10 minutes.
+
+    Calls private parts of torch. Where a version has them no more, the groups keep their own patience.
+    """
+    try:
+        for group in distributed_c10d._world.pg_map:
+            distributed_c10d._set_pg_timeout(patience, group)
+    except AttributeError:
+        log.warning("torch %s has no such timeouts: ranks may wait no longer than 10 minutes", torch.__version__)

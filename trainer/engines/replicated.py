@@ -55,11 +55,9 @@ class ReplicatedEngine(TorchEngine):
     def sync_after_load(self) -> None:
         """The slices are the model's own weights: nothing to do."""
 
-    @torch.no_grad()
-    def iter_full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        # Copies, also where fp32 weights lie on the CPU already: an average may stand in their place a moment later.
-        for name, parameter in trained_parameters(self.unwrap()).items() if self.is_main else ():
-            yield name, torch.empty(parameter.shape).copy_(parameter.detach())
+    def _gather_weights(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in trained_parameters(self.unwrap()).items():
+            yield name, parameter.detach()
 
 
 class SingleEngine(ReplicatedEngine):
@@ -96,12 +94,25 @@ class DdpEngine(ReplicatedEngine):
             raise RuntimeError(f"engine {self.name}: accelerate made {type(model).__name__} of the transformer")
         if all(parameter.requires_grad for parameter in model.parameters()):  # an adapter's are small
             _lay_gradients_in_buckets(model)
+        # Constants (scales of a quantized base), alike everywhere since DDP was made: it would send them at each step.
+        model.broadcast_buffers = False
         self._transformer = model
         self._optimizer = build_optimizer(trained(model))
         return model
 
     def unwrap(self) -> nn.Module:
         return self._transformer.module
+
+    def close(self) -> None:
+        # Were the reducer the last that holds the process group, it would wait, with Python's lock in its hands, for
+        # gloo's threads, which may want it to let go of what was sent last. The group's own end lets them have it.
+        if isinstance(model := getattr(self, "_transformer", None), DistributedDataParallel):
+            for name in (
+                "logger",
+                "reducer",
+            ):  # where a version of torch has them: a run that is done must not fail here
+                vars(model).pop(name, None)
+        super().close()
 
     def _sync_gradients(self, wanted: bool) -> None:
         self._transformer.require_backward_grad_sync = wanted

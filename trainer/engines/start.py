@@ -1,7 +1,12 @@
 """The engine of a run: chosen by what the process was launched with, and checked against the config."""
 
 import os
-from collections.abc import Mapping
+import secrets
+import time
+from collections.abc import Mapping, MutableMapping
+from platform import node
+
+import torch
 
 from configs.combinations import ENGINES, check_engine
 from configs.errors import InputError
@@ -10,6 +15,8 @@ from trainer.engines.base import Engine
 from trainer.engines.fsdp import FsdpEngine, HsdpEngine
 from trainer.engines.replicated import DdpEngine, SingleEngine
 from trainer.engines.zero import Zero1Engine, Zero2Engine, Zero3Engine
+
+_STALE_SECONDS = 60.0  # for which a node may remember, over NFS, that a folder was not there
 
 # Offload is a setting of the engine file, on top of these.
 _CLASSES: dict[str, type[Engine]] = {
@@ -49,7 +56,56 @@ def start_engine(config: Config) -> Engine:
             f"`accelerate launch --config_file configs/engines/{asked}.yaml ...`, or set parallel.engine={name}."
         )
     check_engine(config, name)
-    return engine_class(name)(config, name)
+    leave_casting_to_the_trainer(os.environ)
+    if config.train.deterministic:
+        make_deterministic()
+    engine = engine_class(name)(config, name)
+    if engine.num_nodes > 1:
+        check_run_folder_is_shared(config, engine)
+    return engine
+
+
+def leave_casting_to_the_trainer(environment: MutableMapping[str, str]) -> None:
+    """Have accelerate cast nothing, whatever its own config or --mixed_precision says: it would put an autocast around
+    DDP's model, and lay FSDP's frozen base out in fp32. bf16 the trainer has of itself, by model.precision. Raises
+    InputError for what it has not."""
+    told = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    if told not in ("no", "bf16"):
+        raise InputError(
+            f"accelerate was told mixed_precision {told}, in which this trainer does not compute. Launch it with "
+            "--mixed_precision no, and set model.precision."
+        )
+    environment["ACCELERATE_MIXED_PRECISION"] = "no"
+
+
+def make_deterministic() -> None:
+    """From now on this process adds up in the same order each time; an operation that cannot raises RuntimeError. To be
+    called before CUDA is initialized: cuBLAS then takes the workspace that it needs for it."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nobody reads it
+
+
+def check_run_folder_is_shared(config: Config, engine: Engine) -> None:
+    """All ranks call it. Raises InputError, on all of them, if one sees another folder at run.dir than rank 0: its part
+    of every checkpoint would lie there."""
+    folder = config.run.folder
+    token = engine.ranks.broadcast_object(f".seen-{secrets.token_hex(8)}")
+    if engine.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / token).touch()
+    engine.ranks.barrier()
+    deadline = time.monotonic() + _STALE_SECONDS
+    while not (seen := (folder / token).exists()) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    blind = [name for name in engine.ranks.all_gather(None if seen else f"rank {engine.rank} on {node()}") if name]
+    if engine.is_main:
+        (folder / token).unlink()
+    if blind:
+        raise InputError(
+            f"run.dir {config.run.dir.absolute()}: {', '.join(blind)} does not see there what rank 0 writes. Every "
+            "node writes its part of a checkpoint: give run.dir a place that all of them share."
+        )
 
 
 def engine_class(name: str) -> type[Engine]:

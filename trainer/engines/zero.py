@@ -5,6 +5,7 @@ engine's accumulation boundary is set by hand.
 """
 
 import logging
+import math
 import os
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -15,10 +16,12 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
+from configs.communication import reduces_to_owners
 from configs.errors import InputError
+from configs.memory import ZERO3_LIVE, ZERO_BUCKET
 from configs.schema import Config
 from trainer.engines.base import BuildOptimizer, Engine, Update, compute_dtype
-from trainer.engines.build_lock import clear_stale_build_locks
+from trainer.engines.build_lock import watched_build_locks
 from trainer.engines.slices import LocalSlice, sliced_layout, trained, trained_parameters
 from trainer.optimizers.state import elementwise_state
 
@@ -43,23 +46,26 @@ class ZeroEngine(Engine):
     """A stage of ZeRO: on each rank, flat fp32 weights and the state of the optimizer that steps them."""
 
     stage: ClassVar[int]
+    _norm_method: ClassVar = "scaled_global_norm"  # of DeepSpeed's optimizer: the gradients' norm, of all ranks
 
     def __init__(self, config: Config, name: str) -> None:
         self._eight_bit = config.train.optimizer == "adamw8bit"
         super().__init__(config, name)
 
     @final
+    @watched_build_locks()
     def _start_accelerator(self, config: Config) -> Accelerator:
         cpu = not torch.cuda.is_available()
         if cpu:
             os.environ["DS_ACCELERATOR"] = "cpu"
         try:
-            import deepspeed  # noqa: F401
+            import deepspeed.ops
             from accelerate.utils import DeepSpeedPlugin
         except ImportError as error:
             raise InputError(f"engine {self.name} needs deepspeed ({error}). Install it, or use fsdp2.") from error
+        if cpu:  # it would compile, for a minute at the first start, sums that only inference asks for
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        clear_stale_build_locks()  # on a CPU DeepSpeed compiles its communication at first start
         bf16 = compute_dtype(config, torch.device("cpu" if cpu else "cuda")) == torch.bfloat16
         plugin = DeepSpeedPlugin()  # stage and offload come from the engine file
         plugin.deepspeed_config |= {
@@ -73,7 +79,13 @@ class ZeroEngine(Engine):
         }
         if self.stage > 1:  # else the sum over micro-batches is kept in bf16; at stage 1 it would be another optimizer
             plugin.deepspeed_config["data_types"] = {"grad_accum_dtype": "fp32"}
-        plugin.deepspeed_config["zero_optimization"] |= {"overlap_comm": not cpu, "contiguous_gradients": True}
+        plugin.deepspeed_config["zero_optimization"] |= {
+            "overlap_comm": not cpu,
+            "contiguous_gradients": True,
+            "reduce_bucket_size": ZERO_BUCKET,
+            "stage3_max_live_parameters": ZERO3_LIVE,
+            "stage3_max_reuse_distance": ZERO3_LIVE,
+        }
         handlers = [InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=self.patience)]
         # Not with cpu=True: accelerate would make DDP of it and say nothing.
         return Accelerator(deepspeed_plugin=plugin, kwargs_handlers=handlers)
@@ -84,19 +96,19 @@ class ZeroEngine(Engine):
 
         if self._accelerator.distributed_type is not DistributedType.DEEPSPEED:
             raise RuntimeError(f"engine {self.name}: accelerate started {self._accelerator.distributed_type} instead")
+        num_trained = sum(parameter.numel() for parameter in trained(transformer))
         if self._eight_bit and self.stage < 3:  # stage 3 cuts it into tensors of 1e9 elements
-            check_eight_bit_partition(sum(p.numel() for p in trained(transformer)), self.world_size, self.name)
+            check_eight_bit_partition(num_trained, self.world_size, self.name)
+        settings = self._accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        settings["use_multi_rank_bucket_allreduce"] = not reduces_to_owners(num_trained, self.world_size)
         if self.compute_dtype == torch.bfloat16:
             # As DeepSpeed will; but not with all of the model in fp32 on the GPU first.
             for parameter in transformer.parameters():
                 if parameter.dtype == torch.float32:
                     parameter.data = parameter.data.bfloat16()
         transformer = self._on_device(transformer)
-        if self.compute_dtype == torch.bfloat16:
-            # DeepSpeed switches off an autocast that is on around it, but asks for CUDA's alone. So one inside too.
-            inside = torch.autocast(self.device.type, dtype=torch.bfloat16)
-            transformer.forward = inside(transformer.forward)
-        engine, optimizer = self._accelerator.prepare(transformer, build_optimizer(trained(transformer)))
+        with watched_build_locks():
+            engine, optimizer = self._accelerator.prepare(transformer, build_optimizer(trained(transformer)))
         if not isinstance(engine, deepspeed.DeepSpeedEngine) or engine.zero_optimization_stage() != self.stage:
             raise RuntimeError(f"engine {self.name}: accelerate made {type(engine).__name__} of the transformer")
         self._transformer = engine
@@ -118,12 +130,33 @@ class ZeroEngine(Engine):
         self._transformer.backward(loss)
 
     @final
-    def _step(self, told: Tensor) -> Update:
-        self._transformer.step()  # clips, skips if a gradient of any rank is not finite, applies, gathers
+    def _zero_gradients(self) -> None:
+        """Those of weight 0 that were not yet exchanged need no clearing: what is added to them is what counts."""
+
+    @final
+    def _step(self, loss_limit: float) -> Update:
+        loss, stops = self._tell_all().tolist()
+        if math.isfinite(loss) and loss <= loss_limit:
+            self._transformer.step()  # clips, skips if a gradient of any rank is not finite, applies, gathers
+        else:
+            self._skip()
         norm = self._transformer.get_global_grad_norm()
         applied = self._transformer.was_step_applied()
-        loss, stops = told.tolist()
-        return Update(loss, float(norm) if norm is not None else float("nan"), applied, stop=stops > 0)
+        return Update(loss, float(norm) if norm is not None else math.nan, applied, stop=stops > 0)
+
+    @final
+    def _skip(self) -> None:
+        """Have DeepSpeed skip the update, whatever the gradients are, and clean up after it in its own way: it is told
+        that their norm is infinite. Replaces a private part of its optimizer for the time. Raises RuntimeError where a
+        version of DeepSpeed applies the update all the same."""
+        infinite = self._loss.new_full((), math.inf)
+        setattr(self._zero, self._norm_method, lambda: [infinite] if self.stage == 3 else infinite)
+        try:
+            self._transformer.step()
+        finally:
+            delattr(self._zero, self._norm_method)
+        if self._transformer.was_step_applied():
+            raise RuntimeError(f"engine {self.name}: DeepSpeed applied an update that had to be skipped")
 
     # --- the state ---------------------------------------------------------------------------------------------------
 
@@ -190,14 +223,11 @@ class ZeroEngine(Engine):
         return sliced_layout(self.name, self.world_size)
 
     @final
-    @torch.no_grad()
-    def iter_full_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def _gather_weights(self) -> Iterator[tuple[str, Tensor]]:
         from deepspeed.utils import safe_get_full_fp32_param
 
         for name, parameter in trained_parameters(self.unwrap()).items():
-            full = safe_get_full_fp32_param(parameter)
-            if self.is_main:
-                yield name, full.detach().float().cpu()
+            yield name, safe_get_full_fp32_param(parameter).detach()
 
 
 class Zero1Engine(ZeroEngine):
@@ -235,6 +265,7 @@ class Zero3Engine(ZeroEngine):
     """Parameters partitioned too, and gathered where a layer computes."""
 
     stage = 3
+    _norm_method = "_get_norm_groups"  # a list of norms
 
     @property
     def rank0_has_full_model(self) -> bool:
@@ -261,6 +292,8 @@ class Zero3Engine(ZeroEngine):
             self._zero._optimizer_step(number)  # the inner optimizer knows a group's tensor only while it steps it
 
     def sync_after_load(self) -> None:
+        # What is gathered holds the weights from before, and small parameters always are: the next pass gathers anew.
+        self._zero.empty_partition_cache()
         for parameter in trained(self.unwrap()):
             group, offset, size = self._place_of(parameter)
             parameter.ds_tensor.data.copy_(self._partitions()[group].narrow(0, offset, size))

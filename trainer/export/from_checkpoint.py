@@ -1,15 +1,15 @@
-"""Export of a checkpoint: an adapter or a FLUX.1-Fill folder, by one process without a GPU.
+"""Export of a checkpoint for any program that reads FLUX.1, by one process without a GPU.
 
-python -m trainer.export.from_checkpoint CHECKPOINT_OR_RUN --out DIR [--weights live|ema] [--dtype fp32|bf16]
+python -m trainer.export.from_checkpoint CHECKPOINT_OR_RUN --out DIR [--step N|best] [--format FORMAT]
+    [--weights live|ema] [--dtype fp32|bf16|fp8]
 
 Reads the canonical layout (checkpoints/tensor_files.py), whatever engine and ranks wrote it, one tensor at a time.
 """
 
 import argparse
 import logging
-import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 from configs.library_warnings import quiet_libraries
@@ -19,88 +19,77 @@ if __name__ == "__main__":
     quiet_libraries()
     lighten_imports()
 
-import torch
-from diffusers import FluxTransformer2DModel
-from torch import Tensor
-
+from configs.best_figure import best_figure
 from configs.errors import InputError
 from configs.loading import load_config
-from configs.supervision import BAD_INPUT
-from data.encoders.model_folder import find_model, read_part_config
-from trainer.adapters.build import add_adapter
-from trainer.adapters.files import save_adapter
-from trainer.checkpoints.folders import COMPLETE, find_damage, latest_checkpoint
-from trainer.checkpoints.tensor_files import StateFiles
-from trainer.export.verify import verify_adapter_file, verify_model
-from trainer.export.write import export_model
-from trainer.model.flux import DEV_CHANNELS, empty_transformer
+from configs.supervision import exit_code
+from data.storage.checkpoint_folders import checkpoint_folder
+from data.storage.new_folder import clear, new_folder
+from trainer.checkpoints.find import find_checkpoint, list_steps, read_chosen, refuse_damaged, refuse_step_of_no_run
+from trainer.checkpoints.keep import best_checkpoint
+from trainer.checkpoints.weights import KINDS
+from trainer.export.card import metadata_of, write_card
+from trainer.export.dtypes import DTYPES
+from trainer.export.evaluated import best_evaluated
+from trainer.export.formats import FORMATS, choose_dtype, write_format
+from trainer.export.trained import open_trained
+from trainer.export.velocity import refuse_other_velocity, streamed_velocity
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_KINDS = {"live": "weight", "ema": "ema"}
+BEST = "best"
 
 log = logging.getLogger("fluxfill")
 
 
-def export_checkpoint(source: Path, out: Path, *, weights: str = "live", dtype: str | None = None) -> None:
-    """Write the `final` or `final-ema` of a run that had ended at a checkpoint, and read it back.
-
-    source: a checkpoint, or a run, whose newest intact one is taken.  weights: "live", or "ema", their average.  dtype:
-    of DTYPES; None: adapters in fp32, models in bf16.  Raises InputError if the checkpoint is damaged or holds no such
-    weights, or `out` is there already.
-    """
-    if out.exists():
-        raise InputError(f"--out {out}: is there already. Give another, or remove it.")
-    folder = find_checkpoint(source)
-    config = load_config(folder / "config.yaml", saved_by_a_run=True)
-    method = config.method
-    model = find_model(config.model.base)
-    files = StateFiles(folder)
-    if _KINDS[weights] not in files.kinds():
-        raise InputError(f"{folder}: holds no moving average: the run had train.ema_decay=null. Give --weights live.")
-    transformer = empty_transformer(model, dtype=torch.float32)
-    if method.type != "full":
-        expanded = read_part_config(model, "transformer").get("in_channels", DEV_CHANNELS) == DEV_CHANNELS
-        add_adapter(transformer, method.model_copy(update={"init_from": None}), expanded=expanded, seed=0)
-    shapes = {name: parameter.shape for name, parameter in transformer.named_parameters() if parameter.requires_grad}
-    if {name: shape.numel() for name, shape in shapes.items()} != files.sizes:
-        raise InputError(
-            f"{folder}: trained another model than {model}, which model.base of its config.yaml names: their tensors "
-            "differ. Put the base back that the run began with."
-        )
-    log.info("%s: %s weights of %s, step %s", folder, weights, config.run.name, folder.name.rpartition("-")[2])
-    chosen = DTYPES[dtype or ("bf16" if method.type == "full" else "fp32")]
-    if method.type == "full":
-        export_model(transformer, model, out, weights=_read(files, weights, shapes), dtype=chosen)
-        verify_model(transformer, out, weights=_read(files, weights, shapes), dtype=chosen)
-    else:
-        _export_adapter(transformer, out, dict(_read(files, weights, shapes)), chosen)
-
-
-def find_checkpoint(source: Path) -> Path:
-    """The checkpoint at `source`, or the newest intact one of the run there. Raises InputError if there is none."""
-    if (source / COMPLETE).is_file():
-        if damage := find_damage(source):
-            raise InputError(f"{source}: {damage}. Export the checkpoint before it.")
-        return source
-    if (source / "checkpoints").is_dir() and (found := latest_checkpoint(source)) is not None:
-        return found
-    what = "holds no intact checkpoint" if source.is_dir() else "there is no such folder"
-    raise InputError(f"{source}: {what}. Give a run's folder, or one of its checkpoints/step-<number>.")
-
-
-def _read(files: StateFiles, weights: str, shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
-    for name, shape in shapes.items():
-        yield name, files.read(_KINDS[weights], name, 0, shape.numel()).view(shape)
-
-
-def _export_adapter(
-    transformer: FluxTransformer2DModel, out: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype
+def export_checkpoint(
+    source: Path,
+    out: Path,
+    *,
+    step: str | None = None,
+    form: str = "diffusers",
+    weights: str = "live",
+    dtype: str | None = None,
+    base: str | None = None,
 ) -> None:
-    temporary = out.with_name(f"{out.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    save_adapter(transformer, temporary, tensors=tensors, dtype=dtype)
-    verify_adapter_file(transformer, temporary, tensors, dtype)
-    temporary.rename(out)
+    """Write what a run had trained at a checkpoint in one of FORMATS, read it back and compare its velocity.
+
+    source: a checkpoint, or a run, whose newest intact one is taken, and the next where the run deletes that one
+    meanwhile.  step: of a run, a number or BEST, which may change likewise.  weights:
+    "live", or "ema", their average.  dtype: of DTYPES; None: adapters in fp32, models in bf16.  base: hub id or folder
+    of the model that the run began with; None: where its config says.  Raises InputError if there is no such
+    checkpoint, it is damaged, cannot be had so, or `out` is there already.
+    """
+
+    def write(folder: Path) -> None:
+        clear(temporary)
+        trained = open_trained(folder, weights, base=base)
+        chosen = choose_dtype(trained, form, dtype)
+        log.info("%s: %s weights of %s, step %d", folder, weights, trained.config.run.name, trained.step)
+        metadata = metadata_of(trained, form, chosen)
+        written = write_format(trained, temporary, form, DTYPES[chosen], metadata)
+        live = streamed_velocity(trained.live, trained.read_live)
+        refuse_other_velocity(live, streamed_velocity(trained.plain, written.read), out, DTYPES[chosen])
+        write_card(trained, temporary, metadata, written.usage)
+
+    is_named = not (source / "checkpoints").is_dir() or (step is not None and step.isdecimal())
+    with new_folder(out) as temporary:  # before the checkpoint is chosen, for which all of it is read
+        read_chosen(partial(choose_checkpoint, source, step, weights), write, by_name=is_named)
+
+
+def choose_checkpoint(source: Path, step: str | None = None, weights: str = "live") -> Path:
+    """`find_checkpoint`, where a step may also be BEST: what the run's evaluation of these weights found best, else its
+    validation, whichever weights that was of: checkpoint.keep_best goes by it too."""
+    if step is None or step.isdecimal():
+        return find_checkpoint(source, None if step is None else int(step))
+    if step != BEST:
+        raise InputError(f"--step {step}: is no number, nor {BEST}. There are {list_steps(source)}.")
+    refuse_step_of_no_run(source)
+    if (best := best_evaluated(source, weights)) is not None and checkpoint_folder(source, best).is_dir():
+        return find_checkpoint(source, best)
+    config = load_config(source / "config.yaml", saved_by_a_run=True)
+    if (found := best_checkpoint(source, best_figure(config))) is None:
+        raise InputError(f"--step best: no checkpoint of {source} was validated. Give a number: {list_steps(source)}.")
+    log.info("%s: best by the validation of the %s weights", found, config.validation.weights)
+    return refuse_damaged(found)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -110,16 +99,27 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("source", type=Path, metavar="CHECKPOINT_OR_RUN")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--weights", choices=[*_KINDS], default="live")
+    parser.add_argument("--step", metavar="N|best", default=None)
+    parser.add_argument("--format", choices=FORMATS, default="diffusers")
+    parser.add_argument("--weights", choices=[*KINDS], default="live")
     parser.add_argument("--dtype", choices=[*DTYPES], default=None)
+    parser.add_argument("--base", default=None)
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s")
     log.setLevel(logging.INFO)
     try:
-        export_checkpoint(options.source, options.out, weights=options.weights, dtype=options.dtype)
+        export_checkpoint(
+            options.source,
+            options.out,
+            step=options.step,
+            form=options.format,
+            weights=options.weights,
+            dtype=options.dtype,
+            base=options.base,
+        )
     except InputError as error:
         print(error, file=sys.stderr)
-        return BAD_INPUT
+        return exit_code(error)
     print(options.out)
     return 0
 

@@ -6,16 +6,17 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxFillPipeline, FluxTransformer2DModel
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from data.storage.safetensors_file import TensorFiles
 from trainer.adapters.build import prepare_layers
-from trainer.adapters.files import ADAPTER, WEIGHTS_NAME, adapter_tensors, is_lokr
+from trainer.adapters.files import ADAPTER, WEIGHTS_NAME, adapter_tensors, file_tensors, is_lokr
+from trainer.export.dtypes import is_same, to_stored
+from trainer.export.velocity import velocity
 
 log = logging.getLogger("fluxfill")
 
@@ -34,29 +35,35 @@ def verify_model(
     for key in ("in_channels", "out_channels"):
         if settings[key] != getattr(transformer.config, key):
             raise RuntimeError(f"{folder}: {key} came back as {settings[key]}")
-    found: dict[str, Any] = {}
-    for file in sorted(part.glob("*.safetensors")):
-        opened = safe_open(file, "pt")
-        found |= dict.fromkeys(opened.keys(), opened)
-    count, wrong = 0, []
+    found = TensorFiles(*sorted(part.glob("*.safetensors")))
+    verify_tensors(folder, found, weights, dtype)
+
+
+def verify_tensors(
+    place: Path, found: TensorFiles, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None
+) -> None:
+    """Compare files with what they should hold, bit by bit.  dtype: None: the tensors are given as they are stored.
+
+    Raises RuntimeError if anything differs.
+    """
+    names, count, wrong = set(found.names()), 0, []
     for name, tensor in weights:
         count += 1
-        if name not in found or not torch.equal(found[name].get_tensor(name), tensor.detach().to("cpu", dtype)):
+        expected = tensor if dtype is None else to_stored(name, tensor, dtype)
+        if name not in names or not is_same(found.read(name), expected):
             wrong.append(name)
-    if wrong or len(found) != count:
-        raise RuntimeError(f"{folder}: {len(wrong)} tensors came back different, {wrong[:3]} among them")
-    log.info("%s: read back, all %d tensors as they were in the run", folder, count)
+    if wrong or len(names) != count:
+        raise RuntimeError(f"{place}: {len(wrong)} tensors came back different, {wrong[:3]} among them")
+    log.info("%s: read back, all %d tensors as they were in the run", place, count)
 
 
 def verify_adapter_file(
     transformer: FluxTransformer2DModel, folder: Path, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
 ) -> None:
     """Compare an exported adapter's file with the trained tensors, bit by bit. Raises RuntimeError if they differ."""
-    expected = adapter_tensors(transformer, weights, dtype)
+    expected = file_tensors(transformer, adapter_tensors(transformer, weights, dtype))
     found = load_file(folder / WEIGHTS_NAME)
-    wrong = [
-        name for name, tensor in expected.items() if not found.get(f"transformer.{name}", tensor[:0]).equal(tensor)
-    ]
+    wrong = [name for name, tensor in expected.items() if name not in found or not torch.equal(found[name], tensor)]
     if wrong or len(found) != len(expected):
         raise RuntimeError(f"{folder}: {len(wrong)} of {len(expected)} adapter tensors came back different")
     log.info("%s: read back, all %d adapter tensors as they were in the run", folder, len(found))
@@ -76,18 +83,18 @@ def verify_adapter(transformer: FluxTransformer2DModel, model: Path, folder: Pat
         text_encoder_2=None,
         tokenizer_2=None,
     )
-    live = _probe(transformer)
+    live = velocity(transformer)
     with _nothing_said_of_what_is_meant():
         # In memory at once: made on the meta device first, a DoRA takes the scales of a 4-bit base there with it.
         settings = {"adapter_name": _CHECK_ADAPTER, "low_cpu_mem_usage": False}
         if is_lokr(transformer):
             transformer.load_lora_adapter(str(folder), use_safetensors=True, **settings)
         else:
-            pipeline.load_lora_weights(str(folder), **settings)
+            pipeline.load_lora_weights(str(folder), use_safetensors=True, **settings)
     prepare_layers(transformer, _CHECK_ADAPTER)  # the file is compared here, not peft's arithmetic
     try:
         transformer.set_adapter(_CHECK_ADAPTER)
-        reloaded = _probe(transformer)
+        reloaded = velocity(transformer)
     finally:
         transformer.set_adapter(ADAPTER)
         transformer.delete_adapters(_CHECK_ADAPTER)
@@ -109,32 +116,6 @@ def _nothing_said_of_what_is_meant() -> Iterator[None]:
             yield
     finally:
         log_of_loading.setLevel(level)
-
-
-@torch.no_grad()
-def _probe(transformer: FluxTransformer2DModel) -> Tensor:
-    """The model's output on a fixed small input: 4 tokens of picture, 16 of text."""
-    config, device, dtype = transformer.config, transformer.device, transformer.dtype
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
-
-    was_training = transformer.training
-    transformer.eval()
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        output = transformer(
-            hidden_states=random(1, 4, config.in_channels),
-            encoder_hidden_states=random(1, 16, config.joint_attention_dim),
-            pooled_projections=random(1, config.pooled_projection_dim),
-            timestep=torch.full((1,), 0.5, device=device),
-            guidance=torch.full((1,), 30.0, device=device),
-            img_ids=torch.tensor([[0.0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 1]], device=device),
-            txt_ids=torch.zeros(16, 3, device=device),
-            return_dict=False,
-        )[0]
-    transformer.train(was_training)
-    return output.float()
 
 
 def _refuse_difference(live: Tensor, reloaded: Tensor, folder: Path, *, rounded: bool) -> None:

@@ -7,12 +7,12 @@ layers of the same weights.
 
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trainer.model.frozen_base import adapters_off
 from trainer.model.quantize import dequantized_linear, is_quantized
 
 # Relative, of bf16 products summed in another order: some thousandths.  The trap's error is about 1.
@@ -41,7 +41,6 @@ def check_against_reference(
     plain: nn.Module,
     references: dict[str, nn.Linear],
     device: torch.device,
-    autocast: Callable[[], AbstractContextManager],
 ) -> None:
     """Run the spread model once on random tokens and compare its layers' outputs with those of their reference layers.
 
@@ -62,7 +61,9 @@ def check_against_reference(
         for name, reference in references.items()
     ]
     try:
-        with autocast():
+        # An adapted layer takes its base's weights into a function of its own: the base layer's hooks are not called.
+        # And a compiled block would be compiled with these hooks, for this one pass.
+        with adapters_off(plain), torch.compiler.set_stance("force_eager"):
             transformer(**_random_tokens(plain.config, device))
     finally:
         for hook in hooks:

@@ -11,10 +11,10 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from configs.errors import InputError
+from configs.flux_shape import LATENT_CHANNELS, VAE_FACTOR
 from configs.schema import FlowConfig
 from data.batches.micro_batch import MicroBatch, unpack_mask
 from data.encoders.model_folder import read_part_config
-from data.samples.geometry import LATENT_CHANNELS, VAE_FACTOR
 
 FILL_CHANNELS = 384  # per token: 64 noisy latents + 64 masked-image latents + 256 mask pixels
 DEV_CHANNELS = 4 * LATENT_CHANNELS

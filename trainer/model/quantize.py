@@ -1,17 +1,17 @@
 """A frozen base in 4 or 8 bits: less memory for its weights, the same arithmetic in bf16.
 
-nf4: bitsandbytes' 4-bit layers.  int8, fp8: torchao's scales, one per output row.  Both keep weights only: matmuls run
-in bf16 on weights dequantized on the fly, so any GPU generation works.
+nf4: bitsandbytes' 4-bit layers.  int8, fp8: torchao's scales, one per output row and one per weight.  All keep weights
+only: matmuls run in bf16 on weights dequantized on the fly, so any GPU generation works.
 """
 
 import logging
 import re
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from configs.combinations import QuantizedPrecision
 from configs.errors import InputError
@@ -23,69 +23,104 @@ log = logging.getLogger("fluxfill")
 
 
 class _DequantizedLinear(torch.autograd.Function):
-    """x @ weight.T, the weight dequantized in the forward pass and again in the backward pass.
+    """factor * x @ weight.T + bias, the weight dequantized in the forward pass and again in the backward pass.
 
     Left to autograd, dequantized weights would be kept from forward to backward: more memory than they take in bf16.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bits: Tensor, scale: Tensor, layout: torch.dtype) -> Tensor:
-        ctx.save_for_backward(bits, scale)
-        ctx.layout = layout
-        return linear(x, _dequantize(bits, scale, layout, x.dtype))
+    def forward(
+        ctx: Any, x: Tensor, numbers: Tensor, bias: Tensor | None, scale: Tensor | None, factor: float
+    ) -> Tensor:
+        ctx.save_for_backward(numbers, scale)
+        ctx.factor = factor
+        product = base_product(x.flatten(0, -2), matrix_of(numbers, scale, x.dtype), factor, bias)
+        return product.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        bits, scale = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        numbers, scale = ctx.saved_tensors
         (gradient,) = gradients
-        return gradient @ _dequantize(bits, scale, ctx.layout, gradient.dtype), None, None, None
+        matrix = matrix_of(numbers, scale, gradient.dtype)
+        of_x = base_product(gradient.flatten(0, -2), matrix.t(), ctx.factor)
+        return of_x.view(*gradient.shape[:-1], -1), None, None, None, None
 
 
-def _dequantize(bits: Tensor, scale: Tensor, layout: torch.dtype, dtype: torch.dtype) -> Tensor:
-    """uint8 [out, in] that holds numbers of `layout`, times fp32 [out, 1]."""
-    return (bits.view(layout).to(torch.float32) * scale).to(dtype)
+def matrix_of(numbers: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A linear layer's matrix [out, in] in a dtype: its weight as it is, or numbers of 8 bits times a scale.
+
+    In one operation over the weight, which is three times the bytes of the product's: a scale of int8 numbers is
+    multiplied as they are cast. torch multiplies no fp8 numbers: a scale of theirs is left to the product.
+    """
+    if numbers.dtype != torch.int8:
+        numbers = numbers.to(dtype)
+    if scale is None:
+        return numbers
+    return torch.mul(numbers, scale, out=torch.empty(numbers.shape, dtype=dtype, device=numbers.device))
+
+
+def base_product(x: Tensor, matrix: Tensor, factor: float, bias: Tensor | None = None) -> Tensor:
+    """factor * x @ matrix.T + bias, [n, out]: multiplied in fp32 where the product's sums are, for nothing."""
+    if bias is not None:
+        return torch.addmm(bias, x, matrix.t(), alpha=factor)
+    if factor == 1:
+        return x @ matrix.t()
+    return torch.addmm(x.new_empty(()), x, matrix.t(), beta=0, alpha=factor)
 
 
 class WeightOnlyLinear(nn.Linear):
-    """A frozen linear layer with weights of 8 bits and a scale per output row.
+    """A frozen linear layer with weights of 8 bits: int8 with a scale per output row, fp8 with one scale.
 
     weight: uint8 [out, in], the bits of int8 or float8_e4m3fn numbers: engines move and cut bytes as they are, where
-    they would round or refuse those types.  scale_bits: int32 [out, 1], those of fp32 scales, which a cast of the whole
-    model to bf16 (by older versions of DeepSpeed) would round.  Computes in the dtype of its input, under autocast in
-    autocast's.
+    they would round or refuse those types.  scale_bits: int32 [out, 1] or [1, 1], those of fp32 scales, which a cast of
+    the whole model to bf16 (by older versions of DeepSpeed) would round.  Computes in the dtype of its input.
     """
 
     scale_bits: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor | None, precision: Literal["int8", "fp8"]) -> None:
         super().__init__(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-        bits, scale = quantize_rows(weight, precision)
-        self.layout = bits.dtype
-        self.weight = nn.Parameter(bits.view(torch.uint8), requires_grad=False)
+        numbers, scale = quantize_weight(weight, precision)
+        self._layout = numbers.dtype
+        self.weight = nn.Parameter(numbers.view(torch.uint8), requires_grad=False)
         self.register_buffer("scale_bits", scale.view(torch.int32))
+        self._factor = scale.item() if precision == "fp8" else None
         if bias is not None:
             self.bias = nn.Parameter(bias, requires_grad=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        kind = input.device.type
-        x = input.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else input
-        product = _DequantizedLinear.apply(x, self.weight, self.scale, self.layout)
-        return product if self.bias is None else product + self.bias.to(product.dtype)
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return _DequantizedLinear.apply(input, self.numbers, bias, *self.scales)
 
     @property
-    def scale(self) -> Tensor:
-        """fp32 [out, 1]."""
-        return self.scale_bits.view(torch.float32)
+    def numbers(self) -> Tensor:
+        """int8 or float8_e4m3fn [out, in]."""
+        return self.weight.view(self._layout)
+
+    @property
+    def scales(self) -> tuple[Tensor | None, float]:
+        """(by what the matrix is to be multiplied: fp32 [out, 1] or [1, 1]; by what the product).
+
+        fp8's scale is the product's. But for a compiler, which would make a graph for each such number, and multiplies
+        as it casts.
+        """
+        if torch.compiler.is_compiling() or self._factor is None:
+            return self.scale_bits.view(torch.float32), 1.0
+        return None, self._factor
 
     def dequantized(self) -> Tensor:
         """fp32 [out, in]."""
-        return _dequantize(self.weight, self.scale, self.layout, torch.float32)
+        return self.numbers.float() * self.scale_bits.view(torch.float32)
 
 
-def quantize_rows(weight: Tensor, precision: Literal["int8", "fp8"]) -> tuple[Tensor, Tensor]:
-    """(int8 or float8_e4m3fn [out, in], fp32 scale [out, 1]) of a weight [out, in], as torchao quantizes it."""
+def quantize_weight(weight: Tensor, precision: Literal["int8", "fp8"]) -> tuple[Tensor, Tensor]:
+    """(int8 or float8_e4m3fn [out, in], fp32 scale [out, 1] or [1, 1]) of a weight [out, in], as torchao quantizes it.
+
+    A scale per row would make fp8 no more exact: the precision of its numbers is the same over a range of 2^15, in
+    which the rows of a weight lie.
+    """
     try:
-        from torchao.quantization import Float8Tensor, Int8Tensor, PerRow
+        from torchao.quantization import Float8Tensor, Int8Tensor, PerRow, PerTensor
     except ImportError as error:
         raise InputError(
             f"model.precision {precision} needs torchao ({error}). Install it, or set model.precision=bf16."
@@ -93,7 +128,7 @@ def quantize_rows(weight: Tensor, precision: Literal["int8", "fp8"]) -> tuple[Te
     if precision == "int8":
         quantized = Int8Tensor.from_hp(weight, granularity=PerRow())
     else:
-        quantized = Float8Tensor.from_hp(weight, granularity=PerRow())
+        quantized = Float8Tensor.from_hp(weight, granularity=PerTensor())
     return quantized.qdata, quantized.scale.float()
 
 
@@ -106,15 +141,9 @@ def _nf4_layer(weight: Tensor, bias: Tensor | None) -> nn.Module:
         raise InputError(
             f"model.precision nf4 needs bitsandbytes ({error}). Install it, or set model.precision=bf16."
         ) from error
-
-    class Nf4Linear(bnb.nn.Linear4bit):
-        def forward(self, x: Tensor) -> Tensor:
-            # The layer would give back its input's dtype: under autocast, fp32 activations behind every norm.
-            return super().forward(x.to(self.compute_dtype))
-
     out_features, in_features = weight.shape
     settings = {"compress_statistics": True, "quant_type": "nf4", "quant_storage": weight.dtype}
-    layer = Nf4Linear(
+    layer = _nf4_class()(
         in_features, out_features, bias is not None, compute_dtype=weight.dtype, device="meta", **settings
     )
     layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, module=layer, **settings).to(weight.device)
@@ -123,6 +152,17 @@ def _nf4_layer(weight: Tensor, bias: Tensor | None) -> nn.Module:
     # On some CPUs it would repack the weights in place when it is not training: a shard could not be gathered again.
     layer.support_avx512bf16_for_cpu = False
     return layer
+
+
+@cache
+def _nf4_class() -> Any:
+    """One for all layers: graphs that are compiled of blocks are told apart by their layers' classes."""
+    import bitsandbytes as bnb
+
+    class Nf4Linear(bnb.nn.Linear4bit):
+        """By whose name `is_quantized` knows it."""
+
+    return Nf4Linear
 
 
 def is_quantized(module: nn.Module) -> bool:

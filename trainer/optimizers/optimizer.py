@@ -5,7 +5,6 @@ import math
 import torch
 from torch import nn
 
-from configs.errors import InputError
 from configs.schema import TrainConfig
 from trainer.optimizers.stochastic_adamw import StochasticAdamW
 
@@ -21,7 +20,9 @@ def build_optimizer(parameters: list[nn.Parameter], train: TrainConfig, *, seed:
                 return StochasticAdamW(parameters, lr=train.lr, weight_decay=train.weight_decay, seed=seed)
             return torch.optim.AdamW(parameters, lr=train.lr, weight_decay=train.weight_decay, fused=True)
         case "adamw8bit":
-            return _adamw_8bit(parameters, train)
+            from trainer.optimizers.adamw_8bit import AdamW8bit
+
+            return AdamW8bit(parameters, lr=train.lr, weight_decay=train.weight_decay)
         case "adafactor":
             # transformers', not torch's: its rate is the schedule's, where torch's is multiplied by the size of the
             # weights, which is 0 for half of a new adapter.
@@ -35,25 +36,16 @@ def build_optimizer(parameters: list[nn.Parameter], train: TrainConfig, *, seed:
             return Prodigy(parameters, train.lr, train.weight_decay)
 
 
-def _adamw_8bit(parameters: list[nn.Parameter], train: TrainConfig) -> torch.optim.Optimizer:
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise InputError(
-            f"train.optimizer adamw8bit needs bitsandbytes ({error}). Install it, or set train.optimizer=adamw."
-        ) from error
-    return AdamW8bit(parameters, lr=train.lr, weight_decay=train.weight_decay)
-
-
 def learning_rate(train: TrainConfig, step: int) -> float:
     """Rate of update number `step` (from 0): a linear rise over the warm-up, then the schedule's fall towards
-    lr_final_fraction, which the update after the last would have.
+    lr_final_fraction, which the update after the schedule's last has, and all that follow.
 
     Knows nothing of ranks or restarts. (A scheduler that goes through accelerator.prepare steps once per rank.)
     """
     if step < train.warmup_steps:
         return train.lr * (step + 1) / train.warmup_steps
-    progress = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
+    end = train.schedule_steps or train.steps
+    progress = min(1.0, (step - train.warmup_steps) / max(1, end - train.warmup_steps))
     match train.lr_schedule:
         case "constant":
             remaining = 1.0

@@ -18,7 +18,11 @@ _LEARNED = ("d", "d_max", "d_numerator", "k")
 
 
 class Prodigy(LibraryProdigy):
-    """Keeps what it has learned, in fp64, among the state of the first parameter, where checkpoints look for it."""
+    """Keeps what it has learned, in fp64, among the state of the first parameter, where checkpoints look for it.
+
+    And where each weight began in full: the library keeps one number where that is 0 throughout, so that a run which
+    began with method.init_from, and goes on without it, would have state of another shape than its checkpoint.
+    """
 
     def __init__(self, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> None:
         # The two settings suit a schedule that warms up. Given to the library, a weight decay would be printed.
@@ -32,4 +36,7 @@ class Prodigy(LibraryProdigy):
             values = state["learned"].tolist()
             self._group.update(zip(_LEARNED, [*values[:-1], int(values[-1])], strict=True))
         super().step()
+        for of_weight in self.state.values():
+            if "p0" in of_weight and of_weight["p0"].ndim == 0:
+                of_weight["p0"] = of_weight["p0"].expand_as(of_weight["s"]).clone()
         state["learned"] = torch.tensor([self._group[name] for name in _LEARNED], dtype=torch.float64)

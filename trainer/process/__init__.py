@@ -1,1 +1,2 @@
-"""The training process: command line, outcome, stop signals, failed ranks. Nothing heavy: in force before torch."""
+"""The training process: command line, run owner, outcome, stop signals, launcher, failed ranks. Nothing heavy: in force
+before torch."""

@@ -1,10 +1,12 @@
 """The trainer's command line, read and checked before ten seconds of imports."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from configs.errors import InputError
+from configs.gpu_allocator import allocator_settings
 from configs.library_warnings import quiet_libraries
 from configs.loading import load_config
 from configs.schema import Config
@@ -41,6 +43,8 @@ def read_command_line(arguments: list[str] | None = None) -> CommandLine:
 
 
 def check_command_line() -> None:
-    """Raises InputError if the command line or the config is wrong."""
+    """Raises InputError if the command line or the config is wrong. What torch has to find in the environment when it
+    is imported is there from then on."""
     quiet_libraries()
+    os.environ.update(allocator_settings(os.environ))  # by `fluxfill train` they are there already
     read_command_line()

@@ -1,75 +1,54 @@
-"""Validation of a run: FluxFillPipeline with the live weights, on held-out pictures and a few trained ones.
+"""Validation of a run: FluxFillPipeline with the weights as they are, or their average, on pictures held out and some
+trained ones.
 
 Text comes with the samples, so neither text encoder is needed here. All ranks sample in lockstep, the same number of
 calls each; every item has noise of its own, so a picture does not depend on who samples it.
+
+It never costs a step: ranks agree between two steps of the sampler to leave it, when one was told to stop, or lacks
+memory. It is then done picture by picture, or left out.
 """
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import xxhash
-from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from configs.schema import Config
-from data.batches.micro_batch import MicroBatch
-from data.batches.noise import draw_noise
-from data.batches.training_set import TrainingSet, ValidationSample
-from data.cache.validation_items import ValidationItem
+from data.batches.training_set import TrainingSet
 from data.encoders.encode import decode_latents
-from data.encoders.load import load_vae
-from data.samples.geometry import Bucket, Pixels
 from data.samples.plan import HOLDOUT, TRAIN
 from data.show.picture_grid import GridItem, save_grid
 from trainer.engines.base import Engine
-from trainer.model.flow import flow_loss, mix_noise
-from trainer.model.flux import pack_latents, predict_velocity
+from trainer.engines.ema import Ema
+from trainer.engines.memory_limit import FILE, read_memory_limit, validate_less
+from trainer.process.json_lines import write_event
+from trainer.process.out_of_memory import is_out_of_memory
+from trainer.process.stop_signals import stop_signal
+from trainer.process.watchdog import beat
 from trainer.validation.metrics import color_shift, hole_psnr, keep_psnr, paste_back, seam_error
-
-if TYPE_CHECKING:
-    from diffusers import FluxFillPipeline
+from trainer.validation.sampler import SIGMA_BINS, Item, Sampler, chunk_items, make_item, stack
+from trainer.validation.sampling_vae import load_sampling_vae
 
 _T = TypeVar("_T")
 
 log = logging.getLogger("fluxfill")
 
-SIGMA_BINS = (0.1, 0.3, 0.5, 0.7, 0.9)  # middles of fifths
-_NOISE_SEED = 2024  # of validation alone: the same noise in every run and at every step
 SAMPLED_AT_ONCE = 4  # pictures per pipeline call at 1024 px; more of smaller ones
 _GRID_ROWS = 12
 
 
-@dataclass(frozen=True)
-class _Item:
-    """A validation sample as the model takes it.  number: its place among all items."""
-
-    number: int
-    item: ValidationItem
-    pixels: Pixels
-    rows: MicroBatch  # B = 1
-
-    @property
-    def target(self) -> Tensor:
-        return _to_unit(self.pixels.target)
-
-    @property
-    def image(self) -> Tensor:
-        return _to_unit(self.pixels.image)
-
-    @property
-    def mask(self) -> Tensor:
-        return torch.from_numpy(self.pixels.mask)
+class _ToldToStop(Exception):
+    """To a rank."""
 
 
-def _to_unit(pixels: np.ndarray) -> Tensor:
-    """uint8 [H, W, 3] -> fp32 [3, H, W] in [0, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).float().div(255)
+class _DoesNotFit(Exception):
+    """On a rank."""
 
 
 def validation_is_due(config: Config, step: int) -> bool:
@@ -79,108 +58,170 @@ def validation_is_due(config: Config, step: int) -> bool:
 
 
 class Validator:
-    """The sampler and its validation samples, built once, before the first step. Holds nothing if validation is off."""
+    """The sampler and its validation samples, built once, before the first step. Holds nothing if validation is off.
 
-    def __init__(self, config: Config, engine: Engine, model: Path, samples: TrainingSet) -> None:
-        self._engine, self._flow, self._sampler_steps = engine, config.flow, config.validation.sampler_steps
-        self._folder = config.run.folder / "samples"
-        self._items: list[_Item] = []
+    meanwhile: called by all ranks between two steps of the sampler.  ema: what validation.weights ema samples with.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        model: Path,
+        samples: TrainingSet,
+        meanwhile: Callable[[], None] = lambda: None,
+        ema: Ema | None = None,
+    ) -> None:
+        self._config, self._ema, self._meanwhile = config, ema, meanwhile
+        self._engine = engine
+        self._folder = config.run.folder
+        self._items: list[Item] = []
+        self._chunks: list[list[Item]] = []
+        self._is_left_out = False
         if config.validation.every_steps is None:
             return  # never due: the VAE need not be loaded
-        self._vae = load_vae(model, device=engine.device, dtype=engine.compute_dtype)
-        # Picture by picture: decoding four of 1024 px at once would take 10 GiB, more than training on them.
-        self._vae.enable_slicing()
-        self._scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(model, subfolder="scheduler")
+        most = read_memory_limit(config, engine).validation_images  # at once, if more did not fit
+        self._is_left_out = most == 0
+        if self._is_left_out:
+            if engine.is_main:
+                log.warning("no validation: it did not fit the memory. Delete %s to try it again", self._folder / FILE)
+            return
         chosen = [
             sample
             for split in (HOLDOUT, TRAIN)
             for sample in samples.validation_samples(split=split, count=config.validation.images)
         ]
-        self._items = [
-            _Item(number, sample.item, sample.pixels, _rows_of(sample, number)) for number, sample in enumerate(chosen)
-        ]
-        self._chunks = _chunk(self._items, engine.world_size)
-        self._ceilings = self._vae_figures()
+        self._items = [make_item(sample, number) for number, sample in enumerate(chosen)]
+        self._chunks = chunk_items(self._items, engine.world_size, at_once=SAMPLED_AT_ONCE if most is None else 0)
+        fits, ceilings = True, {}
+        try:
+            self._vae = load_sampling_vae(model, device=engine.device, dtype=engine.compute_dtype)
+            self._sampler = Sampler(
+                model,
+                self._vae,
+                device=engine.device,
+                dtype=engine.compute_dtype,
+                flow=config.flow,
+                steps=config.validation.sampler_steps,
+            )
+            ceilings = self._vae_figures()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            fits = False
+        if engine.ranks.all_reduce_sum(not fits):
+            self._leave_out("the VAE does not fit the memory")
+        self._ceilings = _merge(engine.ranks.all_gather(ceilings))
 
-    def run(self, transformer: nn.Module, step: int) -> dict:
+    def run_if_due(self, transformer: nn.Module, step: int) -> dict | None:
+        """`run`, where the config asks for it at a step; else None."""
+        if self._is_left_out or not validation_is_due(self._config, step):
+            return None
+        if self._config.validation.weights == "live":
+            return self.run(transformer, step)
+        assert self._ema is not None
+        with self._ema.in_place(self._engine):
+            return self.run(transformer, step)
+
+    def run(self, transformer: nn.Module, step: int) -> dict | None:
         """Sample all items with the weights as they are; all ranks call it.
 
         Returns the line for validation.jsonl, without hole_psnr_untrained, on every rank; rank 0 writes the picture
-        grids.
+        grids.  None if it was cut short by a stop signal to any rank, or if it does not fit the memory, whatever is
+        tried: then it is left out from then on.
         """
-        from diffusers import FluxFillPipeline  # with transformers: half a second that a run without validation saves
-
-        pipeline = FluxFillPipeline(
-            scheduler=self._scheduler,
-            vae=self._vae,
-            transformer=transformer,
-            text_encoder=None,
-            tokenizer=None,
-            text_encoder_2=None,
-            tokenizer_2=None,
-        )
-        pipeline.set_progress_bar_config(disable=True)
+        if self._is_left_out:
+            return None
         was_training = transformer.training
         transformer.eval()
+        try:
+            return self._sample_all(transformer, step)
+        except _ToldToStop:
+            log.info("validation at step %d is cut short: the run was told to stop", step)
+            return None
+        except _DoesNotFit:
+            pass  # what its frames hold is free behind this
+        finally:
+            transformer.train(was_training)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if _is_one_by_one(self._chunks):
+            self._leave_out(f"at step {step} a single picture does not fit the memory")
+            return None
+        if self._engine.is_main:
+            log.warning("validation at step %d does not fit the memory: again, one picture at a time", step)
+        self._chunks = chunk_items(self._items, self._engine.world_size, at_once=0)
+        return self.run(transformer, step)
+
+    def _leave_out(self, why: str) -> None:
+        self._is_left_out = True
+        if self._engine.is_main:
+            log.warning("no more validation: %s", why)
+            write_event(self._folder, "validation left out", why=why)
+
+    def _sample_all(self, transformer: nn.Module, step: int) -> dict:
+        pipeline = self._sampler.open(transformer)
         world_size, rank = self._engine.world_size, self._engine.rank
         shown = {item.number for item in self._shown(HOLDOUT) + self._shown(TRAIN)}
         figures: dict[int, dict[str, float]] = {}
         pictures: dict[int, Tensor] = {}
-        with torch.no_grad(), self._engine.autocast():
+        with torch.no_grad():
             for start in range(0, len(self._chunks), world_size):
                 # A rank without a chunk of its own repeats one: a sharded model needs every rank in every call.
                 chunk = self._chunks[min(start + rank, len(self._chunks) - 1)]
-                fills = self._sample(pipeline, chunk)
-                losses = self._losses(transformer, chunk)
+                with self._agreeing_at_the_end():
+                    fills = self._sampler.sample(
+                        pipeline, [item.request for item in chunk], after_step=self._after_sampler_step
+                    )
+                    losses = self._sampler.losses(transformer, chunk)
                 if start + rank >= len(self._chunks):
                     continue
                 for item, fill, loss in zip(chunk, fills, losses, strict=True):
                     figures[item.number] = self._measure(item, fill, loss)
                     if item.number in shown:
                         pictures[item.number] = fill.mul(255).round().byte()
-        transformer.train(was_training)
         everyones = _merge(self._engine.ranks.all_gather(figures))
         if (of_all := self._engine.ranks.gather(pictures)) is not None:
-            self._save_grids(everyones, _merge(of_all), step)
+            try:
+                self._save_grids(everyones, _merge(of_all), step)
+            except OSError as error:  # a full disk
+                log.error("the pictures of the validation at step %d are not written: %s", step, error)
         return {"step": step} | {split: self._summary(everyones, split) for split in (HOLDOUT, TRAIN)}
 
-    def _sample(self, pipeline: "FluxFillPipeline", chunk: Sequence[_Item]) -> Tensor:
-        rows = _stack(chunk).to(self._engine.device)
-        dtype = self._engine.compute_dtype
-        height, width = rows.bucket.height, rows.bucket.width
-        return (
-            pipeline(
-                image=torch.stack([item.image for item in chunk]),
-                mask_image=torch.stack([item.mask.float().unsqueeze(0) for item in chunk]),
-                height=height,
-                width=width,
-                prompt_embeds=rows.t5.to(dtype),
-                pooled_prompt_embeds=rows.pooled.to(dtype),
-                latents=pack_latents(rows.noise).to(dtype),
-                num_inference_steps=self._sampler_steps,
-                guidance_scale=self._flow.guidance,
-                generator=[torch.Generator().manual_seed(_noise_key(item.item)) for item in chunk],
-                output_type="pt",
-            )
-            .images.float()
-            .cpu()
-        )
+    def _agree(self, *, lacks_memory: bool = False) -> None:
+        """Between two steps of the sampler, and after the last: raises _ToldToStop or _DoesNotFit, on all ranks, if one
+        of them has to leave."""
+        beat("validation")
+        told = torch.tensor([stop_signal() is not None, lacks_memory], dtype=torch.float32, device=self._engine.device)
+        self._engine.ranks.all_reduce_sum_(told)
+        stops, lacking = told.tolist()
+        if stops:
+            raise _ToldToStop
+        if lacking:
+            raise _DoesNotFit
+        self._meanwhile()
 
-    def _losses(self, transformer: nn.Module, chunk: Sequence[_Item]) -> Tensor:
-        """Loss of each item at each middle of SIGMA_BINS: [items, bins]."""
-        rows = _stack(chunk).to(self._engine.device)
-        # Both regions alike, whatever the run's weights: runs with other weights stay comparable.
-        region = torch.ones_like(rows.latents[:, :1], dtype=torch.float32)
-        columns = []
-        for middle in SIGMA_BINS:
-            sigma = torch.full((len(chunk),), middle, device=self._engine.device)
-            velocity = predict_velocity(
-                transformer, mix_noise(rows.latents, rows.noise, sigma), rows, sigma, self._flow
-            )
-            columns.append(flow_loss(velocity, rows.latents, rows.noise, region).cpu())
-        return torch.stack(columns, dim=1)
+    def _after_sampler_step(self, *_: Any) -> dict[str, Tensor]:
+        self._agree()
+        return {}  # nothing of the pipeline's is changed
 
-    def _measure(self, item: _Item, fill: Tensor, losses: Tensor) -> dict[str, float]:
+    @contextmanager
+    def _agreeing_at_the_end(self) -> Iterator[None]:
+        """What a rank samples in one go. Raises what `_agree` does, also for want of memory here."""
+        try:
+            yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            if self._engine.world_size > 1 and not self._engine.rank0_has_full_model:
+                # The others wait for this rank in the middle of a forward pass: no word reaches them there.
+                less = 0 if _is_one_by_one(self._chunks) else 1
+                raise validate_less(self._config, self._engine, error, images=less) from error
+        else:
+            return self._agree()
+        self._agree(lacks_memory=True)
+
+    def _measure(self, item: Item, fill: Tensor, losses: Tensor) -> dict[str, float]:
         pasted = paste_back(fill, item.image, item.mask)
         figures = {
             "hole_psnr": hole_psnr(fill, item.target, item.mask),
@@ -193,11 +234,11 @@ class Validator:
         }
 
     def _vae_figures(self) -> dict[int, dict[str, float]]:
-        """Figures of the VAE's round trip of each item, the ceiling of anything sampled."""
+        """Figures of the VAE's round trip of this rank's items, the ceiling of anything sampled."""
         ceilings = {}
         with torch.no_grad():
-            for chunk in self._chunks:
-                decoded = decode_latents(self._vae, _stack(chunk).latents).cpu()
+            for chunk in self._chunks[self._engine.rank :: self._engine.world_size]:
+                decoded = decode_latents(self._vae, stack(chunk).latents).cpu()
                 for item, picture in zip(chunk, decoded, strict=True):
                     ceilings[item.number] = {
                         "hole_psnr_ceiling": hole_psnr(picture, item.target, item.mask),
@@ -218,7 +259,7 @@ class Validator:
         means = {name: float(np.mean(figures)) for name, figures in columns.items()}
         return {"items": len(next(iter(columns.values())))} | means
 
-    def _shown(self, split: str) -> list[_Item]:
+    def _shown(self, split: str) -> list[Item]:
         return [item for item in self._items if item.item.split == split][:_GRID_ROWS]
 
     def _save_grids(self, figures_of: dict[int, dict[str, float]], pictures: dict[int, Tensor], step: int) -> None:
@@ -234,52 +275,16 @@ class Validator:
                 ceiling = self._ceilings[item.number]["hole_psnr_ceiling"]
                 note = f"hole {figures_of[item.number]['hole_psnr']:.1f} dB (VAE {ceiling:.1f}) · {item.item.key}"
                 grid.append(GridItem([stages], [note], item.item.caption))
-            save_grid(self._folder / f"step-{step:08d}-{split}.png", ("target", "hole", "filled", "mask"), grid)
-
-
-def _noise_key(item: ValidationItem) -> int:
-    """Of the item's name alone: its noise stays the same when other items come or go."""
-    return xxhash.xxh3_64_intdigest(item.key.encode()) >> 1
-
-
-def _rows_of(sample: ValidationSample, number: int) -> MicroBatch:
-    """One sample as a micro-batch of one, with the item's fixed noise."""
-    stored: dict[str, Any] = {name: tensor.unsqueeze(0) for name, tensor in sample.tensors.items()}
-    noise = torch.empty(1, *sample.bucket.latent_shape)
-    draw_noise(_NOISE_SEED, _noise_key(sample.item), noise.numpy())
-    return MicroBatch(
-        sample.bucket,
-        is_last=True,
-        noise=noise,
-        uniform=torch.full((1,), 0.5, dtype=torch.float64),
-        weight=torch.ones(1),
-        position=torch.tensor([number]),
-        **stored,
-    )
-
-
-def _stack(chunk: Sequence[_Item]) -> MicroBatch:
-    """Items of one bucket as one micro-batch."""
-    tensors = {
-        name: torch.cat([getattr(item.rows, name) for item in chunk])
-        for name, value in vars(chunk[0].rows).items()
-        if isinstance(value, Tensor)
-    }
-    return MicroBatch(chunk[0].rows.bucket, is_last=True, **tensors)
+            save_grid(
+                self._folder / "samples" / f"step-{step:08d}-{split}.png",
+                ("target", "hole", "filled", "mask"),
+                grid,
+            )
 
 
 def _merge(of_ranks: Iterable[dict[int, _T]]) -> dict[int, _T]:
     return {number: value for part in of_ranks for number, value in part.items()}
 
 
-def _chunk(items: Sequence[_Item], world_size: int) -> list[list[_Item]]:
-    """Items that are sampled in one call: of one bucket, as many as fit the memory of a few 1024 px pictures, and no
-    more than leave something to do for every rank."""
-    by_bucket: dict[Bucket, list[_Item]] = defaultdict(list)
-    for item in items:
-        by_bucket[item.rows.bucket].append(item)
-    chunks = []
-    for bucket, members in sorted(by_bucket.items()):
-        size = max(1, min(16, SAMPLED_AT_ONCE * 4096 // bucket.tokens, -(-len(items) // world_size)))
-        chunks += [members[start : start + size] for start in range(0, len(members), size)]
-    return chunks
+def _is_one_by_one(chunks: Sequence[Sequence[Item]]) -> bool:
+    return all(len(chunk) == 1 for chunk in chunks)

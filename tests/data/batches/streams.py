@@ -26,7 +26,18 @@ SHARDS = [
 
 
 def open_stream(
-    cache, *, size=7, rank=0, world_size=1, micro=2, streams=1, start=0, depth=3, pin_memory=False, **options
+    cache,
+    *,
+    size=7,
+    rank=0,
+    world_size=1,
+    micro=2,
+    streams=1,
+    start=0,
+    excluded=(),
+    depth=3,
+    pin_memory=False,
+    **options,
 ):
     """options: of ShardRows."""
     table = cache.table
@@ -48,6 +59,7 @@ def open_stream(
         world_size=world_size,
         micro_batch_size=micro,
         start=start,
+        excluded=excluded,
         depth=depth,
         pin_memory=pin_memory,
     )

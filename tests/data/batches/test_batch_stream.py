@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import InputError
+from data.batches.cached_rows import CachedRows
 from data.batches.noise import draw_caption_dropout, draw_noise, draw_uniform, draw_variant
 from data.batches.row_filler import RowPolicy
 from data.samples.geometry import Bucket
@@ -90,6 +91,7 @@ def test_padding_rows_hold_nothing_of_the_rows_before_them(make_cache):
                 assert not rows.noise[place].any()
 
 
+@pytest.mark.fault(20, "other threads, depth and micro-batches")
 @pytest.mark.parametrize(
     "options", [{"micro": 1}, {"micro": 3}, {"micro": 50}, {"threads": 1}, {"threads": 4, "depth": 1}]
 )
@@ -105,6 +107,43 @@ def test_a_resumed_stream_is_the_undisturbed_one(make_cache):
     for start in (1, 6, 14):
         resumed = take(cache, 15 - start, start=start, policy=RowPolicy(caption_dropout=0.3))
         assert [rows_by_position(batch) for batch in resumed] == undisturbed[start:]
+
+
+@pytest.mark.parametrize("excluded", [(0, 1), (2, 3, 9), (4,)])
+def test_batches_that_are_passed_over_change_no_other(make_cache, excluded):
+    """The others keep their rows and their noise, whoever else is left out."""
+    cache = make_cache(SHARDS)
+    undisturbed = [rows_by_position(batch) for batch in take(cache, 12)]
+    kept = [rows for index, rows in enumerate(undisturbed) if index not in excluded]
+    assert [rows_by_position(batch) for batch in take(cache, len(kept), excluded=excluded)] == kept
+
+
+def test_a_restarted_stream_is_one_that_was_opened_there(make_cache):
+    """In the middle of a batch, backwards, past others; and the old source is closed."""
+    cache = make_cache(SHARDS)
+    undisturbed = [rows_by_position(batch) for batch in take(cache, 12)]
+    stream = open_stream(cache)
+    for _ in range(7):
+        for _ in next(stream):
+            break  # not to its end
+    stream.restart(CachedRows(cache, stream.order), 2, (3, 4))
+    found = [rows_by_position([copy_of(rows) for rows in next(stream)]) for _ in range(5)]
+    assert found == [undisturbed[index] for index in (2, 5, 6, 7, 8)]
+    stream.close()
+    assert not open_tars(cache)
+
+
+def test_a_rank_knows_its_own_samples_and_what_stands_in_for_damaged_ones(make_cache):
+    cache = make_cache([("photos", "32x32", 4)])
+    damage(cache, 1)
+    for rank in range(2):
+        stream = open_stream(cache, size=4, rank=rank, world_size=2, policy=RowPolicy(max_bad_samples=1))
+        list(next(stream))
+        names = stream.keys(stream.current)[2 * rank : 2 * rank + 2]
+        expected = [name.replace("-1", "-2") if name.endswith("-1") else name for name in names]
+        assert [key for _, _, key in stream.own_samples()] == expected
+        assert all(shard == 0 and key.endswith(f"-{row}") for shard, row, key in stream.own_samples())
+        stream.close()
 
 
 def test_the_last_micro_batch_is_marked(make_cache):
@@ -134,6 +173,7 @@ def test_a_larger_bucket_that_is_all_held_out_does_not_count(make_cache):
     stream.close()
 
 
+@pytest.mark.fault(28, "odd numbers of samples")
 def test_an_odd_sample_out_is_trained_on_too(make_cache):
     """Five samples in batches of two: every epoch ends inside a batch, and the next begins there."""
     batches = take(make_cache([("a", "32x32", 3), ("a", "32x32", 2)]), 10, size=2, micro=1)
@@ -145,6 +185,7 @@ def test_an_odd_sample_out_is_trained_on_too(make_cache):
 FEW = [[("a", "32x32", 1)], [("a", "32x32", 2), ("a", "32x32", 40)], [("a", "32x32", 1)] * 3]
 
 
+@pytest.mark.fault(28, "more ranks than shards, samples or rows")
 @pytest.mark.parametrize("shards", FEW, ids=["one sample", "unequal shards", "shards of one sample"])
 @pytest.mark.parametrize("size", [1, 4])
 def test_more_ranks_than_shards_samples_or_rows_stay_in_step(make_cache, shards, size):
@@ -278,6 +319,7 @@ def test_the_iterator_of_an_earlier_batch_has_ended(make_cache):
     stream.close()
 
 
+@pytest.mark.fault(30, "an error in the thread that reads ahead")
 def test_a_stream_does_not_pass_over_what_it_cannot_read(make_cache):
     cache = make_cache([("a", "32x32", 4)])
     damage(cache, 1)

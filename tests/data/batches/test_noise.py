@@ -3,7 +3,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from data.batches.noise import draw_caption_dropout, draw_mask_dropout, draw_noise, draw_uniform, draw_variant
+from data.batches.noise import (
+    draw_caption_dropout,
+    draw_mask_dropout,
+    draw_noise,
+    draw_uniform,
+    draw_unmasked,
+    draw_variant,
+)
 
 
 def noise(seed, position, shape=(16, 8, 8)):
@@ -19,6 +26,7 @@ def all_draws(seed, position):
         draw_variant(seed, position, 1000),
         draw_caption_dropout(seed, position, 0.5),
         draw_mask_dropout(seed, position, 0.5),
+        draw_unmasked(seed, position, 0.5),
     )
 
 
@@ -50,6 +58,8 @@ def test_the_draws_are_numpys_philox_of_the_documented_key(seed, position):
     np.testing.assert_array_equal(noise(seed, position), fresh.standard_normal((16, 8, 8), dtype=np.float32))
     fresh = np.random.Generator(np.random.Philox(key=[seed, position], counter=[0, 0, 0, 4]))
     assert draw_mask_dropout(seed, position, 0.5) == (fresh.random() < 0.5)
+    fresh = np.random.Generator(np.random.Philox(key=[seed, position], counter=[0, 0, 0, 5]))
+    assert draw_unmasked(seed, position, 0.5) == (fresh.random() < 0.5)
 
 
 def test_a_draw_hangs_on_seed_and_position_alone():

@@ -49,6 +49,7 @@ def sequences(order, num_batches):
     return found
 
 
+@pytest.mark.fault(20, "any number of processes over the same batches")
 @pytest.mark.parametrize("size", [1, 7, 8, 24, 31])
 def test_every_world_size_trains_on_the_same_global_batches(size):
     order = make_order(mixed_shards(), size=size)
@@ -314,6 +315,7 @@ def test_buckets_are_those_that_train():
     assert order.num_samples == 6
 
 
+@pytest.mark.fault(28, "nothing to train on")
 def test_nothing_to_train_on_is_refused():
     with pytest.raises(InputError, match=r"no training sample. Add pictures or lower data.holdout"):
         make_order([("a", "64x64", 0)])

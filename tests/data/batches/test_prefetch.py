@@ -1,12 +1,10 @@
-import fcntl
 import threading
 import time
-
-import pytest
 
 from data.batches.order import Order, OrderSettings
 from data.batches.prefetch import Prefetcher
 from data.cache.node_cache import NodeCache
+from data.storage.file_locks import try_lock
 from tests.data.storage.remote_server import Remote
 
 
@@ -21,20 +19,21 @@ def test_shards_are_fetched_before_they_are_read_and_held_until_then(make_cache,
     turns = [int(order.batch(2 * number).shards[0]) for number in range(12)]
     prefetcher = Prefetcher(copies, order, cache.table.bytes, part=range(4), start=0)
 
-    def wait_for(numbers):
-        deadline = time.monotonic() + 60
-        while not all(copies.path(number).exists() for number in numbers):
+    def wait_for(look, numbers):
+        deadline = time.monotonic() + 120
+        while not all(look(number) for number in numbers):
             assert time.monotonic() < deadline, f"{numbers} did not come"
             time.sleep(0.01)
 
+    def is_held(number):
+        with copies.path(number).open() as file:
+            return not try_lock(file)
+
     for at in range(0, 10):
         prefetcher.reached(2 * at)
-        wait_for(turns[at : at + 3])
-        time.sleep(0.05)
+        wait_for(lambda number: copies.path(number).exists(), turns[at : at + 3])
+        wait_for(is_held, turns[at : at + 2])  # between a copy's name and its reader's lock is a moment
         assert all(not copies.path(number).exists() for number in turns[at + 4 :]), "too far ahead"
-        for number in turns[at : at + 2]:
-            with copies.path(number).open() as file, pytest.raises(BlockingIOError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     prefetcher.close()
     assert sum(count for path, count in server.requests.items() if path.endswith(".tar")) == 12
 
@@ -53,7 +52,7 @@ def test_what_found_no_room_is_fetched_when_there_is_some(make_cache, serve, tmp
     time.sleep(0.3)
     assert not copies.path(first).exists()
     held.clear()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not copies.path(first).exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert copies.path(first).exists()

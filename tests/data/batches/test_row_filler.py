@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from configs.errors import InputError
 from data.batches.micro_batch import unpack_mask
-from data.batches.noise import draw_caption_dropout, draw_mask_dropout
+from data.batches.noise import draw_caption_dropout, draw_mask_dropout, draw_unmasked
 from data.batches.row_filler import ReplacedRow, RowPolicy
 from data.batches.shard_reader import DamagedShard
 from data.cache_layout import EMPTY_TEXT, full_mask_name
@@ -111,6 +111,21 @@ def test_a_dropped_mask_is_a_hole_as_large_as_the_picture(make_cache):
             assert torch.equal(after.latents[place], before.latents[place])
             assert torch.equal(after.noise[place], before.noise[place])
     assert 30 < dropped < 80  # of 140
+
+
+def test_the_mask_is_ignored_by_chance_and_nothing_else_of_the_row_changes(make_cache):
+    cache = make_cache(SHARDS)
+    plain, chance = take(cache, 20), take(cache, 20, policy=RowPolicy(unmasked_probability=0.4))
+    ignored = 0
+    for before, after in zip((r for b in plain for r in b), (r for b in chance for r in b), strict=True):
+        real = after.weight > 0
+        drawn = [draw_unmasked(SEED, position, 0.4) for position in after.position[real].tolist()]
+        assert after.unmasked[real].tolist() == drawn and not before.unmasked.any()
+        assert not after.unmasked[~real].any()
+        ignored += sum(drawn)
+        for name in ("mask", "latents", "noise", "uniform"):
+            assert torch.equal(getattr(after, name), getattr(before, name))
+    assert 30 < ignored < 80  # of 140
 
 
 @pytest.mark.parametrize("damage", ["missing", "bit", "another bucket's"])

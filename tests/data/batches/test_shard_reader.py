@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from configs.errors import InputError
+from data.batches.row_filler import RowPolicy
 from data.batches.shard_reader import DamagedSample, DamagedShard, ShardReader
-from data.cache_layout import index_path
+from data.cache.shard_writer import ShardWriter
 from data.samples.geometry import Bucket
-from tests.data.batches.streams import open_tars
+from tests.data import made_caches
+from tests.data.batches.streams import copy_of, open_stream, open_tars
+from tests.data.made_caches import index_of, make_sample
 
 ONE_SHARD = [("a", "48x64", 5)]
 
@@ -44,6 +47,7 @@ def read_everything(cache):
     return found
 
 
+@pytest.mark.fault(6, "a bit flipped anywhere in a shard, while training")
 def test_a_flipped_bit_in_a_shard_is_named_or_changes_nothing(one_shard):
     """Tar headers are not read: WebDataset's reader takes a bad one for the end, this one loses nothing by it."""
     cache, path, index = one_shard
@@ -62,6 +66,7 @@ def test_a_flipped_bit_in_a_shard_is_named_or_changes_nothing(one_shard):
             assert read_everything(cache) == expected
 
 
+@pytest.mark.fault(5, "cut behind any byte, after the run has opened it")
 @pytest.mark.parametrize("where", ["data", "header", "member boundary", "sample boundary", "empty", "last byte"])
 def test_a_cut_shard_is_named(one_shard, where):
     cache, path, index = one_shard
@@ -81,6 +86,7 @@ def test_a_cut_shard_is_named(one_shard, where):
         read_everything(cache)
 
 
+@pytest.mark.fault(6, "a part of a shard overwritten with zeros")
 @pytest.mark.parametrize("what", ["tar header", "tensor", "safetensors header", "from a tensor to the next sample"])
 def test_zeros_over_a_part_of_a_shard_are_named_or_change_nothing(one_shard, what):
     """A sector that was lost. WebDataset ends a shard early at a tar header of zeros, without a word."""
@@ -115,6 +121,7 @@ def test_the_first_members_damage_is_that_members_alone(one_shard):
         reader.read(0, 0, out)
 
 
+@pytest.mark.fault(5, "cut while it is read")
 def test_a_shard_that_is_cut_while_it_is_read_is_named(one_shard):
     cache, path, index = one_shard
     reader = ShardReader(cache)
@@ -138,6 +145,7 @@ def test_a_page_in_the_place_of_a_shard_is_named(one_shard):
         read_everything(cache)
 
 
+@pytest.mark.fault(7, "removed while the run goes on")
 def test_a_missing_shard_is_waited_for_and_then_named(one_shard, no_waits, caplog):
     cache, path, _ = one_shard
     path.rename(path.with_suffix(".gone"))
@@ -146,6 +154,7 @@ def test_a_missing_shard_is_waited_for_and_then_named(one_shard, no_waits, caplo
     assert sum("attempt" in record.message for record in caplog.records) == 7
 
 
+@pytest.mark.fault(8, "reads that fail a few times")
 @pytest.mark.parametrize("call", ["open", "preadv"])
 def test_a_storage_that_fails_for_a_while_costs_time_alone(one_shard, no_waits, monkeypatch, call):
     cache, path, _ = one_shard
@@ -180,6 +189,7 @@ def test_a_stale_handle_is_opened_anew(one_shard, no_waits, monkeypatch):
     os.close(kept)
 
 
+@pytest.mark.fault(8, "reads that keep failing")
 def test_a_disk_that_keeps_failing_is_named(one_shard, no_waits, monkeypatch):
     cache, _, _ = one_shard
     reader = ShardReader(cache)
@@ -219,24 +229,24 @@ def test_short_reads_are_finished(one_shard, monkeypatch):
 def test_a_lost_index_is_rebuilt_on_the_way(one_shard):
     cache, path, _ = one_shard
     expected = read_everything(cache)
-    index_path(path).unlink()
+    index_of(path).unlink()
     assert read_everything(cache) == expected
-    assert index_path(path).is_file()
+    assert index_of(path).is_file()
 
 
 def test_a_damaged_index_is_named(one_shard):
     cache, path, _ = one_shard
-    whole = index_path(path).read_bytes()
+    whole = index_of(path).read_bytes()
     damaged = bytearray(whole)
     damaged[-20] ^= 1
-    index_path(path).write_bytes(damaged)
+    index_of(path).write_bytes(damaged)
     with pytest.raises(Exception, match=r"48x64-000000\.index: damaged index .*Delete it: it is rebuilt"):
         read_everything(cache)
 
 
 def test_another_shards_index_is_named(make_cache):
     cache = make_cache([("a", "32x32", 2), ("a", "32x32", 2)])
-    first, second = (index_path(cache.folder / str(path)) for path in cache.table.path)
+    first, second = (index_of(cache.folder / str(path)) for path in cache.table.path)
     first.write_bytes(second.read_bytes())
     with pytest.raises(DamagedShard, match=r"32x32-000000\.index: belongs to another shard. Delete it"):
         read_everything(cache)
@@ -244,7 +254,7 @@ def test_another_shards_index_is_named(make_cache):
 
 def test_a_lost_index_of_a_damaged_shard_is_not_rebuilt(one_shard):
     cache, path, index = one_shard
-    index_path(path).unlink()
+    index_of(path).unlink()
     data = bytearray(path.read_bytes())
     data[int(index.latents[2, 0]) - 500] ^= 4  # a tar header: tarfile would end there
     path.write_bytes(data)
@@ -286,3 +296,40 @@ def test_few_shards_stay_open(make_cache, make_sample, monkeypatch):
     assert len(open_tars(cache)) <= 2
     reader.close()
     assert open_tars(cache) == []
+
+
+@pytest.mark.fault(14, "NaN and infinity in cached latents")
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("part", ["latents", "masked_latents"])
+def test_latents_that_are_not_finite_are_a_damaged_sample(make_cache, monkeypatch, part, number):
+    """With a checksum that agrees, as of a writer that did not look; ours does."""
+
+    def make_bad_sample(key, *given, **options):
+        sample = make_sample(key, *given, **options)
+        if key == "a-0-1":
+            (sample.latents if part == "latents" else sample.masked_latents[0]).view(-1)[-1] = number
+        return sample
+
+    monkeypatch.setattr(made_caches, "make_sample", make_bad_sample)
+    monkeypatch.setattr(ShardWriter, "_refuse_non_finite", lambda *_, **__: None)
+    cache = make_cache(ONE_SHARD)
+    kind = {"latents": "latents", "masked_latents": "masked"}[part]
+    with pytest.raises(DamagedSample, match=rf"a-0-1 \({kind}, .*: {part} are not finite numbers\. Delete the shard"):
+        read_everything(cache)
+    stream = open_stream(cache, size=5, policy=RowPolicy(max_bad_samples=1))
+    batch = [copy_of(rows) for rows in next(stream)]
+    assert [(row.row, row.replacement) for row in stream.replaced()] == [(1, 2)]
+    assert all(torch.isfinite(rows.latents).all() and torch.isfinite(rows.masked_latents).all() for rows in batch)
+    stream.close()
+
+
+def test_the_largest_finite_latents_are_read(make_cache, monkeypatch):
+    largest = torch.finfo(torch.bfloat16)
+
+    def make_extreme_sample(key, *given, **options):
+        sample = make_sample(key, *given, **options)
+        sample.latents.view(-1)[:4] = torch.tensor([largest.max, largest.min, -0.0, largest.tiny])
+        return sample
+
+    monkeypatch.setattr(made_caches, "make_sample", make_extreme_sample)
+    assert len(read_everything(make_cache(ONE_SHARD))) == 5 * 5

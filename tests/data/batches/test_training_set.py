@@ -12,7 +12,7 @@ def test_validation_samples_have_the_tensors_that_are_stored_of_them(cache):
     samples = CachedTrainingSet(cache).validation_samples(split="holdout", count=3)
     shards = cache.table.path.tolist()
     chosen = [(shards.index(sample.item.shard), sample.item.row) for sample in samples]
-    for sample, stored in zip(samples, read_samples(cache.folder, cache.table, chosen), strict=True):
+    for sample, stored in zip(samples, read_samples(cache.folder, cache.manifest, cache.table, chosen), strict=True):
         assert sample.item.key == stored.key
         assert torch.equal(sample.tensors["latents"], stored.latents)
         assert torch.equal(sample.tensors["masked_latents"], stored.masked_latents[0])

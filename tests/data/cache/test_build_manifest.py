@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from data.cache.build_manifest import delete_unplanned
@@ -5,7 +7,8 @@ from data.samples.geometry import Bucket
 from data.samples.shard_plan import ShardSpec
 from tests.data.samples.test_shard_plan import many_samples, plan
 
-PLAN = ShardSpec("shards/photos/512x512-000001.tar", "photos", Bucket(512, 512), "train", "plan", 0, 0)
+PLAN = ShardSpec("shards/photos/512x512-000001.tar", "photos", Bucket(512, 512), "train", "plan", 0, 0, 2)
+INDEXES = {1: "shards/photos/512x512-000001.index", 2: "index/photos/512x512-000001.index"}
 
 
 def write(cache, *names):
@@ -18,13 +21,16 @@ def files_of(cache):
     return {path.relative_to(cache).as_posix() for path in cache.rglob("*") if path.is_file()}
 
 
-def test_what_no_plan_names_is_deleted(tmp_path):
-    planned = [PLAN.path, "shards/photos/512x512-000001.index", "blank_512x512.safetensors"]
+@pytest.mark.parametrize("format_version", [1, 2])
+def test_what_no_plan_names_is_deleted(tmp_path, format_version):
+    planned = [PLAN.path, INDEXES[format_version], "blank_512x512.safetensors"]
     write(
         tmp_path,
         *planned,
         "shards/photos/512x512-000003.tar",
         "shards/photos/512x512-000003.index",
+        "index/photos/512x512-000003.index",
+        INDEXES[3 - format_version],
         "shards/photos/holdout-512x512-000001.tar",
         "shards/gone/64x96-12345678.tar",
         "shards/photos/512x512-000001.tar.0123abcd.part",
@@ -32,7 +38,7 @@ def test_what_no_plan_names_is_deleted(tmp_path):
         "blank_512x512.safetensors.0123abcd.part",
         "manifest.json.0123abcd.part",
     )
-    delete_unplanned(tmp_path, [PLAN])
+    delete_unplanned(tmp_path, [replace(PLAN, format_version=format_version)])
     assert files_of(tmp_path) == set(planned)
 
 

@@ -106,7 +106,7 @@ def test_its_lost_index_is_rebuilt_to_the_same_bytes(old, tmp_path):
     for path, plan, sha256 in zip(old.table.path, old.table.plan, old.table.sha256, strict=True):
         tar = tmp_path / Path(str(path)).name
         tar.write_bytes((old.folder / str(path)).read_bytes())
-        rebuild_index(tar, plan=str(plan), sha256=str(sha256))
+        rebuild_index(tar, tar.with_suffix(".index"), plan=str(plan), sha256=str(sha256))
         stored = (old.folder / str(path)).with_suffix(".index")
         assert read_index(stored).keys == read_index(tar.with_suffix(".index")).keys
         assert tar.with_suffix(".index").read_bytes() == stored.read_bytes()

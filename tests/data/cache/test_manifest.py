@@ -6,6 +6,7 @@ import pytest
 
 from configs.errors import InputError
 from data.cache.manifest import FORMAT_VERSION, read_manifest, read_shard_table, write_manifest
+from tests.payloads import canary_object
 
 
 @pytest.fixture
@@ -45,10 +46,11 @@ def test_the_manifest_is_written_last(made_up, monkeypatch):
 def test_a_newer_format_is_refused(made_up):
     path = made_up.folder / "manifest.json"
     path.write_text(json.dumps({"format_version": FORMAT_VERSION + 1, "something": "new"}))
-    with pytest.raises(InputError, match=r"format version 2, this fluxfill reads up to 1. Update fluxfill"):
+    with pytest.raises(InputError, match=r"format version 3, this fluxfill reads up to 2. Update fluxfill"):
         read_manifest(made_up.folder)
 
 
+@pytest.mark.fault(6, "a bit of the manifest flipped")
 def test_a_flipped_bit_in_the_manifest_is_named(made_up):
     path = made_up.folder / "manifest.json"
     whole = path.read_bytes()
@@ -70,6 +72,7 @@ def test_a_manifest_that_is_none_is_named(made_up, content):
         read_manifest(made_up.folder)
 
 
+@pytest.mark.fault(6, "a bit of the table of shards flipped")
 def test_a_flipped_bit_in_the_shard_table_is_named_or_changes_nothing(made_up):
     path = made_up.folder / "shards.npz"
     whole = path.read_bytes()
@@ -88,6 +91,7 @@ def test_a_flipped_bit_in_the_shard_table_is_named_or_changes_nothing(made_up):
     assert named > len(whole) / 5 / 2
 
 
+@pytest.mark.fault(27, "objects, which are pickles, in the table of a cache's shards")
 @pytest.mark.parametrize("damage", ["missing", "empty", "html", "cut", "objects", "column", "lengths"])
 def test_a_damaged_shard_table_is_named(made_up, damage):
     path = made_up.folder / "shards.npz"
@@ -99,7 +103,7 @@ def test_a_damaged_shard_table_is_named(made_up, damage):
     elif damage == "cut":
         path.write_bytes(path.read_bytes()[:-100])
     elif damage == "objects":
-        np.savez(path, **columns | {"plan": np.array([object(), object()])})  # a pickle, which is never read
+        np.savez(path, **columns | {"plan": np.array([canary_object(path.with_name("canary"))] * 2)})  # a pickle
     elif damage == "column":
         del columns["plan"]
         np.savez(path, **columns)
@@ -107,8 +111,10 @@ def test_a_damaged_shard_table_is_named(made_up, damage):
         np.savez(path, **columns | {"plan": columns["plan"][:1]})
     with pytest.raises(InputError, match=r"shards.npz: .*Run `fluxfill preprocess CONFIG` again"):
         read_shard_table(made_up.folder)
+    assert not path.with_name("canary").exists()
 
 
+@pytest.mark.fault(27, "the same in the table of shards")
 @pytest.mark.parametrize(
     "column, value",
     [
@@ -130,6 +136,7 @@ def test_a_shard_table_names_nothing_outside_of_the_cache(made_up, column, value
         read_shard_table(made_up.folder)
 
 
+@pytest.mark.fault(27, "names in tables and manifests that lead out of their folder")
 @pytest.mark.parametrize("name", ["../../../outside.txt", "/outside.txt", "validation/../../outside.txt"])
 def test_a_manifest_names_nothing_outside_of_the_cache(made_up, monkeypatch, name):
     monkeypatch.setattr("data.cache.manifest.hash_files", lambda *_: {name: "0" * 32})

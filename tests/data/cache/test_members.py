@@ -6,15 +6,16 @@ from safetensors.torch import save
 
 from data.cache.members import LATENTS, MASKED, TEXT, bytes_of, num_bytes, parse_header, sample_tensors, text_tensors
 from data.cache.shard_index import read_index
-from data.cache_layout import EMPTY_TEXT, index_path
+from data.cache_layout import EMPTY_TEXT
 from data.samples.geometry import Bucket
+from tests.data.made_caches import index_of
 
 
 @pytest.mark.parametrize("text_dtype", ["bf16", "int8"])
 def test_members_hold_what_the_schema_says(make_cache, text_dtype):
     cache = make_cache([("photos", "48x64", 2)], text_dtype=text_dtype)
     tar = cache.folder / str(cache.table.path[0])
-    index, data = read_index(index_path(tar)), tar.read_bytes()
+    index, data = read_index(index_of(tar)), tar.read_bytes()
     expected = sample_tensors(Bucket(48, 64), cache.manifest)
     places = {LATENTS: index.latents[0], MASKED: index.masked[0, 0], TEXT: index.texts[0]}
     for kind, (offset, size) in places.items():

@@ -1,5 +1,6 @@
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -7,6 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from configs.errors import InputError
 from data.cache.open_cache import open_cache
+from data.verify.cache import refuse_no_cache
+from tests.other_user import as_nobody
 
 
 @pytest.fixture
@@ -15,6 +18,17 @@ def copied(cache, demo_config, tmp_path):
     folder = tmp_path / "cache"
     shutil.copytree(cache.folder, folder)
     return demo_config(folder)
+
+
+@pytest.fixture
+def public(cache, demo_config, monkeypatch):
+    """The same where any user may go, as pytest's folders are root's alone; so is the model."""
+    monkeypatch.setattr("data.cache.open_cache.refuse_other_settings", lambda *_: None)
+    with TemporaryDirectory() as place:
+        Path(place).chmod(0o755)
+        folder = shutil.copytree(cache.folder, Path(place) / "cache")
+        folder.chmod(0o755)
+        yield demo_config(folder)
 
 
 def open_again(config):
@@ -89,6 +103,7 @@ def test_a_folder_without_a_cache_is_named(demo_config, tmp_path):
         open_again(config)
 
 
+@pytest.mark.fault(5, "cut before the start, with others missing")
 def test_every_shard_that_is_missing_or_cut_is_named(copied, cache):
     paths = [copied.data.cache / path for path in cache.table.path]
     paths[0].unlink()
@@ -107,3 +122,20 @@ def test_every_shard_that_is_missing_or_cut_is_named(copied, cache):
         f"{paths[3]}: {sizes[3] - 1} bytes, the manifest says {sizes[3]}",
     ]
     assert "only those are encoded again" in lines[-1]
+
+
+@pytest.mark.parametrize("closed", [".", "manifest.json", "shards.npz", "shards"])
+def test_a_cache_that_this_user_may_not_read_is_said_to_be_so_and_not_to_be_damaged(public, closed):
+    place = public.data.cache / closed
+    mode = place.stat().st_mode
+    place.chmod(0)
+    told = rf"{closed.strip('.')}.*: cannot be read \(Permission denied\)\. .*chmod -R a\+rX {public.data.cache}"
+    try:
+        with as_nobody():
+            with pytest.raises(InputError, match=told):
+                open_again(public)
+            if closed == ".":
+                with pytest.raises(InputError, match=told):
+                    refuse_no_cache(public.data.cache)
+    finally:
+        place.chmod(mode)

@@ -31,7 +31,8 @@ def write_pictures(folder: Path, *, lacking: str = "", turned: str = "") -> None
         noise = np.random.default_rng(number).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
         mask = np.zeros((32, 32), dtype=np.uint8)
         mask[8:20, 8:24] = 255
-        for role, pixels in (("target", noise[0]), ("source", noise[1]), ("mask", mask)):
+        source = np.where(mask[..., None] == 255, noise[1], noise[0])
+        for role, pixels in (("target", noise[0]), ("source", source), ("mask", mask)):
             (folder / role).mkdir(parents=True, exist_ok=True)
             if name in names:
                 upright = role != turned or name != NAMES[2]
@@ -88,6 +89,24 @@ def test_other_pictures_elsewhere_are_refused(made, tmp_path, role):
     assert f"data.datasets.noise.{key} is " in said and "the cache was made from" in said
     assert str(tmp_path / "b") in said and str(tmp_path / "a") in said
     assert NAMES[2] in said and "is another.\nRun `fluxfill preprocess CONFIG` to encode them" in said
+
+
+@pytest.mark.parametrize("index", ["is gone", "is damaged"])
+def test_pictures_are_compared_whatever_became_of_an_index(made, tmp_path, caplog, index):
+    """It is rebuilt; a damaged one is told, by its path, and is for who reads its shard to judge."""
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    (file,) = (tmp_path / "cache" / "index").rglob("*.index")
+    before = file.read_bytes()
+    file.write_bytes(before[: len(before) // 2])
+    if index == "is gone":
+        file.unlink()
+    with caplog.at_level(logging.INFO):
+        reopen(made(tmp_path / "b"))
+    (told,) = caplog.records
+    if index == "is gone":
+        assert told.getMessage().endswith("; 4 pictures there are those of the cache") and file.read_bytes() == before
+    else:
+        assert "could not be found out" in told.getMessage() and str(file) in told.getMessage()
 
 
 def test_pictures_that_are_not_all_there_are_refused(made, tmp_path):

@@ -9,9 +9,9 @@ from safetensors.torch import load
 from configs.errors import InputError
 from data.cache.shard_index import file_sha256, read_index, rebuild_index
 from data.cache.shard_writer import ShardWriter
-from data.cache_layout import index_path
 from data.samples.geometry import Bucket
 from data.sources.triples import Triple
+from tests.data.made_caches import index_of
 
 BUCKET = Bucket(48, 64)
 
@@ -50,14 +50,14 @@ def test_the_index_tells_where_everything_lies(shard, make_sample):
 
 def test_an_index_comes_back_as_it_was_written(shard):
     path, index, _, _ = shard
-    assert_equal(read_index(index_path(path)), index)
+    assert_equal(read_index(index_of(path)), index)
 
 
 def test_a_lost_index_is_rebuilt(shard):
     path, index, _, _ = shard
-    index_path(path).unlink()
-    assert_equal(rebuild_index(path, plan=index.plan, sha256=index.tar_sha256), index)
-    assert_equal(read_index(index_path(path)), index)
+    index_of(path).unlink()
+    assert_equal(rebuild_index(path, index_of(path), plan=index.plan, sha256=index.tar_sha256), index)
+    assert_equal(read_index(index_of(path)), index)
 
 
 def test_a_picture_called_text_is_no_text(tmp_path, make_sample, make_text):
@@ -69,19 +69,19 @@ def test_a_picture_called_text_is_no_text(tmp_path, make_sample, make_text):
             writer.add_sample(make_sample(key, BUCKET, text="text-1"))
         index = writer.finish(plan=PLAN)
     assert all(key.startswith("text-") for key in keys)
-    assert_equal(rebuild_index(path, plan=PLAN, sha256=index.tar_sha256), index)
+    assert_equal(rebuild_index(path, index_of(path), plan=PLAN, sha256=index.tar_sha256), index)
 
 
 def test_an_index_that_cannot_be_written_is_rebuilt_all_the_same(shard, monkeypatch):
     path, index, _, _ = shard
-    index_path(path).unlink()
+    index_of(path).unlink()
 
     def refuse(*_):
         raise PermissionError(13, "Read-only file system")
 
     monkeypatch.setattr("data.cache.shard_index.write_index", refuse)
-    assert_equal(rebuild_index(path, plan=index.plan, sha256=index.tar_sha256), index)
-    assert not index_path(path).exists()
+    assert_equal(rebuild_index(path, index_of(path), plan=index.plan, sha256=index.tar_sha256), index)
+    assert not index_of(path).exists()
 
 
 @pytest.mark.parametrize("damage", ["data", "header", "cut", "member boundary", "empty", "html"])
@@ -100,35 +100,36 @@ def test_a_damaged_tar_is_not_indexed(shard, damage):
         data = b"" if damage == "empty" else b"<!DOCTYPE html><title>404</title>"
     path.write_bytes(data)
     with pytest.raises(InputError, match=r"48x64-000001.tar: damaged shard \(sha256 .*run `fluxfill preprocess"):
-        rebuild_index(path, plan=PLAN, sha256=index.tar_sha256)
+        rebuild_index(path, index_of(path), plan=PLAN, sha256=index.tar_sha256)
 
 
 def test_a_missing_tar_is_named(shard):
     path, index, _, _ = shard
     path.unlink()
     with pytest.raises(InputError, match=r"48x64-000001.tar: missing shard"):
-        rebuild_index(path, plan=PLAN, sha256=index.tar_sha256)
+        rebuild_index(path, index_of(path), plan=PLAN, sha256=index.tar_sha256)
 
 
+@pytest.mark.fault(6, "every bit of an index flipped")
 def test_any_flipped_bit_in_an_index_is_noticed(shard):
     path, _, _, _ = shard
-    whole = index_path(path).read_bytes()
+    whole = index_of(path).read_bytes()
     rng = random.Random(0)
     for place in range(rng.randrange(7), len(whole), 7):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << rng.randrange(8)
-        index_path(path).write_bytes(damaged)
+        index_of(path).write_bytes(damaged)
         with pytest.raises(InputError, match=r"48x64-000001.index: damaged index .* it is rebuilt from the shard"):
-            read_index(index_path(path))
+            read_index(index_of(path))
 
 
 @pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html>", None])
 def test_an_index_that_is_none_is_noticed(shard, content):
     path, _, _, _ = shard
-    whole = index_path(path).read_bytes()
-    index_path(path).write_bytes(whole[: len(whole) // 2] if content is None else content)
+    whole = index_of(path).read_bytes()
+    index_of(path).write_bytes(whole[: len(whole) // 2] if content is None else content)
     with pytest.raises(InputError, match="damaged index"):
-        read_index(index_path(path))
-    index_path(path).unlink()
+        read_index(index_of(path))
+    index_of(path).unlink()
     with pytest.raises(FileNotFoundError):
-        read_index(index_path(path))
+        read_index(index_of(path))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from configs.errors import InputError
+from data.cache.manifest import FORMAT_VERSION
 from data.cache.validation_items import (
     ValidationItem,
     choose_validation_items,
@@ -29,7 +30,7 @@ def planned(number, split):
 @pytest.fixture
 def plans_and_indexes(tmp_path, write_shard):
     samples = [planned(number, "holdout" if number % 4 == 0 else "train") for number in range(24)]
-    plans = plan_shards(samples, size_limit=20_000, text_bytes=500, encoding={}, format_version=1)
+    plans = plan_shards(samples, size_limit=20_000, text_bytes=500, encoding={}, format_version=FORMAT_VERSION)
     assert len(plans) > 4
     indexes = [write_shard(tmp_path / p.path, BUCKET, [s.triple.key for s in p.samples]) for p in plans]
     return plans, indexes

@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 
@@ -9,6 +10,7 @@ from configs.data_schema import EncodersConfig
 from configs.errors import InputError
 from data.encoders.encode import encode_captions
 from data.encoders.load import find_device, load_encoders
+from tests.payloads import canary_object
 
 CAPTIONS = ["a cup of coffee on a table", "a quick brown fox jumps over the lazy dog", ""]
 
@@ -102,6 +104,37 @@ def test_weights_that_are_missing_are_not_made_up(model_copy, part):
     name = missing.removeprefix("text_model.")  # transformers reads FLUX.1's CLIP without its wrapper
     with pytest.raises(InputError, match=rf"model/{part}: weights are missing \({re.escape(name)}; 1 in all\)"):
         load_all(model_copy)
+
+
+@pytest.mark.fault(27, "a pickle in the place of a model's safetensors, as .bin")
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "text_encoder_2"])
+@pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
+def test_pickled_weights_are_not_read(model_copy, tmp_path, monkeypatch, part, suffix):
+    """Not even by a reader that takes tensors alone."""
+    canary = tmp_path / "canary"
+    monkeypatch.setattr("torch.load", lambda *_, **__: pytest.fail("a pickle was read"))
+    (weights,) = (model_copy / part).glob("*.safetensors")
+    pickled = "pytorch_model.bin" if part != "vae" else "diffusion_pytorch_model.bin"
+    tensors = load_file(weights)
+    weights.unlink()
+    torch.save(tensors | {"extra": canary_object(canary)}, weights if suffix != ".bin" else weights.with_name(pickled))
+    with pytest.raises(InputError, match=rf"model/{part}: cannot be loaded"):
+        load_all(model_copy)
+    assert not canary.exists()
+
+
+@pytest.mark.fault(27, "a tokenizer's folder with a program of its own")
+@pytest.mark.parametrize("part", ["tokenizer", "tokenizer_2"])
+def test_programs_in_a_models_folder_are_not_run(model_copy, tmp_path, part):
+    canary = tmp_path / "canary"
+    (model_copy / part / "own.py").write_text(f"open({str(canary)!r}, 'w')\nclass Own: pass\n")
+    path = model_copy / part / "tokenizer_config.json"
+    settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    (model_copy / part / "config.json").write_text(json.dumps({"model_type": "own", **settings}))
+    with pytest.raises(InputError, match=rf"model/{part}: cannot be loaded"):
+        load_all(model_copy)
+    assert not canary.exists()
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "tokenizer_2"])

@@ -1,5 +1,7 @@
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,7 @@ from data.encoders.model_folder import (
     encoder_fingerprints,
     find_model,
     fingerprint,
+    is_hub_id,
     read_part_config,
     read_part_number,
 )
@@ -47,9 +50,17 @@ def test_all_parts_that_are_missing_are_named(model):
 
 
 @pytest.mark.parametrize("base", ["/nowhere/model", "model.safetensors", "no-such-folder", "a/b/c"])
-def test_a_folder_that_does_not_exist_is_named(base):
-    with pytest.raises(InputError, match=rf"model.base {base}: no such folder. Give a folder in diffusers' layout"):
+def test_a_folder_that_does_not_exist_is_named_and_a_relative_one_with_where_it_was_looked_for(base):
+    seen_from = "" if base.startswith("/") else f", seen from {re.escape(str(Path.cwd()))}"
+    told = rf"model.base {base}: no such folder{seen_from}. Give a folder in diffusers' layout"
+    with pytest.raises(InputError, match=told):
         find_model(base)
+
+
+def test_a_single_file_is_told_how_it_becomes_a_folder(tmp_path):
+    (tmp_path / "flux1-fill-dev.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match=r"flux1-fill-dev.safetensors: is a file. `fluxfill fetch .* --out DIR` makes"):
+        find_model(str(tmp_path / "flux1-fill-dev.safetensors"))
 
 
 def test_a_hub_model_that_cannot_be_had_says_what_to_do(monkeypatch, tmp_path):
@@ -59,6 +70,30 @@ def test_a_hub_model_that_cannot_be_had_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(InputError, match=r"someone/some-model: neither a folder here .* `hf auth login`"):
         find_model("someone/some-model")
+
+
+def test_without_a_download_only_a_copy_that_is_here_is_found(monkeypatch, tmp_path, model):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody answers
+    with pytest.raises(InputError, match="someone/some-model: neither a folder here"):
+        find_model("someone/some-model", download=False)
+    repository = tmp_path / "hub" / "models--someone--some-model"
+    shutil.copytree(model, repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    assert find_model("someone/some-model", download=False) == repository / "snapshots" / "abc"
+
+
+@pytest.mark.parametrize(
+    "base, expected", [("a/b", True), ("/a/b", False), ("a/b.safetensors", False), ("a", False), ("a/b/c", False)]
+)
+def test_names_of_the_hub_are_told_from_paths(base, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert is_hub_id(base) == expected
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    assert not is_hub_id("a/b")
 
 
 def test_a_fingerprint_is_of_the_content_wherever_it_lies(model, tmp_path):

@@ -8,9 +8,10 @@ from safetensors.torch import load, load_file
 from configs.errors import InputError
 from data.cache.open_cache import open_cache
 from data.cache.shard_index import read_index
-from data.cache_layout import EMPTY_TEXT, index_path
+from data.cache_layout import EMPTY_TEXT
 from data.encoders.stored_text import dequantize_tokens, quantize_tokens, store_text
 from data.preprocessing.run import preprocess
+from tests.data.made_caches import index_of
 
 
 def tokens_of(kind: str) -> torch.Tensor:
@@ -101,5 +102,5 @@ def test_a_cache_of_8_bits_is_one_of_its_own_and_its_texts_are_those_of_the_othe
 
 
 def read_texts(cache, path: str) -> list[dict[str, torch.Tensor]]:
-    index, data = read_index(index_path(cache.folder / path)), (cache.folder / path).read_bytes()
+    index, data = read_index(index_of(cache.folder / path)), (cache.folder / path).read_bytes()
     return [load(data[offset : offset + size]) for offset, size in index.texts.tolist()]

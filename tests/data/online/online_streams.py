@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 QUIET = Console(quiet=True)
 POLICY = RowPolicy(caption_dropout=0.3, mask_dropout=0.2)
 _WORKER = Worker(decode_threads=2)
-DRAWN = ("mask", "noise", "uniform", "weight", "position")
+DRAWN = ("mask", "noise", "uniform", "unmasked", "weight", "position")
 
 
 def open_online(config, worker=_WORKER) -> OnlineTrainingSet:

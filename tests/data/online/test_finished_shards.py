@@ -1,24 +1,37 @@
 """An online run over a cache in the making: rows of finished shards are read, the others encoded."""
 
+import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+import torch
 
 import data.online.finished_shards
 from configs.errors import InputError
+from configs.loading import dump_config
+from data.batches.micro_batch import row_fields
 from data.batches.row_filler import RowPolicy
 from data.batches.training_set import CachedTrainingSet
+from data.cache.manifest import FORMAT_VERSION
+from data.cache.members import bytes_of
 from data.cache.open_cache import Cache, open_cache
-from data.cache_layout import index_path
 from data.online.batch_encoder import BatchEncoder
+from data.online.finished_shards import FinishedShards
 from data.preprocessing.run import preprocess
+from data.samples.geometry import Bucket
 from data.samples.plan import TRAIN
+from data.samples.shard_plan import ShardSpec
 from tests.data.batches.streams import copy_of
+from tests.data.made_caches import index_of, write_cache
 from tests.data.online.online_streams import QUIET, assert_same, open_online, open_stream, plan_of, take
+from tests.data.sources.made_scans import picture_bytes
 
+ROOT = Path(__file__).parents[3]
 EPOCH = 7  # batches of 7 of the 48 samples that train, and a few of the next epoch
 
 
@@ -86,7 +99,7 @@ def keys_of(stream, num_batches) -> set[str]:
 
 def delete(cache: Path, shard: str) -> None:
     (cache / shard).unlink()
-    index_path(cache / shard).unlink()
+    index_of(cache / shard).unlink()
 
 
 def test_a_run_reads_half_of_the_shards_and_encodes_the_other_half(finished, cache, encoded):
@@ -162,6 +175,76 @@ def test_a_damaged_shard_is_told_once_and_its_samples_encoded(finished, cache, e
     assert encoded and encoded.keys() <= {sample.key for sample in shard.samples}
     assert sum("does not match its checksum" in record.message for record in caplog.records) == 1
     assert_same_batches(batches, take(CachedTrainingSet(cache), 2 * EPOCH, policy=RowPolicy()))
+
+
+_ONLINE_RUN = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from configs.loading import load_config
+from data.online.training_set import plan_online
+config = load_config(sys.argv[1], ["data.mode=online"])
+plan = plan_online(config, Path(config.model.base), Console(quiet=True))
+print("planned", flush=True)
+input()
+for shard in plan:
+    for sample in shard.samples:
+        sample.triple.target.read(1 << 20)
+print("read", flush=True)
+input()
+"""
+
+
+def test_a_job_beside_the_run_leaves_it_the_pictures_inside_tables(config_of, tmp_path):
+    """Which exist in no other form that single ones are read from."""
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    own, cache = [picture_bytes(number, (64, 64)) for number in range(20)], tmp_path / "cache"
+    parquet.write_table(pa.table({"target": own, "caption": ["a plain"] * 20}), tmp_path / "list.parquet")
+    inside = [f"table={tmp_path / 'list.parquet'}", "target=null", "source=null", "mask={random: {box: 1.0}}"]
+    config = config_of(cache, *(f"data.datasets.0.{setting}" for setting in inside), "data.holdout=4")
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    line = [sys.executable, "-c", _ONLINE_RUN, str(path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as run:
+        try:
+            assert run.stdout.readline() == "planned\n"
+            preprocess(config, QUIET)
+            assert (cache / "manifest.json").exists()
+            for said in ("read\n", ""):
+                run.stdin.write("\n")
+                run.stdin.flush()
+                assert run.stdout.readline() == said
+            run.stdin.close()
+            assert run.wait(timeout=120) == 0
+        finally:
+            run.kill()
+    assert list((cache / "copies").glob("*.pictures"))
+    preprocess(config, QUIET)
+    assert not (cache / "copies").exists()
+
+
+@pytest.mark.parametrize("what", ["its index is damaged", "its index is gone and the tar another of the same size"])
+def test_a_shard_that_is_another_by_the_time_it_is_opened_again_is_encoded(tmp_path, what, caplog):
+    """As from a job beside the run that makes it again, after the run has closed it to open others."""
+    bucket = Bucket.parse("64x64")
+    cache = write_cache(tmp_path, [("photos", str(bucket), 4)])
+    path, plan = str(cache.table.path[0]), str(cache.table.plan[0])
+    spec = ShardSpec(path, "photos", bucket, TRAIN, plan, num_samples=4, num_bytes=0, format_version=FORMAT_VERSION)
+    fields = [field for field in row_fields(bucket, cache.manifest) if field.is_stored]
+    out = {field.name: bytes_of(torch.empty(field.shape, dtype=field.dtype)) for field in fields}
+    with closing(FinishedShards(tmp_path, [spec], cache.manifest, cache.table)) as finished:
+        assert finished.read(0, 0, out, variant=0)
+        finished._reader._open.clear()
+        changed = index_of(tmp_path / path) if what == "its index is damaged" else tmp_path / path
+        data = bytearray(changed.read_bytes())
+        data[len(data) // 2] ^= 1
+        changed.write_bytes(data)
+        if changed == tmp_path / path:
+            index_of(changed).unlink()
+        assert not finished.read(0, 0, out, variant=0)
+        assert not finished.read(0, 1, out, variant=0)
+    assert sum("This run goes on and encodes its samples" in record.message for record in caplog.records) == 1
 
 
 def test_a_shard_that_is_deleted_on_the_way_is_encoded(finished, encoded, no_waits, monkeypatch):

@@ -161,8 +161,11 @@ def test_encoders_go_to_the_device_unless_they_have_one_of_their_own(demo_config
 
 
 def test_devices_without_online_are_refused(demo_config, tmp_path):
-    with pytest.raises(InputError, match=r"data.encoder_devices is .*with mode cached nothing is encoded"):
+    with pytest.raises(InputError, match=r"data.encoder_devices is .*with mode cached nothing .*=null too"):
         demo_config(tmp_path, "data.encoder_devices=[cuda:1]")
+    # As an online run's config goes on from the cache: a key cannot be removed on the command line.
+    config = demo_config(tmp_path, "data.encoder_devices=[cuda:1]", "data.mode=cached", "data.encoder_devices=null")
+    assert config.data.encoder_devices is None
     for wrong in ("[]", "[auto]", "[gpu1]"):
         with pytest.raises(InputError, match=r"data\.encoder_devices"):
             demo_config(tmp_path, "data.mode=online", f"data.encoder_devices={wrong}")

@@ -7,13 +7,13 @@ from rich.console import Console
 from rich.progress import Progress
 
 from data.cache.manifest import read_shard_table
-from data.cache_layout import index_path
 from data.encoders.load import Encoders, load_encoders
 from data.encoders.model_folder import encoder_fingerprints, find_model
 from data.preprocessing.dry_run import Estimate, bytes_by_part, measure, print_counts, print_hours
 from data.preprocessing.job import Job, make_plan
 from data.preprocessing.run import dry_run, preprocess
 from data.preprocessing.worker import Worker
+from tests.data.made_caches import index_of
 
 ALONE = Worker()
 
@@ -37,7 +37,9 @@ def test_it_counts_measures_and_begins_nothing(demo_config, tmp_path):
     table = rows(printed)
     assert {split for _, _, split, *_ in table} == {"train", "holdout"}
     assert sum(int(row[3]) for row in table) == sum(int(row[4]) for row in table) == 96
-    assert re.search(r"64x64, 4 at once, measured: VAE \d+\.\d pictures/s, text \d+\.\d captions/s, decoding", printed)
+    assert re.search(
+        r"64x64, measured: VAE \d+\.\d pictures/s, 4 at once, text \d+\.\d captions/s, 4 at once, decoding", printed
+    )
     assert re.search(r"About \S+ minutes with one such worker, \S+ minutes with 8 like it; \S+.* set the pace", printed)
     preprocess(config, Console(quiet=True))
     assert sum(int(row[5]) for row in table) == len(read_shard_table(config.data.cache))
@@ -52,7 +54,7 @@ def test_what_is_there_is_not_to_do(demo_config, tmp_path):
 
     table = read_shard_table(config.data.cache)
     lost = max(range(len(table)), key=lambda row: table.samples[row])
-    index_path(config.data.cache / str(table.path[lost])).unlink()
+    index_of(config.data.cache / str(table.path[lost])).unlink()
     todo = [row for row in rows(printed_by_dry_run(config)) if row[4] != "0"]
     assert [(row[4], row[6]) for row in todo] == [(str(table.samples[lost]), "1")]
 

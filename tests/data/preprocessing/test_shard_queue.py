@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 
+from data.cache.manifest import FORMAT_VERSION
 from data.preprocessing.shard_queue import read_finished
 from data.samples.geometry import Bucket, plan_crop
 from data.samples.plan import PlannedSample
@@ -18,7 +19,7 @@ def planned(name):
 
 
 def shard_plan(path, samples, plan):
-    return PlannedShard(path, "cats", SQUARE, "train", plan, len(samples), num_bytes=10_000, samples=samples)
+    return PlannedShard(path, "cats", SQUARE, "train", plan, len(samples), 10_000, FORMAT_VERSION, samples)
 
 
 @pytest.fixture

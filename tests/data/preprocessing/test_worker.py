@@ -57,6 +57,38 @@ def test_ranks_within_an_array_are_numbered_through():
     assert found == set(range(6))
 
 
+@pytest.fixture
+def controller(tmp_path, monkeypatch):
+    """Stands for SLURM's: `controller(text)` is what it says of every job."""
+
+    def write(text):
+        (tmp_path / "scontrol").write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "scontrol").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "says, expected",
+    [
+        ("echo JobId=12 JobName=a", (0, 1)),  # an array's task submitted it
+        ("echo JobId=12 ArrayJobId=10 ArrayTaskId=3 JobName=a", (2, 8)),
+        ("exit 1", (2, 8)),  # nobody knows better
+    ],
+)
+def test_a_job_submitted_from_an_arrays_task_is_none_itself(says, expected, controller):
+    controller(says)
+    worker = which_worker(array_task(3, 1, 8, 8) | {"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "10"})
+    assert (worker.index, worker.count) == expected
+
+
+def test_an_arrays_last_task_has_the_arrays_id(controller):
+    controller("echo JobId=10 JobName=a")
+    worker = which_worker(array_task(8, 1, 8, 8) | {"SLURM_JOB_ID": "10", "SLURM_ARRAY_JOB_ID": "10"})
+    assert (worker.index, worker.count) == (7, 8)
+
+
 def test_the_command_line_counts_before_the_environment():
     worker = which_worker(array_task(3, 1, 8, 8), worker=1, workers=2)
     assert (worker.index, worker.count, worker.device_index) == (1, 2, 1)

@@ -31,6 +31,29 @@ def test_the_share_that_is_painted_is_as_the_docstring_says(kind, size):
     assert np.quantile(shares, 0.8) > low + 0.5 * (high - low)
 
 
+@pytest.mark.parametrize("kind", ["brush", "box", "polygon"])
+def test_holes_of_an_area_are_as_often_small_as_large(kind):
+    """Log-uniform: between two ends a hundredfold apart, a tenth of the greatest is the middle."""
+    recipe = MaskRecipe(((kind, 1.0),), variants=60, area=(0.005, 0.5))
+    masks = [mask for number in range(3) for mask in draw_masks(recipe, content(number), 192, 256)]
+    shares = np.array([mask.mean() for mask in masks])
+    assert 0.004 < shares.min() < 0.01 and 0.3 < shares.max() < 0.55
+    counts = np.histogram(np.log(shares), bins=4, range=(np.log(0.004), np.log(0.55)))[0]
+    assert counts.min() > 25  # of 180
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_smallest_area_still_has_a_hole(kind):
+    for number in range(20):
+        assert draw_mask(kind, 64, 48, mask_generator(content(number), 0), (0.001, 0.001)).any()
+
+
+def test_masks_without_an_area_are_those_of_every_cache_before():
+    recipe = MaskRecipe((("brush", 1.0), ("box", 1.0), ("polygon", 1.0)), variants=12)
+    masks = draw_masks(recipe, content(0), 96, 64)
+    assert xxhash.xxh3_64_hexdigest(np.packbits(masks).tobytes()) == "493cb97839ec8249"
+
+
 def test_a_kind_without_a_drawer_is_found():
     class WithStars(RandomMasks):
         stars: float = 0.0

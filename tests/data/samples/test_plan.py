@@ -12,6 +12,7 @@ from configs.cache_settings import keys_that_shape, tensor_settings
 from configs.errors import InputError
 from configs.schema import Config
 from configs.section import Shapes
+from data.cache.manifest import FORMAT_VERSION
 from data.samples.plan import plan_samples
 from data.samples.shard_plan import plan_shards
 
@@ -90,7 +91,7 @@ def plan_of(folder, key: str = "", value: object = None) -> dict[str, str]:
     )
     samples = plan_samples(config, Progress(disable=True))
     encoding = tensor_settings(config.data)
-    plans = plan_shards(samples, size_limit=1 << 20, text_bytes=1000, encoding=encoding, format_version=1)
+    plans = plan_shards(samples, size_limit=1 << 20, text_bytes=1000, encoding=encoding, format_version=FORMAT_VERSION)
     return {plan.path: plan.plan for plan in plans}
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 
 from configs.mask_recipe import OWN_MASKS, MaskRecipe
+from data.cache.manifest import FORMAT_VERSION
 from data.samples.geometry import Bucket, plan_crop
 from data.samples.plan import PlannedSample, text_name
 from data.samples.shard_plan import plan_shards, sample_bytes
@@ -26,7 +27,9 @@ def planned(
 
 
 def plan(samples, *, size_limit=100_000, encoding=ENCODING):
-    return plan_shards(samples, size_limit=size_limit, text_bytes=TEXT_BYTES, encoding=encoding, format_version=1)
+    return plan_shards(
+        samples, size_limit=size_limit, text_bytes=TEXT_BYTES, encoding=encoding, format_version=FORMAT_VERSION
+    )
 
 
 def many_samples(count=400):

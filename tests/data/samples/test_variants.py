@@ -34,8 +34,6 @@ def stored_samples(config):
     found = {}
     for path, split in zip(cache.table.path, cache.table.split, strict=True):
         for entry in webdataset.WebDataset(str(cache.folder / str(path)), shardshuffle=False):
-            if "json" not in entry:
-                continue
             count = sum(name.startswith("m") and name.endswith(".safetensors") for name in entry)
             variants = [load(entry[f"m{number}.safetensors"]) for number in range(count)]
             masks = [np.unpackbits(variant["mask"].numpy(), axis=1).astype(bool) for variant in variants]

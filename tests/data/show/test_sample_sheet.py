@@ -21,7 +21,9 @@ def decoded(cache, tiny_model) -> list[DecodedSample]:
     vae = load_cache_vae(str(tiny_model), cache.manifest)
     chosen = spread_samples(cache.table, range(len(cache.table)), 8)
     told = []
-    samples = list(decode_samples(vae, read_samples(cache.folder, cache.table, chosen), lambda: told.append(1)))
+    samples = list(
+        decode_samples(vae, read_samples(cache.folder, cache.manifest, cache.table, chosen), lambda: told.append(1))
+    )
     assert len(told) == 8
     return samples
 
@@ -31,7 +33,9 @@ def test_decoded_samples_show_their_pictures(cache, tiny_model):
     vae = load_cache_vae(str(tiny_model), cache.manifest)
     shards = {path: row for row, path in enumerate(cache.table.path.tolist())}
     items = read_validation_items(cache.folder, split="holdout", count=4)
-    stored = read_samples(cache.folder, cache.table, [(shards[item.shard], item.row) for item, _ in items])
+    stored = read_samples(
+        cache.folder, cache.manifest, cache.table, [(shards[item.shard], item.row) for item, _ in items]
+    )
     for (item, pixels), sample in zip(items, decode_samples(vae, stored, lambda: None), strict=True):
         assert sample.stored.key == item.key
         true = torch.from_numpy(pixels.target).permute(2, 0, 1) / 255
@@ -77,7 +81,10 @@ def test_a_page_needs_no_other_file_and_tells_every_caption(decoded, cache, tmp_
     save_page(tmp_path / "page.html", cache.folder, cache.manifest, counted, [first, *decoded[1:]])
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     name = first.stored.meta["target"]
-    assert f"<h2>{name}</h2>" in text
+    assert f"<h3>{name}</h3>" in text
+    assert not re.search(r"auto-fill, minmax\(\d", text), (
+        "a column is no wider than a phone: minmax(min(..., 100%), ...)"
+    )
     assert "<script>" not in text and "&lt;script&gt;alert(1)&lt;/script&gt; 一只猫 &amp; co" in text
     assert not re.search(r"(src|href)=\"(?!data:image/)", text) and "http" not in text
     for sample in decoded[1:]:

@@ -7,12 +7,11 @@ import pytest
 from configs.data_schema import CaptionsConfig
 from configs.errors import InputError
 from data.cache.shard_writer import ShardWriter
-from data.cache_layout import index_path
 from data.samples.geometry import Bucket
 from data.samples.plan import text_name
 from data.show.statistics import count_cache, find_shards
 from data.sources.items import DEFAULT, NONE, OWN, finish_caption
-from tests.data.made_caches import make_text
+from tests.data.made_caches import index_of, make_text
 
 SHARDS = [("photos", "48x64", 5), ("photos", "48x64", 3), ("photos", "32x32", 4, "holdout"), ("removal", "48x64", 1)]
 
@@ -94,7 +93,7 @@ def test_the_numbers_of_one_shard_are_its_own(make_cache):
 
 def test_a_lost_index_is_named(make_cache):
     cache = make_cache(SHARDS)
-    index_path(cache.folder / str(cache.table.path[1])).unlink()
+    index_of(cache.folder / str(cache.table.path[1])).unlink()
     with pytest.raises(InputError, match=r"48x64-000001.index: missing. `fluxfill shards verify --repair CONFIG`"):
         count(cache)
 

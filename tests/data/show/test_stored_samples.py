@@ -4,16 +4,16 @@ import torch
 
 from configs.errors import InputError
 from data.cache.shard_index import read_index
-from data.cache_layout import index_path
 from data.samples.geometry import Bucket
 from data.show.stored_samples import read_samples, spread_samples
+from tests.data.made_caches import index_of
 
 SHARDS = [("photos", "48x64", 5), ("photos", "48x64", 1), ("photos", "32x32", 4), ("removal", "48x64", 2)]
 
 
 def test_stored_samples_are_what_was_written(make_cache, make_sample):
     cache = make_cache(SHARDS, num_variants=2)
-    for sample in read_samples(cache.folder, cache.table, [(0, 3), (2, 0), (3, 1)]):
+    for sample in read_samples(cache.folder, cache.manifest, cache.table, [(0, 3), (2, 0), (3, 1)]):
         number, row = sample.key.split("-")[1:]
         text = f"text-{int(row) % 2:016x}"
         bucket = Bucket.parse(SHARDS[int(number)][1])
@@ -41,8 +41,8 @@ def test_a_damaged_sample_is_not_shown(make_cache):
     cache = make_cache(SHARDS)
     path = cache.folder / str(cache.table.path[0])
     data = bytearray(path.read_bytes())
-    data[int(read_index(index_path(path)).latents[2, 0]) + 300] ^= 1
+    data[int(read_index(index_of(path)).latents[2, 0]) + 300] ^= 1
     path.write_bytes(data)
-    assert len(list(read_samples(cache.folder, cache.table, [(0, 1)]))) == 1
+    assert len(list(read_samples(cache.folder, cache.manifest, cache.table, [(0, 1)]))) == 1
     with pytest.raises(InputError, match=r"48x64-000000.tar: the \d+ bytes at \d+ do not match their checksum"):
-        list(read_samples(cache.folder, cache.table, [(0, 2)]))
+        list(read_samples(cache.folder, cache.manifest, cache.table, [(0, 2)]))

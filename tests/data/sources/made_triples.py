@@ -39,6 +39,6 @@ def triples_of(folder, *, source=False, **captions):
     config = dataset(folder, source=source)
     data = DataConfig(cache=folder / "cache", datasets=[config], captions=CaptionsConfig(**captions))
     findings = Findings()
-    triples = [triple for triple, _ in list_triples(config, data, lambda count: None, findings)]
+    triples = [each.triple for each in list_triples(config, data, lambda count: None, findings)]
     findings.raise_problems()
     return triples

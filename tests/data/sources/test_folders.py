@@ -2,8 +2,6 @@ import os
 import re
 import tempfile
 import unicodedata
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from configs.errors import InputError
 from data.sources.folders import list_folders
 from data.sources.problems import LEFT_OUT, Findings, ProblemsFound
 from tests.data.sources.made_triples import dataset, make_files, triples_of
+from tests.other_user import as_nobody
 
 
 def test_every_file_without_partners_is_named(tmp_path):
@@ -54,23 +53,13 @@ def test_pictures_that_differ_in_suffix_alone_are_refused(tmp_path):
         triples_of(tmp_path)
 
 
+@pytest.mark.fault(29, "names that are not UTF-8")
 def test_a_name_that_is_not_utf8_is_refused(tmp_path):
     make_files(tmp_path / "target", "a.png")
     make_files(tmp_path / "mask", "a.png")
     (Path(os.fsdecode(os.fsencode(tmp_path / "mask") + b"/caf\xe9.png"))).write_bytes(b"")
     with pytest.raises(InputError, match=r"mask folder .*: the name of 'caf\\udce9' is not UTF-8. Rename it"):
         triples_of(tmp_path)
-
-
-@contextmanager
-def as_nobody() -> Iterator[None]:
-    """Root may read everything: within the context it is another user."""
-    user = os.geteuid()
-    os.seteuid(65534 if user == 0 else user)
-    try:
-        yield
-    finally:
-        os.seteuid(user)
 
 
 def test_a_folder_that_cannot_be_read_is_not_passed_over():
@@ -137,6 +126,20 @@ def test_pictures_of_other_suffixes_are_counted(tmp_path):
         (LEFT_OUT, f"{tmp_path}/target", "2 .heic not read: b.heic, c.HEIC"),
         (LEFT_OUT, f"{tmp_path}/target", "1 .svg not read: d.svg"),
         (LEFT_OUT, f"{tmp_path}/mask", "1 .heic not read: b.heic"),
+    ]
+
+
+def test_each_picture_that_is_not_read_is_counted_also_without_a_suffix_or_of_one_name(tmp_path):
+    for role in ("target", "mask"):
+        make_files(tmp_path / role, "a.png")
+    make_files(tmp_path / "target", "b.png", "c.cr2", "c.heic", "c.xcf")
+    (tmp_path / "target" / "b.png").rename(tmp_path / "target" / "d41d8cd9")
+    (tmp_path / "target" / "LICENSE").write_text("of the pictures")
+    assert [note.what for note in notes_of(tmp_path)] == [
+        "1 .cr2 not read: c.cr2",
+        "1 .heic not read: c.heic",
+        "1 .xcf not read: c.xcf",
+        "1 without a suffix not read: d41d8cd9",
     ]
 
 

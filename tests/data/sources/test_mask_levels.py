@@ -114,3 +114,38 @@ def test_a_label_passes_over_transparency(tmp_path):
     with pytest.raises(InputError, match="partly transparent"):
         load_mask(tmp_path / "mask.png", max_megapixels=1)
     assert np.asarray(load_mask(tmp_path / "mask.png", max_megapixels=1, label="#ff0000")).any()
+
+
+CLASSES = Image.fromarray(np.array([0, 1, 2, 255], np.uint8).repeat(30)[:, None].repeat(SIZE[0], 1))
+
+
+@pytest.mark.parametrize(
+    "labels, said",
+    [
+        (CLASSES, "0 (25%), 1 (25%), 2 (25%), 255 (25%)"),  # 255: of no class
+        (ellipse("RGB", "red", "white"), "#ffffff (79%), #ff0000 (21%)"),
+        (ellipse("RGB", "blue", "white"), "#ffffff (79%), #0000ff (21%)"),
+        (ellipse("RGB", "white", "red"), "#ff0000 (79%), #ffffff (21%)"),
+        (ellipse("I;16", 1), "0 (79%), 1 (21%)"),
+        (ellipse("I;16", 255), "0 (79%), 255 (21%)"),
+        (ellipse("I;16", 300, 2), "2 (79%), 300 (21%)"),
+    ],
+)
+def test_labels_of_which_none_is_grey_are_told_too(labels, said):
+    found = find_no_mask(load_mask_as_it_was(labels), lambda: labels)
+    assert found.labels and said in found.what
+
+
+def load_mask_as_it_was(picture):
+    """As `load_mask` gives it: of 16 bits, the upper 8."""
+    if picture.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    return picture.convert("L")
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_levels_of_video_are_no_labels(mode):
+    box = Image.new(mode, (512, 512), "#101010")
+    ImageDraw.Draw(box).rectangle((119, 157, 358, 410), fill="#ebebeb")
+    for quality in (20, 60, 85):
+        assert problem_of(box, "WEBP", quality=quality) is None

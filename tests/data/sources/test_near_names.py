@@ -19,6 +19,12 @@ def test_another_number_is_another_picture():
     assert names.nearest("photo_0002") is None and names.nearest("photo_01") == "photo_0001"
 
 
+def test_numbers_may_have_zeros_ahead_and_names_go_on():
+    names = NearNames(["1", "2", "12", "cat_seg", "cathedral"])
+    assert (names.nearest("001"), names.nearest("0012"), names.nearest("010")) == ("1", "12", None)
+    assert (names.nearest("cat"), names.nearest("cat_seg_v2")) == ("cat_seg", "cat_seg")
+
+
 def test_what_is_like_none_has_none():
     assert NearNames(NAMES).nearest("portrait") is None and NearNames([]).nearest("cat") is None
 

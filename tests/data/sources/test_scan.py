@@ -1,101 +1,26 @@
 import errno
-import io
 import json
 import os
-import sys
-import tarfile
 import threading
-import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ClassVar
 
-import numpy as np
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
-from PIL import Image
 
 from configs.data_schema import DataConfig
 from configs.errors import InputError, StorageFailed
 from data.sources.download_cache import delete_copies
-from data.sources.problems import TRUNCATED, Findings, ProblemsFound
-from data.sources.scan import scan_dataset
-
-NAMES = [f"{letter}/{number:02d}" for letter in "ab" for number in range(10)]
-
-
-def picture_bytes(seed, size=(24, 16), *, mask=False):
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0]), dtype=np.uint8)
-    pixels = np.where(pixels > 127, 250, 5).astype(np.uint8) if mask else np.stack([pixels] * 3, -1)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
-def write_folders(folder, names=NAMES):
-    for number, name in enumerate(names):
-        for role in ("target", "mask"):
-            path = folder / role / f"{name}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(picture_bytes(number, mask=role == "mask"))
-        (folder / "target" / f"{name}.txt").write_text(f"caption {number}")
-
-
-def write_tar(path, pictures):
-    """pictures: member name -> bytes."""
-    with tarfile.open(path, "w") as archive:
-        for name, data in pictures.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            archive.addfile(entry, io.BytesIO(data))
-
-
-@pytest.fixture
-def reads(monkeypatch):
-    """The pictures that were read, in order."""
-    seen = []
-
-    def count(file, **limits):
-        seen.append(str(file))
-        return _read_picture(file, **limits)
-
-    from data.sources.scan import read_picture as _read_picture
-
-    monkeypatch.setattr("data.sources.scan.read_picture", count)
-    return seen
-
-
-def scanned_by(data, advance=lambda count: None, **options):
-    findings = Findings()
-    scanned = scan_dataset(data.datasets[0], data, advance, findings, **options)
-    findings.raise_problems()
-    return scanned
-
-
-@pytest.fixture
-def scan(tmp_path):
-    """Scans a dataset: `scan(copies_gib=1, tars=...)` -> its items and facts."""
-
-    def run(*, copies_gib=1, thorough=False, **dataset):
-        config = {"name": "photos", **dataset}
-        data = DataConfig.model_validate({"cache": tmp_path / "cache", "datasets": [config], "copies_gib": copies_gib})
-        advanced = []
-        scanned = scanned_by(data, advanced.append, thorough=thorough)
-        assert sum(advanced) == len(scanned)
-        return scanned
-
-    return run
-
-
-@pytest.fixture
-def folders(tmp_path):
-    write_folders(tmp_path)
-    return {"target": tmp_path / "target", "mask": tmp_path / "mask"}
-
-
-def facts_by_name(scanned):
-    return {entry.item.name: (entry.item.caption, entry.target[:5], entry.mask and entry.mask[:5]) for entry in scanned}
+from data.sources.problems import TRUNCATED, ProblemsFound
+from data.sources.scan import _UNIT_THREADS
+from tests.data.sources.made_scans import (
+    NAMES,
+    facts_by_name,
+    picture_bytes,
+    read_all,
+    scanned_by,
+    write_folders,
+    write_tar,
+)
 
 
 def test_facts_are_of_the_pictures(scan, folders):
@@ -213,17 +138,17 @@ def test_what_another_worker_found_is_taken_over(folders, reads, tmp_path):
     """One stops halfway while another scans to the end, and goes on then: together they read each picture once."""
     write_folders(tmp_path, [f"{number:04d}" for number in range(600)])
     data = DataConfig.model_validate({"cache": tmp_path / "cache", "datasets": [{"name": "photos", **folders}]})
-    halfway, other_is_done, counts = threading.Event(), threading.Event(), []
+    all_halfway, other_is_done, counts = threading.Barrier(_UNIT_THREADS + 1, timeout=250), threading.Event(), []
 
     def stop_halfway(count):
         counts.append(count)
-        if sum(counts) > 310:
-            halfway.set()
-            assert other_is_done.wait(30)
+        if sum(counts) > 310 and not other_is_done.is_set():
+            all_halfway.wait()  # each with its unit read and kept
+            assert other_is_done.wait(250)
 
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(scanned_by, data, stop_halfway)
-        assert halfway.wait(30)
+        all_halfway.wait()
         second = scanned_by(data)
         other_is_done.set()
         assert first.result() == second and len(second) == 620
@@ -271,26 +196,6 @@ def test_a_picture_that_was_cut_off_is_found_by_decoding_once(scan, folders, tmp
     assert [(problem.kind, problem.where) for problem in caught.value.problems] == [(TRUNCATED, str(path))]
 
 
-# --- tars -------------------------------------------------------------------------------------------------------------
-
-
-def members_of(tmp_path, letter):
-    members = {}
-    for number in range(10):
-        name = f"{letter}/{number:02d}"
-        members[f"{number:02d}.png"] = (tmp_path / "target" / f"{name}.png").read_bytes()
-        members[f"{number:02d}.mask.png"] = (tmp_path / "mask" / f"{name}.png").read_bytes()
-        members[f"{number:02d}.txt"] = (tmp_path / "target" / f"{name}.txt").read_bytes()
-    return members
-
-
-@pytest.fixture
-def tars(folders, tmp_path):
-    for letter in "ab":
-        write_tar(tmp_path / f"{letter}.tar", members_of(tmp_path, letter))
-    return tmp_path
-
-
 def test_tars_hold_what_folders_hold(scan, folders, tars, reads):
     from_folders = facts_by_name(scan(**folders))
     assert facts_by_name(scan(tars=f"{tars}/{{a,b}}.tar")) == from_folders
@@ -333,6 +238,26 @@ def test_rows_that_are_there_twice_are_refused(scan, tmp_path, folders):
         scan(table=str(tmp_path / "one.jsonl"))
 
 
+def test_a_folder_that_a_list_names_wrong_is_told_once_and_at_once(scan, tmp_path, folders):
+    """Picture by picture it would look like a disk that went away, and be waited for."""
+    rows = [{"target": f"tagret/a/{n}.png", "mask": f"mask/a/{n}.png"} for n in ("00", "01")]
+    rows += [{"target": "target/a/02.png", "mask": "mask/b/gone.png"}, {"target": "target/a/03.png", "mask": "x"}]
+    (tmp_path / "one.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(InputError) as caught:
+        scan(table=str(tmp_path / "one.jsonl"))
+    told = str(caught.value)
+    assert told.count("tagret") == 1 and f"names 2 pictures in {tmp_path}/tagret/a, which is no folder" in told
+    assert "mask/b/gone.png: no such picture" in told and f"{tmp_path}/x: no such picture" in told
+
+
+def test_a_list_may_be_named_by_its_file_alone(scan, tmp_path, monkeypatch):
+    (tmp_path / "one.jsonl").write_text('{"target": "a.png", "mask": "m.png"}')
+    (tmp_path / "a.png").write_bytes(picture_bytes(0))
+    (tmp_path / "m.png").write_bytes(picture_bytes(0, mask=True))
+    monkeypatch.chdir(tmp_path)
+    assert [entry.item.name for entry in scan(table="one.jsonl")] == ["a"]
+
+
 def test_names_that_meet_are_refused(scan, tmp_path, folders):
     rows = [{"target": f"target/a/{n}.png", "mask": "mask/a/00.png", "id": "same"} for n in ("00", "01")]
     (tmp_path / "one.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -369,9 +294,6 @@ def test_pictures_in_folders_that_the_cache_clears_are_refused(scan, tmp_path, m
     (tmp_path / "link").symlink_to(tmp_path / "cache" / "shards")
     with pytest.raises(InputError, match=r"lies in a folder of data.cache .* Move the pictures elsewhere"):
         scan(**dataset)
-
-
-# --- pictures inside tables -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -417,227 +339,3 @@ def test_a_cache_may_be_called_otherwise(scan, parquet, reads, tmp_path):
     reads.clear()
     read_all(scanned_by(data))
     assert reads == []
-
-
-# --- remote -----------------------------------------------------------------------------------------------------------
-
-
-def requests_of_files(requests):
-    """Those that are not for a file's state."""
-    return [(path, wanted) for path, wanted in requests if wanted != "bytes=0-0"]
-
-
-def read_all(scanned):
-    """As encoding does, checked against the facts."""
-    for entry in scanned:
-        for file, facts in ((entry.item.target, entry.target), (entry.item.mask, entry.mask)):
-            assert file.read(1 << 20).content == facts.content
-
-
-def test_a_remote_tar_is_fetched_once(scan, folders, tars, serve_folder, tmp_path, reads):
-    expected = facts_by_name(scan(**folders))
-    url, requests = serve_folder(tars)
-    scanned = scan(tars=f"{url}/{{a,b}}.tar")
-    assert facts_by_name(scanned) == expected
-    read_all(scanned)
-    assert sorted(requests_of_files(requests)) == [("/a.tar", None), ("/b.tar", None)]
-
-    reads.clear(), requests.clear()
-    again = scan(tars=f"{url}/{{a,b}}.tar")
-    assert facts_by_name(again) == expected and reads == [] and requests_of_files(requests) == []
-    delete_copies(tmp_path / "cache")
-    assert not (tmp_path / "cache" / "copies").exists()
-    read_all(again[:2])
-    assert [path for path, wanted in requests_of_files(requests) if wanted] == ["/a.tar"] * 4, "single pictures"
-
-
-def test_what_another_is_writing_is_left_to_it(tmp_path):
-    """A late helper or a dry run, while this job ends."""
-    copies = tmp_path / "cache" / "copies"
-    copies.mkdir(parents=True)
-    for name in ("a.copy", "b.pictures", "c.copy.0123abcd.part", "d.copy.4567cdef.part"):
-        (copies / name).write_text("x")
-    os.utime(copies / "d.copy.4567cdef.part", (0, 0))
-    delete_copies(tmp_path / "cache")
-    assert [file.name for file in copies.iterdir()] == ["c.copy.0123abcd.part"]
-    os.utime(copies / "c.copy.0123abcd.part", (0, 0))
-    for _ in range(2):
-        delete_copies(tmp_path / "cache")
-        assert not copies.exists()
-
-
-def test_copies_go_although_a_new_one_comes_meanwhile(tmp_path, monkeypatch):
-    copies = tmp_path / "cache" / "copies"
-    copies.mkdir(parents=True)
-    (copies / "a.copy").write_text("x")
-    unlink = Path.unlink
-
-    def unlink_slowly(path, **options):
-        unlink(path, **options)
-        (copies / "new.copy.0123abcd.part").write_text("x")
-
-    monkeypatch.setattr(Path, "unlink", unlink_slowly)
-    delete_copies(tmp_path / "cache")
-    assert [file.name for file in copies.iterdir()] == ["new.copy.0123abcd.part"]
-
-
-def test_without_room_for_copies_pictures_are_fetched_one_by_one(scan, tars, serve_folder, tmp_path):
-    url, requests = serve_folder(tars)
-    scanned = scan(tars=f"{url}/{{a,b}}.tar", copies_gib=0)
-    assert list((tmp_path / "cache" / "copies").iterdir()) == []
-    requests.clear()
-    read_all(scanned)
-    assert len(requests) == 40 and all(wanted for _, wanted in requests)
-
-
-def test_a_remote_tar_that_changed_is_fetched_again(scan, tars, serve_folder):
-    url, _ = serve_folder(tars)
-    scan(tars=f"{url}/a.tar")
-    write_tar(tars / "a.tar", {"new.png": picture_bytes(7), "new.mask.png": picture_bytes(7, mask=True)})
-    (entry,) = scan(tars=f"{url}/a.tar")
-    assert entry.item.name == "a/new"
-    read_all([entry])
-
-
-def test_a_remote_tar_that_is_cut_is_named_by_its_url_and_not_kept(scan, tars, serve_folder, tmp_path):
-    os.truncate(tars / "a.tar", 3000)
-    url, _ = serve_folder(tars)
-    with pytest.raises(InputError, match=rf"^{url}/a\.tar: cut off"):
-        scan(tars=f"{url}/a.tar")
-    assert list((tmp_path / "cache" / "copies").iterdir()) == []
-
-
-def test_a_connection_that_ends_early_is_tried_again(scan, tars, serve, monkeypatch):
-    monkeypatch.setattr("data.storage.retry.FIRST_WAIT_SECONDS", 0.001)
-    data, calls = (tars / "a.tar").read_bytes(), []
-
-    def get(handler):
-        calls.append(handler.headers.get("Range"))
-        handler.send_response(200)
-        handler.send_header("Content-Length", str(len(data)))
-        handler.send_header("ETag", "1")
-        handler.end_headers()
-        handler.wfile.write(data if len(calls) == 3 else data[:5000])
-
-    scanned = scan(tars=f"{serve(get)}/a.tar")
-    assert [entry.item.name for entry in scanned] == NAMES[:10]
-    assert calls == ["bytes=0-0", None, None]
-
-
-@pytest.mark.parametrize("copies_gib", [1, 0])
-def test_a_list_of_urls_is_fetched_once_if_there_is_room(scan, folders, serve_folder, tmp_path, reads, copies_gib):
-    expected = [entry[1:] for entry in facts_by_name(scan(**folders)).values()]
-    url, requests = serve_folder(tmp_path)
-    rows = [{"target": f"{url}/target/{name}.png", "mask": f"{url}/mask/{name}.png", "id": name} for name in NAMES]
-    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    dataset = {"table": str(tmp_path / "list.jsonl"), "columns": {"name": "id"}}
-    scanned = scan(**dataset, copies_gib=copies_gib)
-    assert [facts[1:] for facts in facts_by_name(scanned).values()] == expected
-    assert len(requests) == 40
-    read_all(scanned)
-    assert len(requests) == (40 if copies_gib else 80)
-    reads.clear()
-    read_all(scan(**dataset, copies_gib=copies_gib))
-    assert reads == []
-
-
-def test_workers_that_copy_the_same_pictures_at_once_each_find_their_own(scan, folders, serve, tmp_path):
-    """Two workers on one list of URLs; the server answers each in an order of its own."""
-    asked, both_scan = Counter(), threading.Barrier(2)
-
-    def get(handler):
-        asked[handler.path] += 1
-        if handler.path == "/target/a/00.png":
-            both_scan.wait(10)
-        number = int(handler.path[-6:-4])
-        time.sleep(0.002 * (number if asked[handler.path] == 1 else 10 - number))
-        data = (tmp_path / handler.path.lstrip("/")).read_bytes()
-        handler.send_response(200)
-        handler.send_header("Content-Length", str(len(data)))
-        handler.end_headers()
-        handler.wfile.write(data)
-
-    url = serve(get)
-    rows = [{"target": f"{url}/target/{name}.png", "mask": f"{url}/mask/{name}.png"} for name in NAMES]
-    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with ThreadPoolExecutor(2) as pool:
-        for scanned in pool.map(lambda _: scan(table=str(tmp_path / "list.jsonl")), range(2)):
-            read_all(scanned)
-    assert set(asked.values()) == {2}
-    read_all(scan(table=str(tmp_path / "list.jsonl")))
-    assert set(asked.values()) == {2}, "copied once more by each worker, and read from the copies since"
-
-
-def test_a_list_on_a_server_and_its_pictures(scan, folders, serve_folder, tmp_path):
-    expected = [entry[1:] for entry in facts_by_name(scan(**folders)).values()]
-    rows = [{"target": f"target/{name}.png", "mask": f"mask/{name}.png"} for name in NAMES]
-    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    url, _ = serve_folder(tmp_path)
-    scanned = scan(table=f"{url}/list.jsonl")
-    assert [entry.item.name for entry in scanned] == [f"target/{name}" for name in NAMES]
-    assert [facts[1:] for facts in facts_by_name(scanned).values()] == expected
-    read_all(scanned)
-
-
-def test_a_picture_that_the_server_lacks_is_named_at_once_and_no_token(scan, serve_folder, tmp_path):
-    url, requests = serve_folder(tmp_path)
-    row = {"target": f"{url}/nothing.png?token=secret", "mask": f"{url}/m.png"}
-    (tmp_path / "list.jsonl").write_text(json.dumps(row))
-    with pytest.raises(InputError, match=rf"{url}/nothing\.png: the server answers 404 Not Found\. Correct the URL"):
-        scan(table=str(tmp_path / "list.jsonl"))
-    assert len(requests) == 2, "each is asked for once: what the server lacks it lacks"
-
-
-def test_no_message_holds_the_token_of_a_signed_url(scan, serve, no_waits, caplog):
-    """Neither the log's of attempts, nor the error's in the end."""
-    url = serve(lambda handler: handler.send_error(503))
-    with pytest.raises(InputError, match=rf"^{url}/a\.tar: failed 8 time\(s\)") as caught:
-        scan(tars=f"{url}/a.tar?X-Amz-Signature=secret")
-    assert "attempt 8 of 8" in caplog.text
-    assert "secret" not in str(caught.value) + caplog.text
-
-
-@pytest.fixture
-def bucket(monkeypatch):
-    """Stands for s3: a file system in memory, with ETags. `bucket["name/a.tar"] = bytes`."""
-
-    class Bucket(MemoryFileSystem):
-        protocol = ("s3",)
-        store: ClassVar[dict] = {}
-        pseudo_dirs: ClassVar[list] = [""]
-
-        @classmethod
-        def _strip_protocol(cls, path):
-            return "/" + path.removeprefix("s3://").strip("/")
-
-        def info(self, path, **options):
-            return super().info(path, **options) | {"ETag": str(hash(bytes(self.store[path].getbuffer())))}
-
-        def _open(self, path, mode="rb", **options):
-            if mode != "rb":
-                return super()._open(path, mode, **options)
-            return io.BytesIO(self.store[path].getvalue())  # its own: threads would share a memory file's position
-
-    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "s3", Bucket)
-    return Bucket()
-
-
-def test_tars_and_lists_in_a_bucket(scan, folders, tars, bucket, reads, tmp_path):
-    expected = facts_by_name(scan(**folders))
-    for letter in "ab":
-        bucket.pipe(f"s3://photos/{letter}.tar", (tars / f"{letter}.tar").read_bytes())
-    scanned = scan(tars="s3://photos/{a,b}.tar", copies_gib=0)
-    assert facts_by_name(scanned) == expected
-    read_all(scanned)
-    reads.clear()
-    assert facts_by_name(scan(tars="s3://photos/{a,b}.tar")) == expected and reads == []
-
-    rows = []
-    for name in NAMES:
-        for role in ("target", "mask"):
-            bucket.pipe(f"s3://photos/list/{role}/{name}.png", (tmp_path / role / f"{name}.png").read_bytes())
-        rows.append({"target": f"target/{name}.png", "mask": f"mask/{name}.png", "id": name})
-    bucket.pipe("s3://photos/list/list.jsonl", "\n".join(map(json.dumps, rows)).encode())
-    listed = scan(table="s3://photos/list/list.jsonl", columns={"name": "id"})
-    assert [facts[1:] for facts in facts_by_name(listed).values()] == [facts[1:] for facts in expected.values()]
-    read_all(listed)

@@ -1,7 +1,5 @@
-import io
 import json
 import re
-import tarfile
 import unicodedata
 
 import pytest
@@ -10,14 +8,8 @@ from configs.dataset_schema import DatasetConfig
 from configs.errors import InputError
 from data.sources.problems import CAPTIONS, Findings
 from data.sources.tars import expand_tars, list_tar, tar_name
-
-
-def write_tar(path, members):
-    with tarfile.open(path, "w") as archive:
-        for name, data in members.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            archive.addfile(entry, io.BytesIO(data))
+from tests.data.sources.made_scans import write_tar
+from tests.payloads import canary_pickle
 
 
 @pytest.fixture
@@ -82,6 +74,17 @@ def test_what_is_no_samples_is_passed_over(items_of):
         {"__meta__.json": b"{}", ".hidden.png": b"", "a/._x.png": b"", "README": b"", "1.png": b"1"}, masks=False
     )
     assert item.name == "photos-0/1"
+
+
+@pytest.mark.fault(27, "pickles beside the pictures of a tar, which WebDataset's decoder runs")
+def test_members_that_are_programs_are_not_read(items_of, tmp_path):
+    canary = tmp_path / "canary"
+    suffixes = ("pkl", "pickle", "pyd", "pth", "cls", "json.pkl", "py")
+    payload = canary_pickle(canary)
+    members = {f"1.{suffix}": payload for suffix in suffixes}
+    (item,) = items_of({"1.jpg": b"1", "1.mask.png": b"2", "1.txt": b"a cat", **members})
+    assert (item.caption, read(item.target), read(item.mask)) == ("a cat", b"1", b"2")
+    assert not canary.exists()
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,15 @@ class Remote:
         self.requests: Counter = Counter()
         self.slow = threading.Event()
         self.slow.set()
+        self._lock = threading.Lock()
 
     def get(self, handler) -> None:
         path = handler.path.lstrip("/")
-        self.requests[path] += 1
-        self.slow.wait(10)
-        fault = self.faults[path].pop(0) if self.faults.get(path) else None
+        with self._lock:
+            self.requests[path] += 1
+        self.slow.wait(250)
+        with self._lock:
+            fault = self.faults[path].pop(0) if self.faults.get(path) else None
         if isinstance(fault, int):
             handler.send_error(fault)
             return

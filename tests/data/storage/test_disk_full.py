@@ -19,7 +19,8 @@ from data.samples.geometry import Bucket, Pixels
 from data.sources.download_cache import open_new_file
 from data.sources.scan_cache import ScanCache
 from data.storage.atomic_write import write_atomically, write_text_atomically
-from data.storage.disk_full import DiskFull, raise_disk_full
+from data.storage.disk_full import FINISHED_IS_KEPT, DiskFull, raise_disk_full
+from tests.data.made_caches import index_of
 
 SQUARE = Bucket(64, 64)
 
@@ -29,7 +30,7 @@ def files_below(folder):
 
 
 def write_index_of_a_shard(disk, cache, make_sample, make_text):
-    write_index(disk / "a.index", read_index(cache.folder / str(cache.table.path[0]).replace(".tar", ".index")))
+    write_index(disk / "a.index", read_index(index_of(cache.folder / str(cache.table.path[0]))))
 
 
 def write_plan(disk, *_):
@@ -73,6 +74,7 @@ WRITERS = {
 }
 
 
+@pytest.mark.fault(9, "a real small disk, filled under every kind of file of a cache")
 @pytest.mark.parametrize("what", WRITERS)
 def test_what_does_not_fit_is_named_and_leaves_nothing(small_disk, make_cache, make_sample, make_text, what):
     cache = make_cache([("cats", "64x64", 3)])
@@ -84,7 +86,10 @@ def test_what_does_not_fit_is_named_and_leaves_nothing(small_disk, make_cache, m
     message = str(caught.value)
     assert message.startswith(str(small_disk.folder))
     assert re.search(r"cannot be written \((No space left on device|File too large)\)\. .* free there", message)
-    assert message.endswith("Make room and run the same command again: what is finished is kept.")
+    assert message.endswith("Make room and run the same command again.")  # what is kept, the program knows
+    words = r"same command again: what is finished is kept\.$"
+    with pytest.raises(DiskFull, match=words), raise_disk_full(small_disk.folder, kept=FINISHED_IS_KEPT):
+        raise caught.value
     WRITERS[what](small_disk.folder, cache, make_sample, make_text)
     assert len(files_below(small_disk.folder)) > 1
 

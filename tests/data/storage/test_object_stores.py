@@ -20,6 +20,7 @@ from data.storage.remote_files import open_url, read_range, url_stamp
 from data.storage.retry import with_retries
 from tests.data.batches.streams import rows_by_position, take
 from tests.data.storage.remote_server import SHARDS
+from tests.ports import own_port
 
 
 class Proxy:
@@ -57,19 +58,19 @@ class Proxy:
         self._listener.close()
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+@pytest.fixture(scope="module")
+def ports():
+    """scheme -> port of its server."""
+    with own_port() as of_s3, own_port() as of_gs:
+        yield {"s3": of_s3, "gs": of_gs}
 
 
 @pytest.fixture(scope="module")
-def proxies():
+def proxies(ports):
     """scheme -> Proxy in front of a server of that scheme with a bucket `bucket`. The drivers find it by what their
     documentation names."""
     from gcp_storage_emulator.server import create_server
 
-    ports = {"s3": free_port(), "gs": free_port()}
     moto = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(ports["s3"])],
         stdout=subprocess.DEVNULL,
@@ -88,7 +89,7 @@ def proxies():
     }
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 250
     while True:
         try:
             fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
@@ -106,7 +107,7 @@ def proxies():
         proxy.close()
     emulator.stop()
     moto.terminate()
-    moto.wait(timeout=20)
+    moto.wait(timeout=120)
 
 
 @pytest.fixture(params=["s3", "gs"])
@@ -152,6 +153,7 @@ def test_a_cache_trains_as_its_folder_does(store, make_cache, tmp_path):
     assert [rows_by_position(b) for b in take(far, 6)] == [rows_by_position(b) for b in take(cache, 6)]
 
 
+@pytest.mark.fault(8, "a bucket that is down for a while")
 def test_a_store_that_is_down_for_a_while_is_waited_for(store, make_cache, tmp_path, no_waits):
     """What a driver's error holds on to (its frames hold the copy's lock) keeps nobody waiting afterwards."""
     url, driver, proxy = store
@@ -165,15 +167,16 @@ def test_a_store_that_is_down_for_a_while_is_waited_for(store, make_cache, tmp_p
     )
     opening.start()
     before = proxy.refused
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while proxy.refused < before + 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert proxy.refused >= before + 3 and not found
     proxy.is_down.clear()
-    opening.join(timeout=60)
+    opening.join(timeout=120)
     assert found and os.fstat(found[0]).st_size == cache.table.bytes[1]
 
 
+@pytest.mark.fault(8, "a bucket that stays down")
 @pytest.mark.parametrize("store", ["s3", pytest.param("gs", marks=pytest.mark.slow)], indirect=True)
 def test_a_store_that_stays_down_is_named(store, make_cache, tmp_path, no_waits):
     """Google's driver tries by itself for half a minute; that is one attempt."""

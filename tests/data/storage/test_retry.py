@@ -2,6 +2,7 @@ import errno
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,9 +17,13 @@ from tests.data.preprocessing.test_shard_queue import planned, shard_plan
 
 @pytest.fixture
 def waits(monkeypatch):
-    """The seconds that would have been waited."""
-    waited = []
-    monkeypatch.setattr("threading.Event.wait", lambda _, seconds: waited.append(seconds))
+    """The seconds that would have been waited by the thread of the test."""
+    waited, wait, here = [], threading.Event.wait, threading.get_ident()
+
+    def note(event, seconds=None):
+        return waited.append(seconds) if threading.get_ident() == here else wait(event, seconds)
+
+    monkeypatch.setattr("threading.Event.wait", note)
     return waited
 
 
@@ -63,7 +68,9 @@ def test_a_stop_ends_the_waiting():
         with_retries(failing(99, OSError("busy")), "a.tar", stop=stop)
 
 
-def test_a_stop_during_a_wait_ends_it_without_another_attempt():
+def test_a_stop_during_a_wait_ends_it_without_another_attempt(monkeypatch):
+    monkeypatch.setattr("data.storage.retry.FIRST_WAIT_SECONDS", 100.0)
+    monkeypatch.setattr("data.storage.retry.LONGEST_WAIT_SECONDS", 100.0)
     stop, calls = threading.Event(), []
 
     def attempt():
@@ -79,7 +86,7 @@ def test_a_stop_during_a_wait_ends_it_without_another_attempt():
 def test_no_attempt_begins_after_four_minutes(waits, monkeypatch):
     """A silent server takes a minute for each; the other processes of a run wait ten minutes at most."""
     clock = iter(range(0, 10_000, 65))
-    monkeypatch.setattr("data.storage.retry.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("data.storage.retry.time", SimpleNamespace(monotonic=lambda: next(clock)))
     with pytest.raises(StorageFailed, match=r"failed 4 time\(s\)"):
         with_retries(failing(99, TimeoutError("timed out")), "a.tar")
 

@@ -8,8 +8,9 @@ import pytest
 from configs.errors import InputError
 from data.cache.manifest import read_manifest, read_shard_table, write_manifest
 from data.cache.shard_index import read_index
-from data.cache_layout import EMPTY_TEXT, MANIFEST, SHARD_TABLE, index_path
+from data.cache_layout import EMPTY_TEXT, MANIFEST, SHARD_TABLE
 from data.verify.cache import verify_cache
+from tests.data.made_caches import index_of
 from tests.data.verify.verified import BAD, MIDDLE, SHARDS, found, verify
 
 
@@ -50,7 +51,7 @@ def test_verify_changes_nothing(folder):
     assert verify(folder).problems == []
     assert tree(folder) == before
     (folder / BAD).write_bytes(b"")
-    index_path(folder / "shards/removal/48x64-000003.tar").unlink()
+    index_of(folder / "shards/removal/48x64-000003.tar").unlink()
     before = tree(folder)
     assert len(verify(folder).problems) > 1
     assert tree(folder) == before
@@ -87,7 +88,7 @@ def test_a_damaged_table_is_named_and_the_shards_are_judged_by_their_indexes(fol
 def damage(tar: Path) -> None:
     """Flip a bit in the middle sample's latents."""
     data = bytearray(tar.read_bytes())
-    data[int(read_index(index_path(tar)).latents[2, 0]) + 300] ^= 1
+    data[int(read_index(index_of(tar)).latents[2, 0]) + 300] ^= 1
     tar.write_bytes(data)
 
 
@@ -131,7 +132,7 @@ def test_tensors_of_another_size_than_the_manifest_says_are_named(folder):
     manifest, table = read_manifest(folder), read_shard_table(folder)
     write_manifest(folder, replace(manifest, text_length=9), table)
     problems = found(folder)
-    assert {member.partition("-")[0] for _, member, _ in problems} == {"text"}
+    assert {member.partition(".")[2] for _, member, _ in problems} == {"text.safetensors"}
     assert "holds {" in problems[0][2] and "the manifest says {'t5': ('BF16', [9, 6])" in problems[0][2]
     assert verify(folder).bad == sorted(table.path.tolist()) and verify(folder).rebuildable == []
 
@@ -139,21 +140,26 @@ def test_tensors_of_another_size_than_the_manifest_says_are_named(folder):
 def test_files_that_belong_to_nothing_are_named(folder):
     (folder / "shards" / "photos" / "48x64-000009.tar").write_bytes(b"")
     (folder / "shards" / "photos" / "48x64-000008.tar.part").write_bytes(b"")
-    strays = ["shards/photos/48x64-000008.tar.part", "shards/photos/48x64-000009.tar"]
+    (folder / "index" / "photos" / "48x64-000009.index").write_bytes(b"")
+    strays = [
+        "index/photos/48x64-000009.index",
+        "shards/photos/48x64-000008.tar.part",
+        "shards/photos/48x64-000009.tar",
+    ]
     assert found(folder) == [(path, "", f"not listed in {SHARD_TABLE}") for path in strays]
 
 
 def test_an_interrupted_cache_is_unfinished_and_its_shards_are_judged_by_their_indexes(folder):
     """As a killed preprocess leaves it: no manifest, a tar without index, and a .part."""
     (folder / MANIFEST).unlink()
-    index_path(folder / "shards/removal/48x64-000003.tar").unlink()
+    index_of(folder / "shards/removal/48x64-000003.tar").unlink()
     (folder / "shards/photos/48x64-000008.tar.part").write_bytes(b"half")
     damage(folder / BAD)
     problems = found(folder)
     assert [problem[:2] for problem in problems] == [
+        ("index/removal/48x64-000003.index", ""),
         (MANIFEST, ""),
         (BAD, f"{MIDDLE}.safetensors"),
-        ("shards/removal/48x64-000003.index", ""),
         ("shards/removal/48x64-000003.tar", ""),
     ]
-    assert problems[0][2].startswith("missing: preprocessing was interrupted, or is still at work; run it again")
+    assert problems[1][2].startswith("missing: preprocessing was interrupted, or is still at work; run it again")

@@ -3,20 +3,23 @@ import multiprocessing
 import os
 import shutil
 import signal
-import time
 from functools import partial
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from configs.errors import InputError
 from data.cache.shard_index import read_index
-from data.cache_layout import CREW, EMPTY_TEXT, MANIFEST, SHARD_TABLE, index_path
+from data.cache_layout import CREW, EMPTY_TEXT, MANIFEST, SHARD_TABLE
 from data.preprocessing.run import preprocess
 from data.preprocessing.worker_group import join
 from data.verify.cache import CheckedCache, verify_cache
 from data.verify.repair import refuse_other_config, repair_cache
+from tests.data.made_caches import index_of
+from tests.workers import start_worker
 
 QUIET = Console(quiet=True)
 
@@ -34,6 +37,10 @@ def verify(folder: Path) -> CheckedCache:
 
 def repair(config) -> tuple[CheckedCache, list[str]]:
     return repair_cache(config, partial(verify, config.data.cache), QUIET)
+
+
+def repair_as_worker(config, _) -> None:
+    repair(config)
 
 
 def stored(folder: Path) -> dict[str, bytes]:
@@ -57,7 +64,7 @@ def records(folder: Path) -> list[dict]:
 
 def flip(tar: Path, row: int) -> None:
     data = bytearray(tar.read_bytes())
-    data[int(read_index(index_path(tar)).latents[row, 0]) + 300] ^= 1
+    data[int(read_index(index_of(tar)).latents[row, 0]) + 300] ^= 1
     tar.write_bytes(data)
 
 
@@ -78,9 +85,10 @@ def test_a_bad_shard_is_moved_aside_and_encoded_again_to_the_same_bytes(config, 
     assert verify(folder).problems == []
     aside = quarantined(folder)
     assert {path: aside[path] for path in (bad, cut)} == damaged
-    assert aside.keys() == {bad, cut, bad.replace(".tar", ".index"), cut.replace(".tar", ".index")}
+    indexes = {index_of(folder / path).relative_to(folder).as_posix() for path in (bad, cut)}
+    assert aside.keys() == {bad, cut, *indexes}
     said = {(record["shard"], record["member"]): record for record in records(folder)}
-    key = read_index(index_path(folder / bad)).keys[1]
+    key = read_index(index_of(folder / bad)).keys[1]
     record = said[bad, f"{key}.safetensors"]
     assert record["why"] == "does not match its checksum"
     assert (folder / record["moved_to"]).read_bytes() == damaged[bad]
@@ -90,7 +98,7 @@ def test_a_bad_shard_is_moved_aside_and_encoded_again_to_the_same_bytes(config, 
 def test_a_lost_index_is_rebuilt_without_sources_or_model(config, cache, monkeypatch):
     folder = config.data.cache
     whole = stored(folder)
-    lost, broken = (index_path(folder / str(path)) for path in cache.table.path[:2])
+    lost, broken = (index_of(folder / str(path)) for path in cache.table.path[:2])
     lost.unlink()
     broken.write_bytes(b"<html>")
     monkeypatch.setattr("data.verify.repair.preprocess", None)  # calling it would fail
@@ -139,7 +147,7 @@ def test_a_tar_of_an_interrupted_job_without_index_is_moved_not_overwritten(conf
     whole = stored(folder)
     half = folder / str(cache.table.path[0])
     (folder / MANIFEST).unlink()
-    index_path(half).unlink()
+    index_of(half).unlink()
     repair(config)
     assert stored(folder) == whole
     assert set(quarantined(folder)) == {str(cache.table.path[0])}
@@ -155,16 +163,52 @@ def test_another_config_is_refused_before_anything_is_moved(config, demo_config,
     assert stored(config.data.cache) == before
 
 
-def test_lost_pictures_leave_the_bad_shard_in_quarantine_and_the_rest_alone(config, cache, demo_config, tmp_path):
+@pytest.mark.parametrize("fault", ["gone", "black mask"])
+def test_what_cannot_be_made_again_stays_where_it_is(config, cache, demo_config, tmp_path, fault):
+    """Most samples of a bad shard are good: training reads them, and replaces the others."""
+    folder = config.data.cache
+    flip(folder / str(cache.table.path[0]), row=0)
+    index_of(folder / str(cache.table.path[1])).unlink()
+    before = {path: data for path, data in stored(folder).items() if not path.startswith("scan/")}
+    place = Path(config.data.datasets[0].target if fault == "gone" else config.data.datasets[0].mask)
+    wrong = tmp_path / "wrong"
+    if fault == "black mask":
+        shutil.copytree(place, wrong)
+        file = next(path for path in sorted(wrong.iterdir()) if path.suffix == ".png")
+        with Image.open(file) as mask:
+            Image.new("L", mask.size).save(file)
+    key = "target" if fault == "gone" else "mask"
+    console = Console(file=StringIO(), width=1000)
+    other = demo_config(folder, f"data.datasets.0.{key}={wrong}")
+    with pytest.raises(InputError, match="wrong does not exist" if fault == "gone" else "the mask is all black"):
+        repair_cache(other, partial(verify, folder), console)
+    assert "No shard was moved" in console.file.getvalue()
+    assert quarantined(folder) == {}
+    after = {path: data for path, data in stored(folder).items() if not path.startswith("scan/")}
+    rebuilt = index_of(folder / str(cache.table.path[1])).relative_to(folder).as_posix()
+    assert after.keys() - before.keys() == {rebuilt}, "what needs no pictures is mended"
+    assert {path: after[path] for path in before} == before
+    repair(config)
+    assert verify(folder).problems == []
+
+
+def test_a_repair_that_fails_once_shards_are_moved_says_where_they_are(config, cache, monkeypatch):
     folder = config.data.cache
     bad = str(cache.table.path[0])
     flip(folder / bad, row=0)
-    damaged = (folder / bad).read_bytes()
-    gone = demo_config(folder, f"data.datasets.0.target={tmp_path}/gone")
-    with pytest.raises(InputError, match="gone does not exist"):
-        repair(gone)
-    assert quarantined(folder)[bad] == damaged
-    assert verify(folder).bad == [bad]
+
+    def fail(*_):
+        raise InputError("no device is free. Wait for one.")
+
+    console = Console(file=StringIO(), width=1000)
+    with monkeypatch.context() as patched:
+        patched.setattr("data.verify.repair.preprocess", fail)
+        with pytest.raises(InputError, match="no device is free"):
+            repair_cache(config, partial(verify, folder), console)
+    said = console.file.getvalue()
+    (place,) = (folder / "quarantine").iterdir()
+    assert f"What was bad lies in {place} now" in said and (place / bad).exists()
+    assert "Not all that was bad is made again: see below. The same command makes what is missing." in said
     repair(config)
     assert verify(folder).problems == []
 
@@ -188,17 +232,17 @@ def _die_at(step: int, config):
     repair(config)
 
 
-@pytest.mark.parametrize("step", range(1, 8))
+@pytest.mark.parametrize("step", range(1, 9))
 def test_a_repair_killed_at_any_step_is_judged_rightly_and_completed(config, cache, step):
     folder = config.data.cache
     whole = stored(folder)
     bad, rebuilt = str(cache.table.path[0]), str(cache.table.path[1])
     flip(folder / bad, row=0)
-    index_path(folder / rebuilt).write_bytes(b"<html>")
+    index_of(folder / rebuilt).write_bytes(b"<html>")
     damaged = (folder / bad).read_bytes()
     process = multiprocessing.get_context("fork").Process(target=_die_at, args=(step, config))
     process.start()
-    process.join(60)
+    process.join(200)
     assert process.exitcode == -signal.SIGKILL
     assert verify(folder).problems, "a cache in the middle of its repair passed"
     preprocess(config, QUIET)
@@ -248,40 +292,31 @@ def test_a_folder_without_a_cache_is_left_as_it_is(demo_config, tmp_path):
 
 
 def test_kill_9_of_a_repair_at_any_moment_loses_nothing(config, cache):
+    """Before a change of the cache, in each part of those that it makes."""
     folder = config.data.cache
     whole = stored(folder)
     bad = [str(cache.table.path[row]) for row in (0, 2)]
-    fork = multiprocessing.get_context("fork")
 
-    def begin() -> tuple[list[bytes], multiprocessing.Process]:
+    def run(kill_at: int | None = None) -> tuple[list[bytes], int | None, int]:
         damaged = []
         for path in bad:
             flip(folder / path, row=0)
             damaged.append((folder / path).read_bytes())
-        index_path(folder / str(cache.table.path[1])).unlink()
-        process = fork.Process(target=repair, args=(config,))
-        process.start()
-        return damaged, process
+        index_of(folder / str(cache.table.path[1])).unlink()
+        code, message, changes = start_worker(config, run=repair_as_worker, kill_at=kill_at).join()
+        assert message == ""
+        return damaged, code, changes
 
-    start = time.monotonic()
-    _, process = begin()
-    process.join(60)
-    seconds = time.monotonic() - start  # on this machine, as it is just now
-    assert stored(folder) == whole
+    _, code, changes = run()
+    assert code == 0 and stored(folder) == whole
     shutil.rmtree(folder / "quarantine")
-    num_killed = 0
-    for part in (0.2, 0.5, 0.8):
-        damaged, process = begin()
-        time.sleep(delay := part * seconds)
-        process.kill()
-        process.join(60)
-        num_killed += process.exitcode == -signal.SIGKILL
-        assert process.exitcode in (0, -signal.SIGKILL), delay
+    for at in (int(part * changes) for part in (0.1, 0.3, 0.5, 0.7, 0.9)):
+        damaged, code, _ = run(at)
+        assert code == -signal.SIGKILL, at
         # Killed at the very end, it has all but left the crew; the next one clears that up.
         finished = {path: data for path, data in stored(folder).items() if not path.startswith("crew/")} == whole
-        assert (verify(folder).problems == []) == finished, f"killed after {delay:.3f} s"
+        assert (verify(folder).problems == []) == finished, f"killed before change {at} of {changes}"
         repair(config)
-        assert stored(folder) == whole, f"killed after {delay:.3f} s"
-        assert set(damaged) <= set(quarantined(folder).values()), f"killed after {delay:.3f} s"
+        assert stored(folder) == whole, f"killed before change {at} of {changes}"
+        assert set(damaged) <= set(quarantined(folder).values()), f"killed before change {at} of {changes}"
         shutil.rmtree(folder / "quarantine")
-    assert num_killed > 0

@@ -8,25 +8,23 @@ import numpy as np
 import pytest
 
 from data.cache.shard_index import read_index, write_index
-from data.cache_layout import index_path
-from tests.data.verify.verified import BAD, found, verify
-
-INDEX = BAD.replace(".tar", ".index")
+from tests.data.made_caches import index_of
+from tests.data.verify.verified import BAD, INDEX, found, verify
 
 
 def test_a_missing_shard_is_named(folder):
     (folder / BAD).unlink()
     assert found(folder) == [(BAD, "", "missing")]
-    index_path(folder / BAD).unlink()
-    assert found(folder) == [(BAD.replace(".tar", ".index"), "", "missing"), (BAD, "", "missing")]
+    index_of(folder / BAD).unlink()
+    assert found(folder) == [(INDEX, "", "missing"), (BAD, "", "missing")]
 
 
 def test_a_shard_in_the_place_of_another_is_noticed(folder):
     other = folder / "shards/photos/48x64-000000.tar"
-    for path in (folder / BAD, index_path(folder / BAD)):
-        shutil.copy(other.with_suffix(path.suffix), path)
+    shutil.copy(other, folder / BAD)
+    shutil.copy(index_of(other), folder / INDEX)
     names = {path: what for path, _, what in found(folder)}
-    assert names[BAD.replace(".tar", ".index")] == "belongs to another shard"
+    assert names[INDEX] == "belongs to another shard"
     assert "its sha256 differs" in names[BAD]
 
 
@@ -62,7 +60,8 @@ def test_a_lost_index_is_named_and_its_shard_is_not(folder, content, what):
         ("latents_xxh3", "photos-1-1.safetensors: does not fit its shard: does not match its checksum"),
         ("masked_xxh3", "photos-1-1.m0.safetensors: does not fit its shard: does not match its checksum"),
         ("tokens", "photos-1-1.json: does not fit its shard: says text, tokens and hole fractions are"),
-        ("text_row", "photos-1-1.json: does not fit its shard: says text, tokens and hole fractions are"),
+        ("text_row", "photos-1-4.json: does not fit its shard: says text, tokens and hole fractions are"),
+        ("text_row of the first", "photos-1-1.text.safetensors: does not fit its shard: the index places 16 bytes at"),
         ("hole_fraction", "photos-1-1.json: does not fit its shard: says text, tokens and hole fractions are"),
         ("keys", "photos-1-x.safetensors: does not fit its shard: its tar header says photos-1-1.safetensors"),
         ("plan", ": plan 0123456789abcdef0123456789abcdef, the manifest says"),
@@ -77,11 +76,12 @@ def test_an_index_that_says_otherwise_than_its_shard_is_noticed(folder, column, 
     elif column == "plan":
         changed = replace(index, plan="0123456789abcdef0123456789abcdef")
     else:
+        column, *is_first = column.split(" of ")
         value = columns[column]
         if column == "latents":
             value[1, 0] += 512
         elif column == "text_row":
-            value[1] = 0
+            value[1 if is_first else 4] ^= 1
         else:
             value[1] += value.dtype.type(1) if column != "hole_fraction" else np.float32(0.01)
         changed = replace(index, **{column: value})

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from data.cache.shard_index import ShardIndex, read_index
-from data.cache_layout import index_path
-from tests.data.verify.verified import BAD, MIDDLE, found, verify
+from tests.data.made_caches import index_of
+from tests.data.verify.verified import BAD, INDEX, MIDDLE, found, verify
 
 
 def _cut(at: Callable[[ShardIndex], int]):
@@ -45,12 +45,12 @@ DAMAGES = {
     "cut at member boundary": (
         _cut(lambda i: int(i.masked[2, 0, 0]) - 512),
         f"{MIDDLE}.m0.safetensors",
-        r"the file ends before its header, at byte \d+; 10 more members are lost with it",
+        r"the file ends before its header, at byte \d+; 12 more members are lost with it",
     ),
     "cut at sample boundary": (
         _cut(lambda i: _latents(i) - 512),
         f"{MIDDLE}.safetensors",
-        r"the file ends before its header, at byte \d+; 11 more members are lost with it",
+        r"the file ends before its header, at byte \d+; 13 more members are lost with it",
     ),
     "cut in the end blocks": (
         _cut(lambda i: int(i.metas[4].sum() + 511) // 512 * 512 + 512),
@@ -72,7 +72,7 @@ DAMAGES = {
     "bit flip in the json": (_flip(lambda i: int(i.metas[2, 0]) + 9), f"{MIDDLE}.json", "does not match its checksum"),
     "bit flip in a text": (
         _flip(lambda i: int(i.texts[1].sum()) - 3),
-        "text-0000000000000001.safetensors",
+        "photos-1-1.text.safetensors",
         r"does not match its checksum \(the text of 2 samples, photos-1-1, photos-1-3\)",
     ),
     "bit flip in padding": (
@@ -81,15 +81,15 @@ DAMAGES = {
         "padding after it is not zero",
     ),
     "512 zero bytes over a header": (_zero(_meta_header), f"{MIDDLE}.json", "tar header is all zeros"),
-    "zeros over the first header": (_zero(lambda i: 0), "text 0", "tar header is all zeros"),
+    "zeros over the first header": (_zero(lambda i: 0), "photos-1-0.text.safetensors", "tar header is all zeros"),
     "empty file": (
         lambda data, index: b"",
-        "text 0",
+        "photos-1-0.text.safetensors",
         r"at byte 0 \(the text of 3 samples, photos-1-0",
     ),
     "html page": (
         lambda data, index: b"<!DOCTYPE html><title>503</title>",
-        "text 0",
+        "photos-1-0.text.safetensors",
         "the file ends inside its header",
     ),
     "bytes after its end": (lambda data, index: data + b"GIF89a", "", "something stands after its end"),
@@ -101,7 +101,7 @@ def test_every_damage_is_named(folder, damage):
     change, member, what = DAMAGES[damage]
     path = folder / BAD
     whole = path.read_bytes()
-    path.write_bytes(bytes(change(bytearray(whole), read_index(index_path(path)))))
+    path.write_bytes(bytes(change(bytearray(whole), read_index(index_of(path)))))
     assert path.read_bytes() != whole
     checked = verify(folder)
     assert {problem.path for problem in checked.problems} == {BAD}
@@ -117,13 +117,14 @@ def test_every_damage_is_named(folder, damage):
 def test_every_damage_is_noticed_without_the_index_too(folder, damage):
     change, _, _ = DAMAGES[damage]
     path = folder / BAD
-    path.write_bytes(bytes(change(bytearray(path.read_bytes()), read_index(index_path(path)))))
-    index_path(path).unlink()
+    path.write_bytes(bytes(change(bytearray(path.read_bytes()), read_index(index_of(path)))))
+    index_of(path).unlink()
     checked = verify(folder)
-    assert {problem.path for problem in checked.problems} == {BAD, BAD.replace(".tar", ".index")}
+    assert {problem.path for problem in checked.problems} == {BAD, INDEX}
     assert checked.bad == [BAD] and checked.rebuildable == []
 
 
+@pytest.mark.fault(6, "a bit flipped anywhere in a shard, before `fluxfill shards verify`")
 def test_a_flipped_bit_anywhere_in_a_shard_is_noticed(folder):
     path = folder / BAD
     whole, rng = path.read_bytes(), random.Random(5)
@@ -137,7 +138,7 @@ def test_a_flipped_bit_anywhere_in_a_shard_is_noticed(folder):
 def test_every_bad_member_of_a_shard_is_named(folder):
     """What stands after a damaged header is read all the same: the index says where it is."""
     path = folder / BAD
-    index, data = read_index(index_path(path)), bytearray(path.read_bytes())
+    index, data = read_index(index_of(path)), bytearray(path.read_bytes())
     data[int(index.latents[0, 0]) - 512 : int(index.latents[0, 0])] = bytes(512)
     for row in (2, 4):
         data[int(index.latents[row, 0]) + 300] ^= 1

@@ -6,6 +6,7 @@ from data.verify.cache import CheckedCache, verify_cache
 
 SHARDS = [("photos", "48x64", 5), ("photos", "48x64", 5), ("photos", "32x32", 4, "holdout"), ("removal", "48x64", 1)]
 BAD = "shards/photos/48x64-000001.tar"  # the one that is damaged; its samples are photos-1-0 to photos-1-4
+INDEX = "index/photos/48x64-000001.index"
 MIDDLE = "photos-1-2"
 
 

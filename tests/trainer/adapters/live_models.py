@@ -7,12 +7,14 @@ from diffusers import FluxFillPipeline, FluxTransformer2DModel
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
+from configs.adapter_targets import AdapterConfig
 from configs.schema import DoraConfig, FlowConfig, LokrConfig, LoraConfig
 from data.batches.micro_batch import MicroBatch
-from trainer.adapters.build import AdapterConfig, add_adapter
+from trainer.adapters.build import add_adapter
 from trainer.adapters.dora import DoraMagnitude
-from trainer.adapters.files import ADAPTER, WEIGHTS_NAME
+from trainer.adapters.files import ADAPTER
 from trainer.adapters.lokr import Kronecker
+from trainer.adapters.read import WEIGHTS_NAME
 from trainer.model.flux import load_transformer, predict_velocity
 
 RANK = 4

@@ -1,62 +1,31 @@
 """Which layers get an adapter, and that a new one changes nothing yet."""
 
-import re
-
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from configs.errors import InputError
-from configs.schema import FlowConfig
+from configs.schema import FlowConfig, LokrConfig
 from tests.trainer.adapters.live_models import (
     DORA,
     LOKR,
     METHODS,
+    WHOLE_LOKR,
     adapted,
     adapter_of,
-    assert_same_output,
     lora,
     train_a_little,
     velocity_of,
 )
-from trainer.adapters.build import adapter_targets, add_adapter
+from tests.trainer.adapters.other_trainers import BLOCK_TARGETS, OUTSIDE_TARGETS
+from trainer.adapters.build import add_adapter
 from trainer.adapters.files import ADAPTER
+from trainer.adapters.lokr import lokr_shapes
+from trainer.adapters.targets import adapter_targets
+from trainer.model.compute_dtype import compute_in
 from trainer.model.flux import load_transformer, predict_velocity
 
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-
-
-@pytest.mark.parametrize("targets, per_double, per_single", [("attention", 8, 3), ("attention+mlp", 12, 5)])
-def test_named_targets_are_the_linear_layers_of_every_block(pipeline, targets, per_double, per_single):
-    found = adapter_targets(pipeline.transformer, lora(targets=targets))
-    assert len(found) == len(set(found)) == 2 * per_double + 4 * per_single
-    assert all(re.match(r"(single_)?transformer_blocks\.\d+\.", name) for name in found)
-    assert not [name for name in found if "norm" in name]
-
-
-@pytest.mark.parametrize("targets", ["attention", "attention+mlp", ["proj_out"], ["to_q", "proj_out", "ff.net.2"]])
-def test_the_models_own_last_layers_are_never_adapted(pipeline, targets):
-    found = adapter_targets(pipeline.transformer, lora(targets=targets))
-    assert not {"proj_out", "norm_out.linear"} & set(found)
-
-
-def test_a_list_takes_names_as_peft_does(pipeline):
-    found = adapter_targets(
-        pipeline.transformer, lora(targets=["to_k", "transformer_blocks.1.attn.to_q", "x_embedder"])
-    )
-    assert found == [
-        "x_embedder",
-        "transformer_blocks.0.attn.to_k",
-        "transformer_blocks.1.attn.to_q",
-        "transformer_blocks.1.attn.to_k",
-        *(f"single_transformer_blocks.{block}.attn.to_k" for block in range(4)),
-    ]
-
-
-@pytest.mark.parametrize("unknown", ["to_query", "attn", "norm1", "o_q"])
-def test_an_unknown_target_is_refused_with_the_names_there_are(pipeline, unknown):
-    with pytest.raises(InputError, match=rf"method\.targets.*{unknown}.*attn\.to_q") as refused:
-        adapter_targets(pipeline.transformer, lora(targets=["to_q", unknown]))
-    assert "transformer_blocks" not in str(refused.value)
 
 
 @pytest.mark.parametrize("targets", ["attention", "attention+mlp", ["x_embedder", "to_v"]])
@@ -74,10 +43,10 @@ def test_a_new_adapter_changes_nothing(tiny_model, pipeline, rows, method):
 def test_nor_does_it_in_bf16(tiny_model, rows, method):
     """peft's own DoRA is off here: it takes the rows' lengths in bf16 where its input is, and in fp32 where that is."""
     base = load_transformer(tiny_model, dtype=torch.bfloat16)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(
-            velocity_of(adapted(tiny_model, method, dtype=torch.bfloat16), rows), velocity_of(base, rows)
-        )
+    changed = adapted(tiny_model, method, dtype=torch.bfloat16)
+    for transformer in (base, changed):
+        compute_in(transformer, torch.bfloat16)
+    assert torch.equal(velocity_of(changed, rows), velocity_of(base, rows))
 
 
 def test_only_the_adapter_trains_in_fp32(tiny_model):
@@ -111,21 +80,62 @@ def test_the_start_depends_on_the_seed_alone(tiny_model):
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
-@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
-def test_the_adapters_input_is_not_copied_to_fp32(tiny_model, rows):
-    """Under autocast to_q, to_k and to_v read one bf16 tensor; so must their adapters, in forward and backward."""
-    transformer = load_transformer(tiny_model, dtype=torch.bfloat16)
-    add_adapter(transformer, lora(), expanded=False, seed=0)
-    inputs = []
-    attention = transformer.single_transformer_blocks[0].attn
-    for layer in (attention.to_q, attention.to_k, attention.to_v):
-        layer.lora_A[ADAPTER].register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        velocity = predict_velocity(transformer, rows.noise, rows, torch.tensor([0.5]), FlowConfig())
-    assert len({tensor.data_ptr() for tensor in inputs}) == 1
-    velocity.float().square().mean().backward()
-    gradient = attention.to_q.lora_B[ADAPTER].weight.grad
-    assert gradient.dtype == torch.float32 and gradient.abs().sum() > 0
+@pytest.mark.parametrize("method", [lora(), *METHODS.values()], ids=["lora", *METHODS])
+def test_over_a_bf16_base_an_fp32_adapter_takes_and_gives_bf16_alone(tiny_model, rows, method):
+    transformer = adapted(tiny_model, method, dtype=torch.bfloat16)
+    compute_in(transformer, torch.bfloat16)
+    seen = set()
+    for module in transformer.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.register_forward_hook(lambda _, given, made: seen.update({given[0].dtype, made.dtype}))
+    predict_velocity(transformer, rows.noise, rows, torch.tensor([0.5]), FlowConfig()).float().mean().backward()
+    assert seen == {torch.bfloat16}
+    gradients = [p.grad for p in transformer.parameters() if p.requires_grad]
+    assert {gradient.dtype for gradient in gradients} == {torch.float32}
+
+
+MIXED_LOKR = LokrConfig(type="lokr", rank=8, alpha=4)  # the last layer's larger matrix is whole, those of blocks not
+# Every linear layer is among them, and layers whose names end as others' do: the last layer's is that of the blocks'.
+TARGET_SETS = [
+    "attention",
+    "attention+mlp",
+    ["to_q", "norm.linear", "x_embedder"],
+    ["proj_out", "transformer.proj_out"],
+]
+TARGET_SETS += [["transformer.proj_out", "proj_mlp"], BLOCK_TARGETS, BLOCK_TARGETS + OUTSIDE_TARGETS]
+
+
+@pytest.mark.parametrize("targets", TARGET_SETS, ids=str)
+@pytest.mark.parametrize("kind", [lora(rank=6, alpha=2), DORA, LOKR, MIXED_LOKR, WHOLE_LOKR])
+def test_each_layer_that_is_targeted_has_its_rank_and_scale_and_no_other_an_adapter(tiny_model, kind, targets):
+    """alpha / rank; of a LoKr 1 where the larger matrix is whole, which is so where the rank is half of its side."""
+    method = type(kind).model_validate(kind.model_dump() | {"targets": targets})
+    plain = load_transformer(tiny_model, dtype=torch.float32)
+    scales = {}
+    for layer in adapter_targets(plain, method):
+        is_whole = method.type == "lokr" and "lokr_w2" in lokr_shapes(plain.get_submodule(layer), method)
+        scales[layer] = 1.0 if is_whole else method.alpha / method.rank
+    layers = {
+        name: module
+        for name, module in adapted(tiny_model, method).named_modules()
+        if isinstance(module, BaseTunerLayer)
+    }
+    assert {name: module.scaling[ADAPTER] for name, module in layers.items()} == pytest.approx(scales)
+    assert {module.r[ADAPTER] for module in layers.values()} == {method.rank}
+
+
+def test_of_expanded_dev_the_input_layer_alone_has_another_rank_and_all_have_one_scale(tiny_dev_model):
+    for rank in (4, 320, 400):
+        method = lora(
+            rank=rank, alpha=3, targets=["x_embedder", "context_embedder", "proj_out", "transformer.proj_out"]
+        )
+        live = adapted(tiny_dev_model, method, expanded=True)
+        layers = {name: module for name, module in live.named_modules() if isinstance(module, BaseTunerLayer)}
+        assert {name: module.r[ADAPTER] for name, module in layers.items() if module.r[ADAPTER] != rank} == (
+            {"x_embedder": 320} if rank == 4 else {}
+        )
+        assert {"context_embedder", "proj_out"} <= layers.keys()
+        assert [module.scaling[ADAPTER] for module in layers.values()] == pytest.approx([3 / rank] * len(layers))
 
 
 def test_an_expanded_base_gets_an_adapter_for_all_its_new_inputs(tiny_dev_model, rows):
@@ -143,21 +153,3 @@ def test_an_expanded_base_gets_an_adapter_for_all_its_new_inputs(tiny_dev_model,
 def test_lokr_cannot_teach_dev_its_new_inputs(tiny_dev_model):
     with pytest.raises(InputError, match=r"320 inputs.*method\.type=lora"):
         adapted(tiny_dev_model, LOKR, expanded=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", [DORA, LOKR], ids=["dora", "lokr"])
-def test_blocks_are_compiled_whole_and_compute_the_same(tiny_model, rows, method):
-    """train.compile: regional. peft's own layers break each block into a dozen graphs."""
-    transformer = adapted(tiny_model, method)
-    train_a_little(transformer)
-    plain = velocity_of(transformer.train(), rows)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    transformer.compile_repeated_blocks(dynamic=True, backend="eager")
-    try:
-        assert_same_output(velocity_of(transformer, rows), plain)
-        assert not torch._dynamo.utils.counters["graph_break"]
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-    finally:
-        torch._dynamo.reset()

@@ -18,6 +18,7 @@ from tests.trainer.adapters.live_models import (
     velocity_of,
 )
 from trainer.adapters.files import ADAPTER, WEIGHTS_NAME, save_adapter
+from trainer.adapters.lokr import Kronecker, lokr_shapes
 
 
 def test_a_lokrs_file_holds_its_scale_and_its_settings(tiny_model, tmp_path):
@@ -26,7 +27,7 @@ def test_a_lokrs_file_holds_its_scale_and_its_settings(tiny_model, tmp_path):
     train_a_little(live)
     save_adapter(live, tmp_path)
     saved = load_file(tmp_path / WEIGHTS_NAME)
-    assert all(re.fullmatch(r"transformer\..+\.lokr_w(1|2_a|2_b)", name) for name in saved)
+    assert all(re.fullmatch(r"transformer\..+\.(lokr_w(1|2_a|2_b)|alpha)", name) for name in saved)
     for name, tensor in get_peft_model_state_dict(live, adapter_name=ADAPTER).items():
         assert torch.equal(saved[f"transformer.{name}"], tensor * 3 if name.endswith("w1") else tensor)
     with safe_open(tmp_path / WEIGHTS_NAME, "pt") as file:
@@ -43,3 +44,13 @@ def test_a_lokr_needs_no_metadata_to_be_read(tiny_model, tmp_path, rows, method)
     save_adapter(live, tmp_path)
     save_file(load_file(tmp_path / WEIGHTS_NAME), tmp_path / WEIGHTS_NAME)
     assert_same_output(reloaded_velocity(tiny_model, tmp_path, rows), velocity_of(live, rows))
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS.values() if method.type == "lokr"])
+def test_the_shapes_are_those_that_peft_makes(tiny_model, method):
+    live = adapted(tiny_model, method)
+    for name, module in live.named_modules():
+        if isinstance(module, Kronecker):
+            parts = ("lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
+            made = {part: tuple(getattr(module, part)[ADAPTER].shape) for part in parts if getattr(module, part)}
+            assert lokr_shapes(module, method) == made, name

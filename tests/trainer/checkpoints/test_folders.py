@@ -1,5 +1,7 @@
+import errno
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,16 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from configs.errors import InputError
+from configs.errors import InputError, StorageFailed
+from data.storage.checkpoint_folders import COMPLETE, checkpoint_folder, complete_checkpoints, step_of
 from trainer.checkpoints.folders import (
-    COMPLETE,
     MANIFEST,
-    complete_checkpoints,
     find_damage,
     latest_checkpoint,
     prune_checkpoints,
     save_checkpoint,
-    step_of,
 )
 
 ROOT = Path(__file__).parents[3]
@@ -58,6 +58,7 @@ def test_a_run_without_checkpoints_has_no_latest(tmp_path):
     assert latest_checkpoint(tmp_path) is None
 
 
+@pytest.mark.fault(19, "an old checkpoint's time set to now")
 def test_order_is_that_of_the_step_not_of_time_or_name(tmp_path):
     for step in (5, 99_999_999, 100_000_000):
         save_checkpoint(tmp_path, step, write)
@@ -108,6 +109,7 @@ def test_hashes_given_by_write_are_taken_for_its_files(tmp_path):
 # --- damage -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(11, "a bit of any file flipped")
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
 @pytest.mark.parametrize("bit", [0, 3, 7])
 def test_a_flipped_bit_in_any_file_is_found_and_told(tmp_path, heard, name, bit):
@@ -122,6 +124,7 @@ def test_a_flipped_bit_in_any_file_is_found_and_told(tmp_path, heard, name, bit)
     assert "step-00000002 is damaged" in heard.text and "before it" in heard.text
 
 
+@pytest.mark.fault(11, "a file cut or removed")
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
 @pytest.mark.parametrize("how", ["missing", "empty", "cut"])
 def test_a_file_that_is_missing_or_cut_is_found(tmp_path, name, how):
@@ -133,10 +136,36 @@ def test_a_file_that_is_missing_or_cut_is_found(tmp_path, name, how):
     damage = find_damage(folder)
     assert damage is not None
     if how == "missing":
-        assert damage == f"{Path(name).name} is missing"
+        assert damage == f"{name} is missing"
     assert latest_checkpoint(tmp_path) is None
 
 
+@pytest.mark.fault(8, "a checkpoint whose storage does not answer, which is no damage")
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+@pytest.mark.parametrize("error", [errno.EIO, errno.ETIMEDOUT, errno.ESTALE, errno.EACCES])
+def test_storage_that_does_not_answer_is_no_damage(tmp_path, monkeypatch, name, error):
+    monkeypatch.setattr("data.storage.retry.FIRST_WAIT_SECONDS", 0.0)
+    folder = save_checkpoint(tmp_path, 1, write)
+    opened, tries = Path.open, []
+
+    def fail(path, *arguments, **options):
+        if path == folder / name:
+            tries.append(path)
+            if len(tries) <= failures:
+                raise OSError(error, os.strerror(error))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", fail)
+    failures = 2
+    assert find_damage(folder) is None and len(tries) == 3
+    failures = 1000
+    with pytest.raises(
+        StorageFailed, match=rf"{folder / name}: failed 4 time\(s\), at last with .*{os.strerror(error)}"
+    ):
+        latest_checkpoint(tmp_path)
+
+
+@pytest.mark.fault(11, "all checkpoints damaged")
 def test_all_damaged_checkpoints_are_told(tmp_path, heard):
     for step in (1, 2, 3):
         folder = save_checkpoint(tmp_path, step, write)
@@ -236,6 +265,26 @@ def test_pruning_removes_half_written_ones_but_never_the_newest(tmp_path):
     ]
 
 
+def test_one_that_cannot_be_deleted_now_is_told_keeps_no_other_and_goes_later(tmp_path, heard, monkeypatch):
+    """As on NFS, where a file that another process reads stays in its folder under another name."""
+    for step in range(1, 5):
+        save_checkpoint(tmp_path, step, write)
+    read, remove = checkpoint_folder(tmp_path, 1), shutil.rmtree
+
+    def leave_what_is_read(folder: Path) -> None:
+        if folder == read:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(folder))
+        remove(folder)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", leave_what_is_read)
+        prune_checkpoints(tmp_path, keep_last=1)
+    assert f"{read}: not deleted" in heard.text and read.is_dir()
+    assert names(complete_checkpoints(tmp_path)) == [4] and not checkpoint_folder(tmp_path, 2).exists()
+    prune_checkpoints(tmp_path, keep_last=1)
+    assert not read.exists()
+
+
 def test_pruning_without_a_complete_one_removes_nothing(tmp_path):
     folder = save_checkpoint(tmp_path, 1, write)
     (folder / COMPLETE).unlink()
@@ -309,6 +358,7 @@ SURVIVORS = {
 }
 
 
+@pytest.mark.fault(10, "kill -9 of a real process in seven phases of a save")
 @pytest.mark.parametrize("point, survivors", SURVIVORS.items())
 def test_after_kill_9_at_any_point_the_right_one_is_picked(tmp_path, heard, point, survivors):
     command = [sys.executable, "-c", textwrap.dedent(CHILD), str(tmp_path), point]

@@ -1,10 +1,13 @@
 """Any range of any tensor is read, however the ranks that wrote it had cut it up."""
 
+import hashlib
 import json
+import weakref
 from itertools import pairwise
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from configs.errors import InputError
 from trainer.checkpoints.tensor_files import INDEX, Span, StateFiles, rank_file, write_index, write_tensors
@@ -27,6 +30,42 @@ def test_every_range_is_read_out_of_the_slices_of_any_number_of_ranks(tmp_path, 
             assert torch.equal(files.read("weight", "a", start, count), whole[start : start + count])
     with pytest.raises(InputError, match="holds no ema/a"):
         files.read("ema", "a", 0, 1)
+
+
+def test_a_file_is_a_safetensors_file_and_its_sha256_that_of_what_was_written(tmp_path):
+    """Types of several sizes, of which an odd number of bytes would put those behind it at odd places."""
+    tensors = {
+        "state/a//state1": torch.randint(0, 255, (3, 257), dtype=torch.uint8),
+        "state/a//learned": torch.randn(4, dtype=torch.float64),
+        "weight/a": torch.randn(5),
+        "weight/b": torch.randn(7, 3).bfloat16().T,  # not contiguous
+        "ema/b": torch.nn.Parameter(torch.randn(21)),
+        "state/a//count": torch.tensor(3, dtype=torch.int32),
+        "state/a//none": torch.empty(0),
+    }
+    path = tmp_path / rank_file(0)
+    sha256 = write_tensors(path, tensors)
+    found = load_file(path)
+    assert found.keys() == tensors.keys()
+    assert all(
+        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in tensors.items()
+    )
+    assert sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_no_more_than_one_tensor_is_copied_to_the_host_at_a_time(tmp_path, monkeypatch):
+    alive, most = [], []
+    copy = torch.Tensor.to
+
+    def to(self, *given, **options):
+        copied = copy(self, *given, **options, copy=True)  # as from a GPU
+        alive.append(weakref.ref(copied))
+        most.append(sum(held() is not None for held in alive))
+        return copied
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    write_tensors(tmp_path / rank_file(0), {f"weight/{name}": torch.randn(1000) for name in "abcdef"})
+    assert len(most) == 6 and max(most) <= 2  # the one before is let go once the next is there
 
 
 def test_8_bit_moments_are_read_out_of_the_tensors_of_several_ranks(tmp_path):

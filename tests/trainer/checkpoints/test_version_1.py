@@ -13,9 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from configs.errors import InputError
+from tests.payloads import canary_pickle
 from tests.ranks import run_ranks
+from trainer.checkpoints.folders import find_damage
+from trainer.checkpoints.run_state import read_state
+from trainer.checkpoints.tensor_files import StateFiles
 
 FOLDER = Path(__file__).parent / "format_v1"
 STEP = "step-00000004"
@@ -39,6 +45,36 @@ def train(arguments: list[str]) -> int:
     from trainer.main import train
 
     return train(arguments)
+
+
+@pytest.mark.fault(27, "pickles in the place of each file of a checkpoint, with their hashes in its manifest")
+@pytest.mark.parametrize("name", ["state.json", "index.json", "rank-00000.safetensors", "manifest.json"])
+def test_a_pickle_in_the_place_of_a_file_is_not_read(old, tmp_path, name):
+    canary = tmp_path / "canary"
+    pickled = canary_pickle(canary)
+    (old / name).write_bytes(pickled)
+    if name != "manifest.json":
+        hashes = json.loads((old / "manifest.json").read_text())
+        hashes[name] = hashlib.sha256(pickled).hexdigest()
+        (old / "manifest.json").write_text(json.dumps(hashes))
+    assert (find_damage(old) is None) == (name != "manifest.json")
+    read = {"state.json": read_state, "manifest.json": lambda _: json.loads((old / name).read_text())}
+    with pytest.raises((ValueError, SafetensorError)):
+        read.get(name, lambda folder: StateFiles(folder).read_bound(0))(old)
+    assert not canary.exists()
+
+
+@pytest.mark.fault(27, "a checkpoint that names files outside of its folder")
+@pytest.mark.parametrize("outside", ["../../elsewhere", "/dev/zero", "a/../../../b"])
+def test_a_checkpoint_names_nothing_outside_of_its_folder(old, outside):
+    edit(old, "index.json", lambda text: text.replace("rank-00000.safetensors", outside))
+    files = StateFiles(old)
+    kind, parameter = files.names()[0].split("/", 1)
+    with pytest.raises(InputError, match=r"index\.json: names .*, which is no rank's file"):
+        files.read(kind, parameter, 0, 1)
+    hashes = json.loads((old / "manifest.json").read_text())
+    (old / "manifest.json").write_text(json.dumps({outside: "0" * 64, **hashes}))
+    assert find_damage(old) == f"manifest.json names {outside}, which lies outside"
 
 
 def test_it_has_no_version():

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.ranks import run_ranks
-from tests.trainer.engines.runs import HALF, SETTINGS, Run, go_on_from, train
+from tests.trainer.engines.runs import AS_ON_GPUS, HALF, SETTINGS, Run, go_on_from, train
 
 
 @pytest.fixture(scope="session")
@@ -18,11 +18,13 @@ def launch(config, tmp_path_factory) -> Callable[..., Run]:
     path.write_text(dump_config(config), encoding="utf-8")
 
     def run(engine: str, num_processes: int, name: str, *overrides: str, timeout_seconds=240, function=train) -> Run:
+        # Of one process the plain run. Those of several, which are held against it, have on what they have on GPUs.
+        as_on_gpus = () if engine == "single" else AS_ON_GPUS
         returned = run_ranks(
             engine,
             num_processes,
             function,
-            ["--config", str(path), f"run.dir={runs}", f"run.name={name}", *SETTINGS, *overrides],
+            ["--config", str(path), f"run.dir={runs}", f"run.name={name}", *SETTINGS, *as_on_gpus, *overrides],
             node_size=num_processes // 2 if engine == "hsdp" else None,
             timeout_seconds=timeout_seconds,
         )
@@ -33,7 +35,7 @@ def launch(config, tmp_path_factory) -> Callable[..., Run]:
 
 @pytest.fixture(scope="session")
 def undisturbed(launch) -> Callable[[str, int], Run]:
-    """A run of 8 steps with checkpoints at 4 and 8: `undisturbed(engine, processes)`, made once."""
+    """A run of 4 steps with checkpoints at 2 and 4: `undisturbed(engine, processes)`, made once."""
     made: dict[tuple[str, int], Run] = {}
 
     def run(engine: str, num_processes: int) -> Run:
@@ -46,7 +48,7 @@ def undisturbed(launch) -> Callable[[str, int], Run]:
 
 @pytest.fixture(scope="session")
 def resumed(launch, undisturbed) -> Callable[..., Run]:
-    """A run that was stopped after 4 steps of one launch and went on under another, made once."""
+    """A run that was stopped after 2 steps of one launch and went on under another, made once."""
     made: dict[tuple, Run] = {}
 
     def run(before: tuple[str, int], after: tuple[str, int]) -> Run:

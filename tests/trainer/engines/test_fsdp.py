@@ -34,7 +34,7 @@ def train_after_a_look(arguments: list[str]):
     def prepare_and_look(self, transformer, build_optimizer):
         prepared = prepare(self, transformer, build_optimizer)
         config = prepared.config
-        with torch.no_grad(), self.autocast():
+        with torch.no_grad():
             prepared(
                 hidden_states=torch.randn(1, 16, config.in_channels),
                 encoder_hidden_states=torch.randn(1, 8, config.joint_attention_dim),

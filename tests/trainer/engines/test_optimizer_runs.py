@@ -22,6 +22,7 @@ from tests.trainer.engines.runs import (
 STOCHASTIC = ("train.weights=bf16_stochastic", "train.optimizer=adamw")
 
 
+@pytest.mark.fault(22, "8-bit AdamW resumed as it was")
 @pytest.mark.slow
 @pytest.mark.parametrize("engine, num_processes", [SINGLE, ("ddp", 2), ("fsdp2", 2), ("zero2", 2)])
 def test_8_bit_adamw_trains_and_resumes_exactly(launch, undisturbed, engine, num_processes):
@@ -43,6 +44,7 @@ def test_8_bit_state_that_the_last_rank_has_none_of_goes_on_exactly(launch):
     assert_same_run(halves, whole, within=0.0)
 
 
+@pytest.mark.fault(22, "8-bit AdamW resumed under another engine")
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [("fsdp2", 3), ("zero2", 2), SINGLE])
 def test_8_bit_state_of_another_layout_is_quantized_again(launch, after):
@@ -76,7 +78,7 @@ def test_bf16_weights_train_near_fp32_and_go_on_bit_equal(launch, undisturbed, e
 def test_bf16_weights_go_on_under_another_engine_and_not_in_fp32(launch):
     whole = launch(*SINGLE, "stochastic-changes", *STOCHASTIC).folder
     halves = go_on_from(whole, "stochastic-changed")
-    with pytest.raises(RankFailure, match=r"holds weights in torch\.bfloat16.*train\.weights must stay"):
+    with pytest.raises(RankFailure, match=r"train\.weights is 'fp32_master', the run has 'bf16_stochastic'"):
         launch(*SINGLE, halves.name, "train.optimizer=adamw")
     launch("fsdp2", 3, halves.name, *STOCHASTIC)
     assert read_losses(halves) == pytest.approx(read_losses(whole), rel=0.03)
@@ -93,7 +95,7 @@ def train_rounding_to_nearest(arguments: list[str]) -> None:
 @pytest.mark.slow
 def test_at_a_small_rate_bf16_weights_learn_as_fp32_does_and_only_by_stochastic_rounding(launch):
     small = ["train.lr=3e-5", "train.lr_schedule=constant", "train.warmup_steps=0", "train.steps=60"]
-    small += ["model.precision=bf16", "checkpoint.every_steps=null"]
+    small += ["model.precision=bf16", "checkpoint.every_steps=null", "train.micro_batch_size=8"]
     end = {}
     for name, settings, function in (
         ("fp32", (), train),
@@ -135,3 +137,22 @@ def test_adafactor_and_prodigy_are_those_of_one_process_and_go_on_exactly(launch
         assert furthest(read_tensors(halves, STEPS), read_tensors(whole, STEPS)) <= allowed
         states = [read_unreshardable_state(run, STEPS) for run in (halves, whole)]
         assert furthest(*states) <= allowed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", [*OPTIMIZERS, "adamw8bit"])
+def test_a_run_goes_on_exactly_without_the_file_that_it_began_with(launch, tiny_model, tmp_path, optimizer):
+    """A new adapter's second factor is 0, that of the file is not: where a weight began is in the checkpoint."""
+    from tests.trainer.adapters.live_models import adapted, lora, train_a_little
+    from trainer.adapters.files import save_adapter
+
+    first = adapted(tiny_model, lora(rank=4, alpha=4))
+    train_a_little(first)
+    save_adapter(first, tmp_path)
+    settings = OPTIMIZERS.get(optimizer, (f"train.optimizer={optimizer}",))
+    method = "method={type: lora, rank: 4, alpha: 4}"
+    whole = launch(*SINGLE, f"{optimizer}-began", method, f"method.init_from={tmp_path}", *settings).folder
+    for number, (engine, allowed) in enumerate([(SINGLE, 0.0), (("ddp", 2), 1e-5)]):
+        halves = go_on_from(whole, f"{optimizer}-began-halves-{number}")
+        launch(*engine, halves.name, method, "method.init_from=null", *settings)
+        assert_same_run(halves, whole, within=allowed)

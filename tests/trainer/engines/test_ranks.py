@@ -27,6 +27,7 @@ def talk(world_size: int) -> dict[str, object]:
     ranks.all_reduce_sum_(total)
     heard = {
         "all_gather": ranks.all_gather(f"rank {rank}"),
+        "start_all_gather": ranks.start_all_gather(0.5 + rank).tolist(),
         "gather": ranks.gather(rank),
         "broadcast_object": ranks.broadcast_object(f"rank {rank}"),
         "broadcast": ranks.broadcast(mine).tolist(),
@@ -44,6 +45,7 @@ def test_every_rank_hears_what_its_collective_promises(world_size):
     for rank, heard in enumerate(run_ranks("ddp", world_size, talk, world_size)):
         assert heard == {
             "all_gather": [f"rank {other}" for other in range(world_size)],
+            "start_all_gather": [0.5 + other for other in range(world_size)],
             "gather": list(range(world_size)) if rank == 0 else None,
             "broadcast_object": "rank 0",
             "broadcast": [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]],

@@ -14,6 +14,11 @@ def test_ddp_has_no_gradients_beside_those_that_it_exchanges(undisturbed, resume
             assert all(addresses == watched.addresses[0] for addresses in watched.addresses)
 
 
+def test_ddp_sends_no_buffers_before_a_forward_pass(undisturbed):
+    """Scales of a quantized base: 504 of FLUX.1's, which never change."""
+    assert [watched.sends_buffers for watched in undisturbed("ddp", 2).returned] == [False, False]
+
+
 def train_with_another_ddp(arguments: list[str]) -> bool:
     """The trainer, where DDP's buckets cannot be rebuilt while the model is prepared; whether that was logged."""
     import logging
@@ -63,3 +68,27 @@ def test_copies_of_bf16_weights_are_rounded_alike(launch):
     first, second = launch("ddp", 2, "rounded-copies", *settings, function=train_and_add_up).returned
     assert len(first) > 100
     assert first == second
+
+
+def end_without_yielding(arguments: list[str]) -> list[bool]:
+    """The trainer, in whose end Python lets gloo's threads in only where it waits itself; returns whether DDP's reducer
+    was gone when the process group ended."""
+    import sys
+
+    from accelerate import Accelerator
+
+    from trainer import main
+
+    engines, gone, start, end = [], [], main.start_engine, Accelerator.end_training
+    main.start_engine = lambda config: engines.append(start(config)) or engines[0]
+    main.export_and_verify = lambda *_: sys.setswitchinterval(60)
+    Accelerator.end_training = lambda self: (gone.append(not hasattr(engines[0]._transformer, "reducer")), end(self))
+    main.train(arguments)
+    return gone
+
+
+def test_ddp_ends_though_gloo_still_holds_what_it_sent_last(launch):
+    """Its threads need the interpreter to let go of it, and DDP's reducer must not wait for them with the interpreter
+    held."""
+    short = ("train.steps=1", "train.warmup_steps=0", "checkpoint.every_steps=null", "checkpoint.at_end=false")
+    assert launch("ddp", 4, "ends", *short, function=end_without_yielding).returned == [[True]] * 4

@@ -1,13 +1,15 @@
 """One list of engines, and a start under the one that was asked for."""
 
 import inspect
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from configs.combinations import ENGINES
 from configs.errors import InputError
-from tests.ranks import launch_environment
+from tests.ranks import launch_environment, run_ranks
 from trainer.engines.start import engine_class, launched_engine, start_engine
 
 FILES = Path(__file__).parents[3] / "configs" / "engines"
@@ -31,6 +33,28 @@ def test_an_engine_that_was_not_asked_for_is_refused(config, monkeypatch):
         start_engine(config.model_copy(update={"parallel": parallel}))
 
 
+def test_accelerate_casts_nothing_whatever_its_own_config_says(config, monkeypatch):
+    for told in ("fp16", "fp8"):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", told)
+        with pytest.raises(InputError, match=rf"told mixed_precision {told}.*set model\.precision"):
+            start_engine(config)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    start_engine(config)
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == "no"
+
+
+def test_a_deterministic_run_has_torch_and_cublas_keep_one_order(config, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    for asked in (False, True):
+        train = config.train.model_copy(update={"deterministic": asked})
+        try:
+            start_engine(config.model_copy(update={"train": train}))
+            assert torch.are_deterministic_algorithms_enabled() is asked
+            assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if asked else None)
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
 def test_an_engine_that_there_is_not_is_refused(config, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0")
@@ -43,3 +67,26 @@ def test_more_processes_than_accelerate_sees_are_refused(config, engine, monkeyp
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(RuntimeError, match="3 processes were started, accelerate sees 1"):
         type(engine)(config, "single")
+
+
+def start_at(config, folder: Path, own_folders: bool) -> str:
+    """What a rank on a node of its own is told."""
+    import trainer.engines.start
+
+    trainer.engines.start._STALE_SECONDS = 0.5
+    place = folder / os.environ["RANK"] if own_folders else folder
+    run = config.run.model_copy(update={"dir": place, "name": "run"})
+    try:
+        start_engine(config.model_copy(update={"run": run}))
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("own_folders", [False, True])
+def test_nodes_that_see_other_folders_are_refused_on_all_of_them(config, tmp_path, own_folders):
+    told = run_ranks("ddp", 2, start_at, config, tmp_path, own_folders, node_size=1)
+    for what in told:
+        assert ("rank 1 on " in what and "does not see there what rank 0 writes" in what) == own_folders
+        assert own_folders or what == ""
+    assert not list(tmp_path.rglob(".seen-*"))  # now that rank 0, which takes the mark away, has ended too

@@ -30,6 +30,11 @@ def test_an_exported_model_is_a_pipeline_with_the_trained_weights(tiny_model, ex
     assert (pipeline.transformer.config.in_channels, pipeline.transformer.config.out_channels) == (384, 64)
 
 
+def test_where_the_base_lay_is_not_told(tiny_model, exported):
+    told = (exported / "transformer" / "config.json").read_text()
+    assert str(tiny_model.parent) not in told and "_name_or_path" not in told
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_large_model_is_written_in_several_files(tiny_model, tmp_path, dtype):
     transformer = trained_model(tiny_model)
@@ -79,7 +84,7 @@ def test_weights_of_another_model_are_refused_and_nothing_is_left(tiny_model, tm
     weights = change(list(transformer.named_parameters()))
     with pytest.raises(RuntimeError, match=words):
         export_model(transformer, tiny_model, tmp_path / "final", weights=weights, dtype=torch.float32)
-    assert not (tmp_path / "final").exists()
+    assert not list(tmp_path.glob("final*"))
 
 
 def test_the_other_parts_are_the_bases_files(tiny_model, exported):

@@ -124,6 +124,11 @@ def reference_loss(velocity, latents, noise, mask, hole_weight, keep_weight) -> 
     return (weight * error).sum(axis=(1, 2, 3)) / (16 * weight.sum(axis=(1, 2, 3)))
 
 
+def target_of(latents, noise) -> torch.Tensor:
+    """The velocity of the pictures themselves, packed."""
+    return pack_latents(noise - latents.float())
+
+
 @pytest.fixture
 def batch():
     """Three samples of 48 x 80 px: velocity, latents (bf16), noise, mask with holes of very different size."""
@@ -143,7 +148,7 @@ def batch():
 def test_loss_is_the_plain_fp64_reference(batch, hole_weight, keep_weight):
     velocity, latents, noise, mask = batch
     region = region_weight(mask, FlowConfig(hole_weight=hole_weight, keep_weight=keep_weight))
-    losses = flow_loss(velocity, latents, noise, region)
+    losses = flow_loss(velocity, target_of(latents, noise), region)
     assert losses.dtype == torch.float32
     expected = reference_loss(velocity, latents, noise, mask, hole_weight, keep_weight)
     np.testing.assert_allclose(losses.numpy(), expected, rtol=2e-6)
@@ -153,8 +158,8 @@ def test_loss_is_the_plain_fp64_reference(batch, hole_weight, keep_weight):
 def test_equal_weights_give_the_plain_mean_squared_error(batch, weight):
     velocity, latents, noise, mask = batch
     region = region_weight(mask, FlowConfig(hole_weight=weight, keep_weight=weight))
-    expected = (velocity - pack_latents(noise - latents.float())).square().mean(dim=(1, 2))
-    torch.testing.assert_close(flow_loss(velocity, latents, noise, region), expected, rtol=1e-6, atol=0)
+    expected = (velocity - target_of(latents, noise)).square().mean(dim=(1, 2))
+    torch.testing.assert_close(flow_loss(velocity, target_of(latents, noise), region), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("hole_weight, keep_weight", [(1, 1), (5, 1), (1, 0), (0, 2)])
@@ -163,11 +168,24 @@ def test_region_weight_has_mean_one_in_every_sample(batch, hole_weight, keep_wei
     torch.testing.assert_close(region.mean(dim=(1, 2, 3)), torch.ones(3), rtol=0, atol=1e-5)
 
 
+def test_a_sample_whose_mask_is_ignored_weighs_all_of_its_picture_alike(batch):
+    flow = FlowConfig(hole_weight=5, keep_weight=0)
+    masked = region_weight(batch[3], flow)
+    region = region_weight(batch[3], flow, torch.tensor([0.0, 1.0, 0.0]))
+    assert torch.equal(region[1], torch.ones_like(region[1]))
+    assert torch.equal(region[::2], masked[::2]) and not torch.equal(masked[1], region[1])
+    all_hole = torch.ones_like(batch[3])
+    no_weight = region_weight(all_hole, FlowConfig(hole_weight=0), torch.ones(3))
+    assert torch.equal(no_weight, torch.ones_like(no_weight)), "nor is one left out whose hole has no weight"
+
+
 def test_a_sample_without_any_weight_has_loss_zero_and_no_gradient(batch):
     velocity, latents, noise, _ = batch
     velocity = velocity.requires_grad_()
     all_hole = torch.ones(3, 1, 48, 80)
-    losses = flow_loss(velocity, latents, noise, region_weight(all_hole, FlowConfig(hole_weight=0, keep_weight=1)))
+    losses = flow_loss(
+        velocity, target_of(latents, noise), region_weight(all_hole, FlowConfig(hole_weight=0, keep_weight=1))
+    )
     losses.sum().backward()
     assert not losses.any()
     assert not velocity.grad.any()
@@ -192,7 +210,7 @@ def test_idle_rows_change_neither_loss_nor_gradient(pipeline, load_triple, hole_
         noisy = mix_noise(rows.latents, rows.noise, sigma)
         velocity = predict_velocity(pipeline.transformer, noisy, rows, sigma, flow)
         region = region_weight(unpack_mask(rows.mask), flow)
-        loss = (flow_loss(velocity, rows.latents, rows.noise, region) * rows.weight).sum()
+        loss = (flow_loss(velocity, target_of(rows.latents, rows.noise), region) * rows.weight).sum()
         gradient = torch.autograd.grad(loss, pipeline.transformer.proj_out.weight)[0]
         results.append((loss.detach(), gradient))
     (loss, gradient), (padded_loss, padded_gradient) = results

@@ -1,11 +1,9 @@
-import builtins
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from configs.errors import InputError
 from configs.schema import TrainConfig
 from trainer.optimizers.optimizer import build_optimizer, learning_rate
 
@@ -93,19 +91,6 @@ def test_adamw8bit_keeps_its_moments_in_a_byte_each():
     optimizer.step()
     state = optimizer.state[parameter]
     assert state["state1"].dtype == state["state2"].dtype == torch.uint8
-
-
-def test_missing_bitsandbytes_is_told_with_what_to_do(monkeypatch):
-    real_import = builtins.__import__
-
-    def without_bitsandbytes(name, *args, **kwargs):
-        if name.startswith("bitsandbytes"):
-            raise ImportError("No module named 'bitsandbytes'")
-        return real_import(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without_bitsandbytes)
-    with pytest.raises(InputError, match=r"train\.optimizer adamw8bit needs bitsandbytes.*train\.optimizer=adamw"):
-        build_optimizer([nn.Parameter(torch.zeros(2))], train(optimizer="adamw8bit"))
 
 
 def plain_adafactor(weight, gradients, lr, weight_decay) -> torch.Tensor:

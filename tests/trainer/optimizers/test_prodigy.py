@@ -47,6 +47,16 @@ def test_prodigy_goes_on_exactly_from_its_state_alone():
     assert learned.dtype == torch.float64 and learned[0] > 100 * 1e-6 and learned[-1] == 90
 
 
+def test_where_a_weight_began_is_kept_in_full_also_of_zeros():
+    """The library keeps one number of zeros, whose shape would tell how a run began."""
+    weights = [nn.Parameter(torch.full((4, 5), 3.0)), nn.Parameter(torch.zeros(2, 7)), nn.Parameter(torch.zeros(3))]
+    unused = nn.Parameter(torch.zeros(2))
+    optimizer = build_optimizer([*weights, unused], train(lr=1, weight_decay=0.0))
+    descend(optimizer, weights, 2)
+    assert [optimizer.state[weight]["p0"].shape for weight in weights] == [(20,), (14,), (3,)]
+    assert not optimizer.state[weights[1]]["p0"].any() and unused not in optimizer.state
+
+
 def test_prodigy_at_an_ordinary_rate_is_refused():
     with pytest.raises(
         ValueError, match=r"multiplies the step size that it finds by train\.lr, 0\.0001: set train\.lr=1"

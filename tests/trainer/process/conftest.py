@@ -7,6 +7,17 @@ import pytest
 
 
 @pytest.fixture
+def patient_main(tmp_path: Path) -> str:
+    """The path of a trainer/main.py whose ranks give the first of them all the time that it may take to speak."""
+    script = "import runpy, sys\nsys.path[0] = ROOT\nimport trainer.process.outcome\n"
+    script += "trainer.process.outcome._MAIN_SPEAKS_FIRST_SECONDS = 200\n"
+    script += "runpy.run_path(ROOT + '/trainer/main.py', run_name='__main__')\n"
+    path = tmp_path / "patient_main.py"
+    path.write_text(script.replace("ROOT", repr(str(Path(__file__).parents[3]))))
+    return str(path)
+
+
+@pytest.fixture
 def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A command line of a run in tmp_path, and sys.argv with it."""
     given = [

@@ -1,5 +1,6 @@
 """Stopping on purpose: real launches, real signals. The run saves, ends with 75, and goes on as if nothing had been."""
 
+import functools
 import json
 import os
 import shutil
@@ -14,11 +15,31 @@ import numpy as np
 import pytest
 
 from data.cache.open_cache import Cache
+from launch.supervise import Outcome
 from tests.data.batches.streams import damage
+from tests.holding import HOLD, go_file, held_file
 from tests.ranks import run_ranks
+from tests.trainer.launches import launch
 
 ROOT = Path(__file__).parents[3]
 STEPS = 40
+# A run's rank 0 waits there, before it logs its next step, until it has heard a stop signal or the test lets it go on.
+HELD_AT = 3
+
+# In the run's second save, once its tensors are written, `fluxfill train` is told to stop; the save ends no more.
+_STALLS = """
+import os, pathlib, signal, time
+import trainer.checkpoints.save as save
+real, calls = save.write_tensors, []
+def stalling(*given):
+    real(*given)
+    calls.append(1)
+    if len(calls) == 2:
+        launcher = pathlib.Path(f"/proc/{os.getppid()}/stat").read_text()
+        os.kill(int(launcher.rpartition(")")[2].split()[1]), signal.SIGTERM)
+        time.sleep(600)
+save.write_tensors = stalling
+"""
 
 
 def train(arguments: list[str]) -> int:
@@ -53,7 +74,8 @@ def start(settings):
         path, given, folder = settings(name)
         line = [sys.executable, "-c", "from launch.cli import main; main()", "train", str(path), *given, *overrides]
         engine = ["--num-processes", str(num_processes)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        held = {"HOLD_AT": str(HELD_AT), "HOLD_UNTIL": str(go_file(folder)), "HOLD_UNTIL_STOPPED": "1"}
+        environment = {**os.environ, **held, "PYTHONPATH": f"{HOLD}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
             [*line, *engine], env=environment, cwd=folder.parent, stdout=subprocess.PIPE, text=True
         )
@@ -74,13 +96,20 @@ def run_warm(settings):
     return run
 
 
-def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
+@pytest.fixture(scope="module")
+def undisturbed(run_warm):
+    """The folder of the run that nothing happened to: `undisturbed(processes)`, made once."""
+    return functools.cache(lambda num_processes: run_warm(f"undisturbed-{num_processes}", num_processes))
+
+
+def wait_until_held(process: subprocess.Popen, run: Path) -> None:
+    deadline = time.monotonic() + 200
     while time.monotonic() < deadline and process.poll() is None:
-        if (run / "metrics.jsonl").is_file() and len((run / "metrics.jsonl").read_text().splitlines()) >= step:
+        if held_file(run).exists():
             return
         time.sleep(0.05)
-    pytest.fail(f"no step {step}: {process.communicate()[0]}")
+    process.kill()
+    pytest.fail(f"no step {HELD_AT}: {process.communicate()[0]}")
 
 
 def losses(run: Path) -> list[float]:
@@ -89,46 +118,67 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in lines]
 
 
+@pytest.mark.fault(3, "USR1 to a run of one process, TERM twice to one of two")
 @pytest.mark.parametrize(
     "num_processes, signals",
     [(1, [signal.SIGUSR1]), pytest.param(2, [signal.SIGTERM, signal.SIGTERM], marks=pytest.mark.slow)],
 )
-def test_a_stopped_run_saves_ends_with_75_and_goes_on_undisturbed(start, run_warm, num_processes, signals):
+def test_a_stopped_run_saves_ends_with_75_and_goes_on_undisturbed(start, run_warm, undisturbed, num_processes, signals):
     name = f"stopped-{num_processes}"
     process, run = start(name, num_processes)
-    wait_for_step(process, run, 3)
+    wait_until_held(process, run)
     for number in signals:
         process.send_signal(number)
         time.sleep(0.1)
-    told, _ = process.communicate(timeout=120)
+    told, _ = process.communicate(timeout=200)
     assert process.returncode == 75, told
     outcome = json.loads((run / "outcome.json").read_text(encoding="utf-8"))
     stopped_at = outcome["step"]
-    assert outcome["code"] == 75 and signals[0].name in outcome["reason"] and 3 <= stopped_at < STEPS
+    assert outcome["code"] == 75 and signals[0].name in outcome["reason"] and HELD_AT <= stopped_at < STEPS
     assert (run / "checkpoints" / f"step-{stopped_at:08d}" / "COMPLETE").is_file()
     assert len(losses(run)) == stopped_at
 
     run_warm(name, num_processes)
-    undisturbed = run_warm(f"undisturbed-{num_processes}", num_processes)
     assert len(losses(run)) == STEPS
-    assert losses(run) == losses(undisturbed)
+    assert losses(run) == losses(undisturbed(num_processes))
 
 
+@pytest.mark.fault(2, "kill -9 of `accelerate launch` in mid-run")
 @pytest.mark.slow
 def test_ranks_whose_launcher_is_killed_save_and_leave(start):
     process, run = start("orphans", 2)
-    wait_for_step(process, run, 3)
+    wait_until_held(process, run)
     (launcher,) = children_of(process.pid)
     ranks = children_of(launcher)
     assert len(ranks) >= 2
     os.kill(launcher, signal.SIGKILL)
-    process.communicate(timeout=120)
-    deadline = time.monotonic() + 60
+    process.communicate(timeout=200)
+    deadline = time.monotonic() + 200
     while any(is_alive(pid) for pid in ranks):
         assert time.monotonic() < deadline, "ranks outlived their launcher"
         time.sleep(0.1)
     assert json.loads((run / "outcome.json").read_text(encoding="utf-8"))["code"] == 75
     assert list((run / "checkpoints").glob("step-*/COMPLETE"))
+
+
+@pytest.mark.fault(25, "a start between a kill and the end of the ranks that still save")
+@pytest.mark.slow
+def test_a_start_right_after_kill_9_waits_for_the_ranks_that_still_save(start, undisturbed):
+    """Of the supervisor and its launcher at once; the ranks are told by nobody but the kernel."""
+    process, run = start("killed", 2)
+    wait_until_held(process, run)
+    (launcher,) = children_of(process.pid)
+    ranks = children_of(launcher)
+    process.kill()
+    os.kill(launcher, signal.SIGKILL)
+    go_file(run).touch()
+    again, _ = start("killed", 2)
+    told, _ = again.communicate(timeout=300)
+    process.communicate()
+    assert again.returncode == 0, told
+    assert not any(is_alive(pid) for pid in ranks)
+    assert len(losses(run)) == STEPS
+    assert losses(run) == losses(undisturbed(2))
 
 
 def children_of(pid: int) -> list[int]:
@@ -142,6 +192,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.fault(3, "USR2 and TERM while a rank still imports")
 def test_a_signal_during_the_imports_only_sets_a_flag(tmp_path):
     script = (
         "from trainer.process.stop_signals import install_stop_signals, stop_signal; import os, signal\n"
@@ -154,6 +205,8 @@ def test_a_signal_during_the_imports_only_sets_a_flag(tmp_path):
     assert done.stdout.strip() == "SIGUSR2"
 
 
+@pytest.mark.fault(6, "a sample that one rank alone reads, in a real launch that takes no damage")
+@pytest.mark.fault(30, "an error in the thread that reads for one of two ranks, in a real launch")
 @pytest.mark.slow
 def test_a_rank_that_fails_alone_is_heard(start, config, samples, tmp_path):
     """Its message and its code reach whoever started the run, not what the others say when it is gone."""
@@ -172,3 +225,17 @@ def test_a_rank_that_fails_alone_is_heard(start, config, samples, tmp_path):
     outcome = json.loads((run / "outcome.json").read_text(encoding="utf-8"))
     assert (process.returncode, outcome["code"]) == (2, 2), told
     assert outcome["reason"].startswith("rank 1: ") and "does not match its checksum" in outcome["reason"]
+
+
+@pytest.mark.fault(4, "TERM during a save that lasts longer than the launcher waits, whose kill -9 ends it")
+@pytest.mark.slow
+def test_a_save_that_the_launcher_cuts_off_leaves_the_checkpoint_before(config, tmp_path):
+    ended = launch(config, tmp_path, "graceless", "single", 1, _STALLS, shutdown_seconds=2)
+    told = "stopped by SIGTERM before the trainer could say where; it goes on from step 2, its newest checkpoint"
+    assert (ended.code, ended.reason) == (75, told)
+    checkpoints = tmp_path / "graceless" / "checkpoints"
+    assert [marker.parent.name for marker in checkpoints.glob("*/COMPLETE")] == ["step-00000002"]
+    assert len(list(checkpoints.iterdir())) == 2, "the half that was written"
+    assert launch(config, tmp_path, "graceless", "single", 1, "") == Outcome(0, "done", 4)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000002", "step-00000004"]
+    assert len(losses(tmp_path / "graceless")) == 4

@@ -1,4 +1,5 @@
 import json
+import logging
 import pickle
 import tarfile
 from dataclasses import replace
@@ -7,17 +8,24 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from diffusers import FluxTransformer2DModel
 from diffusers.models.autoencoders.vae import Decoder
 from PIL import Image
 from safetensors.torch import load
+from xxhash import xxh3_64_intdigest
 
 import data.batches.training_set
 import trainer.validation.validator as validate
+from configs.loading import dump_config
 from configs.schema import ValidationConfig
 from data.batches.noise import draw_noise
+from tests.ranks import run_ranks
 from trainer.model.flux import load_transformer, pack_latents
+from trainer.process import stop_signals
+from trainer.process.outcome import StartAgain
 from trainer.validation.metrics import color_shift, hole_psnr, keep_psnr, paste_back, seam_error
-from trainer.validation.validator import SIGMA_BINS, Validator, validation_is_due
+from trainer.validation.sampler import SIGMA_BINS
+from trainer.validation.validator import Validator, validation_is_due
 
 SPLITS = {"holdout": 4, "train": 5}
 
@@ -115,7 +123,7 @@ def test_figures_are_those_of_a_pipeline_called_from_scratch(line, config, pipel
     figures, text_length = [], config.data.captions.text_length
     for entry, pictures in items_of(config, split, SPLITS[split]):
         width, height = pictures["target"].size
-        key = validate.xxhash.xxh3_64_intdigest(entry["key"].encode()) >> 1
+        key = xxh3_64_intdigest(entry["key"].encode()) >> 1
         noise = np.empty((1, 16, height // 8, width // 8), dtype=np.float32)
         draw_noise(2024, key, noise)
         # As the cache holds it: rounded to bf16.
@@ -135,14 +143,11 @@ def test_figures_are_those_of_a_pipeline_called_from_scratch(line, config, pipel
         ).images[0]
         target, image, hole = unit(pictures["target"]), unit(pictures["image"]), hole_of(pictures)
         pasted = paste_back(fill, image, hole)
-        figures.append(
-            {
-                "hole_psnr": hole_psnr(fill, target, hole),
-                "keep_psnr": keep_psnr(fill, image, hole),
-                "seam_error": seam_error(pasted, target, hole),
-                "color_shift": color_shift(pasted, target, hole),
-            }
-        )
+        found = {"hole_psnr": hole_psnr(fill, target, hole), "keep_psnr": keep_psnr(fill, image, hole)}
+        found |= {
+            name: of(pasted, target, hole) for name, of in (("seam_error", seam_error), ("color_shift", color_shift))
+        }
+        figures.append(found)
     for name in figures[0]:
         assert line[split][name] == pytest.approx(np.mean([f[name] for f in figures]), abs=1e-3), name
 
@@ -161,11 +166,11 @@ class _OneOfMany:
 
     def __init__(self, engine, rank: int, world_size: int) -> None:
         self.rank, self.world_size, self.is_main = rank, world_size, False
-        self.device, self.compute_dtype, self.autocast = engine.device, engine.compute_dtype, engine.autocast
+        self.name, self.gpus = engine.name, engine.gpus
+        self.device, self.compute_dtype = engine.device, engine.compute_dtype
         self.ranks, self.sent = self, {}
-
-    def all_gather(self, item):
-        return [item]
+        self.all_gather, self.broadcast_object, self.all_reduce_sum = lambda item: [item], lambda item: item, float
+        self.all_reduce_sum_ = lambda tensor: None
 
     def gather(self, item):
         self.sent = item
@@ -242,3 +247,153 @@ def test_validation_is_due_before_between_and_at_the_end(config, every, due):
     settings = ValidationConfig(every_steps=every)
     run = config.model_copy(update={"validation": settings, "train": config.train.model_copy(update={"steps": 10})})
     assert [step for step in range(11) if validation_is_due(run, step)] == due
+
+
+# --- cut short, and out of memory -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sampler_steps(monkeypatch) -> list[int]:
+    """Pictures of each sampler step that has begun."""
+    forward, sizes = FluxTransformer2DModel.forward, []
+
+    def counted(self, hidden_states, *rest, **named):
+        sizes.append(len(hidden_states))
+        return forward(self, hidden_states, *rest, **named)
+
+    monkeypatch.setattr(FluxTransformer2DModel, "forward", counted)
+    return sizes
+
+
+def test_a_stop_signal_ends_it_at_the_next_step_of_the_sampler(
+    named, engine, tiny_model, samples, transformer, sampler_steps, monkeypatch
+):
+    monkeypatch.setattr(validate, "stop_signal", lambda: "SIGTERM" if len(sampler_steps) >= 2 else None)
+    transformer.train()
+    validator = Validator(named("cut"), engine, tiny_model, samples)
+    assert validator.run(transformer, 3) is None
+    assert len(sampler_steps) == 2 and transformer.training
+    assert not (named("cut").run.folder / "samples").exists()
+
+
+def test_what_is_given_runs_between_steps_of_the_sampler(named, engine, tiny_model, samples, transformer, config):
+    calls = []
+    validator = Validator(named("meanwhile"), engine, tiny_model, samples, meanwhile=lambda: calls.append(1))
+    assert validator.run(transformer, 3) is not None
+    assert len(calls) >= config.validation.sampler_steps
+
+
+@pytest.mark.fault(15, "torch's error in validation")
+@pytest.mark.parametrize("most", [1, 0])
+def test_what_does_not_fit_is_sampled_one_by_one_and_then_left_out(
+    line, named, engine, tiny_model, samples, transformer, monkeypatch, caplog, most
+):
+    """A stand-in for a GPU whose memory holds so many pictures."""
+    forward = FluxTransformer2DModel.forward
+
+    def limited(self, hidden_states, *rest, **named):
+        if len(hidden_states) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(self, hidden_states, *rest, **named)
+
+    monkeypatch.setattr(logging.getLogger("fluxfill"), "propagate", True)
+    monkeypatch.setattr(FluxTransformer2DModel, "forward", limited)
+    transformer.train()
+    run = named(f"limited-{most}")
+    run.run.folder.mkdir()
+    again = Validator(run, engine, tiny_model, samples).run(transformer, 3)
+    assert transformer.training
+    assert "again, one picture at a time" in caplog.text
+    if most:
+        for split in SPLITS:
+            assert again[split] == pytest.approx(line[split], abs=1e-3)
+    else:
+        assert again is None
+        assert "no more validation: at step 3 a single picture does not fit the memory" in caplog.text
+        (event,) = [json.loads(line) for line in (run.run.folder / "events.jsonl").read_text().splitlines()]
+        assert event["event"] == "validation left out" and "step 3" in event["why"]
+
+
+def test_a_vae_that_does_not_fit_leaves_validation_out(named, engine, tiny_model, samples, transformer, monkeypatch):
+    def refuse(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Decoder, "forward", refuse)
+    run = named("no-vae")
+    run.run.folder.mkdir()
+    assert Validator(run, engine, tiny_model, samples).run(transformer, 3) is None
+    assert "the VAE does not fit" in (run.run.folder / "events.jsonl").read_text()
+
+
+def validate_on_two(arguments, model, fault: str) -> tuple[bool, list[int]]:
+    """(whether there was a result, pictures of each step) of a rank. Rank 1 has the fault, in its second step."""
+    from data.batches.training_set import CachedTrainingSet
+    from data.cache.open_cache import open_cache
+    from trainer.engines.start import start_engine
+    from trainer.process.command_line import read_command_line
+
+    config = read_command_line(arguments).config
+    engine = start_engine(config)
+    transformer = load_transformer(model, dtype=torch.float32)
+    transformer = engine.prepare(transformer, lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    validator = Validator(config, engine, model, CachedTrainingSet(open_cache(config, model)))
+    forward, sizes = FluxTransformer2DModel.forward, []
+
+    def faulty(self, hidden_states, *rest, **named):
+        sizes.append(len(hidden_states))
+        if engine.rank == 1 and len(sizes) == 2:
+            if fault == "memory":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            stop_signals._receive(15, None)
+        return forward(self, hidden_states, *rest, **named)
+
+    FluxTransformer2DModel.forward = faulty
+    told, handler = [], logging.Handler(logging.WARNING)
+    handler.emit = lambda record: told.append(record.getMessage())
+    logging.getLogger("fluxfill").addHandler(handler)
+    line = validator.run(engine.unwrap(), 3)
+    return line is not None, sizes, told
+
+
+@pytest.mark.parametrize("fault", ["memory", "signal"])
+def test_ranks_leave_the_sampler_together(config, tiny_model, tmp_path, fault):
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    arguments = ["--config", str(path), f"run.dir={tmp_path}", "run.name=two"]
+    ends = run_ranks("ddp", 2, validate_on_two, arguments, tiny_model, fault)
+    if fault == "signal":
+        assert [(done, len(sizes)) for done, sizes, _ in ends] == [(False, 2), (False, 2)]
+    else:
+        assert [done for done, *_ in ends] == [True, True]
+        assert max(size for _, sizes, _ in ends for size in sizes[:2]) > 1
+        assert {size for _, sizes, _ in ends for size in sizes[2:]} == {1}
+        once = "validation at step 3 does not fit the memory: again, one picture at a time"
+        assert [told for *_, told in ends] == [[once], []]
+
+
+def test_of_a_sharded_model_the_next_start_validates_less(named, engine, tiny_model, samples, transformer, monkeypatch):
+    """Its ranks cannot agree in the middle of a forward pass. Here one of two, alone: what it sends is nobody's."""
+
+    class Sharded(_OneOfMany):
+        rank0_has_full_model = False
+
+    def refuse(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of 24 GiB")
+
+    run = named("sharded")
+    first = Validator(run, Sharded(engine, 1, 2), tiny_model, samples)
+    assert max(map(len, first._chunks)) > 1
+    monkeypatch.setattr(FluxTransformer2DModel, "forward", refuse)
+    with pytest.raises(StartAgain, match=r"goes on from the last checkpoint, one picture at a time"):
+        first.run(transformer, 3)
+
+    def at_the_next_start() -> Validator:
+        of_rank = Sharded(engine, 1, 2)
+        of_rank.is_main = True  # as rank 0 reads the record, for all
+        return Validator(run, of_rank, tiny_model, samples)
+
+    second = at_the_next_start()
+    assert set(map(len, second._chunks)) == {1}
+    with pytest.raises(StartAgain, match="goes on from the last checkpoint, without validation"):
+        second.run(transformer, 3)
+    assert at_the_next_start().run(transformer, 3) is None

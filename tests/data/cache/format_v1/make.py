@@ -75,12 +75,12 @@ def keys_of(path: str, count: int) -> list[str]:
     return [f"{stem}-{number}" for number in range(count)]
 
 
-def make(folder: Path, text_dtype: str) -> None:
-    """Write one cache."""
+def make(folder: Path, text_dtype: str, format_version: int = 1) -> None:
+    """Write one cache.  format_version: another one's folder has the same samples."""
     indexes: list[ShardIndex] = []
     for path, _, bucket, _, count in SHARDS:
         samples = [sample_of(key, Bucket.parse(bucket)) for key in keys_of(path, count)]
-        with ShardWriter(folder / path) as writer:
+        with ShardWriter(folder / path, format_version) as writer:
             for text in sorted({sample.text for sample in samples}):
                 writer.add_text(text, **text_of(text, text_dtype))
             for sample in samples:
@@ -107,7 +107,7 @@ def make(folder: Path, text_dtype: str) -> None:
         plan=np.array([index.plan for index in indexes]),
     )
     manifest = Manifest(
-        format_version=1,
+        format_version=format_version,
         order_version=1,
         settings={"data.captions.text_length": TEXT_LENGTH, "data.captions.text_dtype": text_dtype},
         encoders={"vae": "0123456789abcdef0123456789abcdef"},

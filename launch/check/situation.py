@@ -1,0 +1,52 @@
+"""What the checks look at: the config, and how it would be started on this machine."""
+
+from dataclasses import dataclass
+
+from configs.combinations import check_engine
+from configs.errors import InputError
+from configs.loading import load_config
+from configs.schema import Config, EngineName
+from launch.check.result import Check, ok
+from launch.command import choose_engine
+from launch.gpus import Gpu, count_training_gpus
+
+
+@dataclass(frozen=True)
+class Situation:
+    """config: validated, from config_path and overrides as they were given.  engine, processes: as `fluxfill train`
+    would choose them.  gpus: those that this process may use."""
+
+    config: Config
+    config_path: str
+    overrides: tuple[str, ...]
+    engine: EngineName
+    processes: int
+    gpus: tuple[Gpu, ...]
+
+
+def load_situation(
+    config_path: str, overrides: tuple[str, ...], num_processes: int | None, gpus: tuple[Gpu, ...]
+) -> tuple[Situation | None, list[Check]]:
+    """The config with the start that it would have, and a check for every problem with the two; None if there is one.
+
+    num_processes: as asked for; None: one per GPU.
+    """
+    try:
+        config = load_config(config_path, overrides)
+    except InputError as error:
+        return None, [_split(line) for line in str(error).splitlines()]
+    try:
+        num_gpus = count_training_gpus(len(gpus), config.data.encoder_devices)
+        engine, processes = choose_engine(config.parallel.engine, num_processes, num_gpus)
+        check_engine(config, engine)
+    except InputError as error:
+        return None, [_split(str(error))]
+    noun = "process" if processes == 1 else "processes"
+    what = f"{config_path}: run {config.run.name}, {config.method.type} under {engine} with {processes} {noun}"
+    return Situation(config, config_path, overrides, engine, processes, gpus), [ok("config", what)]
+
+
+def _split(problem: str) -> Check:
+    """A line of the loader, "<place>: <what>. <What to do>"."""
+    what, _, cure = problem.partition(". ")
+    return Check("config", "error", what.removesuffix("."), cure)

@@ -1,0 +1,84 @@
+"""The nearest that fits where a plan does not: the smallest change of the config, of the GPUs, or of both."""
+
+from collections.abc import Iterator
+
+from configs.combinations import QUANTIZED, problem_of
+from configs.fit import Cluster, Work
+from configs.flux_shape import FluxShape
+from configs.gpu_profiles import gpu_names, load_gpu_profile
+from configs.memory import GIB
+from configs.plan import Plan, plan_run
+from configs.schema import Config
+from launch.gpus import count_training_gpus
+from launch.plan.asked import sample_tokens
+
+_MOST_NODES = 64
+
+
+def nearest_that_fits(config: Config, base: FluxShape, cluster: Cluster) -> str | None:
+    """What to change, and what then takes how much; None where nothing that is tried fits."""
+    for change, tried, where in _changes(config, base, cluster):
+        if problem_of(tried) is None:
+            best = plan_run(tried, base, where, tokens=sample_tokens(tried)).best
+            if best is not None:
+                return f"{change}: {describe(best)}"
+    return None
+
+
+def describe(plan: Plan) -> str:
+    """A plan in a line."""
+    word = f"{plan.checkpointed} of {plan.blocks} blocks checkpointed" if plan.checkpointed else "no checkpointing"
+    return f"{plan.engine}, micro-batches of {plan.micro_batch_size}, {word}, {plan.bytes / GIB:.1f} GiB a GPU"
+
+
+def _changes(config: Config, base: FluxShape, cluster: Cluster) -> Iterator[tuple[str, Config, Cluster]]:
+    """The smaller ones first: precision and optimizer, more GPUs, other GPUs, and then several of them."""
+    smaller = list(_smaller_configs(config))
+    if Work(config, base, "single", cluster, sample_tokens(config)).encoders:
+        also = " data.encoder_devices=null" if config.data.encoder_devices else ""
+        cached = _with(config, "data", mode="cached", encoder_devices=None)
+        smaller.insert(0, (f"data.mode=cached{also}", cached))
+    yield from ((change, tried, cluster) for change, tried in smaller)
+    more = list(_more_gpus(config, cluster))
+    for change, where in more:
+        yield change, config, where
+    for name, where in more:
+        for change, tried in smaller:
+            yield f"{change} on {name.removeprefix('--')}", tried, where
+
+
+def _smaller_configs(config: Config) -> Iterator[tuple[str, Config]]:
+    if config.method.type == "full":
+        if config.train.optimizer == "adamw" and config.train.weights == "fp32_master":
+            yield "train.optimizer=adamw8bit", _with(config, "train", optimizer="adamw8bit")
+        if config.train.ema_decay is not None:
+            yield "train.ema_decay=null", _with(config, "train", ema_decay=None)
+        if config.train.weights == "fp32_master":
+            changed = _with(config, "train", weights="bf16_stochastic", optimizer="adamw")
+            yield "train.weights=bf16_stochastic train.optimizer=adamw", changed
+            yield (
+                "train.weights=bf16_stochastic train.optimizer=adamw train.ema_decay=null",
+                _with(changed, "train", ema_decay=None),
+            )
+    elif config.model.precision not in QUANTIZED:
+        for precision in ("int8", "nf4"):
+            yield f"model.precision={precision}", _with(config, "model", precision=precision)
+    elif config.model.precision != "nf4":
+        yield "model.precision=nf4", _with(config, "model", precision="nf4")
+
+
+def _more_gpus(config: Config, cluster: Cluster) -> Iterator[tuple[str, Cluster]]:
+    gpus = cluster.gpus_per_node
+    while (gpus := 2 * gpus) <= 8 and count_training_gpus(gpus, config.data.encoder_devices) == gpus:
+        yield f"--gpus-per-node {gpus}", Cluster(cluster.profile, cluster.nodes, gpus)
+    nodes = cluster.nodes
+    while (nodes := 2 * nodes) <= _MOST_NODES:
+        yield f"--nodes {nodes}", Cluster(cluster.profile, nodes, cluster.gpus_per_node)
+    named = {name: load_gpu_profile(name) for name in gpu_names()}
+    larger = [name for name, profile in named.items() if profile.memory_gib > cluster.profile.memory_gib]
+    for name in sorted(larger, key=lambda name: named[name].memory_gib):
+        yield f"--gpu {name}", Cluster(named[name], cluster.nodes, cluster.gpus_per_node)
+
+
+def _with(config: Config, section: str, **values: object) -> Config:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})

@@ -1,0 +1,120 @@
+"""What a quickstart's config says for a GPU and a number of them: the largest choice whose memory fits, by count."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, product
+from math import ceil, inf
+from operator import itemgetter
+
+from configs.errors import InputError
+from configs.flux_shape import FluxShape
+from configs.gpu_profiles import GpuProfile
+from configs.loading import load_config
+from configs.memory import USABLE, encoding_memory, training_memory
+from configs.schema import EngineName
+from launch.command import REPO_ROOT
+from launch.plan.asked import sample_tokens
+
+_SPARING_BATCH = 4  # one picture of 1024 x 1024 at once, or four of 512 x 512
+
+# (precision of the frozen transformer, whether activations are computed twice): the most exact first, and of one
+# precision the fastest.
+_BASES = (("bf16", False), ("bf16", True), ("int8", True), ("nf4", True))
+_T5_PRECISIONS = ("auto", "int8")  # of encoders that share the GPU
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a config is rendered from.
+
+    num_training: training processes on each node.  encoder_device: where an online run encodes, None for the GPU that
+    trains.  memory: part -> GiB, of what a GPU that trains holds.
+    """
+
+    gpu: GpuProfile
+    num_gpus: int
+    num_nodes: int
+    online: bool
+    num_training: int
+    engine: EngineName
+    encoder_device: str | None
+    t5_precision: str
+    encode_batch_size: int
+    precision: str
+    checkpointing: bool
+    memory: Mapping[str, float]
+    resolutions: tuple[int, ...]
+    global_batch_size: int
+    accumulation: int
+
+
+def choose(gpu: GpuProfile, *, num_gpus: int, num_nodes: int, online: bool) -> Choices:
+    """The choices for machines of `num_gpus` such GPUs each.
+
+    A run that is not online trains on all of them; one that is leaves the last to the encoders where there are two or
+    more. Raises InputError if nothing that is known to train fits the GPU.
+    """
+    apart = online and num_gpus > 1
+    num_training = num_gpus - 1 if apart else num_gpus
+    processes = num_training * num_nodes
+    resolutions = (512, 768) if gpu.memory_gib < 40 else (512, 768, 1024)
+    precision, checkpointing, t5_precision, memory = _fitting(gpu, resolutions, encodes=online and not apart)
+    accumulation = 2 if gpu.memory_gib < 40 or (gpu.memory_gib >= 80 and num_gpus == 1) else 4
+    return Choices(
+        gpu=gpu,
+        num_gpus=num_gpus,
+        num_nodes=num_nodes,
+        online=online,
+        num_training=num_training,
+        engine="ddp" if processes > 1 else "single",
+        encoder_device=f"cuda:{num_gpus - 1}" if apart else None,
+        t5_precision=t5_precision,
+        encode_batch_size=_SPARING_BATCH if gpu.memory_gib < 24 or (online and not apart) else 8,
+        precision=precision,
+        checkpointing=checkpointing,
+        memory=memory,
+        resolutions=resolutions,
+        global_batch_size=max(accumulation, processes),
+        accumulation=accumulation,
+    )
+
+
+def _fitting(
+    gpu: GpuProfile, resolutions: Sequence[int], *, encodes: bool
+) -> tuple[str, bool, str, Mapping[str, float]]:
+    """Precision, checkpointing, T5's precision, and what all takes by part, in GiB.  encodes: whether the encoders
+    share the GPU.
+
+    Of those that fit, the one that trains on the most exact numbers, and then the fastest.
+    """
+    least = inf
+    for precision, bases in groupby(_BASES, key=itemgetter(0)):
+        for t5_precision, (_, checkpointing) in product(_T5_PRECISIONS, list(bases)):
+            memory = _memory(precision, checkpointing, t5_precision, max(resolutions), encodes=encodes)
+            total = sum(memory.values())
+            if total <= gpu.memory_gib * USABLE:
+                return precision, checkpointing, t5_precision, memory
+            least = min(least, total)
+    raise InputError(
+        f"{gpu.name} has {gpu.memory_gib:g} GiB, and a LoRA on a base in 4 bits needs {ceil(least / USABLE)}"
+        f"{' with the encoders beside it' if encodes else ''}. Take a larger GPU"
+        f"{', or leave --online out: pictures are then encoded before training' if encodes else ''}."
+    )
+
+
+def _memory(precision: str, checkpointing: bool, t5_precision: str, side: int, *, encodes: bool) -> dict[str, float]:
+    """Part -> GiB, of a GPU that trains the LoRA of the written config: one square sample of a side, in pixels; with
+    the encoders and their pictures, if it encodes."""
+    settings = ["train.ema_decay=0.99", f"data.resolution={side}"]
+    settings += [f"model.precision={precision}", f"train.activation_checkpointing={str(checkpointing).lower()}"]
+    settings += [f"data.encode_batch_size={_SPARING_BATCH}", f"data.encoders.t5_precision={t5_precision}"]
+    config = load_config(REPO_ROOT / "configs" / "fill_lora.yaml", settings)
+    parts = training_memory(config, FluxShape(), "single", processes=1, tokens=sample_tokens(config))
+    *weights, activations, context = (part.gib for part in parts)
+    encoders = sum(part.gib for part in encoding_memory(config.data, pixels=side**2)) if encodes else 0
+    return {
+        "weights and adapter": sum(weights),
+        "activations of one sample": activations,
+        **({"encoders and their pictures": encoders} if encodes else {}),
+        "CUDA and NCCL": context,
+    }

@@ -1,0 +1,39 @@
+"""The command as a person gives it: alone, and under accelerate's launcher."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from configs.loading import dump_config
+
+if TYPE_CHECKING:
+    from data.cache.open_cache import Cache
+
+ALONE = ["-c", "from launch.cli import main; main()", "preflight"]
+ENGINE = Path(__file__).resolve().parents[3] / "configs" / "engines" / "ddp.yaml"
+LAUNCHED = ["-P", "-m", "accelerate.commands.launch", "--config_file", str(ENGINE), "--num_processes", "2"]
+LAUNCHED += ["--main_process_port", "0", "-m", "launch.preflight.command"]
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("line, ranks", [(ALONE, 1), (LAUNCHED, 2)], ids=["alone", "accelerate launch"])
+def test_a_machine_that_is_fit_is_said_to_be(
+    line: list[str], ranks: int, cache: "Cache", demo_config: Callable, tmp_path: Path
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(demo_config(cache.folder, f"run.dir={tmp_path}/runs", "logging.trackers=[]")))
+    done = subprocess.run([sys.executable, *line, str(path)], capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"64 MiB between {ranks} ranks in" in done.stdout if ranks > 1 else "64 MiB" not in done.stdout
+    assert done.stdout.count(f"{path}: all is right") == 1
+
+
+@pytest.mark.timeout(100)
+def test_a_wrong_config_is_a_finding(tmp_path: Path) -> None:
+    words = [sys.executable, *ALONE, str(tmp_path / "none.yaml")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == 2 and "there is no such file" in done.stdout

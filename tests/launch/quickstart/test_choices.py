@@ -1,0 +1,67 @@
+import pytest
+
+from configs.errors import InputError
+from configs.gpu_profiles import GpuProfile, gpu_names, load_gpu_profile
+from launch.gpus import count_training_gpus
+from launch.quickstart.choices import choose
+
+
+def card(memory_gib: float) -> GpuProfile:
+    return GpuProfile(name="a card", untested=True, memory_gib=memory_gib)
+
+
+@pytest.mark.parametrize("name, precision, checkpointing", [("24gb", "int8", True), ("40gb", "bf16", True)])
+def test_a_base_is_quantized_where_the_card_needs_it(name: str, precision: str, checkpointing: bool) -> None:
+    choices = choose(load_gpu_profile(name), num_gpus=2, num_nodes=1, online=False)
+    assert (choices.precision, choices.checkpointing) == (precision, checkpointing)
+
+
+def test_80_gb_hold_the_activations() -> None:
+    assert not choose(load_gpu_profile("80gb"), num_gpus=2, num_nodes=1, online=False).checkpointing
+
+
+@pytest.mark.parametrize("online", [False, True])
+@pytest.mark.parametrize("name", gpu_names())
+def test_what_is_chosen_fits_the_card(name: str, online: bool) -> None:
+    profile = load_gpu_profile(name)
+    memory = choose(profile, num_gpus=1, num_nodes=1, online=online).memory
+    assert 10 < sum(memory.values()) <= 0.9 * profile.memory_gib
+    assert ("encoders and their pictures" in memory) is online
+
+
+def test_more_memory_never_chooses_a_coarser_base() -> None:
+    order = ["nf4", "int8", "bf16"]
+    for online in (False, True):
+        chosen = [choose(card(gib), num_gpus=1, num_nodes=1, online=online) for gib in range(24, 200, 2)]
+        places = [order.index(choices.precision) for choices in chosen]
+        assert places == sorted(places) and chosen[-1].precision == "bf16" and not chosen[-1].checkpointing
+
+
+def test_a_card_that_holds_nothing_is_refused_with_what_it_would_take() -> None:
+    with pytest.raises(InputError, match=r"a card has 10 GiB, and a LoRA on a base in 4 bits needs 12\. Take a larger"):
+        choose(card(10), num_gpus=1, num_nodes=1, online=False)
+    with pytest.raises(InputError, match="or leave --online out"):
+        choose(card(16), num_gpus=1, num_nodes=1, online=True)
+    assert choose(card(16), num_gpus=2, num_nodes=1, online=True).precision == "nf4"
+
+
+@pytest.mark.parametrize(
+    "num_gpus, device, training", [(1, None, 1), (2, "cuda:1", 1), (3, "cuda:2", 2), (8, "cuda:7", 7)]
+)
+def test_an_online_run_leaves_the_last_gpu_to_the_encoders(num_gpus: int, device: str | None, training: int) -> None:
+    choices = choose(load_gpu_profile("80gb"), num_gpus=num_gpus, num_nodes=1, online=True)
+    assert (choices.encoder_device, choices.num_training) == (device, training)
+    assert count_training_gpus(num_gpus, [device] if device else None) == training, "fluxfill train counts otherwise"
+
+
+@pytest.mark.parametrize(
+    "name, num_gpus, accumulation", [("24gb", 1, 2), ("40gb", 2, 4), ("80gb", 1, 2), ("80gb", 2, 4)]
+)
+def test_the_batch_is_the_old_accumulation(name: str, num_gpus: int, accumulation: int) -> None:
+    assert (
+        choose(load_gpu_profile(name), num_gpus=num_gpus, num_nodes=1, online=False).global_batch_size == accumulation
+    )
+
+
+def test_every_process_gets_a_sample() -> None:
+    assert choose(load_gpu_profile("80gb"), num_gpus=8, num_nodes=4, online=False).global_batch_size == 32
