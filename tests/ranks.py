@@ -12,16 +12,15 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 
 from benchmarks.ranks import launch_environment
+from tests.patience import PATIENCE
 from tests.ports import own_port
 
 _PRELOAD = ["tests.rank_imports"]
 
 
-def _rank_main(
-    environment: dict[str, str], function: Callable, arguments: tuple, results: Connection, timeout_seconds: float
-) -> None:
+def _rank_main(environment: dict[str, str], function: Callable, arguments: tuple, results: Connection) -> None:
     os.environ.update(environment)
-    faulthandler.dump_traceback_later(0.9 * timeout_seconds)  # where it hangs, before it is killed for that
+    faulthandler.dump_traceback_later(0.9 * PATIENCE)  # where it hangs, before it is killed for that
     import torch
 
     torch.set_num_threads(1)
@@ -48,7 +47,6 @@ def run_ranks(
     function: Callable,
     *arguments: object,
     node_size: int | None = None,
-    timeout_seconds: float = 240,
 ) -> list:
     """Call `function(*arguments)` in every rank of a launch; returns what each returned, in rank order.
 
@@ -56,7 +54,7 @@ def run_ranks(
     Raises RankFailure if a rank raises, dies or is not done in time; the others are ended.
     """
     with own_port() as port:
-        return _run_ranks(port, engine, num_processes, function, arguments, node_size or num_processes, timeout_seconds)
+        return _run_ranks(port, engine, num_processes, function, arguments, node_size or num_processes)
 
 
 def _run_ranks(
@@ -66,7 +64,6 @@ def _run_ranks(
     function: Callable,
     arguments: tuple,
     node_size: int,
-    timeout_seconds: float,
 ) -> list:
     context = warm_context()
     shared = launch_environment(engine, num_processes) | {
@@ -80,7 +77,7 @@ def _run_ranks(
     for rank in range(num_processes):
         receiver, sender = context.Pipe(duplex=False)
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank % node_size)}
-        case = (shared | own, function, arguments, sender, timeout_seconds)
+        case = (shared | own, function, arguments, sender)
         process = context.Process(target=_rank_main, args=case, daemon=True)
         process.start()
         sender.close()
@@ -89,9 +86,9 @@ def _run_ranks(
     pending = {receiver: rank for rank, (_, receiver) in enumerate(ranks)}
     try:
         while pending:
-            ready = wait(list(pending), timeout=timeout_seconds)
+            ready = wait(list(pending), timeout=PATIENCE)
             if not ready:
-                raise RankFailure(f"ranks {sorted(pending.values())} of {engine} were not done in {timeout_seconds} s")
+                raise RankFailure(f"ranks {sorted(pending.values())} of {engine} were not done in {PATIENCE:.0f} s")
             for receiver in ready:
                 rank = pending.pop(receiver)
                 try:
@@ -105,7 +102,7 @@ def _run_ranks(
         for process, receiver in ranks:
             if pending:
                 process.kill()
-            process.join(timeout_seconds)  # what it does at its exit ends too
+            process.join(PATIENCE)  # what it does at its exit ends too
             process.kill()
             receiver.close()
     return outcomes

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from configs.schema import Config
 from data.preprocessing.worker import Worker, which_worker
+from tests.patience import PATIENCE
 from tests.ranks import warm_context
 
 # What Python tells audit hooks of before it changes a folder.
@@ -27,7 +28,7 @@ class WorkerProcess:
     process: BaseProcess
     outcome: Connection
 
-    def join(self, timeout_seconds: float = 120) -> tuple[int | None, str, int]:
+    def join(self, timeout_seconds: float = PATIENCE) -> tuple[int | None, str, int]:
         """(exit code, message, changes): -9 when killed, with the last that was heard of."""
         message, changes = "", 0
         while wait([self.outcome], timeout=timeout_seconds):
@@ -42,7 +43,7 @@ class WorkerProcess:
     def kill(self) -> None:
         self.process.kill()
 
-    def wait_until_stopped(self, timeout_seconds: float = 120) -> None:
+    def wait_until_stopped(self, timeout_seconds: float = PATIENCE) -> None:
         """By SIGSTOP: all of its threads, of which one may be at its heartbeat."""
         deadline = time.monotonic() + timeout_seconds
         while not self._is_stopped():

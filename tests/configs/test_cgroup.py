@@ -10,6 +10,7 @@ import pytest
 
 from configs import cgroup
 from configs.cgroup import count_oom_kills, highest_use, memory_limits, room_below_limits
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 
@@ -115,7 +116,7 @@ def test_a_process_that_the_kernel_killed_for_memory_is_told_as_that(tmp_path: P
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=PATIENCE,
         )
     finally:
         group.rmdir()

@@ -8,6 +8,7 @@ import pytest
 
 from configs import webhook
 from configs.webhook import VARIABLE, notify, notify_end
+from tests.patience import PATIENCE
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def test_a_server_that_never_answers_is_left_after_a_while(capfd, monkeypatch):
 
 def test_a_notice_may_go_while_the_run_goes_on(hook):
     notify("sofa", "skipped an update", reason="x" * 10_000, step=3, wait=False, environment={VARIABLE: hook.url})
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not hook.got and time.monotonic() < deadline:
         time.sleep(0.02)
     (told,) = hook.got

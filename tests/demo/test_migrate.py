@@ -91,7 +91,6 @@ def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_the_walk_ends_with_a_checkpoint_and_pictures_and_every_step_can_be_typed_again(tmp_path: Path) -> None:
     place = tmp_path / "旧 数据"
     said = run(sys.executable, ROOT / "demo" / "migrate.py", "--folder", place, "--steps", "4", cwd=tmp_path)

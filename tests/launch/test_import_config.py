@@ -158,7 +158,6 @@ def few_triples(triples, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", YAML)
 def test_an_imported_sample_is_checked_clean_and_trains(name, tmp_path, few_triples, tiny_model, tiny_dev_model):
     from rich.console import Console

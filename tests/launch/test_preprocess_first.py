@@ -22,6 +22,7 @@ from launch.cli import app
 from launch.preprocess_first import reason_to_train_at_once
 from tests.holding import HOLD
 from tests.other_user import as_nobody
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_PICTURES = 6
@@ -73,7 +74,7 @@ def start_train(config_file: Path, *overrides: str, held_until: Path | None = No
 def train(config_file: Path, *overrides: str) -> tuple[int, str, str]:
     """(exit code, standard output, standard error) of `fluxfill train`."""
     process = start_train(config_file, *overrides)
-    output, errors = process.communicate(timeout=280)
+    output, errors = process.communicate(timeout=PATIENCE)
     return process.returncode, output, errors
 
 
@@ -84,7 +85,7 @@ def num_samples(cache: Path) -> int:
 
 def held_worker(cache: Path, held_until: Path) -> int:
     """The process id of the one worker, once it is held."""
-    deadline = time.monotonic() + 250
+    deadline = time.monotonic() + PATIENCE
     while not held_until.with_name(f"{held_until.name}.held").exists():
         assert time.monotonic() < deadline, "no worker came"
         time.sleep(0.01)
@@ -92,13 +93,12 @@ def held_worker(cache: Path, held_until: Path) -> int:
     return json.loads(found.read_text(encoding="utf-8"))["pid"]
 
 
-@pytest.mark.timeout(600)
 def test_first_run_is_one_command_that_may_be_stopped_and_goes_on(config_file: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     process = start_train(config_file, held_until=tmp_path / "go")
     worker = held_worker(cache, tmp_path / "go")
     process.send_signal(signal.SIGUSR1)
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75 and "preprocessing: stopped by SIGUSR1; the same command goes on" in errors
     assert "accelerate" not in output and not (cache / "manifest.json").exists()
     assert not Path(f"/proc/{worker}").exists()

@@ -9,6 +9,7 @@ import pytest
 
 from configs.loading import dump_config
 from tests.data.made_caches import stored_shards
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 FLUXFILL = "from launch.cli import main; main()"
@@ -16,7 +17,7 @@ FLUXFILL = "from launch.cli import main; main()"
 
 def run(command, **environ):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environ
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, cwd=ROOT)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -43,7 +44,7 @@ def test_libraries_are_quieted_before_the_first_of_them_is_imported(tmp_path, st
         env=environment | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
         cwd=ROOT,
         capture_output=True,
-        timeout=200,
+        timeout=PATIENCE,
     )
     assert done.returncode == 41, done.stderr.decode()[-2000:]
 

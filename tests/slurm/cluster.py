@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from tests.patience import PATIENCE
+
 CGROUPS = Path("/sys/fs/cgroup")
 GPUS_PER_NODE = 8
 _SLOTS = 6
@@ -115,7 +117,7 @@ class Cluster:
     def run(self, *command: str, **options: object) -> str:
         """What a command prints (`sinfo`, `scontrol`, `srun`). Raises AssertionError with its words if it fails."""
         done = subprocess.run(
-            command, env={**self.environment}, capture_output=True, text=True, timeout=280, check=False, **options
+            command, env={**self.environment}, capture_output=True, text=True, timeout=PATIENCE, check=False, **options
         )  # type: ignore[call-overload]
         assert done.returncode == 0, f"{command} ended with {done.returncode}: {done.stdout}{done.stderr}"
         return done.stdout
@@ -162,7 +164,7 @@ class Cluster:
         return wait_for(have_ended, f"job {job} did not end", 900)
 
 
-def wait_for(look: Callable[[], str | None], complaint: str, timeout_seconds: float = 300) -> str:
+def wait_for(look: Callable[[], str | None], complaint: str, timeout_seconds: float = PATIENCE) -> str:
     """What `look` gives once it gives something."""
     deadline = time.monotonic() + timeout_seconds
     while not (found := look()):
@@ -209,7 +211,7 @@ def running_cluster(folder: Path) -> Iterator[Cluster]:
         yield cluster
     finally:
         daemons.kill()  # the kernel ends its child then, and with that all of the namespace
-        daemons.wait(timeout=300)
+        daemons.wait(timeout=PATIENCE)
         _remove_cgroups()
         slot.lock.close()
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.holding import HOLD, go_file
+from tests.patience import PATIENCE
 from tests.slurm.cluster import Cluster, reason_to_skip, running_cluster
 from tests.slurm.jobs import SETTINGS, TWO_RANKS_EACH, Submitted
 
@@ -48,7 +49,7 @@ def fluxfill(cluster: Cluster, config_file: Path) -> Callable[..., str]:
             capture_output=True,
             text=True,
             check=False,
-            timeout=600,
+            timeout=PATIENCE,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout

@@ -13,7 +13,7 @@ from launch.slurm.render import render_train
 from tests.holding import HOLD
 from tests.slurm.cluster import Cluster, wait_for
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent

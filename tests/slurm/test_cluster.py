@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import PATIENCE
 from tests.slurm.cluster import Cluster, reason_to_skip, wait_for
 
 pytestmark = pytest.mark.slurm
@@ -54,7 +55,7 @@ def test_a_killed_owner_leaves_no_process_behind(short_folder: Path) -> None:
     finally:
         owner.kill()
         owner.wait()
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + PATIENCE
     while left := processes_that_name(str(short_folder)) + processes_that_name(job):
         assert time.monotonic() < deadline, left
         time.sleep(0.2)

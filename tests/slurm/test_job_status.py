@@ -9,7 +9,7 @@ from launch.status.jobs import ask_queue
 from tests.slurm.cluster import Cluster, wait_for
 from tests.slurm.jobs import Submitted
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 
 def test_a_job_is_found_by_its_id_while_it_trains_and_afterwards(

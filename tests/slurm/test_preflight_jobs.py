@@ -10,7 +10,7 @@ from launch.slurm.restarts import read_job_events
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import TWO_RANKS_EACH, Submitted
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 FEW_STEPS = ("slurm.preflight=true", "train.steps=4")
 

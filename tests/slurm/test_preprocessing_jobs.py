@@ -16,7 +16,7 @@ from tests.slurm.jobs import Submitted
 if TYPE_CHECKING:
     from data.cache.open_cache import Cache
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 
 def test_an_array_of_which_a_task_is_killed_makes_the_cache_of_one_process_and_then_trains(

@@ -8,7 +8,7 @@ import pytest
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import Submitted
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
 

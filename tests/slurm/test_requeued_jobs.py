@@ -12,7 +12,7 @@ from launch.slurm import controller
 from tests.slurm.cluster import Cluster, wait_for
 from tests.slurm.jobs import HELD_AT, TWO_RANKS_EACH, Submitted, assert_same_run
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 
 def wait_until_stopped(job: Submitted, cluster: Cluster) -> None:

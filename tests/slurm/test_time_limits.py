@@ -10,7 +10,7 @@ import pytest
 from tests.slurm.cluster import Cluster, wait_for
 from tests.slurm.jobs import HELD_AT, Submitted, assert_same_run
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

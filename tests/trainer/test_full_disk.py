@@ -10,6 +10,7 @@ import pytest
 
 from configs.loading import dump_config
 from tests.data.storage.small_disk import open_small_disk
+from tests.patience import PATIENCE
 from tests.ranks import run_ranks
 
 
@@ -34,7 +35,7 @@ def train_until_stopped(arguments: list[str], fill_at: int, stop_at: int) -> int
         try:
             return write_tensors(*given)
         finally:
-            validated.wait(200)
+            validated.wait(PATIENCE)
 
     def faulty(self, state, *rest):
         step(self, state, *rest)

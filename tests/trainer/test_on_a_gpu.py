@@ -19,7 +19,7 @@ from trainer.optimizers.optimizer import build_optimizer
 from trainer.process.outcome import StartAgain
 from trainer.training_data import choose_order, open_stream
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.gpu]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,6 +7,7 @@ import pytest
 from configs.errors import InputError
 from data.batches.shard_reader import ShardReader
 from tests.data.batches.streams import SHARDS, damage, open_stream, open_tars
+from tests.patience import PATIENCE
 
 
 def test_a_micro_batch_is_ready_when_all_who_fill_it_have_ended(make_cache, monkeypatch):
@@ -19,19 +20,19 @@ def test_a_micro_batch_is_ready_when_all_who_fill_it_have_ended(make_cache, monk
     def read_slowly(self, shard, row, out, **options):
         if row != 1:
             begun.set()
-            assert go_on.wait(60)
+            assert go_on.wait(PATIENCE)
         return read(self, shard, row, out, **options)
 
     monkeypatch.setattr(ShardReader, "read", read_slowly)
     stream = open_stream(cache, size=6, micro=6, threads=2, depth=1)
     stream._begin_ahead()
     ready = stream._ahead[0].ready
-    assert begun.wait(60)
+    assert begun.wait(PATIENCE)
     with pytest.raises(TimeoutError):
         ready.result(timeout=0.3)
     go_on.set()
     with pytest.raises(InputError, match="1 damaged sample"):
-        ready.result(timeout=60)
+        ready.result(timeout=PATIENCE)
     stream.close()
 
 
@@ -56,7 +57,7 @@ def test_a_forgotten_stream_leaves_no_file(make_cache):
     next(next(stream))
     assert open_tars(cache)
     del stream
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while open_tars(cache) and time.monotonic() < deadline:
         gc.collect()
         time.sleep(0.01)

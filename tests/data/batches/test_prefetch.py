@@ -6,6 +6,7 @@ from data.batches.prefetch import Prefetcher
 from data.cache.node_cache import NodeCache
 from data.storage.file_locks import try_lock
 from tests.data.storage.remote_server import Remote
+from tests.patience import PATIENCE
 
 
 def test_shards_are_fetched_before_they_are_read_and_held_until_then(make_cache, serve, tmp_path):
@@ -20,7 +21,7 @@ def test_shards_are_fetched_before_they_are_read_and_held_until_then(make_cache,
     prefetcher = Prefetcher(copies, order, cache.table.bytes, part=range(4), start=0)
 
     def wait_for(look, numbers):
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         while not all(look(number) for number in numbers):
             assert time.monotonic() < deadline, f"{numbers} did not come"
             time.sleep(0.01)
@@ -52,7 +53,7 @@ def test_what_found_no_room_is_fetched_when_there_is_some(make_cache, serve, tmp
     time.sleep(0.3)
     assert not copies.path(first).exists()
     held.clear()
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not copies.path(first).exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert copies.path(first).exists()

@@ -27,6 +27,7 @@ from data.cache.remote_manifest import fetch_manifest
 from tests.data.cache.made_copies import copies_of, held
 from tests.data.made_caches import index_of
 from tests.data.storage.remote_server import Remote
+from tests.patience import PATIENCE
 
 
 def test_a_copy_is_the_shard_and_is_fetched_once(remote, tmp_path):
@@ -173,7 +174,7 @@ def test_a_fetch_that_was_killed_is_taken_over(remote, tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     server.slow.set()
-    waiting.join(timeout=120)
+    waiting.join(timeout=PATIENCE)
     assert os.fstat(found[0]).st_size == cache.table.bytes[1]
     assert not part.exists()
 
@@ -198,7 +199,7 @@ def test_an_error_that_holds_itself_holds_no_copy(remote, tmp_path, no_waits, mo
         found = []
         opening = threading.Thread(target=lambda: found.append(held(copies_of(url, cache, tmp_path), 1)), daemon=True)
         opening.start()
-        opening.join(timeout=120)
+        opening.join(timeout=PATIENCE)
         assert found, "the copy is still locked by whoever fetched it"
     finally:
         gc.enable()
@@ -349,7 +350,7 @@ def test_ranks_without_rows_fetch_nothing_and_can_be_closed(remote, tmp_path):
     assert sorted(rows) == [0, 0, 1, 1, 1, 1]
     closing = threading.Thread(target=lambda: [stream.close() for stream in streams], daemon=True)
     closing.start()
-    closing.join(timeout=120)
+    closing.join(timeout=PATIENCE)
     assert not closing.is_alive()
 
 

@@ -12,6 +12,7 @@ from data.migrate.page import MOST_CARDS, render_page, write_page
 from data.migrate.report import HoleColour, MigrationReport
 from data.sources.problems import MASKS, Problem
 from tests.data.migrate.made_reports import make_faulty_report, make_report, make_triple
+from tests.patience import PATIENCE
 
 COMMANDS = ["fluxfill check a.yaml", "fluxfill train a.yaml"]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -158,4 +159,4 @@ def dump(page: Path, width: int, dark: bool, folder: Path) -> str:
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
     options += [f"--window-size={width},900", f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
     command = [CHROMIUM, *options, "--dump-dom", page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True).stdout

@@ -15,6 +15,7 @@ from data.migrate.run import Options, migrate
 from data.sources.problems import Findings
 from data.sources.triples import list_triples
 from tests.data.migrate.made_old_pairs import save_triples
+from tests.patience import PATIENCE
 
 KILLED_RUN = """
 import os, signal, sys
@@ -117,7 +118,7 @@ def test_a_run_that_is_killed_at_any_file_is_finished_by_the_next(planted, tmp_p
     expected = contents_of(out)
     os.rename(out, tmp_path / "expected")
     command = [sys.executable, "-c", KILLED_RUN, *map(str, folders.by_role.values()), str(out), how, stage, str(number)]
-    assert subprocess.run(command, timeout=120, check=False).returncode == -9
+    assert subprocess.run(command, timeout=PATIENCE, check=False).returncode == -9
     assert not (out / REPORT).exists()
     run(folders, out, how=how)
     assert contents_of(out) == expected

@@ -25,6 +25,7 @@ from tests.data.online.online_streams import (
     settings_of,
     take,
 )
+from tests.patience import PATIENCE
 
 
 @pytest.mark.parametrize("micro", [1, 2])
@@ -77,7 +78,7 @@ def test_the_next_batch_is_encoded_while_one_is_in_use(online, monkeypatch):
     stream = open_stream(online, size=3, micro=1, policy=RowPolicy())
     next(next(stream))
     for _ in range(6):  # its own three rows, and the three of the next one, though nobody has asked for them
-        assert done.acquire(timeout=60)
+        assert done.acquire(timeout=PATIENCE)
     stream.close()
 
 

@@ -30,6 +30,7 @@ from tests.data.batches.streams import copy_of
 from tests.data.made_caches import index_of, write_cache
 from tests.data.online.online_streams import QUIET, assert_same, open_online, open_stream, plan_of, take
 from tests.data.sources.made_scans import picture_bytes
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[3]
 EPOCH = 7  # batches of 7 of the 48 samples that train, and a few of the next epoch
@@ -216,7 +217,7 @@ def test_a_job_beside_the_run_leaves_it_the_pictures_inside_tables(config_of, tm
                 run.stdin.flush()
                 assert run.stdout.readline() == said
             run.stdin.close()
-            assert run.wait(timeout=120) == 0
+            assert run.wait(timeout=PATIENCE) == 0
         finally:
             run.kill()
     assert list((cache / "copies").glob("*.pictures"))

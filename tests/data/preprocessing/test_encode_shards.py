@@ -14,9 +14,9 @@ from data.cache.manifest import read_shard_table
 from data.encoders.load import Encoders
 from data.preprocessing.run import preprocess
 from tests.data.made_caches import stored_shards
+from tests.patience import PATIENCE
 
 QUIET = Console(quiet=True)
-PATIENCE = 120  # seconds
 
 
 def test_the_next_pictures_are_decoded_while_a_batch_is_encoded(in_fours, shards_of_fours, monkeypatch):

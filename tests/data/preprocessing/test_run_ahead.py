@@ -4,6 +4,7 @@ import time
 import pytest
 
 from data.preprocessing.run_ahead import run_ahead
+from tests.patience import PATIENCE
 
 
 def test_items_come_in_their_order():
@@ -15,7 +16,7 @@ def test_it_runs_so_far_ahead_and_no_farther():
     made = []
     items = run_ahead((made.append(number) or number for number in range(50)), depth=2)
     assert next(items) == 0
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while len(made) < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.1)

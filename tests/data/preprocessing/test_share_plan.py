@@ -11,6 +11,7 @@ from configs.errors import InputError, StorageFailed
 from configs.supervision import BAD_INPUT, FAILED, exit_code
 from data.preprocessing.share_plan import agree_on_plan
 from data.preprocessing.worker_group import STALE_SECONDS, WorkerGroup, join
+from tests.patience import PATIENCE
 
 SETTINGS = {"format": 1}
 
@@ -74,7 +75,7 @@ def test_what_ends_planning_ends_every_worker_by_the_same_code(folder, error, co
     has_joined, seen = threading.Event(), []
 
     def plan():
-        assert has_joined.wait(60)
+        assert has_joined.wait(PATIENCE)
         time.sleep(0.02)  # clocks of files tick in milliseconds
         raise error("https://host/a.jpg: failed 8 times\nat last with a timeout")
 

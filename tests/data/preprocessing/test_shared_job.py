@@ -25,6 +25,7 @@ from data.preprocessing.share_plan import agree_on_plan
 from data.preprocessing.worker import Worker
 from data.preprocessing.worker_group import join
 from tests.data.preprocessing.made_shared_job import PICTURES, QUIET, contents, inodes, write_numbered_triple
+from tests.patience import PATIENCE
 from tests.workers import start_worker
 
 
@@ -46,7 +47,8 @@ def in_threads(monkeypatch):
     raised, or None."""
 
     def run(configs):
-        all_joined, agree_on_plan = threading.Barrier(len(configs), timeout=120), data.preprocessing.run.agree_on_plan
+        all_joined = threading.Barrier(len(configs), timeout=PATIENCE)
+        agree_on_plan = data.preprocessing.run.agree_on_plan
 
         def agree_when_all_joined(*arguments, **options):
             all_joined.wait()

@@ -14,6 +14,7 @@ from data.cache_layout import CREW
 from data.preprocessing.run import preprocess
 from data.preprocessing.worker_group import STALE_SECONDS
 from tests.data.preprocessing.made_shared_job import PICTURES, QUIET, contents, inodes, write_numbered_triple
+from tests.patience import PATIENCE
 from tests.workers import start_worker
 
 
@@ -33,7 +34,7 @@ def test_a_worker_that_dies_holds_nobody_up_and_leaves_nothing(job_of, pictures,
     dying = start_worker(config, 1, 3, kill_at=moment, fate=signal.SIGSTOP)
     dying.wait_until_stopped()
     others = [start_worker(config, number, 3) for number in (0, 2)]
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while len(list((config.data.cache / CREW / "workers").glob("*.json"))) < 3:
         assert time.monotonic() < deadline, "the others did not join"
         time.sleep(0.01)

@@ -13,9 +13,9 @@ import data.samples.decode
 from data.cache.shard_writer import ShardWriter
 from data.preprocessing.run import preprocess
 from tests.data.made_caches import stored_shards
+from tests.patience import PATIENCE
 
 QUIET = Console(quiet=True)
-PATIENCE = 120  # seconds
 
 
 def test_a_shard_is_written_while_the_next_is_encoded(in_fours, shards_of_fours, monkeypatch):

@@ -21,6 +21,7 @@ from tests.data.sources.made_scans import (
     write_folders,
     write_tar,
 )
+from tests.patience import PATIENCE
 
 
 def test_facts_are_of_the_pictures(scan, folders):
@@ -138,13 +139,13 @@ def test_what_another_worker_found_is_taken_over(folders, reads, tmp_path):
     """One stops halfway while another scans to the end, and goes on then: together they read each picture once."""
     write_folders(tmp_path, [f"{number:04d}" for number in range(600)])
     data = DataConfig.model_validate({"cache": tmp_path / "cache", "datasets": [{"name": "photos", **folders}]})
-    all_halfway, other_is_done, counts = threading.Barrier(_UNIT_THREADS + 1, timeout=250), threading.Event(), []
+    all_halfway, other_is_done, counts = threading.Barrier(_UNIT_THREADS + 1, timeout=PATIENCE), threading.Event(), []
 
     def stop_halfway(count):
         counts.append(count)
         if sum(counts) > 310 and not other_is_done.is_set():
             all_halfway.wait()  # each with its unit read and kept
-            assert other_is_done.wait(250)
+            assert other_is_done.wait(PATIENCE)
 
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(scanned_by, data, stop_halfway)

@@ -17,6 +17,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from configs.errors import InputError
 from data.sources.download_cache import delete_copies
 from tests.data.sources.made_scans import NAMES, facts_by_name, picture_bytes, read_all, write_tar
+from tests.patience import PATIENCE
 
 
 def requests_of_files(requests):
@@ -133,7 +134,7 @@ def test_a_list_of_urls_is_fetched_once_if_there_is_room(scan, folders, serve_fo
 
 def test_workers_that_copy_the_same_pictures_at_once_each_find_their_own(scan, folders, serve, tmp_path):
     """Two workers on one list of URLs; the server answers each in an order of its own."""
-    asked, lock, both_scan = Counter(), threading.Lock(), threading.Barrier(2, timeout=200)
+    asked, lock, both_scan = Counter(), threading.Lock(), threading.Barrier(2, timeout=PATIENCE)
 
     def get(handler):
         with lock:

@@ -4,6 +4,8 @@ import threading
 from collections import Counter
 from pathlib import Path
 
+from tests.patience import PATIENCE
+
 SHARDS = [("a", "32x32", 4), ("a", "32x32", 3), ("a", "32x32", 5), ("b", "48x64", 4)]
 
 
@@ -22,7 +24,7 @@ class Remote:
         path = handler.path.lstrip("/")
         with self._lock:
             self.requests[path] += 1
-        self.slow.wait(250)
+        self.slow.wait(PATIENCE)
         with self._lock:
             fault = self.faults[path].pop(0) if self.faults.get(path) else None
         if isinstance(fault, int):

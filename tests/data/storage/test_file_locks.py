@@ -6,6 +6,7 @@ import pytest
 from configs.errors import InputError
 from data.storage import file_locks
 from data.storage.file_locks import lock, require_file_locks, try_lock, unlock
+from tests.patience import PATIENCE
 
 HOLDS = "import sys, data.storage.file_locks as f; h = open(sys.argv[1]); f.lock(h); print('held', flush=True); input()"
 
@@ -25,7 +26,7 @@ def test_a_lock_ends_with_its_process(path):
     with path.open() as file:
         assert not try_lock(file) and not try_lock(file, shared=True)
         other.kill()
-        other.communicate(timeout=120)
+        other.communicate(timeout=PATIENCE)
         lock(file)
 
 

@@ -20,6 +20,7 @@ from data.storage.remote_files import open_url, read_range, url_stamp
 from data.storage.retry import with_retries
 from tests.data.batches.streams import rows_by_position, take
 from tests.data.storage.remote_server import SHARDS
+from tests.patience import PATIENCE
 from tests.ports import own_port
 
 
@@ -89,7 +90,7 @@ def proxies(ports):
     }
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
-    deadline = time.monotonic() + 250
+    deadline = time.monotonic() + PATIENCE
     while True:
         try:
             fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
@@ -107,7 +108,7 @@ def proxies(ports):
         proxy.close()
     emulator.stop()
     moto.terminate()
-    moto.wait(timeout=120)
+    moto.wait(timeout=PATIENCE)
 
 
 @pytest.fixture(params=["s3", "gs"])
@@ -167,12 +168,12 @@ def test_a_store_that_is_down_for_a_while_is_waited_for(store, make_cache, tmp_p
     )
     opening.start()
     before = proxy.refused
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while proxy.refused < before + 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert proxy.refused >= before + 3 and not found
     proxy.is_down.clear()
-    opening.join(timeout=120)
+    opening.join(timeout=PATIENCE)
     assert found and os.fstat(found[0]).st_size == cache.table.bytes[1]
 
 

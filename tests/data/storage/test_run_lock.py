@@ -13,6 +13,7 @@ import pytest
 from configs.errors import AlreadyRunning, InputError, StorageFailed
 from data.storage import run_lock
 from data.storage.run_lock import VARIABLE, own_run_folder, take_run_folder
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[3]
 
@@ -217,7 +218,7 @@ def test_an_owner_that_was_replaced_learns_it_from_its_heartbeat_and_before_a_wr
         old.require()
     lost = []
     old.start_heartbeat(lost.append)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not lost:
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -272,7 +273,7 @@ def test_rank_0_that_its_launcher_starts_again_takes_over_at_once(tmp_path):
     line = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "--master_port=0"]
     line += ["--max_restarts=1", "rank.py"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    ended = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert (ended.returncode, ended.stdout) == (0, "number owner-2.json\n"), ended.stderr
 
 

@@ -19,6 +19,7 @@ from data.preprocessing.worker_group import join
 from data.verify.cache import CheckedCache, verify_cache
 from data.verify.repair import refuse_other_config, repair_cache
 from tests.data.made_caches import index_of
+from tests.patience import PATIENCE
 from tests.workers import start_worker
 
 QUIET = Console(quiet=True)
@@ -242,7 +243,7 @@ def test_a_repair_killed_at_any_step_is_judged_rightly_and_completed(config, cac
     damaged = (folder / bad).read_bytes()
     process = multiprocessing.get_context("fork").Process(target=_die_at, args=(step, config))
     process.start()
-    process.join(200)
+    process.join(PATIENCE)
     assert process.exitcode == -signal.SIGKILL
     assert verify(folder).problems, "a cache in the middle of its repair passed"
     preprocess(config, QUIET)

@@ -47,7 +47,6 @@ def test_a_gpu_that_nobody_knows_is_bad_input(config_file):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_two_steps_are_the_last_line(config_file):
     result = run(config_file)
     assert result.exit_code == 0, result.output

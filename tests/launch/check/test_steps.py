@@ -89,7 +89,6 @@ def test_steps_without_a_gpu_have_no_memory():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("method", ["{type: full}", "{type: lora, rank: 2}"])
 def test_two_steps_run_on_a_few_pictures_and_leave_nothing(method, situate, folder, progress, temporary):
     situation = situate(f"method={method}", "data.captions.dropout=0.5")
@@ -103,7 +102,6 @@ def test_two_steps_run_on_a_few_pictures_and_leave_nothing(method, situate, fold
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_two_steps_run_on_a_finished_cache_that_stays_as_it_is(cache, triples, situate, progress, temporary):
     places = [f"data.datasets.0.{role}={triples / role}" for role in ("target", "source", "mask")]
     situation = situate("data.holdout=48", f"data.cache={cache.folder}", *places)
@@ -115,7 +113,6 @@ def test_two_steps_run_on_a_finished_cache_that_stays_as_it_is(cache, triples, s
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_config_that_ends_in_its_first_step_is_found(situate, progress, temporary):
     situation = situate("data.mode=online", "data.streams=3")
     (made,) = check_steps(situation, None, progress, cache_can_be_read=False)

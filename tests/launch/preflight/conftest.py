@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch.preflight.place import Place
+from tests.patience import PATIENCE
 from tests.ports import own_port
 
 # Of what is slow here, the start of a process and the import of torch, no deadline is to tell: the head's for arrivals
@@ -24,30 +25,31 @@ from launch.preflight.exchange import Head
 from launch.preflight.place import Place
 from launch.preflight.ranks import Ranks
 from launch.preflight.run import Patience, run_preflight
+from tests.patience import PATIENCE
 
 config, place, ahead, result, patience = json.loads(sys.argv[1])
 wait, answer, run_ranks, look, late = Head.wait, Head.answer, Ranks.run, run.look_at_node, threading.Event()
 def wait_from_own_arrival(head, kind, count, deadline):
     if kind == "hello":
         begun = time.monotonic()
-        wait(head, kind, 1, begun + 200)
+        wait(head, kind, 1, begun + PATIENCE)
         deadline += time.monotonic() - begun
     return wait(head, kind, count, deadline)
 def answer_and_tell(head, kind, value):
     late.set()
     answer(head, kind, value)
 def run_when_imported(ranks, go, deadline):
-    limit = time.monotonic() + 150
+    limit = time.monotonic() + PATIENCE
     while any(found["stage"] == "importing" for found in ranks._found) and time.monotonic() < limit:
         time.sleep(0.05)
     return run_ranks(ranks, go, time.monotonic() + patience["ranks"])
 def look_late(*given):
     if patience.get("report") == 0:
-        late.wait(200)
+        late.wait(PATIENCE)
     return look(*given)
 Head.wait, Head.answer = wait_from_own_arrival, answer_and_tell
 Ranks.run, run.look_at_node = run_when_imported, look_late
-patience = {"arrival": 150, "report": 200, "meeting": 100, "ranks": 200, "hearing": 50, **patience}
+patience = {**dict.fromkeys(("arrival", "report", "meeting", "ranks", "hearing"), PATIENCE), **patience}
 def tell(finding):
     print(finding.check.state, ",".join(finding.nodes) or "all", finding.check.name, finding.check.what, sep="|")
 def clock():
@@ -103,7 +105,7 @@ def run_nodes(tmp_path: Path) -> Callable[..., Told]:
                 )
             )
         try:
-            outputs = [process.communicate(timeout=280)[0] for process in started]
+            outputs = [process.communicate(timeout=PATIENCE)[0] for process in started]
         finally:
             for process in started:
                 process.kill()

@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 from launch.preflight.all_reduce import STAGES
+from tests.patience import PATIENCE
 from tests.ports import own_port
 
 
@@ -23,7 +24,7 @@ def start(rank: int, go: dict | None) -> "subprocess.Popen[str]":
 def said(process: "subprocess.Popen[str]") -> list[dict]:
     assert process.stdout is not None
     lines = [json.loads(line) for line in process.stdout]
-    process.wait(120)
+    process.wait(PATIENCE)
     return lines
 
 

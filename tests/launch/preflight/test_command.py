@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from configs.loading import dump_config
+from tests.patience import PATIENCE
 
 if TYPE_CHECKING:
     from data.cache.open_cache import Cache
@@ -19,21 +20,21 @@ LAUNCHED = ["-P", "-m", "accelerate.commands.launch", "--config_file", str(ENGIN
 LAUNCHED += ["--main_process_port", "0", "-m", "launch.preflight.command"]
 
 
-@pytest.mark.timeout(200)
 @pytest.mark.parametrize("line, ranks", [(ALONE, 1), (LAUNCHED, 2)], ids=["alone", "accelerate launch"])
 def test_a_machine_that_is_fit_is_said_to_be(
     line: list[str], ranks: int, cache: "Cache", demo_config: Callable, tmp_path: Path
 ) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(demo_config(cache.folder, f"run.dir={tmp_path}/runs", "logging.trackers=[]")))
-    done = subprocess.run([sys.executable, *line, str(path)], capture_output=True, text=True, timeout=180, check=False)
+    done = subprocess.run(
+        [sys.executable, *line, str(path)], capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"64 MiB between {ranks} ranks in" in done.stdout if ranks > 1 else "64 MiB" not in done.stdout
     assert done.stdout.count(f"{path}: all is right") == 1
 
 
-@pytest.mark.timeout(100)
 def test_a_wrong_config_is_a_finding(tmp_path: Path) -> None:
     words = [sys.executable, *ALONE, str(tmp_path / "none.yaml")]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=90, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 2 and "there is no such file" in done.stdout

@@ -6,6 +6,7 @@ import pytest
 
 from configs.errors import InputError
 from launch.preflight.exchange import Connection, Head
+from tests.patience import PATIENCE
 from tests.ports import own_port
 
 TOKEN = "of this job"
@@ -29,12 +30,12 @@ def test_every_node_hears_the_answer_whether_it_asks_before_or_after(head: Head)
 
     early = threading.Thread(target=take_part, args=(0,))
     early.start()
-    assert head.wait("report", 1, time.monotonic() + 100) == {0: {"node": 0}}
+    assert head.wait("report", 1, time.monotonic() + PATIENCE) == {0: {"node": 0}}
     head.answer("report", "go")
-    early.join(100)
+    early.join(PATIENCE)
     take_part(1)
     assert heard == {0: "go", 1: "go"}
-    assert head.wait("hello", 2, time.monotonic() + 100) == {0: "n0", 1: "n1"}
+    assert head.wait("hello", 2, time.monotonic() + PATIENCE) == {0: "n0", 1: "n1"}
 
 
 def test_the_head_waits_for_a_dead_node_no_longer_than_it_is_told(head: Head) -> None:

@@ -3,6 +3,7 @@ import time
 from pathlib import Path
 
 from launch.preflight.ranks import Ranks
+from tests.patience import PATIENCE
 from tests.ports import own_port
 
 
@@ -13,7 +14,7 @@ def go(world: int, port: int) -> dict:
 def test_the_ranks_of_a_node_meet() -> None:
     ranks = Ranks(0, 2)
     with own_port() as port:
-        found = ranks.run(go(2, port), time.monotonic() + 250)
+        found = ranks.run(go(2, port), time.monotonic() + PATIENCE)
     assert [(rank["rank"], rank["stage"]) for rank in found] == [(0, "done"), (1, "done")], found
     assert all(rank["gigabytes_per_second"] > 0 and rank["network"].startswith("gloo over") for rank in found)
 

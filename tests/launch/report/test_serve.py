@@ -11,6 +11,7 @@ from launch.report import serve
 from launch.report.run import RunReader
 from launch.report.serve import WatchServer
 from tests.launch.report.browser import dump, needs_chromium
+from tests.patience import PATIENCE
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def start():
 
 
 def get(url, **headers):
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as answer:
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=PATIENCE) as answer:
         return answer.read(), answer.headers
 
 
@@ -102,7 +103,7 @@ def test_a_browser_that_goes_away_is_no_error_and_another_fault_is_one(make_run,
             start(server)
         with pytest.raises(ConnectionError):
             get(server.url)
-        assert over.acquire(timeout=60)
+        assert over.acquire(timeout=PATIENCE)
     said = capsys.readouterr().err
     assert "ZeroDivisionError" in said and "BrokenPipe" not in said and "ConnectionReset" not in said
 

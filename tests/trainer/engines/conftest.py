@@ -17,7 +17,7 @@ def launch(config, tmp_path_factory) -> Callable[..., Run]:
     path = runs / "config.yaml"
     path.write_text(dump_config(config), encoding="utf-8")
 
-    def run(engine: str, num_processes: int, name: str, *overrides: str, timeout_seconds=240, function=train) -> Run:
+    def run(engine: str, num_processes: int, name: str, *overrides: str, function=train) -> Run:
         # Of one process the plain run. Those of several, which are held against it, have on what they have on GPUs.
         as_on_gpus = () if engine == "single" else AS_ON_GPUS
         returned = run_ranks(
@@ -26,7 +26,6 @@ def launch(config, tmp_path_factory) -> Callable[..., Run]:
             function,
             ["--config", str(path), f"run.dir={runs}", f"run.name={name}", *SETTINGS, *as_on_gpus, *overrides],
             node_size=num_processes // 2 if engine == "hsdp" else None,
-            timeout_seconds=timeout_seconds,
         )
         return Run(runs / name, returned)
 

@@ -62,7 +62,7 @@ class Watched:
     sends_buffers: bool | None = None
 
 
-PATIENCE = timedelta(minutes=45)  # gloo's own is the trainer's
+RANKS_PATIENCE = timedelta(minutes=45)  # gloo's own is the trainer's
 
 
 def train(arguments: list[str]) -> Watched:
@@ -93,7 +93,7 @@ def train(arguments: list[str]) -> Watched:
         watched.patience = patience_of_groups()
         watched.sends_buffers = getattr(self._transformer, "broadcast_buffers", None)
 
-    Engine.patience = PATIENCE
+    Engine.patience = RANKS_PATIENCE
     partition_small_parameters()
     RowFiller.begin, Engine.micro_steps, Engine.backward = watched_begin, watched_micro_steps, watched_backward
     refuse_numbers_of_dtensors()

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageChops
 
 from tests.trainer.engines.runs import (
-    PATIENCE,
+    RANKS_PATIENCE,
     SINGLE,
     STEPS,
     Run,
@@ -45,7 +45,7 @@ def test_every_process_group_has_the_trainers_patience(undisturbed, engine, num_
     """Also those that a mesh, or DeepSpeed, has made for itself: NCCL's own patience is ten minutes."""
     for watched in undisturbed(engine, num_processes).returned:
         assert len(watched.patience) >= groups
-        assert set(watched.patience) == {PATIENCE.total_seconds()}
+        assert set(watched.patience) == {RANKS_PATIENCE.total_seconds()}
 
 
 @pytest.mark.parametrize("is_main", [True, False])
@@ -256,13 +256,12 @@ def read_validation(run: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_compiled_blocks_give_loss_and_gradient_of_plain_ones(launch):
     """Recomputed in the backward pass, too, where a block must meet the graph that its forward pass met. One step: the
     next may be of another size, whose kernels a CPU's compiler writes for another minute."""
     short = ("train.steps=1", "train.warmup_steps=0")
     switches = ("train.compile=regional", "train.activation_checkpointing=true")
-    compiled = launch("ddp", 2, "compiled", *short, *switches, timeout_seconds=590).folder
+    compiled = launch("ddp", 2, "compiled", *short, *switches).folder
     plain = launch(*SINGLE, "plain", *short).folder
     (mine,), (expected,) = map(read_metrics, (compiled, plain))
     for figure in ("loss", "grad_norm"):

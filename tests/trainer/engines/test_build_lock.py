@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from tests.patience import PATIENCE
 from trainer.engines.build_lock import clear_stale_build_locks, watched_build_locks
 
 
@@ -16,7 +17,7 @@ def heard(monkeypatch, tmp_path):
 
 
 def wait_for(is_so) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not is_so():
         assert time.monotonic() < deadline
         time.sleep(0.02)

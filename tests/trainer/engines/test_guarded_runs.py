@@ -21,13 +21,10 @@ from tests.trainer.engines.runs import (
     slow,
 )
 
-pytestmark = pytest.mark.timeout(900)  # two or three launches a test
-
 GLOBAL_BATCH_SIZE = 8
 BAD_BATCHES = (2, 3)  # of steps 3 and 4, behind the checkpoint of step 2
 EXCLUDED = f"guard.exclude_batches={list(BAD_BATCHES)}"
 GUARD = ("guard.max_skips=2", "guard.lr_factor=1.0")
-PATIENT = {"timeout_seconds": 400}
 
 
 def train_on_bad_rows(arguments: list[str], batches=BAD_BATCHES, diverge_at=None, die_at=None) -> list[float]:
@@ -106,8 +103,8 @@ def read_run_state(run: Path, step: int = STEPS) -> dict:
 )
 def test_a_run_that_went_back_is_one_that_was_given_the_exclusions_beforehand(launch, engine, num_processes):
     """To the bit: weights, moments and average, losses and norms."""
-    run, rates = launch(engine, num_processes, f"back-{engine}", *GUARD, function=train_on_bad_rows, **PATIENT)
-    expected = launch(engine, num_processes, f"excluded-{engine}", *GUARD, EXCLUDED, **PATIENT).folder
+    run, rates = launch(engine, num_processes, f"back-{engine}", *GUARD, function=train_on_bad_rows)
+    expected = launch(engine, num_processes, f"excluded-{engine}", *GUARD, EXCLUDED).folder
     assert furthest(read_tensors(run), read_tensors(expected)) == 0
     figures = [[(line["step"], line["loss"], line["grad_norm"]) for line in read_metrics(f)] for f in (run, expected)]
     assert figures[0] == figures[1] and [step for step, *_ in figures[0]] == list(range(1, STEPS + 1))
@@ -132,7 +129,7 @@ def test_the_way_back_may_take_as_long_as_a_save(launch):
     """All of a full fine-tune's checkpoint is read, first for its checksums and then to be loaded."""
     from trainer.process.watchdog import LONGER
 
-    run, allowed = launch(*SINGLE, "bound", *GUARD, function=train_and_note_the_bound, **PATIENT)
+    run, allowed = launch(*SINGLE, "bound", *GUARD, function=train_and_note_the_bound)
     assert read_run_state(run)["rollbacks"] == 1
     assert allowed == [[LONGER, LONGER]]
 
@@ -150,8 +147,8 @@ def test_the_way_back_may_take_as_long_as_a_save(launch):
 def test_every_optimizers_state_goes_back(launch, name, engine, num_processes, settings):
     """In a process whose optimizer has gone on; also what cannot be cut by element."""
     given = (*GUARD, *settings)
-    run = launch(engine, num_processes, f"back-{name}", *given, function=train_on_bad_rows, **PATIENT).folder
-    expected = launch(engine, num_processes, f"excluded-{name}", *given, EXCLUDED, **PATIENT).folder
+    run = launch(engine, num_processes, f"back-{name}", *given, function=train_on_bad_rows).folder
+    expected = launch(engine, num_processes, f"excluded-{name}", *given, EXCLUDED).folder
     assert_same_run(run, expected, within=0)
 
 
@@ -233,7 +230,7 @@ def test_a_run_whose_state_cannot_be_saved_goes_back_and_ends_as_if_nothing_had_
 ):
     breaks = partial(train_until_a_number_breaks, kind=kind, after=HALF + 1)
     settings = ("guard.lr_factor=1.0", "train.ema_decay=0.9")
-    run = launch(engine, num_processes, f"broken-{kind}-{engine}", *settings, function=breaks, **PATIENT).folder
+    run = launch(engine, num_processes, f"broken-{kind}-{engine}", *settings, function=breaks).folder
     assert_same_run(run, undisturbed(engine, num_processes).folder, within=0)
     (back,) = [event for event in read_events(run) if event["event"] == "rollback"]
     assert (back["step"], back["to_step"], back["passed_over"]) == (STEPS, HALF, [])

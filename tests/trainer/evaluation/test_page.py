@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.patience import PATIENCE
 from tests.trainer.evaluation.photographs import PLACES, blurred, hole, in_hole, photograph
 from trainer.evaluation.compare import Contender, compare, judge, say_verdict
 from trainer.evaluation.page import FilledPicture, as_data_uri, render_page
@@ -131,4 +132,4 @@ def dump(page: Path, width: int, dark: bool, folder: Path) -> str:
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
     options += [f"--window-size={width},900", f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
     command = [CHROMIUM, *options, "--dump-dom", page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True).stdout

@@ -186,7 +186,6 @@ WITHOUT_ADAPTER, WITH_ADAPTER, SAMPLING = 1 + 1, 2 + 1, 1 + 1
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # half a minute of processor time, on a machine that may have much else to do
 @pytest.mark.parametrize(
     "method, precision, passes, expected",
     [

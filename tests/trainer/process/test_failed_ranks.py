@@ -10,6 +10,7 @@ import pytest
 
 from configs.supervision import STOP_SIGNALS, SUPERVISOR
 from data.storage.run_lock import VARIABLE, own_run_folder
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[3]
 
@@ -78,7 +79,7 @@ def test_a_rank_that_waits_for_a_failed_one_leaves(start, tmp_path):
     process = start()
     write_outcome(tmp_path, 2)
     process.send_signal(signal.SIGTERM)  # as the launcher does once a rank has ended
-    assert process.wait(timeout=120) == 1
+    assert process.wait(timeout=PATIENCE) == 1
     assert json.loads((tmp_path / "outcome.json").read_text())["code"] == 2
 
 
@@ -90,7 +91,7 @@ def test_a_rank_that_waits_for_one_that_has_lost_the_folder_leaves(start, tmp_pa
     process = start()
     with own_run_folder(tmp_path / "demo", {}, supervisor="the next start"):
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=120) == 1
+        assert process.wait(timeout=PATIENCE) == 1
     assert not (tmp_path / "outcome.json").exists()
 
 
@@ -98,7 +99,7 @@ def test_without_a_failure_a_signal_ends_no_rank(start, tmp_path):
     """It may be saving: that takes minutes."""
     process = start("saves")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=PATIENCE) == 0
     assert json.loads((tmp_path / "outcome.json").read_text()) == {
         "code": 0,
         "reason": "done",
@@ -120,7 +121,7 @@ def test_a_rank_that_has_nothing_to_save_yet_leaves_at_once(start, tmp_path, num
     """It may wait for others in init_process_group, where no handler runs."""
     process = start("starts")
     process.send_signal(number)
-    assert process.wait(timeout=120) == 75
+    assert process.wait(timeout=PATIENCE) == 75
     reason = f"stopped by {number.name} before the first step; the same command starts again"
     assert json.loads((tmp_path / "outcome.json").read_text()) == {
         "code": 75,
@@ -135,7 +136,7 @@ def test_what_a_supervisor_will_say_of_such_a_stop_is_said_once(start, tmp_path,
     monkeypatch.setenv(SUPERVISOR, str(os.getppid()))  # a launcher is between a supervisor and its ranks
     process = start("starts")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == 75
+    assert process.wait(timeout=PATIENCE) == 75
     assert "stopped by SIGTERM" in json.loads((tmp_path / "outcome.json").read_text())["reason"]
     assert process.stdout.read() == ""
 
@@ -145,7 +146,7 @@ def test_a_rank_that_can_leave_no_word_leaves_all_the_same(start, tmp_path, monk
     process = start("starts")
     (tmp_path / "asked").touch()  # no folder can be made there
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == 75
+    assert process.wait(timeout=PATIENCE) == 75
     assert "stopped by SIGTERM before the first step" in process.stdout.read()
 
 
@@ -153,7 +154,7 @@ def test_of_a_failure_while_all_start_the_first_word_stays(start, tmp_path):
     process = start("starts")
     write_outcome(tmp_path, 2)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == 75
+    assert process.wait(timeout=PATIENCE) == 75
     assert json.loads((tmp_path / "outcome.json").read_text())["code"] == 2
     assert process.stdout.read() == "", "it was not stopped: a rank had failed"
 
@@ -163,7 +164,7 @@ def test_a_rank_whose_parent_is_no_launcher_counts_no_others(start, tmp_path, mo
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
     process = start("starts")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == 75
+    assert process.wait(timeout=PATIENCE) == 75
     assert json.loads((tmp_path / "outcome.json").read_text())["code"] == 75
 
 
@@ -180,7 +181,7 @@ def run_launcher(folder, phase):
 def test_a_rank_that_is_killed_while_all_start_is_a_failure_and_no_stop(tmp_path):
     """The launcher tells rank 0 by the signal of a stop; nobody had asked for one."""
     launched = run_launcher(tmp_path, "starts, one is killed")
-    said, _ = launched.communicate(timeout=300)
+    said, _ = launched.communicate(timeout=PATIENCE)
     told = json.loads((tmp_path / "outcome.json").read_text())
     assert (launched.returncode, told["code"]) == (1, 1)
     assert told["reason"].startswith("another rank was killed before the first step")
@@ -191,5 +192,5 @@ def test_ranks_that_are_all_told_to_stop_while_they_start_were_stopped(tmp_path)
     launched = run_launcher(tmp_path, "starts")
     assert [launched.stdout.readline() for _ in range(2)] == ["waiting\n"] * 2
     launched.send_signal(signal.SIGTERM)
-    launched.communicate(timeout=300)
+    launched.communicate(timeout=PATIENCE)
     assert json.loads((tmp_path / "outcome.json").read_text())["code"] == 75

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import PATIENCE
 from trainer.process.last_word import repeat_behind_launcher
 
 ROOT = Path(__file__).parents[3]
@@ -23,7 +24,7 @@ def test_the_last_line_under_a_plain_launcher_is_the_reason(engine, patient_main
         env=environment,
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=PATIENCE,
     )
     lines = ended.stderr.strip().splitlines()
     assert ended.returncode == 1 and "Traceback (most recent call last):" in lines

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from configs.supervision import SUPERVISOR
+from tests.patience import PATIENCE
 from tests.ports import own_port
 from trainer.process import launcher
 from trainer.process.launcher import PatienceWithOrphan
@@ -48,7 +49,7 @@ def ranks_of(folder: Path) -> list[int]:
 
 
 def wait_until_gone(folder: Path) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while ranks := ranks_of(folder):
         assert time.monotonic() < deadline, f"{ranks} outlived their launcher"
         time.sleep(0.2)
@@ -71,7 +72,7 @@ def test_a_rank_that_waits_for_the_others_ends_with_its_launcher(tmp_path, sweep
         line = [sys.executable, "-c", _LAUNCHER, str(rank), str(port)]
         started = subprocess.Popen([*line, *main], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         pid = int(started.stdout.readline())
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + PATIENCE
         # Past the handlers, on its way to the others.
         while "libtorch_cpu" not in Path(f"/proc/{pid}/maps").read_text():
             assert time.monotonic() < deadline
@@ -98,7 +99,7 @@ def test_kill_9_of_a_launcher_at_any_moment_of_the_start_leaves_no_rank(tmp_path
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([*line, f"run.dir={tmp_path}"], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + PATIENCE
         while not (ranks := ranks_of(tmp_path)) and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -129,7 +130,7 @@ def test_a_rank_that_starts_after_its_launcher_died_ends_itself(tmp_path, sweep)
     environment |= {SUPERVISOR: str(os.getpid())}  # which adopts it, if an earlier test has asked for that, or pid 1
     with (tmp_path / "said").open("w") as said:
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, stderr=said)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + PATIENCE
     while "and so it ends" not in (tmp_path / "said").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -154,7 +155,7 @@ def test_a_launcher_that_is_pid_1_lives(tmp_path):
     line.append(str(tmp_path / "rank.py"))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop(SUPERVISOR, None)
-    ended = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    ended = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert (ended.returncode, ended.stdout) == (0, "parent 1 pt_elastic\n"), ended.stderr
 
 

@@ -11,6 +11,7 @@ import torch
 
 from configs.errors import InputError, StorageFailed
 from configs.supervision import BAD_INPUT, FAILED, STOPPED, SUPERVISOR
+from tests.patience import PATIENCE
 from trainer.process.command_line import check_command_line
 from trainer.process.outcome import AlreadyDone, StartAgain, Stopped, run_and_report
 from trainer.process.run_owner import disown
@@ -275,7 +276,7 @@ def test_what_all_ranks_find_wrong_is_said_once(tmp_path, patient_main):
         )
         for rank in range(3)
     ]
-    told = [process.communicate(timeout=300)[1] for process in ranks]
+    told = [process.communicate(timeout=PATIENCE)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [2, 2, 2]
     assert "train.lr" in told[0] and told[1:] == ["", ""]
     assert json.loads(outcome.read_text())["code"] == 2
@@ -354,7 +355,7 @@ def test_bad_input_ends_the_program_at_once_with_code_2(tmp_path, arguments, wor
         env={**os.environ, "FLUXFILL_OUTCOME": str(outcome)},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=PATIENCE,
     )
     told = [line for line in ended.stderr.splitlines() if not line.startswith("import time:")]
     imported = {
@@ -379,7 +380,7 @@ def test_the_launchers_last_lines_tell_the_reason(tmp_path):
         env={**os.environ, "FLUXFILL_OUTCOME": str(tmp_path / "outcome.json")},
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=PATIENCE,
     )
     assert ended.returncode == 1
     reason, end = [line.strip() for line in ended.stderr.splitlines() if line.strip()][-2:]

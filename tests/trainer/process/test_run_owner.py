@@ -13,6 +13,7 @@ import pytest
 
 from configs.errors import AlreadyRunning
 from data.storage.run_lock import own_run_folder
+from tests.patience import PATIENCE
 from trainer.process import run_owner
 from trainer.process.outcome import run_and_report
 
@@ -45,7 +46,7 @@ def test_plain_accelerate_launch_leaves_a_running_runs_folder_as_it_is(tmp_path,
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=PATIENCE,
         )
         after = {name: told for name, told in files(run).items() if not name.startswith("owner-")}
         assert after == {name: told for name, told in before.items() if not name.startswith("owner-")}
@@ -58,7 +59,7 @@ def test_plain_accelerate_launch_leaves_a_running_runs_folder_as_it_is(tmp_path,
 def test_the_trainer_itself_ends_with_3(tmp_path):
     with own_run_folder(tmp_path / "demo", {}, supervisor="fluxfill train"):
         line = [sys.executable, "trainer/main.py", "--config", CONFIG, f"run.dir={tmp_path}", "run.name=demo"]
-        ended = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        ended = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert ended.returncode == 3 and "belongs to another start" in ended.stderr
 
 
@@ -73,7 +74,7 @@ def test_a_stop_signal_is_heard_while_an_owner_that_may_be_gone_is_watched(tmp_p
         process = subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True)
         assert "waiting for fluxfill train" in process.stderr.readline()
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=120)
+        process.communicate(timeout=PATIENCE)
         assert process.returncode == 75
         assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == ["owner-1.json"]
 
@@ -166,7 +167,7 @@ def test_a_process_that_wakes_up_after_it_was_replaced_stops_at_once(tmp_path):
     os.utime(file, (time.time() - 1000,) * 2)
     with own_run_folder(tmp_path, {}, supervisor="the next start"):
         process.send_signal(signal.SIGCONT)
-        _, error = process.communicate(timeout=120)
+        _, error = process.communicate(timeout=PATIENCE)
         assert process.returncode == 3
         assert "taken for dead; the folder belongs to the next start, process" in error
         with pytest.raises(AlreadyRunning), own_run_folder(tmp_path, {}, supervisor="a third"):

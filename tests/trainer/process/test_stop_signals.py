@@ -18,6 +18,7 @@ from data.cache.open_cache import Cache
 from launch.supervise import Outcome
 from tests.data.batches.streams import damage
 from tests.holding import HOLD, go_file, held_file
+from tests.patience import PATIENCE
 from tests.ranks import run_ranks
 from tests.trainer.launches import launch
 
@@ -103,7 +104,7 @@ def undisturbed(run_warm):
 
 
 def wait_until_held(process: subprocess.Popen, run: Path) -> None:
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and process.poll() is None:
         if held_file(run).exists():
             return
@@ -130,7 +131,7 @@ def test_a_stopped_run_saves_ends_with_75_and_goes_on_undisturbed(start, run_war
     for number in signals:
         process.send_signal(number)
         time.sleep(0.1)
-    told, _ = process.communicate(timeout=200)
+    told, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75, told
     outcome = json.loads((run / "outcome.json").read_text(encoding="utf-8"))
     stopped_at = outcome["step"]
@@ -152,8 +153,8 @@ def test_ranks_whose_launcher_is_killed_save_and_leave(start):
     ranks = children_of(launcher)
     assert len(ranks) >= 2
     os.kill(launcher, signal.SIGKILL)
-    process.communicate(timeout=200)
-    deadline = time.monotonic() + 200
+    process.communicate(timeout=PATIENCE)
+    deadline = time.monotonic() + PATIENCE
     while any(is_alive(pid) for pid in ranks):
         assert time.monotonic() < deadline, "ranks outlived their launcher"
         time.sleep(0.1)
@@ -173,7 +174,7 @@ def test_a_start_right_after_kill_9_waits_for_the_ranks_that_still_save(start, u
     os.kill(launcher, signal.SIGKILL)
     go_file(run).touch()
     again, _ = start("killed", 2)
-    told, _ = again.communicate(timeout=300)
+    told, _ = again.communicate(timeout=PATIENCE)
     process.communicate()
     assert again.returncode == 0, told
     assert not any(is_alive(pid) for pid in ranks)
@@ -221,7 +222,7 @@ def test_a_rank_that_fails_alone_is_heard(start, config, samples, tmp_path):
     shard, row = int(order.batch(0).shards[3]), int(order.batch(0).rows[3])  # the last of the batch: rank 1's
     damage(Cache(cache, samples.manifest, table), row, shard=shard)
     process, run = start("heard", 2, f"data.cache={cache}", "guard.max_bad_samples=0")
-    told, _ = process.communicate(timeout=200)
+    told, _ = process.communicate(timeout=PATIENCE)
     outcome = json.loads((run / "outcome.json").read_text(encoding="utf-8"))
     assert (process.returncode, outcome["code"]) == (2, 2), told
     assert outcome["reason"].startswith("rank 1: ") and "does not match its checksum" in outcome["reason"]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import PATIENCE
 from trainer.process.watchdog import _Watchdog
 
 ROOT = Path(__file__).parents[3]
@@ -78,7 +79,7 @@ def start(folder: Path, what: str) -> subprocess.Popen:
 @pytest.mark.fault(17, "a process without a sign of life")
 def test_a_process_without_a_beat_leaves_its_stacks_and_ends(tmp_path):
     process = start(tmp_path, "hangs")
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1
     outcome = json.loads((tmp_path / "outcome.json").read_text())
     assert (outcome["code"], outcome["again"]) == (1, "hang")
@@ -89,7 +90,7 @@ def test_a_process_without_a_beat_leaves_its_stacks_and_ends(tmp_path):
 @pytest.mark.parametrize("what", ["goes on", "off"])
 def test_a_process_that_does_something_or_may_wait_is_left_alone(tmp_path, what):
     process = start(tmp_path, what)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, said
     assert list(tmp_path.iterdir()) == []
 
@@ -133,9 +134,9 @@ def test_stacks_can_be_asked_for(tmp_path):
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGQUIT)
     stacks = tmp_path / "stacks" / "rank-00000.txt"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while "most recent call first" not in stacks.read_text():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.communicate("\n", timeout=120)
+    process.communicate("\n", timeout=PATIENCE)
     assert process.returncode == 0
