@@ -1,21 +1,17 @@
 import html
 import json
 import re
-import shutil
-import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from data.migrate.page import MOST_CARDS, render_page, write_page
 from data.migrate.report import HoleColour, MigrationReport
 from data.sources.problems import MASKS, Problem
+from tests.browser import dump
 from tests.data.migrate.made_reports import make_faulty_report, make_report, make_triple
-from tests.patience import PATIENCE
 
 COMMANDS = ["fluxfill check a.yaml", "fluxfill train a.yaml"]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def render(report: MigrationReport) -> str:
@@ -136,7 +132,6 @@ document.body.innerHTML = "<pre>" + JSON.stringify({
 </script>"""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (apt-get install chromium)")
 @pytest.mark.parametrize("width, dark", [(1280, False), (1280, True), (520, False)])
 def test_a_browser_shows_every_picture_at_any_width_in_light_and_dark(tmp_path, width, dark):
     report = make_faulty_report(tmp_path)
@@ -145,18 +140,12 @@ def test_a_browser_shows_every_picture_at_any_width_in_light_and_dark(tmp_path, 
     page = path.read_text(encoding="utf-8")
     asking = tmp_path / "asking.html"
     asking.write_text(page.replace("</body>", f"{_ASK}</body>"), encoding="utf-8")
-    found = json.loads(html.unescape(re.search("<pre>({.*?})</pre>", dump(asking, width, dark, tmp_path))[1]))
+    found = json.loads(
+        html.unescape(re.search("<pre>({.*?})</pre>", dump(asking.as_uri(), tmp_path, width=width, dark=dark))[1])
+    )
     # Target, mask and two with its hole of each; a fifth where there is a source or a problem. Of "broken" the target
     # and both with a hole cannot be drawn, of "small" neither with a hole.
     assert found["seen"] == found["pictures"] == 3 * 4 + 5 + 5 + 2 + 5 + 3
     assert found["needed"] <= found["width"] == width
     paper, ink = (sum(map(int, re.findall(r"\d+", found[key])[:3])) for key in ("paper", "ink"))
     assert abs(paper - ink) > 500 and (paper < ink) == dark
-
-
-def dump(page: Path, width: int, dark: bool, folder: Path) -> str:
-    """The page as it is after its scripts ran."""
-    options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
-    options += [f"--window-size={width},900", f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
-    command = [CHROMIUM, *options, "--dump-dom", page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True).stdout

@@ -7,7 +7,7 @@ from PIL import Image
 
 from launch.report.page import MOST_STEPS, render_page, render_report
 from launch.report.run import RunReader
-from tests.launch.report.browser import dump, needs_chromium
+from tests.browser import dump
 from tests.launch.report.conftest import BEGIN, metrics_line
 
 EVIL = "</script><script>document.title='ran'</script><img src=x onerror=\"document.title='ran'\">"
@@ -44,7 +44,6 @@ def test_pictures_of_very_many_steps_are_spread_and_a_half_written_one_is_left_o
     assert "holdout" not in grids[-1] and "train" in grids[-1]
 
 
-@needs_chromium
 def test_in_a_browser_no_script_runs_but_the_pages_own(make_run, tmp_path):
     end = {"code": 1, "reason": EVIL, "step": 200, "again": None}
     page = render_report(RunReader(make_run("a", title=EVIL, key=EVIL, end=end)))
@@ -87,7 +86,6 @@ image().decode().then(() => { found.seen = image().naturalWidth;
 </script>"""
 
 
-@needs_chromium
 @pytest.mark.parametrize("width, dark", [(1280, False), (520, True)])
 def test_in_a_browser_the_curves_are_drawn_and_the_sliders_move(make_run, tmp_path, width, dark):
     page = POLICY.sub("", render_report(RunReader(make_run("a"))))
@@ -113,7 +111,6 @@ def test_in_a_browser_the_curves_are_drawn_and_the_sliders_move(make_run, tmp_pa
     assert "8 x NVIDIA H100" in text and "11.4 GPU-hours in all" in text and "back to step 50" in text
 
 
-@needs_chromium
 def test_in_a_browser_a_run_that_has_hardly_begun_has_a_page(tmp_path):
     (tmp_path / "new").mkdir()
     place = tmp_path / "page.html"
@@ -123,7 +120,6 @@ def test_in_a_browser_a_run_that_has_hardly_begun_has_a_page(tmp_path):
     assert "<h1>new" in shown
 
 
-@needs_chromium
 def test_in_a_browser_runs_are_laid_over_each_other(make_run, tmp_path):
     runs = [RunReader(make_run(name, rate=rate)).read() | {"grids": []} for name, rate in (("a", 1.0), ("b", 1.5))]
     place = tmp_path / "page.html"
@@ -134,7 +130,6 @@ def test_in_a_browser_runs_are_laid_over_each_other(make_run, tmp_path):
     assert len(re.findall(r'<label title=".*?"><input type="checkbox">', shown)) == 2
 
 
-@needs_chromium
 def test_in_a_browser_the_loss_of_a_last_step_that_was_not_finite_is_no_earlier_ones(make_run, tmp_path):
     run = make_run("a")
     with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:

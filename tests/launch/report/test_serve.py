@@ -10,7 +10,7 @@ import pytest
 from launch.report import serve
 from launch.report.run import RunReader
 from launch.report.serve import WatchServer
-from tests.launch.report.browser import dump, needs_chromium
+from tests.browser import dump
 from tests.patience import PATIENCE
 
 
@@ -81,7 +81,6 @@ def test_a_page_of_another_site_gets_nothing_by_a_name_made_to_mean_this_machine
     assert get(f"{url}data.json", Host="localhost:9999")[0]
 
 
-@needs_chromium
 def test_the_page_and_its_data_never_read_the_runs_at_once(make_run, monkeypatch):
     server = WatchServer([make_run("a")], 0)
     read, locked = RunReader.read, []

@@ -1,21 +1,17 @@
 import html
 import json
 import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tests.patience import PATIENCE
+from tests.browser import dump
 from tests.trainer.evaluation.photographs import PLACES, blurred, hole, in_hole, photograph
 from trainer.evaluation.compare import Contender, compare, judge, say_verdict
 from trainer.evaluation.page import FilledPicture, as_data_uri, render_page
 from trainer.evaluation.scores import SCORES
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 LABELS = {"base": 6.0, "step 1": 3.0, "step 2": 1.0}  # and how much each blurs
 
 
@@ -110,12 +106,13 @@ document.body.innerHTML = "<pre>" + JSON.stringify(found) + "</pre>";
 </script>"""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (apt-get install chromium)")
 @pytest.mark.parametrize("width, dark", [(1280, False), (520, True)])
 def test_in_a_browser_every_picture_is_seen_and_the_sliders_move(tmp_path, width, dark):
     asking = tmp_path / "asking.html"
     asking.write_text(make_page().replace("</body>", f"{_ASK}</body>"), encoding="utf-8")
-    found = json.loads(html.unescape(re.search("<pre>({.*?})</pre>", dump(asking, width, dark, tmp_path))[1]))
+    found = json.loads(
+        html.unescape(re.search("<pre>({.*?})</pre>", dump(asking.as_uri(), tmp_path, width=width, dark=dark))[1])
+    )
     assert found["seen"] == found["pictures"] == 4 * (2 + 4)  # two that are laid over each other, and a strip of four
     assert found["needed"] <= found["width"] == width
     paper, ink = (sum(map(int, re.findall(r"\d+", found[key])[:3])) for key in ("paper", "ink"))
@@ -125,11 +122,3 @@ def test_in_a_browser_every_picture_is_seen_and_the_sliders_move(tmp_path, width
     (first, second) = found["steps"]
     assert first[:3] == ["step 1", "step 1", True] and second[:3] == ["step 2", "step 2", True]
     assert first[3] != second[3] and found["target"]
-
-
-def dump(page: Path, width: int, dark: bool, folder: Path) -> str:
-    """The page as it is after its scripts ran."""
-    options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
-    options += [f"--window-size={width},900", f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
-    command = [CHROMIUM, *options, "--dump-dom", page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True).stdout
