@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import http.server
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,8 +14,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from configs.lighter_imports import lighten_imports
-from tests.environment import environment_of_before
+from tests.environment import environment_of_before, forget_the_machine, hide_gpus
+
+forget_the_machine(os.environ)  # before what reads it when it is imported
+
+from configs.lighter_imports import lighten_imports  # noqa: E402
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -23,6 +27,11 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 
 lighten_imports()  # as in every program of ours
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        hide_gpus(os.environ)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,7 +14,7 @@ from configs.schema import EngineName
 from launch import supervise
 from launch.command import render_command, render_environment
 from launch.supervise import Outcome, run_supervised, run_workers
-from tests.patience import PATIENCE
+from tests.patience import wait_until
 
 # Says that it runs, and that it has heard a signal; saves until the test lets it go on, notes each signal until then,
 # and leaves an outcome.
@@ -41,10 +41,7 @@ sys.exit(75)
 
 
 def wait_for(*paths: Path) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not all(path.exists() for path in paths):
-        assert time.monotonic() < deadline, f"{paths} did not appear"
-        time.sleep(0.02)
+    wait_until(lambda: all(path.exists() for path in paths), f"{paths} did not appear")
 
 
 def run_code(code: str, tmp_path: Path) -> Outcome:

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.patience import PATIENCE
+from tests.patience import wait_until
 from trainer.engines.build_lock import clear_stale_build_locks, watched_build_locks
 
 
@@ -14,13 +14,6 @@ from trainer.engines.build_lock import clear_stale_build_locks, watched_build_lo
 def heard(monkeypatch, tmp_path):
     monkeypatch.setattr(logging.getLogger("fluxfill"), "propagate", True)  # a run in this process may have cut it off
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-
-
-def wait_for(is_so) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_only_locks_older_than_any_build_are_removed(tmp_path, caplog):
@@ -44,8 +37,9 @@ def test_who_builds_what_is_waited_for_is_said_once(tmp_path, caplog):
     line = [sys.executable, "-c", hold]
     with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as builder:
         builder.stdout.readline()
+        told = f"{lock}: an extension is built; process {builder.pid} of this machine"
         with watched_build_locks(patience_seconds=0.1):
-            wait_for(lambda: f"{lock}: an extension is built; process {builder.pid} of this machine" in caplog.text)
+            wait_until(lambda: told in caplog.text, "the lock was not told of")
             seen = len(caplog.records)
             time.sleep(0.5)
             assert len(caplog.records) == seen
@@ -67,13 +61,12 @@ def test_a_lock_that_nobody_holds_is_told_and_removed_while_it_is_waited_for(tmp
     lock = tmp_path / "py311_cpu" / "shm" / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
+    told = "or of one that was killed. It is waited for, and removed when it is 10 minutes old"
     with watched_build_locks(patience_seconds=0.1, stale_seconds=600):
-        wait_for(
-            lambda: "or of one that was killed. It is waited for, and removed when it is 10 minutes old" in caplog.text
-        )
+        wait_until(lambda: told in caplog.text, "the lock was not told of")
         assert lock.exists()
         os.utime(lock, (time.time() - 601,) * 2)
-        wait_for(lambda: not lock.exists())
+        wait_until(lambda: not lock.exists(), "the lock is as it was")
     assert "removed, left 10 minutes ago" in caplog.text
 
 
