@@ -31,14 +31,11 @@ soak: .venv/.installed ## train under random faults, on a CPU: make soak MINUTES
 bench: .venv/.installed ## measure what this machine can, and write docs/performance.md; ARGS="overhead peer" measures some
 	@$(RUN) -m benchmarks.run $(ARGS)
 
-# One thread a process: the tests start several processes at once. One file more at a time than there are cores: those of
-# SLURM and of real launches wait for minutes. A file stays together: it shares its fixtures. tests/conftest.py says which
-# come first. What hundreds of processes import is compiled once.
-test: export OMP_NUM_THREADS ?= 1
+# A file stays together: it shares its fixtures. tests/conftest.py says how many at a time and which come first. What
+# hundreds of processes import is compiled once.
 test: export PYTHONDONTWRITEBYTECODE :=
-test: WORKERS = $(shell $(VENV_PYTHON) -c 'import os; print(min((os.cpu_count() or 1) + 1, 4))')
 test: .venv/.installed ## run the tests but the slow ones; ARGS="tests/data -k order" goes to pytest
-	@$(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(RUN) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: .venv/.installed ## lint, formatting and types
 	@$(RUN) -m ruff check

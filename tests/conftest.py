@@ -19,6 +19,7 @@ from tests.environment import environment_of_before, forget_the_machine, hide_gp
 forget_the_machine(os.environ)  # before what reads it when it is imported
 
 from configs.lighter_imports import lighten_imports  # noqa: E402
+from configs.this_machine import available_memory_bytes, count_cores  # noqa: E402
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -32,6 +33,13 @@ lighten_imports()  # as in every program of ours
 def pytest_configure(config: pytest.Config) -> None:
     if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         hide_gpus(os.environ)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Files at a time, one more than there are cores: those of SLURM and of real launches wait for minutes. Each may
+    start four ranks, of 1 GB."""
+    room = available_memory_bytes() or float("inf")
+    return int(max(1, min(count_cores() + 1, 4, room // (5 * 2**30))))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -29,7 +29,7 @@ FILE = "pytorch_lora_weights.safetensors"
 ROUNDING = 5e-5
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def method_alone(launch) -> Callable[[str], Path]:
     """The folder of a run of a method by one process, made once."""
     made: dict[str, Path] = {}

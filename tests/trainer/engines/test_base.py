@@ -171,7 +171,7 @@ def train_with_faults(arguments: list[str]) -> tuple[list[bool], dict[int, list[
     return applied, changed, averaged
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def met_faults(launch) -> Callable[[str, int, str], Run]:
     """A run that met the faults: `met_faults(engine, processes, precision)`, made once."""
     made: dict[str, Run] = {}
@@ -230,7 +230,7 @@ def test_loss_gradient_or_spike_of_one_rank_skips_the_update_on_all_and_leaves_n
 WATCHED = (f"validation.every_steps={STEPS}", "validation.images=3", "validation.sampler_steps=3")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def watched_alone(launch) -> Path:
     return launch(*SINGLE, "watched-alone", *WATCHED).folder
 
