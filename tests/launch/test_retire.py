@@ -3,8 +3,10 @@
 import fcntl
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,8 @@ from typer.testing import CliRunner, Result
 
 from launch.cli import app
 from launch.command import REPO_ROOT
+from tests.other_user import as_nobody
+from tests.patience import PATIENCE
 
 
 @pytest.fixture
@@ -112,16 +116,10 @@ def test_what_may_not_be_moved_is_refused(old: Path, arguments: list[str], messa
 @contextmanager
 def unprivileged() -> Iterator[Path]:
     """A folder of a user that may not write everything, as root may; until then this process is that user's."""
-    with tempfile.TemporaryDirectory() as name:
-        root = os.geteuid() == 0
-        if root:
-            os.chown(name, 65534, -1)
-            os.seteuid(65534)
-        try:
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # TMPDIR may be in a folder that is closed to that user
+        Path(name).chmod(0o777)
+        with as_nobody():
             yield Path(name)
-        finally:
-            if root:
-                os.seteuid(0)
 
 
 def test_a_folder_that_may_not_be_written_is_refused_before_anything_is_moved() -> None:
@@ -236,7 +234,14 @@ def killed_at(nth: int, *arguments: str) -> bool:
 
         sys.addaudithook(count)
         os._exit(run(*arguments).exit_code)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    deadline = time.monotonic() + PATIENCE
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            pytest.fail(f"{arguments}, to be killed at its change {nth}, hangs")
+        time.sleep(0.005)
+    code = os.waitstatus_to_exitcode(ended[1])
     assert code in (0, 9)
     return code == 9
 
