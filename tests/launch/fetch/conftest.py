@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.fetch.hub_server import Hub
+from tests.patience import PATIENCE
 
 
 @pytest.fixture
@@ -24,6 +25,8 @@ def hub(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    for name in ("DOWNLOAD", "ETAG"):  # seconds until an answer begins
+        monkeypatch.setattr(f"huggingface_hub.constants.HF_HUB_{name}_TIMEOUT", int(PATIENCE))
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     yield hub

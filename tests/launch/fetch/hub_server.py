@@ -20,7 +20,7 @@ def _git_hash(data: bytes) -> str:
 
 class Hub:
     """gated: files are for TOKEN alone.  faults: path -> what the next downloads of it get: a status, "cut" (half of
-    it), "flip" (another byte).  sent: bytes sent of each path, or about to be.  asked: tokens that were shown."""
+    it), "flip" (another byte), or what a function gives that is called then.  sent: bytes sent of each path, or about to be.  asked: tokens that were shown."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -82,6 +82,8 @@ class Hub:
         data = (self.folder / name).read_bytes()
         is_get = handler.command == "GET"
         fault = self.faults[name].pop(0) if is_get and self.faults.get(name) else None
+        if callable(fault):
+            fault = fault()
         if isinstance(fault, int):
             self.refuse(handler, fault, None)
             return

@@ -1,6 +1,7 @@
 import errno
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from data.encoders.model_folder import find_model
 from launch.check.model import check_model, find_local_model
 from launch.fetch.hub import fetch_from_hub, full_name, refuse_full_disk, writing
 from tests.launch.fetch.hub_server import COMMIT, NAME, TOKEN, Hub
+from tests.patience import PATIENCE
 
 LARGE = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -57,8 +59,15 @@ def test_a_transfer_that_breaks_off_goes_on_where_it_was(hub: Hub) -> None:
     assert hub.sent[LARGE] < 1.2 * len(hub.files()[LARGE])  # what was not yet on the disk is sent twice
 
 
-def test_a_download_that_failed_keeps_the_files_that_are_whole(hub: Hub) -> None:
-    hub.faults[LARGE] = [500]
+def test_a_download_that_failed_keeps_the_files_that_are_whole(hub: Hub, tmp_path: Path) -> None:
+    def fail_once_another_is_whole() -> int:
+        deadline = time.monotonic() + PATIENCE
+        while not any(path.is_file() for path in tmp_path.glob("cache/*/snapshots/**/*")):
+            assert time.monotonic() < deadline, "no other file came"
+            time.sleep(0.01)
+        return 500
+
+    hub.faults[LARGE] = [fail_once_another_is_whole]
     with pytest.raises(StorageFailed, match=rf"{NAME}: cannot be had from {hub.url} .*500.* the same command"):
         fetch_from_hub(NAME)
     before = dict(hub.sent)
