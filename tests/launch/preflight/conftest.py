@@ -15,8 +15,8 @@ from tests.patience import PATIENCE
 from tests.ports import own_port
 
 # Of what is slow here, the start of a process and the import of torch, no deadline is to tell: the head's for arrivals
-# begins when its own node has come, and that of the ranks when they have imported. With report=0 no node hands its
-# report in before it is too late.
+# begins when its own node has come, and that of the ranks, and for them to meet, when those of all nodes have imported.
+# With report=0 no node hands its report in before it is too late.
 _NODE = """
 import json, sys, threading, time
 from pathlib import Path
@@ -41,6 +41,9 @@ def answer_and_tell(head, kind, value):
 def run_when_imported(ranks, go, deadline):
     limit = time.monotonic() + PATIENCE
     while any(found["stage"] == "importing" for found in ranks._found) and time.monotonic() < limit:
+        time.sleep(0.05)
+    Path(f"{result}.imported{place['rank']}").touch()
+    while len([*Path(result).parent.glob("*.imported*")]) < place["count"] and time.monotonic() < limit:
         time.sleep(0.05)
     return run_ranks(ranks, go, time.monotonic() + patience["ranks"])
 def look_late(*given):

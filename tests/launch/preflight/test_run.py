@@ -80,7 +80,7 @@ def test_a_node_whose_network_fails_is_named_and_not_those_that_wait_for_it(
     run_nodes: Callable[..., Told], config_file: Path, tmp_path: Path
 ) -> None:
     cut_off = Node(tmp_path / "good", {"GLOO_SOCKET_IFNAME": "nowhere"})
-    told = run_nodes(config_file, [Node(tmp_path / "good"), cut_off], meeting=25, ranks=30, hearing=180)
+    told = run_nodes(config_file, [Node(tmp_path / "good"), cut_off], meeting=30)
     assert told.code == 1, told.output
     [line] = told.about("all-reduce")
     assert line.startswith("error|n1|all-reduce|rank 1 came to 'imported'")
