@@ -1,4 +1,4 @@
-"""Holding a started program where a test wants it: hold/sitecustomize.py says how."""
+"""Holding a started program where a test wants it, and its preflight patient: hold/sitecustomize.py says how."""
 
 from pathlib import Path
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from launch.slurm.restarts import read_job_events
+from tests.holding import HOLD
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import TWO_RANKS_EACH, Submitted
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
-FEW_STEPS = ("slurm.preflight=true", "train.steps=4")
+FEW_STEPS = ("slurm.preflight=true", "train.steps=4", f'slurm.env={{PYTHONPATH: "{HOLD}"}}')  # it is patient
 
 
 def test_a_job_looks_at_its_nodes_before_it_trains(submit: Callable[..., Submitted], cluster: Cluster) -> None:

@@ -1,5 +1,6 @@
 """The command as a person gives it: alone, and under accelerate's launcher."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from configs.loading import dump_config
+from tests.holding import HOLD
 from tests.patience import PATIENCE
 
 if TYPE_CHECKING:
@@ -26,8 +28,14 @@ def test_a_machine_that_is_fit_is_said_to_be(
 ) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(demo_config(cache.folder, f"run.dir={tmp_path}/runs", "logging.trackers=[]")))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HOLD), *sys.path])}  # it is patient
     done = subprocess.run(
-        [sys.executable, *line, str(path)], capture_output=True, text=True, timeout=PATIENCE, check=False
+        [sys.executable, *line, str(path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"64 MiB between {ranks} ranks in" in done.stdout if ranks > 1 else "64 MiB" not in done.stdout
