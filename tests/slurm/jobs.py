@@ -58,7 +58,7 @@ class Submitted:
     def wait_until_held(self) -> None:
         """Return when the job has come to where it is to be held."""
         held = held_file(self.run)
-        wait_for(lambda: "held" if held.exists() else None, f"{self.run.name} did not come to where it is held", 600)
+        wait_for(lambda: "held" if held.exists() else None, f"{self.run.name} did not come to where it is held")
 
     def release(self) -> None:
         """Let the job go on, now and after restarts."""
