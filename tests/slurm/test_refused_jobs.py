@@ -24,7 +24,9 @@ def assert_refused(job: Submitted, words: str) -> None:
 
 def test_a_key_that_does_not_exist(cluster: Cluster, config_file: Path, tmp_path: Path) -> None:
     """`fluxfill slurm submit` would have said so before; plain sbatch cannot."""
-    options = [f"--output={tmp_path}/wrong-%j.log", "--cpus-per-task=2", f"--export=ALL,CONFIG={config_file}"]
+    # Of a locale that the machine lacks bash would complain in the log.
+    given = f"--export=ALL,LC_ALL=C.UTF-8,CONFIG={config_file}"
+    options = [f"--output={tmp_path}/wrong-%j.log", "--cpus-per-task=2", given]
     words = ["slurm/train.sbatch", f"run.dir={tmp_path}", "train.learning_rate=1e-4"]
     id = cluster.run("sbatch", "--parsable", *options, *words, cwd=ROOT).strip()
     job = Submitted(cluster, tmp_path / "wrong", [id])
