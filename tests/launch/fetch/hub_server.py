@@ -20,7 +20,8 @@ def _git_hash(data: bytes) -> str:
 
 class Hub:
     """gated: files are for TOKEN alone.  faults: path -> what the next downloads of it get: a status, "cut" (half of
-    it), "flip" (another byte), or what a function gives that is called then.  sent: bytes sent of each path, or about to be.  asked: tokens that were shown."""
+    it), "flip" (another byte), or what a function gives that is called then.  sent: bytes sent of each path, or about
+    to be.  asked: tokens that were shown."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

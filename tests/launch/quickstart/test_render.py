@@ -116,7 +116,9 @@ def test_scripts_are_right_for_bash_and_shellcheck(odd: Path, num_gpus: int, nod
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed; bash alone has read the scripts")
     # SC2016: the odd path holds $(...), which is meant as it stands.
-    subprocess.run(["shellcheck", "--norc", "--severity=info", "--shell=bash", "--exclude=SC2016", *scripts], cwd=odd, check=True)
+    subprocess.run(
+        ["shellcheck", "--norc", "--severity=info", "--shell=bash", "--exclude=SC2016", *scripts], cwd=odd, check=True
+    )
 
 
 def test_start_training_runs_where_it_lies_with_the_python_that_wrote_it(odd: Path, tmp_path: Path) -> None:
