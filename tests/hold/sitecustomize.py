@@ -14,8 +14,10 @@ import os
 import runpy
 import sys
 import time
+from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from types import ModuleType
 
 _AT = os.environ.get("HOLD_AT")
 _GO = Path(os.environ.get("HOLD_UNTIL", ""))
@@ -48,19 +50,19 @@ class _PatientPreflight:
     """Finds one module, and changes the defaults of its Patience once it is loaded."""
 
     @staticmethod
-    def find_spec(name: str, path: list[str] | None = None, target: object = None) -> ModuleSpec | None:
+    def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
         spec = PathFinder.find_spec(name, path) if name == "launch.preflight.run" else None
         if spec is None or spec.loader is None:
             return None
         load = spec.loader.exec_module
 
-        def load_and_change(module: object) -> None:
+        def load_and_change(module: ModuleType) -> None:
             load(module)
             start = module.Patience.__init__
             seconds = runpy.run_path(str(Path(__file__).parents[1] / "patience.py"))["PATIENCE"]
             start.__defaults__ = (seconds,) * len(start.__defaults__)
 
-        spec.loader.exec_module = load_and_change
+        spec.loader.exec_module = load_and_change  # type: ignore[method-assign]
         return spec
 
 
