@@ -7,6 +7,7 @@ clusters do: only so do signals reach the processes that they reach there.
 
 import ctypes
 import fcntl
+import itertools
 import os
 import re
 import shutil
@@ -14,7 +15,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,10 +26,11 @@ from tests.patience import PATIENCE
 
 CGROUPS = Path("/sys/fs/cgroup")
 GPUS_PER_NODE = 8
-_SLOTS = 6
-# How long a credential of a job step is good, and so how long a requeued job waits before it may start again: a real
-# cluster has 120.
-REQUEUE_SECONDS = 10
+_SLOTS, _LOCKS = 6, Path("/tmp")  # not TMPDIR, of which each pytest may have another
+# How long a credential of a job step is good. A controller lets a requeued job wait for so long, until nodes have
+# forgotten its last start, and it alone is told less: nodes know a new credential from one that was taken back. A real
+# cluster has 120 for both.
+_CREDENTIAL_SECONDS = {"slurm.conf": 10, "nodes.conf": 600}
 # Between the TERM of a preemption and its end, in the partition that grants any.
 GRACE_SECONDS = 300
 _GOING_ON = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED"}
@@ -42,7 +43,7 @@ SlurmctldHost=localhost
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge/socket,cred_expire={requeue_seconds}
+AuthInfo=socket={folder}/munge/socket,cred_expire=CREDENTIAL_SECONDS
 SlurmctldPort={ports[0]}
 FirstJobId={first_job}
 StateSaveLocation={folder}/state
@@ -61,11 +62,13 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
 JobRequeue=1
-KillWait=60
+KillWait=600
+UnkillableStepTimeout=600
 MessageTimeout=60
 TCPTimeout=30
 BatchStartTimeout=120
 DefMemPerCPU=400
+DebugFlags=NO_CONF_HASH
 MinJobAge=3600
 MpiDefault=none
 GresTypes=gpu
@@ -77,6 +80,7 @@ PartitionName=scavenge PreemptMode=REQUEUE GraceTime=0
 PartitionName=scavenge-grace PreemptMode=REQUEUE GraceTime={grace_seconds}
 PartitionName=urgent PriorityTier=10
 """
+_OWN_NAMESPACE = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
 _CGROUP_CONF = f"CgroupPlugin=cgroup/v1\nCgroupMountpoint={CGROUPS}\nCgroupAutomount=no\n"
 
 # The first process of the namespace: starts the daemons by the names that they know themselves by, and waits for the
@@ -88,8 +92,8 @@ munged --force --foreground --key-file munge/key --socket munge/socket --pid-fil
   --log-file "$1/munge/log" --seed-file "$1/munge/seed" &
 until [ -S munge/socket ]; do sleep 0.1; done
 slurmctld -D &
-slurmd -D -N "$2n0" -d /usr/sbin/slurmstepd &
-slurmd -D -N "$2n1" -d /usr/sbin/slurmstepd &
+slurmd -D -f "$1/nodes.conf" -N "$2n0" -d /usr/sbin/slurmstepd &
+slurmd -D -f "$1/nodes.conf" -N "$2n1" -d /usr/sbin/slurmstepd &
 wait -n
 """
 
@@ -103,7 +107,8 @@ def reason_to_skip() -> str | None:
         return "only root can start slurmd"
     if not os.access(CGROUPS / "freezer", os.W_OK):
         return f"{CGROUPS}/freezer (cgroups of version 1) cannot be written"
-    return None
+    tried = subprocess.run([*_OWN_NAMESPACE, "true"], capture_output=True, text=True, check=False)
+    return f"no PID namespace can be had: {tried.stderr.strip()}" if tried.returncode else None
 
 
 @dataclass(frozen=True)
@@ -187,19 +192,7 @@ def running_cluster(folder: Path) -> Iterator[Cluster]:
     cluster = Cluster(folder, environment, nodes)
     with (folder / "daemons.log").open("wb") as log:
         daemons = subprocess.Popen(
-            [
-                "unshare",
-                "--pid",
-                "--fork",
-                "--kill-child",
-                "--mount-proc",
-                "bash",
-                "-c",
-                _DAEMONS,
-                "daemons",
-                folder,
-                name,
-            ],
+            [*_OWN_NAMESPACE, "bash", "-c", _DAEMONS, "daemons", folder, name],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -228,16 +221,19 @@ class _Slot(NamedTuple):
 
 
 def _own_slot() -> _Slot:
-    for number in range(_SLOTS):
+    deadline = time.monotonic() + PATIENCE
+    for number in itertools.cycle(range(_SLOTS)):
         # By user: another's file could not be opened, by root neither in a folder that all may write in.
-        lock = (Path(tempfile.gettempdir()) / f"fluxfill-tests-slurm-{os.getuid()}-{number}.lock").open("w")
+        lock = (_LOCKS / f"fluxfill-tests-slurm-{os.getuid()}-{number}.lock").open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:  # another pytest's
             lock.close()
+            assert time.monotonic() < deadline, f"{_SLOTS} clusters are running already"
+            time.sleep(0.3)
             continue
         return _Slot(number, lock)
-    raise AssertionError(f"{_SLOTS} clusters are running already")
+    raise AssertionError
 
 
 def _write_configuration(folder: Path, name: str, slot: int) -> None:
@@ -255,10 +251,10 @@ def _write_configuration(folder: Path, name: str, slot: int) -> None:
         ports=_free_ports(3, slot),
         first_job=1000 + 3000 * slot,  # ports of training follow from it, of a restart 1009 higher
         gpus=GPUS_PER_NODE,
-        requeue_seconds=REQUEUE_SECONDS,
         grace_seconds=GRACE_SECONDS,
     )
-    (folder / "slurm.conf").write_text(text)
+    for file, seconds in _CREDENTIAL_SECONDS.items():
+        (folder / file).write_text(text.replace("CREDENTIAL_SECONDS", str(seconds)))
     (folder / "cgroup.conf").write_text(_CGROUP_CONF)
     gres = f"NodeName={name}n[0-1] Name=gpu File={folder}/gpu[0-{GPUS_PER_NODE - 1}]\n"
     (folder / "gres.conf").write_text(gres)

@@ -1,8 +1,10 @@
 """A SLURM of two nodes, and runs of the tiny model that are submitted to it, each looked at by several tests."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,12 +21,16 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A SLURM of two idle nodes with 16 CPUs and 8 GPUs each (of the scheduler's alone)."""
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """A SLURM of two idle nodes with 16 CPUs and 8 GPUs each (of the scheduler's alone). Its logs stay where a test
+    has failed."""
     if reason := reason_to_skip():
         pytest.skip(reason)
-    with running_cluster(tmp_path_factory.mktemp("slurm")) as started:
+    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # in TMPDIR a socket's name may be too long
+    with running_cluster(folder) as started:
         yield started
+    if not request.session.testsfailed:
+        shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")

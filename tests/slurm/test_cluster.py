@@ -30,8 +30,8 @@ def test_a_batch_job_ends_in_the_state_that_it_ended_in(cluster: Cluster, tmp_pa
 
 @pytest.fixture
 def short_folder() -> Iterator[Path]:
-    """pytest's own folders have names too long for a step's socket."""
-    with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
+    """pytest's own folders have names too long for a step's socket, and TMPDIR may have one."""
+    with tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp") as folder:
         yield Path(folder)
 
 
