@@ -1,7 +1,16 @@
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.orphans import adopt_no_orphans
+
+
+@pytest.fixture(autouse=True)
+def orphans_are_adopted_by_a_tests_own_supervisor_alone() -> Iterator[None]:
+    yield
+    adopt_no_orphans()
 
 
 @pytest.fixture

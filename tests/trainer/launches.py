@@ -9,6 +9,7 @@ from configs.loading import dump_config
 from configs.schema import Config
 from launch.command import SHUTDOWN_SECONDS, render_environment
 from launch.supervise import Outcome, run_supervised
+from tests.orphans import adopt_no_orphans
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,7 +40,10 @@ def launch(
     outcome_file = folder / name / "outcome.json"
     environment = render_environment(outcome_file, num_processes, 2, os.environ, shutdown_seconds)
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "FAULT": fault}
-    return run_supervised(command, environment, outcome_file, restarts_after=("out of memory", "hang"))
+    try:
+        return run_supervised(command, environment, outcome_file, restarts_after=("out of memory", "hang"))
+    finally:
+        adopt_no_orphans()
 
 
 def losses(run: Path) -> list[float]:
