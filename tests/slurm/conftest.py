@@ -30,7 +30,7 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     with running_cluster(folder) as started:
         yield started
     if not request.session.testsfailed:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # the last of its processes may be ending
 
 
 @pytest.fixture(scope="session")
