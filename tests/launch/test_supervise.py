@@ -274,13 +274,11 @@ def test_own_signal_handlers_are_back_afterwards(tmp_path: Path) -> None:
 
 @pytest.mark.fault(2, "kill -9 of `fluxfill train`")
 def test_trainer_is_told_to_stop_when_the_supervisor_is_killed(tmp_path: Path) -> None:
-    script = tmp_path / "trainer.py"
-    script.write_text(TRAINER)
     variables = {"FLUXFILL_OUTCOME": str(tmp_path / "outcome.json"), "FOLDER": str(tmp_path)}
     code = (
         "import sys, pathlib; from launch.supervise import run_supervised; "
         f"outcome_file = pathlib.Path({str(tmp_path)!r}, 'outcome.json'); "
-        f"run_supervised([sys.executable, {str(script)!r}], {variables!r}, outcome_file)"
+        f"run_supervised([sys.executable, '-c', {TRAINER!r}], {variables!r}, outcome_file)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     supervisor = subprocess.Popen([sys.executable, "-c", code], env=environment)
@@ -292,20 +290,25 @@ def test_trainer_is_told_to_stop_when_the_supervisor_is_killed(tmp_path: Path) -
     assert (tmp_path / "got.0").read_text() == "SIGTERM"
 
 
+def launched_trainer(engine: EngineName, count: int, tmp_path: Path) -> tuple[list[str], dict[str, str], Path]:
+    """What starts TRAINER under accelerate's launcher: command, variables and outcome file of `run_supervised`."""
+    script, outcome_file = tmp_path / "trainer.py", tmp_path / "outcome.json"
+    script.write_text(TRAINER)
+    command = render_command("unused.yaml", [], engine, count, port=0)
+    command[command.index("--config") - 1] = str(script)
+    variables = render_environment(outcome_file, count, 1, {}) | {"FOLDER": str(tmp_path)}
+    variables["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # it warns of a host name that it cannot look up
+    return command, variables, outcome_file
+
+
 @pytest.mark.fault(3, "USR1 to `accelerate launch`, which hands it to every rank")
 @pytest.mark.parametrize("engine, count", [("single", 1), ("ddp", 2)])
 def test_accelerate_passes_usr1_to_every_rank_and_waits_for_the_save(
     engine: EngineName, count: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    script = tmp_path / "trainer.py"
-    script.write_text(TRAINER)
-    command = render_command("unused.yaml", [], engine, count, port=0)
-    command[command.index("--config") - 1] = str(script)
-    outcome_file = tmp_path / "outcome.json"
-    variables = render_environment(outcome_file, count, 1, {}) | {"FOLDER": str(tmp_path)}
-    variables["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # it warns of a host name that it cannot look up
+    given = launched_trainer(engine, count, tmp_path)
     sender = send_when_ready(tmp_path, signal.SIGUSR1, ranks=count)
-    assert run_supervised(command, variables, outcome_file) == Outcome(75, "stopped by SIGUSR1", 12)
+    assert run_supervised(*given) == Outcome(75, "stopped by SIGUSR1", 12)
     sender.join()
     assert [(tmp_path / f"got.{rank}").read_text() for rank in range(count)] == ["SIGUSR1"] * count
     assert capfd.readouterr().err == "", "the last line is the supervisor's"
@@ -313,12 +316,7 @@ def test_accelerate_passes_usr1_to_every_rank_and_waits_for_the_save(
 
 def test_ranks_that_the_launcher_left_behind_are_waited_for(tmp_path: Path) -> None:
     """torch's launcher leaves at the third signal, and at a time limit SLURM may send that many."""
-    script = tmp_path / "trainer.py"
-    script.write_text(TRAINER)
-    command = render_command("unused.yaml", [], "ddp", 2, port=0)
-    command[command.index("--config") - 1] = str(script)
-    outcome_file = tmp_path / "outcome.json"
-    variables = render_environment(outcome_file, 2, 1, {}) | {"FOLDER": str(tmp_path)}
+    given = launched_trainer("ddp", 2, tmp_path)
 
     def send() -> None:
         wait_for(tmp_path / "ready.0", tmp_path / "ready.1")
@@ -331,7 +329,7 @@ def test_ranks_that_the_launcher_left_behind_are_waited_for(tmp_path: Path) -> N
 
     sender = threading.Thread(target=send)
     sender.start()
-    assert run_supervised(command, variables, outcome_file) == Outcome(75, "stopped by SIGTERM", 12)
+    assert run_supervised(*given) == Outcome(75, "stopped by SIGTERM", 12)
     sender.join()
     assert all((tmp_path / f"got.{rank}").exists() for rank in range(2))
 
