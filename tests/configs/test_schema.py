@@ -13,6 +13,8 @@ from configs.schema import Config
 from configs.section import Section, read_descriptions
 from tests.configs.run_file import smallest, with_key
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def test_defaults_are_the_documented_ones() -> None:
     config = Config.model_validate(smallest())
@@ -140,8 +142,7 @@ def test_every_key_has_a_description() -> None:
 
 
 def test_committed_schema_is_current() -> None:
-    committed = Path("configs/schema.json")
-    path = Path(schema.__file__).parent / committed.name
+    path = Path(schema.__file__).parent / "schema.json"
     assert json.loads(path.read_text(encoding="utf-8")) == json_schema(), (
         "run: fluxfill schema --out configs/schema.json"
     )
@@ -149,4 +150,4 @@ def test_committed_schema_is_current() -> None:
 
 def test_configs_import_no_torch() -> None:
     code = "import configs.loading, sys; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

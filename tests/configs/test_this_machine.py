@@ -1,11 +1,14 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from configs import this_machine
 from configs.this_machine import available_memory_bytes, count_cores, memory_bytes
+
+ROOT = Path(__file__).resolve().parents[2]
 
 COUNT = """
 import os
@@ -16,7 +19,7 @@ print(count_cores())
 
 
 def test_a_process_confined_to_one_core_counts_one():
-    assert subprocess.run([sys.executable, "-c", COUNT], capture_output=True, text=True).stdout == "1\n"
+    assert subprocess.run([sys.executable, "-c", COUNT], cwd=ROOT, capture_output=True, text=True).stdout == "1\n"
 
 
 @pytest.mark.parametrize("told, count", [(6, 6), (None, 1)])

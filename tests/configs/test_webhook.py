@@ -70,7 +70,7 @@ def test_a_refusal_is_said_without_the_url_and_no_redirect_is_followed(hook, cap
 def test_what_cannot_be_reached_costs_a_line(capfd, url):
     notify_end("sofa", code=0, reason="", step=None, environment={VARIABLE: url})
     shown = capfd.readouterr().err
-    assert shown.count("\n") == 1 and "no notice was sent" in shown and "planted" not in shown
+    assert shown.count("no notice was sent") == 1 and "planted" not in shown
 
 
 def test_a_server_that_never_answers_is_left_after_a_while(capfd, monkeypatch):

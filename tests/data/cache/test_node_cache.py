@@ -133,7 +133,13 @@ def start_process(target, *arguments):
     here, there = context.Pipe()
     process = context.Process(target=target, args=(*arguments, there), daemon=True)
     process.start()
+    there.close()  # so that the end of the process is heard
     return process, here
+
+
+def hear(connection):
+    assert connection.poll(PATIENCE), "the other process says nothing"
+    return connection.recv()
 
 
 def test_processes_and_threads_of_a_node_fetch_a_shard_once(remote, tmp_path):
@@ -149,7 +155,7 @@ def test_processes_and_threads_of_a_node_fetch_a_shard_once(remote, tmp_path):
     server.slow.set()
     for thread in threads:
         thread.join()
-    sizes += [connection.recv() for _, connection in others]
+    sizes += [hear(connection) for _, connection in others]
     for process, connection in others:
         connection.send("done")
         process.join()
@@ -249,7 +255,7 @@ def test_a_copy_in_use_is_never_removed(remote, tmp_path, caplog):
     url, _, cache = remote
     copies = copies_of(url, cache, tmp_path, limit=int(cache.table.bytes[0]) + 100)
     reading, connection = start_process(_open_and_tell, copies, 0)  # another process of the node
-    connection.recv()
+    hear(connection)
     assert held(copies, 1, may_exceed=False) is None
     assert not copies.path(1).exists()
     held(copies, 1)
@@ -288,7 +294,7 @@ def test_many_processes_in_little_room_end(remote, tmp_path):
         connection.send("whole")
 
     others = [start_process(churn, seed) for seed in range(4)]
-    assert [connection.recv() for _, connection in others] == ["whole"] * 4
+    assert [hear(connection) for _, connection in others] == ["whole"] * 4
     for process, _ in others:
         process.join()
 

@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from data.sources.problems import Findings
 from data.sources.triples import list_triples
 from tests.data.migrate.made_old_pairs import save_triples
 from tests.patience import PATIENCE
+
+ROOT = Path(__file__).resolve().parents[3]
 
 KILLED_RUN = """
 import os, signal, sys
@@ -84,7 +87,7 @@ def test_nothing_old_changes_and_what_is_new_is_taken_by_a_scan(planted, tmp_pat
     assert read_report(tmp_path / "new" / REPORT) == report
 
     overrides = [f"data.cache={tmp_path / 'cache'}", f"data.datasets={report.datasets}"]
-    data = load_config("configs/demo.yaml", overrides).data
+    data = load_config(ROOT / "configs" / "demo.yaml", overrides).data
     findings, found = Findings(), []
     for dataset in data.datasets:
         found += [each.triple for each in list_triples(dataset, data, lambda _: None, findings)]
@@ -118,7 +121,7 @@ def test_a_run_that_is_killed_at_any_file_is_finished_by_the_next(planted, tmp_p
     expected = contents_of(out)
     os.rename(out, tmp_path / "expected")
     command = [sys.executable, "-c", KILLED_RUN, *map(str, folders.by_role.values()), str(out), how, stage, str(number)]
-    assert subprocess.run(command, timeout=PATIENCE, check=False).returncode == -9
+    assert subprocess.run(command, cwd=ROOT, timeout=PATIENCE, check=False).returncode == -9
     assert not (out / REPORT).exists()
     run(folders, out, how=how)
     assert contents_of(out) == expected

@@ -1,6 +1,7 @@
 import io
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -15,7 +16,7 @@ def console():
 
 def test_a_log_gets_a_line_a_minute_in_the_place_of_a_bar(monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr("data.preprocessing.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("data.preprocessing.progress.time", SimpleNamespace(monotonic=lambda: now[0]))
     progress = open_progress(console(), Worker())
     progress.get_time = lambda: now[0]
     advance = advancing(progress, progress.add_task("encoding", total=1000))
@@ -41,7 +42,7 @@ def test_a_terminal_has_the_bar_and_the_other_ranks_are_silent(monkeypatch):
 @pytest.mark.parametrize("rank, said", [(0, 2), (1, 0)])
 def test_for_whom_it_waits_is_said_once(monkeypatch, rank, said):
     slept = []
-    monkeypatch.setattr("data.preprocessing.progress.time.sleep", slept.append)
+    monkeypatch.setattr("data.preprocessing.progress.time", SimpleNamespace(sleep=slept.append))
     progress = open_progress(console(), Worker(rank, 1, rank=rank))
     waiting = Waiting(progress)
     for whom in ["process 7 on node-2"] * 20 + ["process 8 on node-3"] * 3:

@@ -1,5 +1,6 @@
 import os
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -34,7 +35,8 @@ def test_a_file_that_is_gone_has_a_stamp_too(tmp_path):
 
 
 def test_old_files_are_not_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits"))
+    clock = SimpleNamespace(time=time.time, sleep=lambda seconds: pytest.fail("it waits"))
+    monkeypatch.setattr("data.sources.file_stamps.time", clock)
     outwait_the_clock([str(tmp_path / "gone.png"), __file__])
 
 

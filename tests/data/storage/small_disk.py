@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _SIZE = 16 << 20
+_PAGE = resource.getpagesize()
 
 
 class SmallDisk:
@@ -19,23 +20,23 @@ class SmallDisk:
 
     @contextmanager
     def with_room_for(self, num_bytes: int) -> Iterator[None]:
-        """No more than so many bytes can be written in the block, in pages of 4 KiB (by this process, into one file,
-        where the disk is none)."""
+        """No more than so many bytes can be written in the block, in whole pages (by this process, into one file, where
+        the disk is none)."""
         if self.is_real:
             with self._ballast.open("wb", buffering=0) as file:
                 try:
-                    while file.write(b"\0" * 4096) == 4096:
+                    while file.write(b"\0" * _PAGE) == _PAGE:
                         pass
                 except OSError:  # full
                     pass
-                file.truncate(file.tell() // 4096 * 4096 - num_bytes // 4096 * 4096)
+                file.truncate(file.tell() // _PAGE * _PAGE - num_bytes // _PAGE * _PAGE)
             try:
                 yield
             finally:
                 self._ballast.unlink()
         else:
             before = resource.getrlimit(resource.RLIMIT_FSIZE)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes // 4096 * 4096, before[1]))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes // _PAGE * _PAGE, before[1]))
             try:
                 yield
             finally:

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -7,6 +8,8 @@ from configs.errors import InputError
 from data.storage import file_locks
 from data.storage.file_locks import lock, require_file_locks, try_lock, unlock
 from tests.patience import PATIENCE
+
+ROOT = Path(__file__).resolve().parents[3]
 
 HOLDS = "import sys, data.storage.file_locks as f; h = open(sys.argv[1]); f.lock(h); print('held', flush=True); input()"
 
@@ -20,7 +23,7 @@ def path(tmp_path):
 
 def test_a_lock_ends_with_its_process(path):
     other = subprocess.Popen(
-        [sys.executable, "-c", HOLDS, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLDS, path], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert other.stdout is not None and other.stdout.readline() == "held\n"
     with path.open() as file:

@@ -86,9 +86,13 @@ def proxies(ports):
         "AWS_SECRET_ACCESS_KEY": "secret",
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_MAX_ATTEMPTS": "1",
+        "AWS_CONFIG_FILE": os.devnull,  # whoever runs the tests may have settings of their own
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
         "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{found['gs'].port}",
     }
-    before = {name: os.environ.get(name) for name in settings}
+    before = {name: os.environ.get(name) for name in (*settings, "AWS_PROFILE", "AWS_SESSION_TOKEN")}
+    for name in before:
+        os.environ.pop(name, None)
     os.environ.update(settings)
     deadline = time.monotonic() + PATIENCE
     while True:
@@ -100,9 +104,8 @@ def proxies(ports):
             time.sleep(0.2)
     yield found
     for name, value in before.items():
-        if value is None:
-            del os.environ[name]
-        else:
+        os.environ.pop(name, None)
+        if value is not None:
             os.environ[name] = value
     for proxy in found.values():
         proxy.close()

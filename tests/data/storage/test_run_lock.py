@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -194,7 +195,8 @@ def test_an_owner_that_proc_hides_is_judged_by_its_heartbeat(tmp_path, monkeypat
     lock = take_run_folder(tmp_path, {}, supervisor="first")
     monkeypatch.setattr(run_lock, "is_hidden", lambda pid: True)
     monkeypatch.setattr(run_lock, "process_start", lambda pid: None)
-    monkeypatch.setattr(time, "sleep", lambda seconds: lock._touch())
+    clock = SimpleNamespace(monotonic=time.monotonic, strftime=time.strftime, sleep=lambda _: lock._touch())
+    monkeypatch.setattr(run_lock, "time", clock)
     with pytest.raises(AlreadyRunning):
         take_run_folder(tmp_path, {}, supervisor="second", say=lambda _: None)
     (file,) = tmp_path.glob("owner-*.json")
@@ -207,13 +209,15 @@ def test_an_owner_that_proc_hides_is_judged_by_its_heartbeat(tmp_path, monkeypat
 
 def test_an_owner_that_was_replaced_learns_it_from_its_heartbeat_and_before_a_write(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock, "HEARTBEAT_SECONDS", 0.2)
+    now = run_lock._now()
+    monkeypatch.setattr(run_lock, "_now", lambda: now)
     old = take_run_folder(tmp_path, {}, supervisor="old")
     edit_owner(tmp_path)
     (file,) = tmp_path.glob("owner-*.json")
     os.utime(file, (time.time() - 200,) * 2)
     new = take_run_folder(tmp_path, {}, supervisor="new", say=lambda _: None)
     old.require()  # a moment after its heartbeat nobody can have taken it: no look at the disk
-    monkeypatch.setattr(run_lock, "_now", lambda: time.clock_gettime(time.CLOCK_BOOTTIME) + 300)
+    monkeypatch.setattr(run_lock, "_now", lambda: now + 300)
     with pytest.raises(AlreadyRunning, match=r"taken for dead; the folder belongs to new, process"):
         old.require()
     lost = []
