@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import statistics
 import subprocess
 import tempfile
@@ -24,7 +23,7 @@ from typing import Any
 from PIL import Image
 
 from benchmarks.record import add_result
-from benchmarks.start import cpu_seconds, processes_below, python_of
+from benchmarks.start import cpu_seconds, end_all, processes_below, python_of
 from demo.photographs import write_triples
 from demo.tiny_model import build_tiny_model
 
@@ -73,22 +72,23 @@ def run(command: list[str], metrics: Path, steps: int) -> dict[str, float]:
         process = subprocess.Popen(
             command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=output, stderr=output
         )
+
+        def spent() -> tuple[float, float]:
+            return time.monotonic() - start, sum(map(cpu_seconds, processes_below(process.pid)))
+
         first: tuple[float, float] | None = None
         try:
             while (done := count_lines(metrics)) < steps:
                 if done and first is None:
-                    first = time.monotonic() - start, sum(map(cpu_seconds, processes_below(process.pid)))
+                    first = spent()
                 if process.poll() is not None:
                     output.seek(0)
                     raise RuntimeError(f"{command[0]} ended at step {done} of {steps}\n{output.read().decode()}")
                 time.sleep(0.02)
-            whole = sum(map(cpu_seconds, processes_below(process.pid)))
+            _, whole = last = spent()
         finally:
-            if process.poll() is None:
-                for child in processes_below(process.pid):
-                    os.kill(child, signal.SIGKILL)
-            process.wait()
-    assert first is not None
+            end_all(process)
+    first = first or last  # where nobody looked in between
     seconds = [json.loads(line)["seconds"] for line in metrics.read_text(encoding="utf-8").splitlines()]
     return {
         "first_step": first[0],

@@ -13,9 +13,7 @@ DeepSpeed does by the size of a model, it is made to do as with FLUX.1 (`treat_a
 """
 
 import argparse
-import multiprocessing
 import os
-import socket
 import statistics
 import sys
 import tempfile
@@ -31,7 +29,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.ranks import launch_environment
+from benchmarks.ranks import launch_environment, own_port, take_environment, warm_context
 from benchmarks.record import add_result
 
 SHAPE = {"num_layers": 2, "num_single_layers": 4, "num_attention_heads": 6, "attention_head_dim": 64}
@@ -126,7 +124,7 @@ def train_counted(arguments: list[str], steps: int) -> dict[str, Any]:
 
 
 def _rank_main(environment: dict[str, str], arguments: list[str], steps: int, results: Any) -> None:
-    os.environ.update(environment)
+    take_environment(environment)
     os.dup2(2, 1)  # results alone stand on standard output
     import torch
 
@@ -137,18 +135,23 @@ def _rank_main(environment: dict[str, str], arguments: list[str], steps: int, re
 
 def launch(engine: str, processes: int, arguments: Sequence[str], steps: int) -> list[dict[str, Any]]:
     """What each rank of a launch found. Raises EOFError if one dies."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trainer.main"])
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    shared = launch_environment(engine, processes) | {
-        "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
+    with own_port() as port:
+        return _launch(port, engine, processes, arguments, steps)
+
+
+def _launch(port: int, engine: str, processes: int, arguments: Sequence[str], steps: int) -> list[dict[str, Any]]:
+    context = warm_context()
+    shared = (
+        dict(os.environ)
+        | launch_environment(engine, processes)
+        | {
+            "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
+    )
     started = []
     for rank in range(processes):
         receiver, sender = context.Pipe(duplex=False)

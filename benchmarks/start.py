@@ -17,10 +17,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 
 from benchmarks.record import add_result
+from configs.supervision import list_children_of
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGINES = {"single": 1, "ddp": 2}
@@ -74,23 +76,33 @@ def cpu_until_first_step(build: Path, folder: Path, engine: str, *, validates: b
                 time.sleep(0.02)
             return sum(map(cpu_seconds, processes_below(run.pid)))
         finally:
-            for process in processes_below(run.pid):
-                os.kill(process, signal.SIGKILL)
-            run.wait()
+            end_all(run)
 
 
 def processes_below(process: int) -> list[int]:
     """A process and its descendants, the eldest first: a launcher that is ended first has nothing to say."""
     found = [process]
     for parent in found:
-        for task in Path(f"/proc/{parent}/task").glob("*/children"):
-            found += map(int, task.read_text().split())
+        found += list_children_of(parent)
     return found
 
 
+def end_all(run: subprocess.Popen) -> None:
+    """End a process, unless it has been waited for, and all that it has started."""
+    if run.poll() is None:
+        for process in processes_below(run.pid):
+            with suppress(ProcessLookupError):  # it has just ended by itself
+                os.kill(process, signal.SIGKILL)
+        run.wait()
+
+
 def cpu_seconds(process: int) -> float:
-    """User and system time of a process, and of its children that have ended."""
-    after_name = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    """User and system time of a process, and of its children that have ended; none of one that has just ended, which
+    its parent's has."""
+    try:
+        after_name = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
     return sum(map(int, after_name[11:15])) / _TICKS
 
 

@@ -1,7 +1,6 @@
 """Processes that train, and make their steps in turn: what one step takes beside another in the same minute, on a
 machine that has other work as well."""
 
-import multiprocessing
 import os
 import statistics
 import time
@@ -10,6 +9,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from benchmarks.ranks import take_environment, warm_context
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def alternate(ways: Mapping[str, Way], *, steps: int) -> dict[str, Steps]:
     processes, made = [], {name: Steps([], [], 0) for name in ways}
     for name, way in ways.items():
         connections[name], theirs = context.Pipe()
-        processes.append(context.Process(target=_run, args=(way, theirs), daemon=True))
+        processes.append(context.Process(target=_run, args=(dict(os.environ), way, theirs), daemon=True))
         processes[-1].start()
         theirs.close()
         connections[name].recv()  # of the step that warms up
@@ -73,14 +74,8 @@ def alternate(ways: Mapping[str, Way], *, steps: int) -> dict[str, Steps]:
     return made
 
 
-def warm_context() -> multiprocessing.context.ForkServerContext:
-    """Processes of it are forked from one that has imported all, once: no import is in anybody's time or memory."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.before_after", "trainer.main"])
-    return context
-
-
-def _run(way: Way, connection: Connection) -> None:
+def _run(environment: dict[str, str], way: Way, connection: Connection) -> None:
+    take_environment(environment)
     import torch
 
     torch.set_num_threads(1)

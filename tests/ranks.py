@@ -1,25 +1,17 @@
-"""Ranks for tests: processes forked from one warm server, in the environment `accelerate launch` would give them.
-
-Importing torch and diffusers takes ten seconds; a fork takes none, and each case gets processes of its own, with no
-state of an earlier one.
-"""
+"""Ranks for tests: processes forked from one warm server, in the environment `accelerate launch` would give them."""
 
 import faulthandler
-import multiprocessing
 import os
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 
-from benchmarks.ranks import launch_environment
+from benchmarks.ranks import launch_environment, own_port, take_environment, warm_context
 from tests.patience import PATIENCE
-from tests.ports import own_port
-
-_PRELOAD = ["tests.rank_imports"]
 
 
 def _rank_main(environment: dict[str, str], function: Callable, arguments: tuple, results: Connection) -> None:
-    os.environ.update(environment)
+    take_environment(environment)
     faulthandler.dump_traceback_later(0.9 * PATIENCE)  # where it hangs, before it is killed for that
     import torch
 
@@ -28,13 +20,6 @@ def _rank_main(environment: dict[str, str], function: Callable, arguments: tuple
         results.send(("done", function(*arguments)))
     except BaseException as error:  # the test's process raises it again
         results.send(("failed", f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
-
-
-def warm_context() -> multiprocessing.context.ForkServerContext:
-    """Processes of it are forked from the warm server."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
-    return context
 
 
 class RankFailure(AssertionError):
@@ -66,13 +51,17 @@ def _run_ranks(
     node_size: int,
 ) -> list:
     context = warm_context()
-    shared = launch_environment(engine, num_processes) | {
-        "WORLD_SIZE": str(num_processes),
-        "LOCAL_WORLD_SIZE": str(node_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
+    shared = (
+        dict(os.environ)
+        | launch_environment(engine, num_processes)
+        | {
+            "WORLD_SIZE": str(num_processes),
+            "LOCAL_WORLD_SIZE": str(node_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
+    )
     ranks = []
     for rank in range(num_processes):
         receiver, sender = context.Pipe(duplex=False)

@@ -20,6 +20,7 @@ TESTED_ELSEWHERE = {
     "benchmarks/page_tables.py": "tables of the page that test_page.py renders",
     "benchmarks/planning.py": "measures for minutes; what it calls is tested",
     "benchmarks/preprocess.py": "measures for minutes; what it calls is tested",
+    "benchmarks/rank_imports.py": "every rank of the tests has these imports",
     "benchmarks/ranks.py": "tests/ranks.py starts every rank with it",
     "benchmarks/scan.py": "measures for minutes; what it calls is tested",
     "benchmarks/start.py": "measures for minutes; what it calls is tested",

@@ -12,10 +12,10 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from benchmarks.ranks import take_environment, warm_context
 from configs.schema import Config
 from data.preprocessing.worker import Worker, which_worker
 from tests.patience import PATIENCE
-from tests.ranks import warm_context
 
 # What Python tells audit hooks of before it changes a folder.
 _CHANGES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.utime"}
@@ -30,14 +30,18 @@ class WorkerProcess:
 
     def join(self, timeout_seconds: float = PATIENCE) -> tuple[int | None, str, int]:
         """(exit code, message, changes): -9 when killed, with the last that was heard of."""
-        message, changes = "", 0
-        while wait([self.outcome], timeout=timeout_seconds):
-            try:
-                message, changes = self.outcome.recv()
-            except EOFError:
-                break
-        self.process.join(timeout_seconds)
-        self.outcome.close()
+        message, changes, deadline = "", 0, time.monotonic() + timeout_seconds
+        try:
+            while wait([self.outcome], timeout=max(0.0, deadline - time.monotonic())):
+                try:
+                    message, changes = self.outcome.recv()
+                except EOFError:
+                    break
+            self.process.join(max(0.0, deadline - time.monotonic()))
+            assert self.process.exitcode is not None, f"not done in {timeout_seconds:.0f} s"
+        finally:
+            self.process.kill()
+            self.outcome.close()
         return self.process.exitcode, message, changes
 
     def kill(self) -> None:
@@ -86,13 +90,15 @@ def start_worker(
     """
     context = warm_context()
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(config, worker, workers, kill_at, fate, run, sender), daemon=True)
+    given = (dict(os.environ), config, worker, workers, kill_at, fate, run, sender)
+    process = context.Process(target=_work, args=given, daemon=True)
     process.start()
     sender.close()
     return WorkerProcess(process, receiver)
 
 
 def _work(
+    environment: dict[str, str],
     config: Config,
     worker: int,
     workers: int,
@@ -101,6 +107,7 @@ def _work(
     run: Callable[[Config, Worker], None],
     outcome: Connection,
 ) -> None:
+    take_environment(environment)
     import torch
 
     from configs.errors import InputError

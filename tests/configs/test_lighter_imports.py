@@ -3,6 +3,7 @@ trainer/main.py."""
 
 import importlib
 import io
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.ranks import warm_context
+from benchmarks.ranks import take_environment, warm_context
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,8 +38,8 @@ LAYERS = {"nf4": ("peft.tuners.lora.bnb", "Nf4Linear")}  # the others': peft's o
 
 
 def in_a_fresh_process(function: Callable[..., Any], *arguments: object) -> Any:
-    with warm_context().Pool(1) as pool:
-        return pool.apply(function, arguments)
+    with warm_context().Pool(1, take_environment, (dict(os.environ),)) as pool:
+        return pool.apply_async(function, arguments).get(PATIENCE)
 
 
 def test_a_run_imports_no_package_that_it_does_not_use():

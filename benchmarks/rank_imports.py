@@ -1,9 +1,12 @@
 """What the warm server of ranks and workers imports once. Starts no threads: a fork takes but the thread that forks."""
 
 import gc
+import os
 
-from configs.library_warnings import quiet_libraries
-from configs.lighter_imports import lighten_imports
+STARTED_WITH = frozenset(os.environ)  # variables: what imports set stands beside them
+
+from configs.library_warnings import quiet_libraries  # noqa: E402
+from configs.lighter_imports import lighten_imports  # noqa: E402
 
 quiet_libraries()
 lighten_imports()
@@ -11,6 +14,7 @@ gc.disable()
 
 import torch  # noqa: E402
 
+import benchmarks.before_after  # noqa: E402, F401
 import data.preprocessing.run  # noqa: E402, F401
 import trainer.export.verify  # noqa: E402  (with peft and the pipeline)
 import trainer.main  # noqa: E402, F401
