@@ -12,6 +12,10 @@ import torch
 
 STEPS, HALF = 4, 2
 SINGLE = ("single", 1)
+# How far tensors of one run may lie from those of another engine: Adam divides gradients by their size, and of those
+# that are next to nothing (of a LoRA's A while B is near its zeros) what another order of sums does to them, which
+# depends on the processor, is part of an update then (of about 1e-3). Here it comes to 4e-6.
+ROUNDING = 5e-5
 
 SETTINGS = (
     "train.global_batch_size=8",

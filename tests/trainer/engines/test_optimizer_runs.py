@@ -8,6 +8,7 @@ import torch
 from tests.ranks import RankFailure
 from tests.trainer.engines.runs import (
     HALF,
+    ROUNDING,
     SINGLE,
     STEPS,
     assert_same_run,
@@ -130,13 +131,13 @@ def test_adafactor_and_prodigy_are_those_of_one_process_and_go_on_exactly(launch
     whole = launch(*SINGLE, optimizer, *settings).folder
     kinds = {name.rpartition("//")[2] for name in read_unreshardable_state(whole, HALF)}
     assert kinds >= ({"exp_avg_sq_row", "exp_avg_sq_col"} if optimizer == "adafactor" else {"s", "p0", "learned"})
-    for number, (engine, allowed) in enumerate([(SINGLE, 0.0), (("ddp", 3), 1e-5)]):
+    for number, (engine, allowed, tensors_allowed) in enumerate([(SINGLE, 0.0, 0.0), (("ddp", 3), 1e-5, ROUNDING)]):
         halves = go_on_from(whole, f"{optimizer}-halves-{number}")
         launch(*engine, halves.name, *settings)
         assert read_losses(halves) == pytest.approx(read_losses(whole), abs=allowed)
-        assert furthest(read_tensors(halves, STEPS), read_tensors(whole, STEPS)) <= allowed
+        assert furthest(read_tensors(halves, STEPS), read_tensors(whole, STEPS)) <= tensors_allowed
         states = [read_unreshardable_state(run, STEPS) for run in (halves, whole)]
-        assert furthest(*states) <= allowed
+        assert furthest(*states) <= tensors_allowed
 
 
 @pytest.mark.slow
