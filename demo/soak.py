@@ -75,16 +75,23 @@ class Run:
 
 
 class Soak:
-    """The runs of one soak, in its folder.  left_seconds: after the end of a start in which its processes must go.
-    until: when no fault is inflicted any more, on the monotonic clock."""
+    """The runs of one soak, in its folder.  longest_seconds: of a start.  left_seconds: after its end, in which its
+    processes must go.  until: when no fault is inflicted any more, on the monotonic clock."""
 
     def __init__(
-        self, folder: Path, console: Console, *, left_seconds: float = 30.0, until: float | None = None
+        self,
+        folder: Path,
+        console: Console,
+        *,
+        longest_seconds: float = 600.0,
+        left_seconds: float = 30.0,
+        until: float | None = None,
     ) -> None:
         self.folder = folder
         self.events: list[Event] = []
         self.ended: list[Ended] = []
-        self._console, self._left_seconds, self._until = console, left_seconds, until
+        self._console, self._until = console, until
+        self._longest_seconds, self._left_seconds = longest_seconds, left_seconds
         self._startup_seconds: dict[str, float] = {}
 
     @property
@@ -228,7 +235,7 @@ class Soak:
         if run.rows is not None:
             paths = [str(ROOT / "demo" / "soak_hook"), *filter(None, [os.environ.get("PYTHONPATH")])]
             variables |= {"FLUXFILL_SOAK_ROWS": str(run.rows), "PYTHONPATH": os.pathsep.join(paths)}
-        return Start(line, output, self._folder(run.name), fault, variables)
+        return Start(line, output, self._folder(run.name), fault, variables, longest_seconds=self._longest_seconds)
 
     def _end(self, start: Start, run: Run, launch: str, fault: Fault | None, *, was_disturbed: bool = False) -> Event:
         """Wait for a start's end, and judge it."""

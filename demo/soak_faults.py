@@ -21,7 +21,6 @@ from pathlib import Path
 from configs.supervision import BAD_INPUT, FAILED, STOP_SIGNALS, STOPPED
 
 _MARK = "FLUXFILL_SOAK"
-_LONGEST_SECONDS = 600.0  # of a start
 _NO_ROOM_BYTES = 40_000  # of a file on the full disk: enough for logs, too little for a checkpoint
 _EMPTY_TEXT = 16  # bytes of the text member of a sample whose text an earlier one has
 
@@ -93,15 +92,25 @@ def describe(fault: Fault) -> str:
 
 
 class Start:
-    """A start of `fluxfill train`, its processes and what it left in its run's folder."""
+    """A start of `fluxfill train`, its processes and what it left in its run's folder.
+
+    longest_seconds: after which it is ended.
+    """
 
     def __init__(
-        self, line: list[str], output: Path, run: Path, fault: Fault | None, variables: dict[str, str] | None = None
+        self,
+        line: list[str],
+        output: Path,
+        run: Path,
+        fault: Fault | None,
+        variables: dict[str, str] | None = None,
+        *,
+        longest_seconds: float,
     ) -> None:
         mark = secrets.token_hex(8)
         self._environment = {**os.environ, **(variables or {}), _MARK: mark, "OMP_NUM_THREADS": "1"}
         self._mark = f"{_MARK}={mark}".encode()
-        self._line, self._output, self._run = line, output, run
+        self._line, self._output, self._run, self._longest_seconds = line, output, run, longest_seconds
         self.second_code: int | None = None  # with which another start beside it ended
         self._before = set(self._lines())
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +124,9 @@ class Start:
     def start_beside(self) -> None:
         """Start the same once more, and wait for its end."""
         with self._output.with_suffix(".second.txt").open("wb") as file:
-            done = subprocess.run(self._line, stdout=file, stderr=file, env=self._environment, timeout=_LONGEST_SECONDS)
+            done = subprocess.run(
+                self._line, stdout=file, stderr=file, env=self._environment, timeout=self._longest_seconds
+            )
         self.second_code = done.returncode
 
     @property
@@ -146,7 +157,7 @@ class Start:
 
     def reached(self, moment: Moment) -> bool:
         """Wait for a moment; False if the start has ended before."""
-        while self.process.poll() is None and self.seconds < _LONGEST_SECONDS:
+        while self.process.poll() is None and self.seconds < self._longest_seconds:
             if moment.seconds is not None and self.seconds >= moment.seconds:
                 return True
             if moment.steps is not None and self.num_trained() >= moment.steps:
@@ -157,7 +168,7 @@ class Start:
     def wait(self) -> int | None:
         """Its exit code; None if it had to be ended."""
         try:
-            return self.process.wait(timeout=max(_LONGEST_SECONDS - self.seconds, 1.0))
+            return self.process.wait(timeout=max(self._longest_seconds - self.seconds, 1.0))
         except subprocess.TimeoutExpired:
             self.kill(self.processes())
             self.process.wait()

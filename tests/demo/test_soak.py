@@ -14,6 +14,7 @@ from demo import soak as module
 from demo.soak import Soak, kill_one_run
 from demo.soak_faults import KILLS, Fault, Moment
 from demo.soak_judge import INTERVAL, STEPS
+from tests.patience import PATIENCE
 
 
 class SmallStart:
@@ -25,7 +26,9 @@ class SmallStart:
 
     forgets, saves_late, drifts, said = 0, 0, 0.0, ""
 
-    def __init__(self, line: list[str], output: Path, run: Path, fault: Fault | None, variables: dict) -> None:
+    def __init__(
+        self, line: list[str], output: Path, run: Path, fault: Fault | None, variables: dict, *, longest_seconds: float
+    ) -> None:
         self._run, self._fault, self._is_new = run, fault, not run.exists()
         self.seconds, self.second_code = 1.0, None
         saved = [0, *map(step_of, complete_checkpoints(run))]
@@ -118,7 +121,7 @@ def test_a_run_that_ends_elsewhere_is_found(wrong):
 @pytest.mark.fault(1, "five kills at random moments of one run of 60 steps, its starts included: launchers, ranks, all")
 def test_five_kills_change_nothing(tmp_path, record_property):
     """20 of them in `make soak`. A busy machine may take longer than 30 s to end what is left."""
-    soak = Soak(tmp_path, Console(), left_seconds=120)
+    soak = Soak(tmp_path, Console(), longest_seconds=1800, left_seconds=PATIENCE)
     soak.prepare()
     soak.disturbed("killed", ["ddp"], 5, random.Random(1), list(KILLS))
     assert [event.wrong for event in soak.events] == [[]] * len(soak.events)

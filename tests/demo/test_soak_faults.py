@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 
 from demo.soak_faults import FAULTS, KILLS, Fault, Moment, Start, draw_fault, inflict
+from tests.patience import PATIENCE
 
 # A launch in small: prints as a run does, trains two steps, and leaves a process behind that hears no signal.
 LAUNCH = """
@@ -28,7 +29,8 @@ time.sleep(float(sys.argv[2]))
 def launch(tmp_path):
     def start(seconds: float, kind: str = "signal") -> Start:
         line = [sys.executable, "-c", textwrap.dedent(LAUNCH), str(tmp_path), str(seconds)]
-        return Start(line, tmp_path / "output" / "a.txt", tmp_path, Fault(kind, Moment(steps=2), 0.5))
+        fault = Fault(kind, Moment(steps=2), 0.5)
+        return Start(line, tmp_path / "output" / "a.txt", tmp_path, fault, longest_seconds=PATIENCE)
 
     return start
 
