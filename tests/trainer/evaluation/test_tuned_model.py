@@ -1,4 +1,5 @@
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from trainer.evaluation.tuned_model import (
 )
 from trainer.export.from_checkpoint import export_checkpoint
 from trainer.model.flux import load_transformer
+
+ROOT = Path(__file__).resolve().parents[3]
 
 CPU = torch.device("cpu")
 
@@ -241,7 +244,10 @@ def test_an_exported_adapter_is_loaded_without_a_word_of_diffusers(train_run, tm
         "from trainer.evaluation.tuned_model import TunedModel, find_source; "
         f"TunedModel(find_source(Path({str(train_run('lora') / 'final')!r})), torch.device('cpu'))"
     )
-    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    environment = {**os.environ, "HF_HOME": str(tmp_path)}
+    said = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
     assert said.stderr == ""
 
 

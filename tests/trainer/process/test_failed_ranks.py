@@ -4,11 +4,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from configs.supervision import STOP_SIGNALS, SUPERVISOR
+from configs.supervision import STOP_SIGNALS, SUPERVISOR, list_children_of
 from data.storage.run_lock import VARIABLE, own_run_folder
 from tests.patience import PATIENCE
 
@@ -62,7 +63,7 @@ def start(tmp_path, monkeypatch):
         environment = {**os.environ, "PHASE": phase}
         process = subprocess.Popen(line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
         started.append(process)
-        assert process.stdout.readline() == "waiting\n"
+        assert "waiting\n" in process.stdout
         return process
 
     yield start
@@ -168,19 +169,32 @@ def test_a_rank_whose_parent_is_no_launcher_counts_no_others(start, tmp_path, mo
     assert json.loads((tmp_path / "outcome.json").read_text())["code"] == 75
 
 
-def run_launcher(folder, phase):
-    """Two ranks below torch's launcher."""
-    (folder / "rank.py").write_text(_WAITING)
-    line = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "rank.py"]
-    line += ["--config", str(ROOT / "configs" / "demo.yaml"), f"run.dir={folder}"]
-    environment = {**os.environ, "PHASE": phase, "PYTHONPATH": str(ROOT)}
-    environment["FLUXFILL_OUTCOME"] = str(folder / "outcome.json")
-    return subprocess.Popen(line, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+@pytest.fixture
+def start_launcher(tmp_path):
+    """Starts two ranks below torch's launcher; none of them outlives the test."""
+    started = []
+
+    def start(phase):
+        (tmp_path / "rank.py").write_text(_WAITING)
+        line = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "rank.py"]
+        line += ["--config", str(ROOT / "configs" / "demo.yaml"), f"run.dir={tmp_path}"]
+        environment = {**os.environ, "PHASE": phase, "PYTHONPATH": str(ROOT)}
+        environment["FLUXFILL_OUTCOME"] = str(tmp_path / "outcome.json")
+        started.append(subprocess.Popen(line, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield start
+    for launcher in started:
+        if launcher.poll() is None:
+            for process in (*list_children_of(launcher.pid), launcher.pid):
+                with suppress(ProcessLookupError):  # it has just ended by itself
+                    os.kill(process, signal.SIGKILL)
+        launcher.communicate()
 
 
-def test_a_rank_that_is_killed_while_all_start_is_a_failure_and_no_stop(tmp_path):
+def test_a_rank_that_is_killed_while_all_start_is_a_failure_and_no_stop(start_launcher, tmp_path):
     """The launcher tells rank 0 by the signal of a stop; nobody had asked for one."""
-    launched = run_launcher(tmp_path, "starts, one is killed")
+    launched = start_launcher("starts, one is killed")
     said, _ = launched.communicate(timeout=PATIENCE)
     told = json.loads((tmp_path / "outcome.json").read_text())
     assert (launched.returncode, told["code"]) == (1, 1)
@@ -188,9 +202,9 @@ def test_a_rank_that_is_killed_while_all_start_is_a_failure_and_no_stop(tmp_path
     assert "stopped by" not in said
 
 
-def test_ranks_that_are_all_told_to_stop_while_they_start_were_stopped(tmp_path):
-    launched = run_launcher(tmp_path, "starts")
-    assert [launched.stdout.readline() for _ in range(2)] == ["waiting\n"] * 2
+def test_ranks_that_are_all_told_to_stop_while_they_start_were_stopped(start_launcher, tmp_path):
+    launched = start_launcher("starts")
+    assert all("waiting\n" in launched.stdout for _ in range(2))
     launched.send_signal(signal.SIGTERM)
     launched.communicate(timeout=PATIENCE)
     assert json.loads((tmp_path / "outcome.json").read_text())["code"] == 75

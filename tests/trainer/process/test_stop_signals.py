@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from configs.supervision import list_children_of
 from data.cache.open_cache import Cache
 from launch.supervise import Outcome
 from tests.data.batches.streams import damage
@@ -67,9 +69,11 @@ def settings(config, tmp_path_factory):
     return make
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def start(settings):
-    """Starts `fluxfill train` as a user does: `start(name, processes)`; returns (process, run's folder)."""
+    """Starts `fluxfill train` as a user does: `start(name, processes)`; returns (process, run's folder). What a failed
+    test leaves is ended: first those who start others."""
+    started = []
 
     def run(name: str, num_processes: int, *overrides: str) -> tuple[subprocess.Popen, Path]:
         path, given, folder = settings(name)
@@ -80,9 +84,20 @@ def start(settings):
         process = subprocess.Popen(
             [*line, *engine], env=environment, cwd=folder.parent, stdout=subprocess.PIPE, text=True
         )
+        started.append((process, folder))
         return process, folder
 
-    return run
+    yield run
+    for process, folder in started:
+        if process.poll() is None:
+            processes = [process.pid]
+            for parent in processes:
+                processes += list_children_of(parent)
+            for pid in processes:
+                with suppress(ProcessLookupError):  # it has just ended by itself
+                    os.kill(pid, signal.SIGKILL)
+            process.communicate()
+        go_file(folder).touch()  # for a rank whose launcher is gone
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +164,8 @@ def test_a_stopped_run_saves_ends_with_75_and_goes_on_undisturbed(start, run_war
 def test_ranks_whose_launcher_is_killed_save_and_leave(start):
     process, run = start("orphans", 2)
     wait_until_held(process, run)
-    (launcher,) = children_of(process.pid)
-    ranks = children_of(launcher)
+    (launcher,) = list_children_of(process.pid)
+    ranks = list_children_of(launcher)
     assert len(ranks) >= 2
     os.kill(launcher, signal.SIGKILL)
     process.communicate(timeout=PATIENCE)
@@ -168,8 +183,8 @@ def test_a_start_right_after_kill_9_waits_for_the_ranks_that_still_save(start, u
     """Of the supervisor and its launcher at once; the ranks are told by nobody but the kernel."""
     process, run = start("killed", 2)
     wait_until_held(process, run)
-    (launcher,) = children_of(process.pid)
-    ranks = children_of(launcher)
+    (launcher,) = list_children_of(process.pid)
+    ranks = list_children_of(launcher)
     process.kill()
     os.kill(launcher, signal.SIGKILL)
     go_file(run).touch()
@@ -180,10 +195,6 @@ def test_a_start_right_after_kill_9_waits_for_the_ranks_that_still_save(start, u
     assert not any(is_alive(pid) for pid in ranks)
     assert len(losses(run)) == STEPS
     assert losses(run) == losses(undisturbed(2))
-
-
-def children_of(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def is_alive(pid: int) -> bool:
