@@ -13,6 +13,7 @@ from dataclasses import replace
 import fsspec
 import pytest
 
+from benchmarks.ranks import own_port
 from configs.errors import InputError, StorageFailed
 from data.cache.node_cache import NodeCache
 from data.cache.remote_manifest import fetch_manifest
@@ -21,7 +22,6 @@ from data.storage.retry import with_retries
 from tests.data.batches.streams import rows_by_position, take
 from tests.data.storage.remote_server import SHARDS
 from tests.patience import PATIENCE
-from tests.ports import own_port
 
 
 class Proxy:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.ranks import own_port
 from launch.preflight.place import Place
 from tests.patience import PATIENCE
-from tests.ports import own_port
 
 # Of what is slow here, the start of a process and the import of torch, no deadline is to tell: the head's for arrivals
 # begins when its own node has come, and that of the ranks, and for them to meet, when those of all nodes have imported.

@@ -2,9 +2,9 @@ import json
 import subprocess
 import sys
 
+from benchmarks.ranks import own_port
 from launch.preflight.all_reduce import STAGES
 from tests.patience import PATIENCE
-from tests.ports import own_port
 
 
 def start(rank: int, go: dict | None) -> "subprocess.Popen[str]":

@@ -4,10 +4,10 @@ import time
 
 import pytest
 
+from benchmarks.ranks import own_port
 from configs.errors import InputError
 from launch.preflight.exchange import Connection, Head
 from tests.patience import PATIENCE
-from tests.ports import own_port
 
 TOKEN = "of this job"
 

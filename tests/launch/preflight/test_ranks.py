@@ -2,9 +2,9 @@ import signal
 import time
 from pathlib import Path
 
+from benchmarks.ranks import own_port
 from launch.preflight.ranks import Ranks
 from tests.patience import PATIENCE
-from tests.ports import own_port
 
 
 def go(world: int, port: int) -> dict:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from benchmarks.ranks import own_port
 from configs.loading import dump_config
 from launch.preflight.compare import Finding
 from launch.preflight.exchange import Connection
@@ -15,7 +16,6 @@ from launch.preflight.place import Place
 from launch.preflight.result import read_result
 from launch.preflight.run import Patience, run_preflight
 from tests.launch.preflight.conftest import Node, Told
-from tests.ports import own_port
 
 if TYPE_CHECKING:
     from data.cache.open_cache import Cache

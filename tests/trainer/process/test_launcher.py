@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.ranks import own_port
 from configs.supervision import SUPERVISOR, list_children_of
 from tests.patience import PATIENCE
-from tests.ports import own_port
 from trainer.process import launcher
 from trainer.process.launcher import PatienceWithOrphan
 
