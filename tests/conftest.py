@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.environment import environment_of_before, forget_the_machine, hide_gpus
+from tests.environment import forget_the_machine, hide_gpus, process_of_before
 
 forget_the_machine(os.environ)  # before what reads it when it is imported
 
@@ -65,15 +65,15 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(autouse=True)
-def a_tests_environment() -> Iterator[None]:
-    with environment_of_before():
+def a_tests_process() -> Iterator[None]:
+    with process_of_before():
         yield
 
 
 @pytest.fixture(autouse=True, scope="module")
-def a_files_environment() -> Iterator[None]:
+def a_files_process() -> Iterator[None]:
     """A file's shared fixtures may need what they have set until its last test."""
-    with environment_of_before():
+    with process_of_before():
         yield
 
 

@@ -1,4 +1,4 @@
-"""The environment of the tests' own process."""
+"""The tests' own process: its environment, and what it remembers."""
 
 import logging
 import os
@@ -6,6 +6,11 @@ import re
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from trainer.process import launcher, run_owner, starts, stop_signals
+
+# Modules in which a process of a run notes what it is, and how far it has come.
+NOTING = (launcher, run_owner, starts, stop_signals)
 
 # By which a machine would change what a test sees: colours and widths of what is printed, a launch or a job that this
 # process is none of, a proxy that the servers of tests are not behind, a hub, buckets and accounts of its user.
@@ -32,18 +37,21 @@ def hide_gpus(environment: MutableMapping[str, str]) -> None:
 
 
 @contextmanager
-def environment_of_before() -> Iterator[None]:
-    """Restores os.environ, and fluxfill's logger, which a program that was run in this process leaves with its own
-    handlers. accelerate and DeepSpeed leave variables by which a later test's programs would take this process for
-    their launcher, and wait for its end."""
-    before, logger = dict(os.environ), logging.getLogger("fluxfill")
+def process_of_before() -> Iterator[None]:
+    """Undoes what a program that a test runs in this process leaves in it, for the tests after it on the same worker:
+    that it trains, the handlers of fluxfill's logger, and variables of accelerate and DeepSpeed by which a later test's
+    programs would take this process for their launcher, and wait for its end."""
+    variables, logger = dict(os.environ), logging.getLogger("fluxfill")
     level, propagates, handlers = logger.level, logger.propagate, [*logger.handlers]
+    noted = [dict(vars(module)) for module in NOTING]
     try:
         yield
     finally:
+        for module, before in zip(NOTING, noted, strict=True):
+            vars(module).update(before)
         logger.setLevel(level)
         logger.propagate = propagates
         logger.handlers[:] = handlers
-        for name in os.environ.keys() - before.keys():
+        for name in os.environ.keys() - variables.keys():
             del os.environ[name]
-        os.environ.update(before)
+        os.environ.update(variables)

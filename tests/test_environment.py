@@ -2,8 +2,11 @@
 
 import logging
 import os
+import re
 
-from tests.environment import environment_of_before, forget_the_machine
+from tests.conftest import ROOT
+from tests.environment import NOTING, forget_the_machine, process_of_before
+from trainer.process import launcher
 
 
 def test_a_machines_own_variables_are_taken_out_and_the_rest_stays():
@@ -17,11 +20,24 @@ def test_a_machines_own_variables_are_taken_out_and_the_rest_stays():
 
 def test_what_a_program_left_in_this_process_is_gone():
     logger = logging.getLogger("fluxfill")
-    before = dict(os.environ), logger.level, logger.propagate, [*logger.handlers]
-    with environment_of_before():
+    before = dict(os.environ), logger.level, logger.propagate, [*logger.handlers], launcher.is_training()
+    with process_of_before():
         os.environ["LEFT"] = "x"
         os.environ.pop("PATH")
         logger.setLevel(1)
         logger.propagate = not logger.propagate
         logger.addHandler(logging.NullHandler())
-    assert (dict(os.environ), logger.level, logger.propagate, logger.handlers) == before
+        launcher.save_before_the_end()
+        assert launcher.is_training()
+    assert (dict(os.environ), logger.level, logger.propagate, logger.handlers, launcher.is_training()) == before
+
+
+def test_every_module_that_notes_something_of_its_process_is_known():
+    """The watchdog forgets by itself, at the end of the time in which it watches."""
+    noting = {f"trainer.process.{name}" for name in ("launcher", "run_owner", "starts", "stop_signals", "watchdog")}
+    found = [path for top in ("configs", "data", "trainer", "launch") for path in (ROOT / top).rglob("*.py")]
+    found = [
+        path.relative_to(ROOT).with_suffix("") for path in found if re.search(r"^ +global \w", path.read_text(), re.M)
+    ]
+    assert {".".join(path.parts) for path in found} == noting
+    assert {module.__name__ for module in NOTING} == noting - {"trainer.process.watchdog"}

@@ -34,7 +34,7 @@ TESTED_ELSEWHERE = {
 ACROSS_MODULES = {
     "tests/benchmarks/test_readme.py": "figures of both READMEs against the results",
     "tests/test_contributing.py": "CONTRIBUTING.md",
-    "tests/test_environment.py": "the variables and the logger of the tests' own process",
+    "tests/test_environment.py": "the variables, the logger and the notes of the tests' own process",
     "tests/test_docs.py": "docs/, and the messages that name its pages",
     "tests/test_house.py": "all files",
     "tests/test_imports.py": "all imports",

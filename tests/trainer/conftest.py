@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from tests.environment import environment_of_before
+from tests.environment import process_of_before
 
 if TYPE_CHECKING:
     from diffusers import FluxFillPipeline
@@ -135,7 +135,7 @@ def engine(config: "Config") -> "Engine":
     """The engine of this process alone, on the CPU."""
     from trainer.engines.start import start_engine
 
-    with environment_of_before():  # or what accelerate leaves would stay for all files that follow
+    with process_of_before():  # or what accelerate leaves would stay for all files that follow
         return start_engine(config)
 
 

@@ -23,11 +23,6 @@ def test_a_start_tells_hardware_and_versions(tmp_path):
     assert start["versions"]["torch"] == version("torch") and "python" in start["versions"]
 
 
-@pytest.fixture(autouse=True)
-def of_a_new_process(monkeypatch):
-    monkeypatch.setattr(starts, "_is_noted", False)
-
-
 def test_an_end_goes_with_a_start_and_with_nothing_else(tmp_path):
     note_end(tmp_path, code=2, reason="no such model", step=None)
     note_end(None, code=2, reason="no such config", step=None)
