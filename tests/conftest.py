@@ -35,6 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
         hide_gpus(os.environ)
 
 
+@pytest.hookimpl(optionalhook=True)  # without xdist there is no such hook
 def pytest_xdist_auto_num_workers() -> int:
     """Files at a time, one more than there are cores: those of SLURM and of real launches wait for minutes. Each may
     start four ranks, of 1 GB."""
