@@ -45,6 +45,9 @@ def load() -> None:
     # What torch asks a CUDA build for before it lets autocast have bf16.
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     torch.cuda.is_bf16_supported = lambda *_, **__: True
+    # A device's own autograd thread lets go of the last graph after backward() has returned. A process that ends just
+    # then dies of SIGABRT: "terminate called without an active exception".
+    torch.autograd.set_multithreading_enabled(False)
 
 
 def _check_gpu() -> None:
