@@ -3,7 +3,7 @@
 import logging
 import os
 import re
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,11 +15,12 @@ NOTING = (launcher, run_owner, starts, stop_signals)
 # By which a machine would change what a test sees: colours and widths of what is printed, a launch or a job that this
 # process is none of, a proxy that the servers of tests are not behind, a hub, buckets and accounts of its user.
 _FOREIGN = re.compile(
-    r"FORCE_COLOR|CLICOLOR_FORCE|NO_COLOR|TTY_\w+|COLUMNS|LINES"
+    r"FORCE_COLOR|CLICOLOR_FORCE|NO_COLOR|TTY_\w+|COLUMNS|LINES|LOGLEVEL|XDG_CONFIG_HOME"
     r"|(SLURM|SLURMD|SBATCH|FLUXFILL|ACCELERATE|TORCHELASTIC|PET|FSDP|AWS|GOOGLE|WANDB)_\w+"
     r"|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)"
-    r"|HF_(HUB_OFFLINE|ENDPOINT|TOKEN)|(?i:(https?|all|no)_proxy)"
+    r"|HF_(HUB_OFFLINE|ENDPOINT|TOKEN)|HUGGING_FACE_HUB_TOKEN|(?i:(https?|all|no)_proxy)"
 )
+_VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 _GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 
@@ -33,7 +34,12 @@ def forget_the_machine(environment: MutableMapping[str, str]) -> None:
 def hide_gpus(environment: MutableMapping[str, str]) -> None:
     """Of a machine that has some: the tests' figures, and what they are told of devices, are a CPU's."""
     if any(Path(device).exists() for device in _GPU_DEVICES):
-        environment["CUDA_VISIBLE_DEVICES"] = environment["HIP_VISIBLE_DEVICES"] = ""
+        environment.update(dict.fromkeys(_VISIBLE, ""))
+
+
+def with_gpus(environment: Mapping[str, str]) -> dict[str, str]:
+    """The same for a process that sees the GPUs that are hidden from this one."""
+    return {name: value for name, value in environment.items() if name not in _VISIBLE}
 
 
 @contextmanager

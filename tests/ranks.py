@@ -72,7 +72,7 @@ def _run_ranks(
         sender.close()
         ranks.append((process, receiver))
     outcomes: list = [None] * num_processes
-    pending = {receiver: rank for rank, (_, receiver) in enumerate(ranks)}
+    pending, late = {receiver: rank for rank, (_, receiver) in enumerate(ranks)}, list[int]()
     try:
         while pending:
             ready = wait(list(pending), timeout=PATIENCE)
@@ -88,10 +88,14 @@ def _run_ranks(
                     raise RankFailure(f"rank {rank} of {engine}: {value}")
                 outcomes[rank] = value
     finally:
-        for process, receiver in ranks:
+        for rank, (process, receiver) in enumerate(ranks):
             if pending:
                 process.kill()
             process.join(PATIENCE)  # what it does at its exit ends too
-            process.kill()
+            if process.exitcode is None:
+                late.append(rank)
+                process.kill()
             receiver.close()
+    if late:
+        raise RankFailure(f"ranks {late} of {engine} were done, and did not end in {PATIENCE:.0f} s")
     return outcomes

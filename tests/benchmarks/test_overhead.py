@@ -17,9 +17,8 @@ def test_the_bare_loop_has_the_trainers_tensors_in_memory_of_their_own(tmp_path)
 
 
 @pytest.mark.slow
-def test_the_trainers_phases_are_within_its_step(tmp_path):
+def test_every_phase_of_the_trainers_step_has_its_share(tmp_path):
     line = measure(tmp_path, tiny=True, steps=2)
-    assert line["ratio"] > 0
     phases = line["percent_of_step"]
     assert phases.keys() >= {"data", "forward pass", "backward pass", "clipping and update", "logs", "saves"}
     assert phases["forward pass"] > 0 and phases["backward pass"] > 0

@@ -174,7 +174,8 @@ def test_the_section_slurm_says_where_to_plan_for_and_options_go_before_it(tmp_p
     assert "80 GB GPU" in plan(CONFIGS / "fill_lora.yaml").stdout  # where neither says
 
 
-def test_a_simulation_says_what_the_table_says():
+def test_a_simulation_says_what_the_table_says(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # by which GPUs are hidden from tests
     made = plan(CONFIGS / "fill_lora.yaml", "data.resolution=256", "--gpu", "h100-80gb", "--simulate")
     assert made.exit_code == 0, made.output
     assert "Simulated: activations of" in made.output

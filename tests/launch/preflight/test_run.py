@@ -16,6 +16,7 @@ from launch.preflight.place import Place
 from launch.preflight.result import read_result
 from launch.preflight.run import Patience, run_preflight
 from tests.launch.preflight.conftest import Node, Told
+from tests.patience import PATIENCE
 
 if TYPE_CHECKING:
     from data.cache.open_cache import Cache
@@ -102,7 +103,7 @@ def test_a_node_with_another_version_of_fluxfill_lets_nobody_wait_for_ever(confi
     told: list[Finding] = []
 
     def take_part(port: int) -> object:
-        connection = Connection(1, "127.0.0.1", port, 200, 200, token="of this job")
+        connection = Connection(1, "127.0.0.1", port, PATIENCE, PATIENCE, token="of this job")
         connection.tell("hello", "n1")
         assert connection.tell("report", {"what": "of another version"}) is None
         return connection.tell("ranks", [])
@@ -110,8 +111,9 @@ def test_a_node_with_another_version_of_fluxfill_lets_nobody_wait_for_ever(confi
     with own_port() as port, ThreadPoolExecutor(1) as other:
         heard = other.submit(take_part, port)
         place = Place(0, 2, 1, "127.0.0.1", port, ("n0", "n1"), token="of this job")
-        assert run_preflight(str(config_file), [], place, tmp_path / "preflight.json", told.append) == 2
-        assert heard.result(120) == 2
+        patience = Patience(*[PATIENCE] * 5)
+        assert run_preflight(str(config_file), [], place, tmp_path / "preflight.json", told.append, patience) == 2
+        assert heard.result(PATIENCE) == 2
     assert [finding.check.what.split(" (")[0] for finding in told] == ["the reports cannot be compared"]
 
 

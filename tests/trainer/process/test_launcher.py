@@ -1,6 +1,5 @@
 """Ranks whose launcher is killed while they start: none of them may stay."""
 
-import ctypes
 import os
 import random
 import shutil
@@ -15,6 +14,7 @@ import pytest
 
 from benchmarks.ranks import own_port
 from configs.supervision import SUPERVISOR, list_children_of
+from tests.orphans import adopt_no_orphans
 from tests.patience import PATIENCE
 from trainer.process import launcher
 from trainer.process.launcher import PatienceWithOrphan
@@ -58,11 +58,12 @@ def wait_until_gone(folder: Path) -> None:
 @pytest.fixture
 def sweep(tmp_path):
     """Ends what a failed test leaves. Orphans are adopted as on a machine of a user's: not by this process, which a
-    supervisor of an earlier test may have asked for them (PR_SET_CHILD_SUBREAPER)."""
-    ctypes.CDLL(None).prctl(36, 0, 0, 0, 0)
+    supervisor of an earlier test may have asked for them."""
+    adopt_no_orphans()
     yield
     for pid in ranks_of(tmp_path):
-        os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it has just ended by itself
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

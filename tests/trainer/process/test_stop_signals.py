@@ -89,6 +89,7 @@ def start(settings):
 
     yield run
     for process, folder in started:
+        go_file(folder).touch()  # for a rank whose launcher is gone
         if process.poll() is None:
             processes = [process.pid]
             for parent in processes:
@@ -96,8 +97,7 @@ def start(settings):
             for pid in processes:
                 with suppress(ProcessLookupError):  # it has just ended by itself
                     os.kill(pid, signal.SIGKILL)
-            process.communicate()
-        go_file(folder).touch()  # for a rank whose launcher is gone
+            process.communicate(timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,7 @@ def test_a_start_right_after_kill_9_waits_for_the_ranks_that_still_save(start, u
 def is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # it ended before it was opened, or before it was read
         return False
 
 
