@@ -34,6 +34,18 @@ def launch_environment(engine: str, num_processes: int) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name.startswith(wanted) and before.get(name) != value}
 
 
+def rank_environments(engine: str, processes: int, port: int, *, node_size: int | None = None) -> list[dict[str, str]]:
+    """Variables of each rank of a launch on this machine: this process's, accelerate's and torch's.
+
+    port: where they meet.  node_size: ranks on one simulated node (all of them by default).
+    """
+    size = node_size or processes
+    launch = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
+    launch |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {**os.environ, **launch_environment(engine, processes), **launch}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank % size)} for rank in range(processes)]
+
+
 @contextmanager
 def own_port() -> Iterator[int]:
     """A port of this machine that nobody else is given as long as the context lasts: it is bound, and not listened on.

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.ranks import launch_environment, own_port, take_environment, warm_context
+from benchmarks.ranks import own_port, rank_environments, take_environment, warm_context
 from benchmarks.record import add_result
 
 SHAPE = {"num_layers": 2, "num_single_layers": 4, "num_attention_heads": 6, "attention_head_dim": 64}
@@ -141,22 +141,10 @@ def launch(engine: str, processes: int, arguments: Sequence[str], steps: int) ->
 
 def _launch(port: int, engine: str, processes: int, arguments: Sequence[str], steps: int) -> list[dict[str, Any]]:
     context = warm_context()
-    shared = (
-        dict(os.environ)
-        | launch_environment(engine, processes)
-        | {
-            "WORLD_SIZE": str(processes),
-            "LOCAL_WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-        }
-    )
     started = []
-    for rank in range(processes):
+    for environment in rank_environments(engine, processes, port):
         receiver, sender = context.Pipe(duplex=False)
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        process = context.Process(target=_rank_main, args=(shared | own, arguments, steps, sender), daemon=True)
+        process = context.Process(target=_rank_main, args=(environment, arguments, steps, sender), daemon=True)
         process.start()
         sender.close()
         started.append((process, receiver))

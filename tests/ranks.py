@@ -1,12 +1,11 @@
 """Ranks for tests: processes forked from one warm server, in the environment `accelerate launch` would give them."""
 
 import faulthandler
-import os
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 
-from benchmarks.ranks import launch_environment, own_port, take_environment, warm_context
+from benchmarks.ranks import own_port, rank_environments, take_environment, warm_context
 from tests.patience import PATIENCE
 
 
@@ -39,7 +38,7 @@ def run_ranks(
     Raises RankFailure if a rank raises, dies or is not done in time; the others are ended.
     """
     with own_port() as port:
-        return _run_ranks(port, engine, num_processes, function, arguments, node_size or num_processes)
+        return _run_ranks(port, engine, num_processes, function, arguments, node_size)
 
 
 def _run_ranks(
@@ -48,25 +47,13 @@ def _run_ranks(
     num_processes: int,
     function: Callable,
     arguments: tuple,
-    node_size: int,
+    node_size: int | None,
 ) -> list:
     context = warm_context()
-    shared = (
-        dict(os.environ)
-        | launch_environment(engine, num_processes)
-        | {
-            "WORLD_SIZE": str(num_processes),
-            "LOCAL_WORLD_SIZE": str(node_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-        }
-    )
     ranks = []
-    for rank in range(num_processes):
+    for environment in rank_environments(engine, num_processes, port, node_size=node_size):
         receiver, sender = context.Pipe(duplex=False)
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank % node_size)}
-        case = (shared | own, function, arguments, sender)
+        case = (environment, function, arguments, sender)
         process = context.Process(target=_rank_main, args=case, daemon=True)
         process.start()
         sender.close()
