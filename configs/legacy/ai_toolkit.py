@@ -5,7 +5,7 @@ from typing import Any
 from configs.legacy import ai_toolkit_data, ai_toolkit_train
 from configs.legacy.ai_toolkit_data import DataFacts
 from configs.legacy.draft import Draft, Imported, known_keys
-from configs.legacy.words import CountPictures, precision_of, put_base, run_name, set_defaults
+from configs.legacy.words import CountPictures, begin_job, end_job, precision_of, put_base
 
 PROCESSES = ("sd_trainer", "diffusion_trainer", "ui_trainer")
 
@@ -112,16 +112,7 @@ _NAMES = {
 def import_sd_trainer(tree: dict[str, Any], count_pictures: CountPictures) -> Imported:
     """Translate a job whose first trainable process is one of PROCESSES. tree: with its variables filled in."""
     tree = _fill_name(tree)
-    processes = tree["config"]["process"]
-    place = next(number for number, process in enumerate(processes) if process.get("type") in PROCESSES)
-    at = f"config.process[{place}]"
-    draft = Draft(tree, "ai-toolkit", hide=f"{at}.")
-    name = run_name(str(draft.get("config.name", "imported")))
-    set_defaults(draft, name)
-    draft.answer("job", "converted", "", "every run of fluxfill is one training job")
-    draft.answer(f"{at}.type", "converted", "", "read by the rules of ai-toolkit's trainer")
-    draft.put("config.name", "run.name", name, "" if name == draft.get("config.name") else "letters, digits, . _ and -")
-    draft.put(f"{at}.training_folder", "run.dir", str(draft.get(f"{at}.training_folder", "output")))
+    draft, at = begin_job(tree, "ai-toolkit", PROCESSES)
     draft.put(f"{at}.training_seed", "run.seed", abs(draft.integer(f"{at}.training_seed", 42)) % 2**63)
     put_base(draft, f"{at}.model.name_or_path", str(draft.get(f"{at}.model.name_or_path", "")))
     method = _put_network(draft, at)
@@ -129,7 +120,8 @@ def import_sd_trainer(tree: dict[str, Any], count_pictures: CountPictures) -> Im
     facts = ai_toolkit_data.put_datasets(draft, at, count_pictures)
     steps_per_update = ai_toolkit_train.put_train(draft, f"{at}.train", facts.samples)
     _put_saves_and_samples(draft, at, steps_per_update)
-    _answer_the_rest(draft, at, processes)
+    draft.drop_known(_PROCESS, f"{at}.")
+    end_job(draft, tree, at)
     _say_what_it_did(draft, at, facts, method)
     return draft.finish(_NAMES)
 
@@ -240,16 +232,6 @@ def _put_saves_and_samples(draft: Draft, at: str, steps_per_update: int) -> None
     draft.put(f"{at}.sample.sample_steps", "validation.sampler_steps", sampler_steps)
     draft.answer(f"{at}.sample.enabled", "ignored by the old trainer too", "", "no key of its: disable_sampling is")
     draft.drop_known(_SAMPLE, f"{at}.sample.")
-
-
-def _answer_the_rest(draft: Draft, at: str, processes: list[Any]) -> None:
-    draft.drop_known(_PROCESS, f"{at}.")
-    for number in range(len(processes)):
-        other = f"config.process[{number}]"
-        if other != at:
-            why = "a process of its own: save it as a config with this process alone, and import that"
-            draft.drop_known({"*": why}, f"{other}.")
-    draft.drop_known({"*": "it labelled the old weights"}, "meta.")
 
 
 def _say_what_it_did(draft: Draft, at: str, facts: DataFacts, method: str) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from configs.legacy.amount import of_epochs
 from configs.legacy.draft import Draft, Imported
-from configs.legacy.words import CountPictures, dataset_names, put_base, run_name, set_defaults, sides
+from configs.legacy.words import CountPictures, begin_job, dataset_names, end_job, put_base, sides
 
 _PARTS = "text encoders and VAE come with model.base"
 _STAGES = (
@@ -27,25 +27,13 @@ _CENTRE = "it cropped every picture to a square; here pictures keep their shape,
 
 def import_finetune(tree: dict[str, Any], count_pictures: CountPictures) -> Imported:
     """Translate a job with a process of type finetune."""
-    processes = tree["config"]["process"]
-    place = next(number for number, process in enumerate(processes) if process.get("type") == "finetune")
-    at = f"config.process[{place}]"
-    draft = Draft(tree, "the `finetune` trainer", hide=f"{at}.")
-    name = run_name(str(draft.get("config.name", "imported")))
-    set_defaults(draft, name)
-    draft.answer("job", "converted", "", "every run of fluxfill is one training job")
-    draft.answer(f"{at}.type", "converted", "", "read by the rules of the `finetune` trainer")
-    draft.put("config.name", "run.name", name, "" if name == draft.get("config.name") else "letters, digits, . _ and -")
-    draft.put(f"{at}.training_folder", "run.dir", str(draft.get(f"{at}.training_folder", "output")))
+    draft, at = begin_job(tree, "the `finetune` trainer", ("finetune",))
     put_base(draft, f"{at}.model_path", str(draft.get(f"{at}.model_path", "")))
     draft.set("method.type", "full", "it trained every weight of the transformer")
     _put_folders(draft, at)
     _put_train(draft, at, count_pictures)
     draft.drop_known(_KNOWN, f"{at}.")
-    for number in range(len(processes)):
-        if number != place:
-            draft.drop_known({"*": "a process of its own: import it alone"}, f"config.process[{number}].")
-    draft.drop_known({"*": "it labelled the old weights"}, "meta.")
+    end_job(draft, tree, at)
     draft.really_did += [
         "It was no flow matching: the model was told time 0 and guidance 0, saw its inputs in another order, padded by "
         "zeros, and learned to hand out the target's latents, neither shifted nor scaled. Its weights are no start for "

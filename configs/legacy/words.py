@@ -1,8 +1,9 @@
 """Words that several old trainers share, in ours: base models, optimizers, precisions, resolutions, names."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import chain, count
+from typing import Any
 
 from configs.legacy.amount import of_epochs
 from configs.legacy.draft import Draft
@@ -155,6 +156,31 @@ def sides(values: Iterable[float]) -> list[int]:
 def run_name(text: str) -> str:
     """A text as the name of a run: letters, digits, dots, underscores and hyphens."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._") or "imported"
+
+
+def begin_job(tree: dict[str, Any], trainer: str, types: Collection[str]) -> tuple[Draft, str]:
+    """A draft of a job of ai-toolkit's layout, and the key of its first process of such a type, such as
+    config.process[0]: run.name, run.dir and what every imported config sets are answered."""
+    types_here = [process.get("type") for process in tree["config"]["process"]]
+    at = f"config.process[{next(number for number, kind in enumerate(types_here) if kind in types)}]"
+    draft = Draft(tree, trainer, hide=f"{at}.")
+    name = run_name(str(draft.get("config.name", "imported")))
+    set_defaults(draft, name)
+    draft.answer("job", "converted", "", "every run of fluxfill is one training job")
+    draft.answer(f"{at}.type", "converted", "", f"read by the rules of {trainer}")
+    draft.put("config.name", "run.name", name, "" if name == draft.get("config.name") else "letters, digits, . _ and -")
+    draft.put(f"{at}.training_folder", "run.dir", str(draft.get(f"{at}.training_folder", "output")))
+    return draft, at
+
+
+def end_job(draft: Draft, tree: dict[str, Any], at: str) -> None:
+    """Answer what of a job is not of the process that was translated."""
+    for number in range(len(tree["config"]["process"])):
+        other = f"config.process[{number}]"
+        if other != at:
+            why = "a process of its own: save it as a config with this process alone, and import that"
+            draft.drop_known({"*": why}, f"{other}.")
+    draft.drop_known({"*": "it labelled the old weights"}, "meta.")
 
 
 def dataset_names(folders: Sequence[str]) -> list[str]:
