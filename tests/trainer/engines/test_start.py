@@ -9,7 +9,8 @@ import torch
 
 from configs.combinations import ENGINES
 from configs.errors import InputError
-from tests.ranks import launch_environment, run_ranks
+from benchmarks.ranks import launch_environment
+from tests.ranks import run_ranks
 from trainer.engines.start import engine_class, launched_engine, start_engine
 
 FILES = Path(__file__).parents[3] / "configs" / "engines"
