@@ -176,8 +176,8 @@ def main() -> None:
     counting = subprocess.run(
         [sys.executable, "-m", "benchmarks.count_flux"], check=True, stdout=subprocess.PIPE, text=True
     )
-    for line in counting.stdout.splitlines():
-        add_result(json.loads(line), options.out)
+    for counted in counting.stdout.splitlines():
+        add_result(json.loads(counted), options.out)
 
 
 if __name__ == "__main__":

@@ -248,7 +248,7 @@ class Measurement:
         base = kind.like or name
         try:
             if base not in self._references:
-                job = {"kind": base, "settings": kind.settings, "folder": self._folder / "reference"}
+                job: dict[str, Any] = {"kind": base, "settings": kind.settings, "folder": self._folder / "reference"}
                 self._references[base] = self._ask("reference", "gpu_case", "parity", **job)
             job = {"kind": name, "settings": (*kind.settings, *kind.how), "folder": self._folder / "device"}
             found = self._ask("device", "gpu_case", "parity", **job)
@@ -314,7 +314,7 @@ def commit() -> str:
     """Of the code that is measured: git's, or where that is not there, or the code was changed, a hash of its files."""
     code = ("configs", "data", "trainer", "benchmarks")
     with suppress(OSError, subprocess.CalledProcessError):
-        ask = {"cwd": ROOT, "check": True, "capture_output": True, "text": True}
+        ask: dict[str, Any] = {"cwd": ROOT, "check": True, "capture_output": True, "text": True}
         if not subprocess.run(["git", "status", "--porcelain", "--", *code, f":!{OUT.parent}"], **ask).stdout:
             return subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **ask).stdout.strip()
     digest = hashlib.sha256()

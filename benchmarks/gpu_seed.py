@@ -19,7 +19,7 @@ _CLIP_TOKENS, _VOCABULARY = 77, 1000  # of the words that are drawn; both text e
 _SHIFT, _SCALE = 0.1159, 0.3611
 
 
-def encoders(shape: FluxShape, *, small: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
+def encoders(shape: FluxShape, *, small: bool) -> tuple[Any, Any, Any]:
     """VAE, CLIP and T5 of FLUX.1's published sizes, or narrow ones for a CPU, with random weights."""
     by = 16 if small else 1
     vae = AutoencoderKL(

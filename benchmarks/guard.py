@@ -70,8 +70,8 @@ def train_timed(arguments: list[str], out: Path) -> None:
         return call
 
     main.loss_limit = timed("loss_limit", main.loss_limit)
-    RunState.after = timed("state", RunState.after)  # type: ignore[method-assign]
-    Engine._tell_all = timed("told", Engine._tell_all)  # type: ignore[method-assign]
+    RunState.after = timed("state", RunState.after)
+    Engine._tell_all = timed("told", Engine._tell_all)
     main.train(arguments)
     if os.environ.get("RANK", "0") == "0":
         out.write_text(json.dumps(seconds), encoding="utf-8")

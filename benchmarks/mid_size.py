@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
@@ -27,7 +28,7 @@ PICTURES, SIDE, TEXT_LENGTH = 16, 256, 128
 NAMES = ("vae", "text_encoder", "text_encoder_2", "transformer")
 
 
-def published_parts(divide: int = 1, *, names: Sequence[str] = NAMES) -> dict[str, torch.nn.Module]:
+def published_parts(divide: int = 1, *, names: Sequence[str] = NAMES) -> dict[str, Any]:
     """FLUX.1-Fill-dev's four networks by folder, or some of them, as their published configs have them; all widths
     divided."""
     builders = {"vae": _vae, "text_encoder": _clip, "text_encoder_2": _t5, "transformer": _transformer}

@@ -39,6 +39,7 @@ def count_step(parts: dict[str, Any], *, side: int, text_length: int, checkpoint
     over that without."""
     encoding, transformer = count_encoding(parts, side=side, text_length=text_length), parts["transformer"]
     config = load_config(ROOT / "configs" / "fill_lora.yaml")
+    assert config.method.type == "lora"
     add_adapter(transformer, config.method, expanded=False, seed=0)
     if checkpointing:
         transformer.enable_gradient_checkpointing()

@@ -43,6 +43,7 @@ def train_bare(folder: Path, side: int, turns: Turns) -> None:
     config = make_config(folder, side=side)
     batches = read_batches(folder, side)
     transformer = load_transformer(folder / "model", dtype=torch.float32)
+    assert config.method.type == "lora"
     add_adapter(transformer, config.method, expanded=False, seed=config.run.seed)
     transformer.train()
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
@@ -77,7 +78,7 @@ def read_batches(folder: Path, side: int) -> list[MicroBatch]:
 
 def copy_of(rows: MicroBatch) -> MicroBatch:
     """In memory of its own: the stream uses its buffers again."""
-    tensors = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in vars(rows).items()}
+    tensors: Any = {key: v.clone() if isinstance(v, torch.Tensor) else v for key, v in vars(rows).items()}
     return MicroBatch(**tensors)
 
 
@@ -85,7 +86,7 @@ def train_ours(folder: Path, side: int, phases_out: Path, turns: Turns) -> None:
     """The trainer, its phases written to a file at the end of each step."""
     seconds: dict[str, list[float]] = defaultdict(list)
     time_phases(seconds)
-    turns.end_step = write_before(turns.end_step, seconds, phases_out)  # type: ignore[method-assign]
+    turns.end_step = write_before(turns.end_step, seconds, phases_out)
     train_in_turns(arguments(folder, side=side), turns)
 
 
@@ -118,20 +119,20 @@ def time_phases(seconds: dict[str, list[float]]) -> None:
 
     micro_steps = Engine.micro_steps
 
-    def timed_micro_steps(engine: Engine, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
-        rows = micro_steps(engine, batches)
+    def timed_micro_steps(self: Engine, micro_batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+        rows = micro_steps(self, micro_batches)
         start = time.perf_counter()
         for batch in rows:
             seconds["data"].append(time.perf_counter() - start)
             yield batch
 
-    Engine.micro_steps = timed_micro_steps  # type: ignore[method-assign]
+    Engine.micro_steps = timed_micro_steps
     main.predict_velocity = timed("forward pass", main.predict_velocity)
     main.flow_loss = timed("loss", main.flow_loss)
-    Engine.backward = timed("backward pass", Engine.backward)  # type: ignore[method-assign]
-    Engine.step = timed("clipping and update", Engine.step)  # type: ignore[method-assign]
-    RunLog.step = timed("logs", RunLog.step)  # type: ignore[method-assign]
-    Saver.save_if_due = timed("saves", Saver.save_if_due)  # type: ignore[method-assign]
+    Engine.backward = timed("backward pass", Engine.backward)
+    Engine.step = timed("clipping and update", Engine.step)
+    RunLog.step = timed("logs", RunLog.step)
+    Saver.save_if_due = timed("saves", Saver.save_if_due)
 
 
 def measure(folder: Path, *, tiny: bool, steps: int) -> dict[str, Any]:

@@ -43,16 +43,16 @@ def before_after(lines: Lines) -> str:
         "by the shares of its rates that `fluxfill plan` assumes, fp32 at its fp32 units' rate, decoding left out. "
         "**Nothing of this was measured.**\n"
     )
-    rows = []
+    estimates = []
     for line in counted:
         word = "bf16 weights, rounded at random" if line["method"] == "full" and line["way"] == "ours_least" else ""
         way = _COUNTED[line["way"]] if not word else f"this trainer, {word}, all blocks checkpointed"
         of = line["gib_by_part"]
         gib = (of["weights"], of["gradients and optimizer"], of["activations"], of.get("encoders", 0))
         figures = (*(f"{value:.1f}" for value in gib), f"{line['gib']:.1f}", f"{line['estimated_seconds']:.2f}")
-        rows.append((f"{line['method']}, {line['side']} px; {way}", *figures))
+        estimates.append((f"{line['method']}, {line['side']} px; {way}", *figures))
     head = ("way", "weights", "gradients, optimizer", "activations", "encoders", "GiB in all", "s a step, estimated")
-    return "\n".join([*parts, table(head, rows)])
+    return "\n".join([*parts, table(head, estimates)])
 
 
 def step_cost(lines: Lines) -> str:

@@ -23,7 +23,7 @@ from typing import Any
 from PIL import Image
 
 from benchmarks.record import add_result
-from benchmarks.start import cpu_seconds, end_all, processes_below, python_of
+from benchmarks.start import cpu_seconds, end_all, processes_below, program
 from demo.photographs import write_triples
 from demo.tiny_model import build_tiny_model
 
@@ -46,7 +46,7 @@ def make_inputs(folder: Path) -> None:
 def peer_command(folder: Path, steps: int) -> tuple[list[str], Path]:
     """(the peer's command, the file of its steps)"""
     metrics = folder / "peer.jsonl"
-    launch = [str(python_of(ROOT).with_name("accelerate")), "launch", "--cpu", "--num_processes", "1"]
+    launch = [program(ROOT, "accelerate"), "launch", "--cpu", "--num_processes", "1"]
     script = [str(ROOT / "benchmarks" / "peer_script.py"), str(folder / "model"), str(folder / "triples")]
     options = ["--mixed_precision", "no", "--num_machines", "1", "--dynamo_backend", "no"]
     return [*launch, *options, *script, str(metrics), str(steps)], metrics
@@ -59,7 +59,7 @@ def own_command(folder: Path, steps: int) -> tuple[list[str], Path]:
     settings = [f"train.steps={steps}", f"train.warmup_steps={min(5, steps - 1)}", f"train.global_batch_size={BATCH}"]
     settings += ["validation.every_steps=null", "checkpoint.every_steps=null", "checkpoint.at_end=false"]
     settings += ["data.holdout=0", "logging.trackers=[]"]
-    command = [str(python_of(ROOT).with_name("fluxfill")), "train", "configs/demo.yaml", "--resume", "never"]
+    command = [program(ROOT, "fluxfill"), "train", "configs/demo.yaml", "--resume", "never"]
     return [*command, *paths, *settings], folder / "runs" / "demo" / "metrics.jsonl"
 
 

@@ -85,20 +85,20 @@ def write_scan_cache(folder: Path, count: int) -> dict:
     tars = -(-count // PER_TAR)
     dataset = {"name": "photos", "tars": f"{folder}/{{00000..{tars - 1:05d}}}.tar"}
     config = load_demo(folder, dataset)
-    mask = Image.new("L", (512, 512))
-    mask.paste(255, (64, 64, 320, 400))
-    reach = measure_reach(mask)  # nothing has to be decoded, as of most masks
+    hole = Image.new("L", (512, 512))
+    hole.paste(255, (64, 64, 320, 400))
+    reach = measure_reach(hole)  # nothing has to be decoded, as of most masks
     scanner = _Scanner(config.data.datasets[0], config.data, Findings(), thorough=False)
     for number in range(tars):
         tar = folder / f"{number:05d}.tar"
         tar.touch()
         rows: list[list] = [[]]
         for triple in range(number * PER_TAR, min(count, (number + 1) * PER_TAR)):
-            pictures = [PictureFile(str(tar), 2048 * triple + at, 1000, f"{triple}.png") for at in (0, 1024)]
-            item = Item(f"picture-{triple:08d}", *pictures, None, f"caption {triple}")
+            target, mask = (PictureFile(str(tar), 2048 * triple + at, 1000, f"{triple}.png") for at in (0, 1024))
+            item = Item(f"picture-{triple:08d}", target, mask, None, f"caption {triple}")
             sizes = 512 + triple % 1024, 512 + triple // 7 % 1024
             contents = [f"{2 * triple + number:032x}" for number in (0, 1)]
-            infos = [PictureInfo(contents[0], *sizes), PictureInfo(contents[1], *sizes, 0, 255, reach=reach)]
+            infos = PictureInfo(contents[0], *sizes), PictureInfo(contents[1], *sizes, 0, 255, reach=reach)
             rows.append([*row_of_item(item, str(tar)), *row_of_infos(ScannedItem(item, *infos, None))])
         key = scanner._key("tar", str(tar), stamp_of(str(tar)), scanner.dataset.members.model_dump())
         scanner.results.write(key, rows)

@@ -120,7 +120,8 @@ def run_in_turn(plans: Sequence[PlannedShard], encoders: Encoders, config: Confi
     """Decode and encode batch by batch in this thread; `write` the shards too, or let the tensors go."""
     data = config.data
     for shard in plans:
-        samples, texts = [], {}
+        samples: list[SampleTensors] = []
+        texts: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         captions = {sample.text: sample.triple.caption for sample in shard.samples}
         for names in in_batches(captions, data.encode_batch_size):
             text = encode_captions(encoders.text, [captions[n] for n in names], text_length=TEXT_LENGTH)
@@ -144,7 +145,7 @@ def run_in_turn(plans: Sequence[PlannedShard], encoders: Encoders, config: Confi
                     for row, sample in enumerate(batch)
                 ]
         if write:
-            with ShardWriter(data.cache / shard.path) as writer:
+            with ShardWriter(data.cache_folder / shard.path) as writer:
                 for name, (t5, pooled) in texts.items():
                     writer.add_text(name, t5=t5, pooled=pooled)
                 for sample in samples:

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -181,7 +182,7 @@ def _draw_nothing(seed: int, position: int, out: np.ndarray) -> None:
     """In the place of `draw_noise`. A plain function: a mock takes longer than reading a small row."""
 
 
-def rate(batches: Iterator, count: Callable[[object], int], num_samples: int) -> float:
+def rate(batches: Iterator, count: Callable[[Any], int], num_samples: int) -> float:
     """Samples per second, after a few batches that are not counted."""
     for _ in range(4):
         next(batches)

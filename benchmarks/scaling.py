@@ -15,7 +15,6 @@ DeepSpeed does by the size of a model, it is made to do as with FLUX.1 (`treat_a
 import argparse
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -87,13 +86,13 @@ def treat_as_large() -> None:
     zero.ZERO_BUCKET = zero.ZERO3_LIVE = communication.ZERO_BUCKET = DEEPSPEED_LIMIT
     prepare = zero.ZeroEngine._prepare
 
-    def prepare_as_large(engine: Any, *given: Any) -> Any:
-        limits = engine._accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    def prepare_as_large(self: Any, *given: Any, **named: Any) -> Any:
+        limits = self._accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         limits["stage3_param_persistence_threshold"] = 0
         limits["stage3_prefetch_bucket_size"] = DEEPSPEED_LIMIT // 20  # as 5e7 is to 1e9
-        return prepare(engine, *given)
+        return prepare(self, *given, **named)
 
-    zero.ZeroEngine._prepare = prepare_as_large  # type: ignore[method-assign]
+    zero.ZeroEngine._prepare = prepare_as_large
 
 
 def train_counted(arguments: list[str], steps: int) -> dict[str, Any]:
@@ -104,16 +103,16 @@ def train_counted(arguments: list[str], steps: int) -> dict[str, Any]:
     wall, cpu, mode = [time.perf_counter()], [time.process_time()], Collectives()
     log_step = RunLog.step
 
-    def log_and_count(log: RunLog, state: Any, *rest: Any) -> None:
+    def log_and_count(self: RunLog, state: Any, *rest: Any, **named: Any) -> None:
         if state.step == steps:
             mode.__exit__(None, None, None)
-        log_step(log, state, *rest)
+        log_step(self, state, *rest, **named)
         wall.append(time.perf_counter())
         cpu.append(time.process_time())
         if state.step == steps - 1:
             mode.__enter__()
 
-    RunLog.step = log_and_count  # type: ignore[method-assign]
+    RunLog.step = log_and_count
     train(arguments)
     spent = {
         "wall": [later - earlier for earlier, later in pairwise(wall)],
@@ -234,4 +233,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -14,7 +14,6 @@ import os
 import signal
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from contextlib import suppress
@@ -42,13 +41,13 @@ build_tiny_model(Path(sys.argv[1], "model"))
 
 def make_inputs(build: Path, folder: Path) -> None:
     """The demo's triples, its model and its cache below `folder`, by the programs of `build`."""
-    subprocess.run([python_of(build), "-c", _MAKE_INPUTS, folder], cwd=build, check=True, capture_output=True)
-    preprocess = [python_of(build).with_name("fluxfill"), "preprocess", "configs/demo.yaml", *overrides(folder)]
+    subprocess.run([program(build, "python"), "-c", _MAKE_INPUTS, folder], cwd=build, check=True, capture_output=True)
+    preprocess = [program(build, "fluxfill"), "preprocess", "configs/demo.yaml", *overrides(folder)]
     subprocess.run(preprocess, cwd=build, check=True, stdout=subprocess.DEVNULL)
 
 
-def python_of(build: Path) -> Path:
-    return build / ".venv" / "bin" / "python"
+def program(build: Path, name: str) -> str:
+    return str(build / ".venv" / "bin" / name)
 
 
 def overrides(folder: Path) -> list[str]:
@@ -61,7 +60,7 @@ def cpu_until_first_step(build: Path, folder: Path, engine: str, *, validates: b
     """CPU seconds of one start. Raises RuntimeError if the run ends before its first step."""
     metrics = folder / "runs" / "demo" / "metrics.jsonl"
     metrics.unlink(missing_ok=True)
-    launch = [python_of(build).with_name("accelerate"), "launch", "--config_file", f"configs/engines/{engine}.yaml"]
+    launch = [program(build, "accelerate"), "launch", "--config_file", f"configs/engines/{engine}.yaml"]
     launch += ["--num_processes", str(ENGINES[engine]), "--main_process_port", "0"]
     command = [*launch, "trainer/main.py", "--config", "configs/demo.yaml", "--resume", "never", *overrides(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -142,4 +141,4 @@ def commit_of(build: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -110,9 +110,9 @@ def _give_former_names() -> None:
     for name, former in _FORMER.items():
         _place(name, importlib.import_module(former))
 
-    combinations: Any = importlib.import_module("configs.combinations")
-    geometry: Any = importlib.import_module("data.geometry")
-    adapter, flux, quantize = (importlib.import_module(f"trainer.{name}") for name in ("adapter", "flux", "quantize"))
+    import_module: Any = importlib.import_module  # what a module held then is not known here
+    combinations, geometry = import_module("configs.combinations"), import_module("data.geometry")
+    adapter, flux, quantize = (import_module(f"trainer.{name}") for name in ("adapter", "flux", "quantize"))
     adapter.AdapterConfig = adapter.LoraConfig | adapter.DoraConfig | adapter.LokrConfig
     combinations.QUANTIZED = quantize.QUANTIZED
     geometry.Bucket.latent_shape = property(lambda bucket: (16, *bucket.latent_size))
@@ -123,8 +123,8 @@ def _give_former_names() -> None:
             return predict(*given)
 
     flux.predict_velocity = predict_under_autocast
-    flow: Any = importlib.import_module("trainer.flow")
-    loss, batch = flow.flow_loss, importlib.import_module("data.micro_batch")
+    flow, batch = import_module("trainer.flow"), import_module("data.micro_batch")
+    loss = flow.flow_loss
     batch.MicroBatch.hole = property(lambda rows: batch.unpack_mask(rows.mask))
     flow.velocity_target = lambda _, noisy, rows, *__: (rows.latents, rows.noise)  # of which that loss made it
     flow.flow_loss = lambda velocity, target, region: loss(velocity, *target, region)

@@ -96,9 +96,9 @@ def train_in_turns(arguments: list[str], turns: Turns) -> None:
 
     log_step = RunLog.step
 
-    def log_and_wait(log: RunLog, *line: Any) -> None:
-        log_step(log, *line)
+    def log_and_wait(*given: Any, **named: Any) -> None:
+        log_step(*given, **named)
         turns.end_step()
 
-    RunLog.step = log_and_wait  # type: ignore[method-assign]
+    RunLog.step = log_and_wait
     train(arguments)

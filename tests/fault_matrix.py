@@ -152,8 +152,9 @@ def read_marks(root: Path = ROOT) -> list[Mark]:
     """Every mark on every test, by row and test. Read from the text: nothing is imported."""
     found = []
     for path in sorted((root / "tests").rglob("test_*.py")):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            for decorator in node.decorator_list if isinstance(node, ast.FunctionDef) else ():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in [node for node in tree.body if isinstance(node, ast.FunctionDef)]:
+            for decorator in node.decorator_list:
                 if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "pytest.mark.fault":
                     row, how = (ast.literal_eval(argument) for argument in decorator.args)
                     found.append(Mark(row, how, f"{path.relative_to(root).as_posix()}::{node.name}"))

@@ -96,12 +96,9 @@ def modules(root: Path) -> list[str]:
     return sorted(path.relative_to(root).as_posix() for path in found)
 
 
-def test_file_of(module: str) -> str:
+def mirror_of(module: str) -> str:
     folder, _, name = module.rpartition("/")
     return f"tests/{folder}/test_{name}"
-
-
-test_file_of.__test__ = False  # pytest takes it for a test by its name
 
 
 def long_files(root: Path) -> list[str]:
@@ -112,12 +109,12 @@ def long_files(root: Path) -> list[str]:
 
 def untested(root: Path) -> list[str]:
     """Modules without the test file of their name."""
-    return [module for module in modules(root) if not (root / test_file_of(module)).is_file()]
+    return [module for module in modules(root) if not (root / mirror_of(module)).is_file()]
 
 
 def strays(root: Path) -> list[str]:
     """Test files that are no module's."""
-    mirrors = {test_file_of(module) for module in modules(root)}
+    mirrors = {mirror_of(module) for module in modules(root)}
     files = {path.relative_to(root).as_posix() for path in (root / "tests").rglob("test_*.py")}
     return sorted(files - mirrors)
 
@@ -125,7 +122,7 @@ def strays(root: Path) -> list[str]:
 def twins(root: Path) -> list[str]:
     """Test files that are no module's, of the name of one that is, or of another such file, but for a plural."""
     names: dict[str, list[str]] = {}
-    mirrors = {test_file_of(module) for module in modules(root)}
+    mirrors = {mirror_of(module) for module in modules(root)}
     for path in sorted((root / "tests").rglob("test_*.py")):
         names.setdefault(path.stem.removesuffix("s"), []).append(path.relative_to(root).as_posix())
     return [file for files in names.values() if len(files) > 1 for file in files if file not in mirrors]

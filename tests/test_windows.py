@@ -44,8 +44,8 @@ def posix_names(path: Path) -> list[str]:
                 lacking = LACKING_MODULES if module in LACKING_MODULES else LACKING.get(module, ())
                 names = [alias.name for alias in node.names]
                 found += [f"{node.lineno}: {module}.{name}" for name in names if module in lacking or name in lacking]
-            case ast.Import(names=names):
-                found += [f"{node.lineno}: {alias.name}" for alias in names if alias.name in LACKING_MODULES]
+            case ast.Import(names=modules):
+                found += [f"{node.lineno}: {alias.name}" for alias in modules if alias.name in LACKING_MODULES]
             case ast.Call(func=ast.Attribute(attr="CDLL"), args=[ast.Constant(value=None)]):
                 found.append(f"{node.lineno}: CDLL(None)")
     return found

@@ -1,6 +1,6 @@
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pytest
 
@@ -51,7 +51,7 @@ def test_a_key_that_does_not_say_what_it_shapes_is_found():
 
 def test_workers_compare_all_that_shapes_the_plan():
     """What they compare is in files of workers of other versions too."""
-    settings = worker_settings(data_config())
+    settings: dict[str, Any] = worker_settings(data_config())
     assert list(settings) == [
         "data.datasets",
         "data.resolution",

@@ -7,6 +7,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
+from configs.adapter_targets import AdapterConfig
 from configs.flux_shape import FluxShape, trained_parameters
 from configs.schema import DoraConfig, FullConfig, LokrConfig, LoraConfig
 
@@ -38,7 +39,7 @@ def test_the_published_models_have_the_parameters_that_are_published():
     assert FluxShape() == FluxShape.of({"in_channels": 384})
 
 
-METHODS = [
+METHODS: list[AdapterConfig] = [
     LoraConfig(type="lora", rank=3, targets="attention"),
     LoraConfig(type="lora", rank=3, targets="attention+mlp"),
     LoraConfig(type="lora", rank=2, targets=["proj_out", "norm1.linear"]),

@@ -11,7 +11,7 @@ from tests.configs.run_file import smallest, with_key
 def test_config_is_frozen() -> None:
     config = Config.model_validate(smallest())
     with pytest.raises(ValidationError, match="frozen"):
-        config.train.lr = 1.0  # type: ignore[misc]
+        config.train.lr = 1.0
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
 
 import pytest
 
@@ -31,7 +32,7 @@ def hook(monkeypatch):
         def log_message(self, *_):
             pass
 
-    server = HTTPServer(("127.0.0.1", 0), Handler)
+    server: Any = HTTPServer(("127.0.0.1", 0), Handler)
     server.got, server.answer = [], 200
     server.url = f"http://127.0.0.1:{server.server_address[1]}/planted-secret/"
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -45,10 +45,10 @@ def config(demo_config, tmp_path):
 def test_one_run_names_every_fault_and_when_they_are_cured_the_next_encodes_all(config, tmp_path):
     folder = tmp_path / "pictures"
     sixty_triples.write(folder)
-    log = Console(file=io.StringIO(), width=80)
+    log = Console(file=io.StringIO(), record=True, width=80)
     with pytest.raises(ProblemsFound) as caught:
         preprocess(config, log, thorough=True)
-    found = [(kind, where, what, False) for kind, where, what in notes_in(log.file.getvalue())]
+    found = [(kind, where, what, False) for kind, where, what in notes_in(log.export_text())]
     found += [(problem.kind, problem.where, problem.what, True) for problem in caught.value.problems]
     assert not (tmp_path / "cache" / "shards").exists()
     for fault in FAULTS:
@@ -64,9 +64,9 @@ def test_one_run_names_every_fault_and_when_they_are_cured_the_next_encodes_all(
     assert found == [], "false alarms"
 
     sixty_triples.cure(folder)
-    log = Console(file=io.StringIO(), width=80)
+    log = Console(file=io.StringIO(), record=True, width=80)
     preprocess(config, log, thorough=True)
-    text = log.file.getvalue()
+    text = log.export_text()
     assert notes_in(text) == []
     manifest, table = read_manifest(config.data.cache_folder), read_shard_table(config.data.cache_folder)
     assert table.samples.sum() == COUNT + 1, "one of them has two masks"

@@ -62,7 +62,7 @@ class _PatientPreflight:
             seconds = runpy.run_path(str(Path(__file__).parents[1] / "patience.py"))["PATIENCE"]
             start.__defaults__ = (seconds,) * len(start.__defaults__)
 
-        spec.loader.exec_module = load_and_change  # type: ignore[method-assign]
+        spec.loader.exec_module = load_and_change
         return spec
 
 

@@ -39,7 +39,7 @@ RECIPE = Path(__file__).resolve().parents[2] / "configs" / "fill_lora.yaml"
 def test_engine_follows_the_config_then_the_gpus(
     asked: str, num_processes: int | None, num_gpus: int, chosen: tuple[str, int]
 ) -> None:
-    assert choose_engine(asked, num_processes, num_gpus) == chosen  # type: ignore[arg-type]
+    assert choose_engine(asked, num_processes, num_gpus) == chosen
 
 
 def test_single_engine_refuses_several_processes() -> None:
@@ -189,7 +189,7 @@ def test_windows_starts_one_process_without_a_launcher(monkeypatch: pytest.Monke
     assert Path(command[2]).name == "main.py" and command[3:] == ["--config", "a.yaml", "train.lr=1"]
     for asked, count in (("auto", 2), ("ddp", 1), ("zero2", 1)):
         with pytest.raises(InputError, match=r"needs Linux, or WSL2 on Windows.*--num-processes 1"):
-            choose_engine(asked, count, num_gpus=2)  # type: ignore[arg-type]
+            choose_engine(asked, count, num_gpus=2)
 
 
 def test_a_checkpoint_to_go_on_from_is_handed_to_the_trainer():

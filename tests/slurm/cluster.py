@@ -123,7 +123,7 @@ class Cluster:
         """What a command prints (`sinfo`, `scontrol`, `srun`). Raises AssertionError with its words if it fails."""
         done = subprocess.run(
             command, env={**self.environment}, capture_output=True, text=True, timeout=PATIENCE, check=False, **options
-        )  # type: ignore[call-overload]
+        )
         assert done.returncode == 0, f"{command} ended with {done.returncode}: {done.stdout}{done.stderr}"
         return done.stdout
 

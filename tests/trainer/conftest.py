@@ -68,7 +68,7 @@ def load_triple(tiny_model: Path, triples: Path) -> "Callable[..., RealTriple]":
         caption = target.with_suffix(".txt").read_text().strip()
         pictures = [Image.open(triples / role / target.name) for role in ("target", "mask", "source")]
         bucket = Bucket(height, width)
-        pixels = fit(*pictures, bucket)
+        pixels = fit(*pictures, bucket=bucket)
         encoded = encode_pixels(encoders.vae, collate_pixels([[pixels]]))
         latents, masked_latents = encoded.latents, encoded.masked_latents[0]
         text = encode_captions(encoders.text, [caption], text_length=TEXT_LENGTH)
@@ -87,7 +87,7 @@ def load_triple(tiny_model: Path, triples: Path) -> "Callable[..., RealTriple]":
             weight=torch.ones(1),
             position=torch.zeros(1, dtype=torch.int64),
         )
-        return RealTriple(*pictures, caption, rows)
+        return RealTriple(*pictures, caption=caption, rows=rows)
 
     return load
 

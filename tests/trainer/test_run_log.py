@@ -33,7 +33,7 @@ def run(config, tmp_path):
 @pytest.fixture
 def start(run, engine, samples):
     """start(step, restarts): a run log and its stream, as a process that begins there has them."""
-    opened = []
+    opened: list = []
 
     def begin(step: int, restarts: int = 0):
         order = choose_order(run, samples)
@@ -65,7 +65,7 @@ def lines(run, name: str) -> list[dict]:
 
 
 def test_every_step_is_a_line_with_its_figures(run, start):
-    advance(*start(0), [GOOD, GOOD])
+    advance(*start(0), updates=[GOOD, GOOD])
     first, second = lines(run, "metrics.jsonl")
     assert [first["step"], second["step"]] == [1, 2]
     assert (first["loss"], first["grad_norm"], first["lr"], first["epoch"]) == (0.5, 1.25, 1e-3, 0)
@@ -75,7 +75,7 @@ def test_every_step_is_a_line_with_its_figures(run, start):
 
 
 def test_a_step_that_is_not_finite_is_valid_json(run, start):
-    advance(*start(0), [Update(loss=math.nan, grad_norm=math.inf, applied=False), GOOD])
+    advance(*start(0), updates=[Update(loss=math.nan, grad_norm=math.inf, applied=False), GOOD])
     skipped, _ = lines(run, "metrics.jsonl")
     assert (skipped["loss"], skipped["grad_norm"]) == (None, None)
 
@@ -122,8 +122,8 @@ def test_a_rollback_moves_the_undone_lines_aside_and_is_on_the_progress_line(run
 
 
 def test_two_starts_from_one_checkpoint_keep_both_sets_of_undone_lines(run, start):
-    advance(*start(0), [GOOD] * 4)
-    advance(*start(2, restarts=1), [GOOD] * 3)
+    advance(*start(0), updates=[GOOD] * 4)
+    advance(*start(2, restarts=1), updates=[GOOD] * 3)
     start(2, restarts=1)
     assert [line["step"] for line in lines(run, "metrics.1.jsonl")] == [3, 4]
     assert [line["step"] for line in lines(run, "metrics.2.jsonl")] == [3, 4, 5]
@@ -140,7 +140,7 @@ def test_a_fresh_start_begins_fresh_files(run, start):
 
 
 def test_the_line_of_a_killed_process_is_dropped(run, start):
-    advance(*start(0), [GOOD] * 3)
+    advance(*start(0), updates=[GOOD] * 3)
     path = run.run.folder / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 4, "los')
     start(3, restarts=1)

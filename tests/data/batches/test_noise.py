@@ -49,7 +49,7 @@ def test_the_draws_are_those_of_every_run_before():
 @pytest.mark.parametrize("position", [0, 3, 2**62])
 def test_the_draws_are_numpys_philox_of_the_documented_key(seed, position):
     """Also after an odd number of 32-bit draws: nothing of one draw is left for the next."""
-    for purpose, draw in ((0, draw_uniform), (2, lambda *key: draw_variant(*key, 3))):
+    for purpose, draw in ((0, draw_uniform), (2, lambda *key: draw_variant(*key, num_variants=3))):
         draw_variant(7, 7, 3)
         fresh = np.random.Generator(np.random.Philox(key=[seed, position], counter=[0, 0, 0, purpose]))
         expected = (fresh.integers(1 << 52) + 0.5) / (1 << 52) if purpose == 0 else fresh.integers(3)

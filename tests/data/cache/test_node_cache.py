@@ -9,6 +9,7 @@ import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -193,7 +194,7 @@ def test_an_error_that_holds_itself_holds_no_copy(remote, tmp_path, no_waits, mo
 
     def fail_once(url):
         if not failures:
-            error = ConnectionResetError("reset")
+            error: Any = ConnectionResetError("reset")
             failures.append(None)
             error.myself = error  # a cycle, and with the traceback every frame up to the caller's
             raise error

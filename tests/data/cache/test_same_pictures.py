@@ -54,16 +54,20 @@ SOURCES = {
 
 
 @pytest.fixture(params=SOURCES)
-def made(request, demo_config, tmp_path):
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def made(kind, demo_config, tmp_path):
     """Makes configs of a cache that was made from tmp_path/a, by the folder of the pictures: `made(folder)`."""
 
     def config_of(folder: Path):
-        dataset = f"{{name: noise, {SOURCES[request.param].format(folder)}}}"
+        dataset = f"{{name: noise, {SOURCES[kind].format(folder)}}}"
         return demo_config(tmp_path / "cache", f"data.datasets=[{dataset}]", "data.resolution=32", "data.holdout=0")
 
     write_pictures(tmp_path / "a")
     preprocess(config_of(tmp_path / "a"), Console(quiet=True))
-    config_of.kind = request.param
     return config_of
 
 
@@ -80,12 +84,12 @@ def test_pictures_may_lie_elsewhere_if_they_are_the_same(made, tmp_path, caplog)
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_other_pictures_elsewhere_are_refused(made, tmp_path, role):
+def test_other_pictures_elsewhere_are_refused(made, kind, tmp_path, role):
     write_pictures(tmp_path / "b", turned=role)
     with pytest.raises(InputError) as caught:
         reopen(made(tmp_path / "b"))
     said = str(caught.value)
-    key = {"folders": "target", "tars": "tars", "table": "table"}[made.kind]
+    key = {"folders": "target", "tars": "tars", "table": "table"}[kind]
     assert f"data.datasets.noise.{key} is " in said and "the cache was made from" in said
     assert str(tmp_path / "b") in said and str(tmp_path / "a") in said
     assert NAMES[2] in said and "is another.\nRun `fluxfill preprocess CONFIG` to encode them" in said

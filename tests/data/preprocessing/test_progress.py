@@ -11,7 +11,7 @@ from data.preprocessing.worker import Worker
 
 
 def console():
-    return Console(file=io.StringIO(), width=120)
+    return Console(file=io.StringIO(), record=True, width=120)
 
 
 def test_a_log_gets_a_line_a_minute_in_the_place_of_a_bar(monkeypatch):
@@ -23,7 +23,7 @@ def test_a_log_gets_a_line_a_minute_in_the_place_of_a_bar(monkeypatch):
     for _ in range(40):
         now[0] += 10
         advance(20)
-    lines = progress.console.file.getvalue().splitlines()
+    lines = progress.console.export_text().splitlines()
     assert len(lines) == 400 // 60
     assert lines[0] == "encoding: 120 of 1000, 2.0/s, 0:07:20 left"
     assert lines[-1] == "encoding: 720 of 1000, 2.0/s, 0:02:20 left"
@@ -47,7 +47,7 @@ def test_for_whom_it_waits_is_said_once(monkeypatch, rank, said):
     waiting = Waiting(progress)
     for whom in ["process 7 on node-2"] * 20 + ["process 8 on node-3"] * 3:
         waiting(whom)
-    lines = progress.console.file.getvalue().splitlines()
+    lines = progress.console.export_text().splitlines()
     assert len(lines) == said
     assert all(re.fullmatch(r"waiting for process [78] on node-[23]", line) for line in lines)
     assert len(slept) == 23
@@ -61,10 +61,10 @@ def test_that_much_is_held_out_is_said(make_cache, held, said):
     cache = make_cache([("a", "32x32", 6), ("a", "32x32", held, "holdout")])
     shown = console()
     print_report(shown, cache.folder, cache.table, Worker(), num_encoded=0)
-    assert (f"data.holdout keeps {held} of {6 + held} samples back" in shown.file.getvalue()) == said
+    assert (f"data.holdout keeps {held} of {6 + held} samples back" in shown.export_text()) == said
 
 
 def test_a_path_is_shown_as_it_is_whatever_rich_makes_of_brackets(make_cache):
     cache, shown = make_cache([("a", "32x32", 6)]), console()
     print_report(shown, Path("/d/[bold]x[/y]"), cache.table, Worker(), num_encoded=0)
-    assert "cache /d/[bold]x[/y]" in shown.file.getvalue()
+    assert "cache /d/[bold]x[/y]" in shown.export_text()

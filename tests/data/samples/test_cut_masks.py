@@ -66,7 +66,7 @@ def test_what_the_scan_tells_of_a_mask_is_never_more_than_encoding_finds():
         mask = random_mask(generator, size)
         (bucket,) = choose_buckets(*size, [int(generator.choice([32, 64, 128, 256]))], policy="each")
         lack = what_lacks(fit_mask(mask, bucket))
-        is_sure = _is_surely_left(measure_reach(mask), size, bucket, plan_crop(*size, bucket))
+        is_sure = _is_surely_left(measure_reach(mask), size, bucket, plan_crop(*size, bucket=bucket))
         assert not (is_sure and lack), (size, bucket, lack)
         sure, cut = sure + is_sure, cut + (lack is not None)
     assert sure > 80 and cut > 30, "the masks are of one kind"

@@ -68,7 +68,7 @@ def test_policy_each_gives_one_bucket_per_resolution(size):
 @pytest.mark.parametrize("resolution", [64, 512, 1024])
 def test_a_crop_covers_the_bucket_and_keeps_the_aspect(size, resolution):
     (bucket,) = choose_buckets(*size, [resolution], policy="one")
-    crop = plan_crop(*size, bucket)
+    crop = plan_crop(*size, bucket=bucket)
     assert 0 <= crop.left <= crop.width - bucket.width
     assert 0 <= crop.top <= crop.height - bucket.height
     assert crop.width == bucket.width or crop.height == bucket.height, "more was cut off than had to be"

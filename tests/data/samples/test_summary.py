@@ -16,13 +16,13 @@ from data.sources.triples import Triple
 def sample(name, size, *, caption="", flip=False):
     triple = Triple("cats", name, PictureFile(name), None, None, caption, "0" * 32, "0" * 32)
     (bucket,) = choose_buckets(*size, [64], policy="one")
-    return PlannedSample(triple, size, bucket, plan_crop(*size, bucket), TRAIN, flip=flip)
+    return PlannedSample(triple, size, bucket, plan_crop(*size, bucket=bucket), TRAIN, flip=flip)
 
 
 def printed(print_it, *arguments):
-    console = Console(file=io.StringIO(), width=80)
+    console = Console(file=io.StringIO(), record=True, width=80)
     print_it(console, *arguments)
-    return console.file.getvalue()
+    return console.export_text()
 
 
 def test_what_is_much_enlarged_or_cropped_is_counted_and_the_worst_five_are_named():

@@ -18,9 +18,9 @@ def count(cache, name=None):
 def test_the_report_shows_what_was_counted(make_cache):
     cache = make_cache(SHARDS, num_variants=2, text_dtype="int8")
     counted = count(cache)
-    console = Console(file=io.StringIO(), width=120)
+    console = Console(file=io.StringIO(), record=True, width=120)
     print_statistics(console, cache.folder, cache.manifest, counted)
-    shown = console.file.getvalue()
+    shown = console.export_text()
     for part, size in counted.parts.items():
         line = next(line for line in shown.splitlines() if line.startswith(f"│ {part} "))
         assert f"{size / 13 / 1024:.2f}" in line and f"{size / counted.bytes:.1%}" in line
@@ -32,6 +32,6 @@ def test_the_report_shows_what_was_counted(make_cache):
 
 def test_a_path_is_shown_as_it_is_whatever_rich_makes_of_brackets(make_cache):
     cache = make_cache(SHARDS)
-    console = Console(file=io.StringIO(), width=120)
+    console = Console(file=io.StringIO(), record=True, width=120)
     print_statistics(console, Path("/d/[bold]x[/y]"), cache.manifest, count(cache))
-    assert "cache /d/[bold]x[/y]" in console.file.getvalue()
+    assert "cache /d/[bold]x[/y]" in console.export_text()

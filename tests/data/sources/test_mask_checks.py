@@ -83,7 +83,7 @@ def test_label_masks_are_told_so_and_trained_on_by_their_label(tmp_path):
     triples, findings, data = list_found(tmp_path, dataset | {"mask": {"folder": tmp_path / "mask", "label": 1}})
     assert not findings.problems and not findings.notes
     (triple, size, _), bucket = triples[0], Bucket(SIZE[1], SIZE[0])
-    sample = PlannedSample(triple, size, bucket, plan_crop(*size, bucket), "train", recipe_of(data.datasets[0]))
+    sample = PlannedSample(triple, size, bucket, plan_crop(*size, bucket=bucket), "train", recipe_of(data.datasets[0]))
     (pixels,) = load_pixels(sample, data)
     assert np.array_equal(pixels.mask, np.asarray(Image.open(tmp_path / "mask/00.png")) == 1)
 

@@ -18,9 +18,9 @@ from data.sources.problems import (
 
 
 def printed(problems, width=80, *, terminal=True):
-    console = Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None)
+    console = Console(file=io.StringIO(), record=True, width=width, force_terminal=terminal, color_system=None)
     print_found(console, ProblemsFound(problems))
-    return console.file.getvalue()
+    return console.export_text()
 
 
 def found(cache, *, problems=(), notes=()):
@@ -61,11 +61,11 @@ def test_what_an_error_carries_is_gathered_and_a_storage_that_fails_ends_all():
 
 
 def test_notes_alone_are_printed_and_stop_nothing(tmp_path):
-    findings, console = Findings(), Console(file=io.StringIO())
+    findings, console = Findings(), Console(file=io.StringIO(), record=True)
     for number in range(25):
         findings.note(CAPTIONS, f"{number}.txt", "goes with no picture", "Remove it.")
     findings.report(console, tmp_path)
-    text = console.file.getvalue()
+    text = console.export_text()
     assert "25 notes (no problem):\ncaptions, 25:\n  0.txt: goes with no picture. Remove it.\n" in text
     assert f"All are listed in {tmp_path / 'problems.txt'}." in text.replace("\n", " ")
 

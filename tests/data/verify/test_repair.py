@@ -179,11 +179,11 @@ def test_what_cannot_be_made_again_stays_where_it_is(config, cache, demo_config,
         with Image.open(file) as mask:
             Image.new("L", mask.size).save(file)
     key = "target" if fault == "gone" else "mask"
-    console = Console(file=StringIO(), width=1000)
+    console = Console(file=StringIO(), record=True, width=1000)
     other = demo_config(folder, f"data.datasets.0.{key}={wrong}")
     with pytest.raises(InputError, match="wrong does not exist" if fault == "gone" else "the mask is all black"):
         repair_cache(other, partial(verify, folder), console)
-    assert "No shard was moved" in console.file.getvalue()
+    assert "No shard was moved" in console.export_text()
     assert quarantined(folder) == {}
     after = {path: data for path, data in stored(folder).items() if not path.startswith("scan/")}
     rebuilt = index_of(folder / str(cache.table.path[1])).relative_to(folder).as_posix()
@@ -201,12 +201,12 @@ def test_a_repair_that_fails_once_shards_are_moved_says_where_they_are(config, c
     def fail(*_):
         raise InputError("no device is free. Wait for one.")
 
-    console = Console(file=StringIO(), width=1000)
+    console = Console(file=StringIO(), record=True, width=1000)
     with monkeypatch.context() as patched:
         patched.setattr("data.verify.repair.preprocess", fail)
         with pytest.raises(InputError, match="no device is free"):
             repair_cache(config, partial(verify, folder), console)
-    said = console.file.getvalue()
+    said = console.export_text()
     (place,) = (folder / "quarantine").iterdir()
     assert f"What was bad lies in {place} now" in said and (place / bad).exists()
     assert "Not all that was bad is made again: see below. The same command makes what is missing." in said

@@ -12,9 +12,9 @@ MANY = Check(
 
 
 def printed(check: Check, *, terminal: bool, width: int = 60) -> str:
-    console = Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None)
+    console = Console(file=io.StringIO(), record=True, width=width, force_terminal=terminal, color_system=None)
     print_check(console, check)
-    return console.file.getvalue()
+    return console.export_text()
 
 
 def test_lines_of_all_checks_line_up():

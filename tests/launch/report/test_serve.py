@@ -2,6 +2,7 @@ import html
 import json
 import threading
 import urllib.error
+import urllib.parse
 import urllib.request
 from unittest.mock import Mock
 
@@ -66,7 +67,7 @@ def test_it_serves_page_data_and_pictures_on_loopback_alone(make_run, start):
     ],
 )
 def test_nothing_else_of_the_disk_is_served(make_run, start, path):
-    assert refusal(start(WatchServer([make_run("a")], 0)) + urllib.request.quote(path)) == 404
+    assert refusal(start(WatchServer([make_run("a")], 0)) + urllib.parse.quote(path)) == 404
 
 
 def test_runs_of_one_name_are_called_by_their_folders(make_run, start):

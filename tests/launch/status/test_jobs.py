@@ -91,7 +91,7 @@ def test_the_queue_corrects_what_the_folder_tells(
 ) -> None:
     run = make_run("a", age=age)
     write_job_event(run, JobEvent("12", "started", "n[1-2]"))
-    jobs = None if queued is None else [SlurmJob("12", *told, "n[1-2]", Path("/w"), "") for told in queued]
+    jobs = None if queued is None else [SlurmJob("12", held, why, "n[1-2]", Path("/w"), "") for held, why in queued]
     status = with_queue(read_status(run), jobs)
     assert (status.state, status.reason) == (state, reason)
 

@@ -11,9 +11,9 @@ from launch.status.run import read_status
 
 
 def printed(what: RenderableType, width: int) -> list[str]:
-    console = Console(file=io.StringIO(), width=width)
+    console = Console(file=io.StringIO(), record=True, width=width)
     console.print(what)
-    return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    return console.export_text().splitlines()
 
 
 @pytest.mark.parametrize("width", [80, 120])

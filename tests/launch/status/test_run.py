@@ -36,8 +36,8 @@ def test_the_best_validation_may_be_of_long_ago(make_run: Callable[..., Path]) -
     figures = {f"loss_sigma_0.{digit}": 0.123456789 for digit in range(1, 10)}
     with (run / "validation.jsonl").open("w") as log:
         for step in range(0, 1_500_000, 250):
-            told = figures | {"hole_psnr": 25.0 if step == 2500 else 20.0}
-            log.write(json.dumps({"step": step, "holdout": told}) + "\n")
+            scores = figures | {"hole_psnr": 25.0 if step == 2500 else 20.0}
+            log.write(json.dumps({"step": step, "holdout": scores}) + "\n")
         log.write('{"step": 1500000, "hold')
         assert log.tell() > 1 << 20
     told = read_status(run).validation

@@ -21,7 +21,7 @@ RANK = 4
 DORA = DoraConfig(type="dora", rank=4, alpha=8)
 LOKR = LokrConfig(type="lokr", rank=2, alpha=6, factor=4)
 WHOLE_LOKR = LokrConfig(type="lokr", rank=64, alpha=32)  # every matrix whole; alpha does not count
-METHODS = {
+METHODS: dict[str, AdapterConfig] = {
     "dora": DORA,
     "lokr-low-rank": LOKR,
     "lokr-whole": WHOLE_LOKR,

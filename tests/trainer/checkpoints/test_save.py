@@ -270,7 +270,7 @@ def test_what_a_killed_save_left_is_removed(make, tmp_path):
 def test_the_clock_makes_a_save_due_too(make, tmp_path, monkeypatch):
     state, saver, _ = make("checkpoint.every_steps=null", "checkpoint.every_minutes=5")
     saver.save_if_due(state)
-    assert saver._pending is None
+    assert not saver._pending
     start = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: start + 301)
     saver.save_if_due(replace(state, step=11))

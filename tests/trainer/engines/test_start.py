@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.ranks import launch_environment
 from configs.combinations import ENGINES
 from configs.errors import InputError
-from benchmarks.ranks import launch_environment
 from tests.ranks import run_ranks
 from trainer.engines.start import engine_class, launched_engine, start_engine
 

@@ -37,7 +37,7 @@ def no_graphs():
     torch._dynamo.utils.counters.clear()
     with (
         torch._dynamo.config.patch(recompile_limit=8, optimize_ddp=True),
-        sizes.patch(use_duck_shape=True),
+        sizes.patch(use_duck_shape=True),  # type: ignore[attr-defined]
         torch.compiler.set_stance("default"),
     ):
         yield
