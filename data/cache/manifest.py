@@ -222,8 +222,8 @@ def refuse_other_settings(config: Config, model: Path, manifest: Manifest, *, pi
             wanted |= {key: value for key, value in picture_settings(dataset).items() if key in manifest.settings}
     found = manifest.settings
     problems = [
-        f"{part} of model.base {config.model.base} is not the one that encoded the cache "
-        f"({encoders[part][:12]}, not {manifest.encoders.get(part, 'none')[:12]})"
+        f"{part} of model.base {config.model.base} is not the one that encoded the cache: its files are others "
+        f"({encoders[part][:12]}, not {manifest.encoders.get(part, 'none')[:12]}), be their weights the same or not"
         for part in encoders
         if encoders[part] != manifest.encoders.get(part)
     ] + [

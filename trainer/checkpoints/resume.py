@@ -13,7 +13,6 @@ from configs.errors import InputError, StorageFailed
 from configs.resume_settings import Change
 from configs.schema import Config
 from data.batches.order import OrderSettings
-from data.encoders.model_folder import fingerprint
 from data.storage.checkpoint_folders import complete_checkpoints, step_of
 from trainer.checkpoints.compare import compare_configs, is_finished, precision_of
 from trainer.checkpoints.folders import find_damage, newest_intact, set_later_ones_aside
@@ -29,6 +28,7 @@ from trainer.checkpoints.tensor_files import StateFiles
 from trainer.engines.base import Engine
 from trainer.engines.ema import Ema
 from trainer.engines.slices import REPLICATED, LocalSlice
+from trainer.model.base_fingerprint import base_fingerprint, is_base
 from trainer.optimizers.state import eight_bit_moments, quantize, scale_of, unreshardable_state
 from trainer.process.json_lines import write_event
 from trainer.process.outcome import AlreadyDone
@@ -55,7 +55,7 @@ def find_start(config: Config, resume_from: str, engine: Engine, model: Path, or
     the samples, another run's state, more steps than there are to be, nothing intact; AlreadyDone if nothing is left.
     """
     _refuse_ranks_that_differ(engine.ranks.all_gather(order))
-    fingerprint_of_base = fingerprint(model / "transformer") if engine.is_main else None
+    fingerprint_of_base = base_fingerprint(model) if engine.is_main else None
     base = TrainedBase(engine.ranks.broadcast_object(fingerprint_of_base), precision_of(config, engine.compute_dtype))
     folder = choose_checkpoint(config, resume_from, engine)
     if folder is None:
@@ -64,7 +64,9 @@ def find_start(config: Config, resume_from: str, engine: Engine, model: Path, or
         fresh = RunState(step=0, batch=0, skips=0, restarts=0, order=order, base=base)
         return Start(fresh.exclude(config.guard.exclude_batches))
     state, saved_by = read_state(folder)
-    state = engine.ranks.broadcast_object(read_rollbacks(config.run.folder, state) if engine.is_main else None)
+    if engine.is_main:
+        state = _renew_fingerprint(read_rollbacks(config.run.folder, state), base, model)
+    state = engine.ranks.broadcast_object(state if engine.is_main else None)
     _refuse_another_order(folder, state.order, order)
     if state.step > config.train.steps:
         raise InputError(
@@ -97,6 +99,13 @@ def load_state(config: Config, start: Start, engine: Engine, ema: Ema) -> RunSta
         place = {"step": state.step, "restart": state.restarts, "checkpoint": str(start.folder)}
         write_event(config.run.folder, "resumed", **place, changed=changed)
     return state
+
+
+def _renew_fingerprint(state: RunState, base: TrainedBase, model: Path) -> RunState:
+    """The state with the fingerprint that its base has by now, if that is the model: releases made it of the files."""
+    if state.base is None or not is_base(model, state.base.fingerprint):
+        return state
+    return replace(state, base=replace(state.base, fingerprint=base.fingerprint))
 
 
 def _refuse_ranks_that_differ(orders: list[OrderSettings]) -> None:

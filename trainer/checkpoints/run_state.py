@@ -26,7 +26,7 @@ _ROLLBACKS = "rollbacks.json"
 
 @dataclass(frozen=True)
 class TrainedBase:
-    """The model that a run trains on.  fingerprint: of its transformer's files.  precision: what model.precision is, or
+    """The model that a run trains on.  fingerprint: `base_fingerprint`.  precision: what model.precision is, or
     became of auto."""
 
     fingerprint: str

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from configs.errors import InputError
-from data.encoders.model_folder import fingerprint
 from data.storage.safetensors_file import ReadTensor
 from trainer.checkpoints.run_state import read_state
 from trainer.checkpoints.tensor_files import StateFiles
+from trainer.model.base_fingerprint import is_base
 
 KINDS = {"live": "weight", "ema": "ema"}
 
@@ -28,7 +28,7 @@ def open_weights(
     if {name: shape.numel() for name, shape in shapes.items()} != files.sizes:
         raise InputError(f"{folder}: trained another model than {model}: their tensors differ. {cure}")
     base = read_state(folder)[0].base if is_adapter else None
-    if base is not None and fingerprint(model / "transformer") != base.fingerprint:
+    if base is not None and not is_base(model, base.fingerprint):
         raise InputError(
             f"{folder}: its adapter was trained on other weights than those of {model}, though of the same shapes. "
             f"{cure}"

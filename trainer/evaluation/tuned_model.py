@@ -17,7 +17,7 @@ from configs.combinations import QUANTIZED
 from configs.errors import InputError
 from configs.loading import load_config
 from configs.schema import Config, FlowConfig
-from data.encoders.model_folder import find_model, fingerprint, read_part_config
+from data.encoders.model_folder import find_model, read_part_config
 from data.storage.checkpoint_folders import complete_checkpoints
 from trainer.adapters.build import add_adapter, prepare_layers
 from trainer.adapters.files import WEIGHTS_NAME
@@ -32,6 +32,7 @@ from trainer.checkpoints.find import (
 )
 from trainer.checkpoints.weights import open_weights, refuse_without
 from trainer.engines.base import compute_dtype
+from trainer.model.base_fingerprint import is_base
 from trainer.model.compute_dtype import compute_in
 from trainer.model.flux import DEV_CHANNELS, load_transformer
 from trainer.model.quantize import quantize_base
@@ -124,8 +125,8 @@ def _of_export(path: Path, model: Path, config: Config | None, file: Path | None
 def _warn_of_another_base(adapter: Path, model: Path) -> None:
     """Another base may be meant, such as a later training of the one that the adapter was made on."""
     own = _read_metadata(adapter).get("fluxfill.base_fingerprint")
-    if own and own != fingerprint(model / "transformer"):
-        log.warning("%s: was trained on another base than %s, by the files of its transformer", adapter, model)
+    if own and not is_base(model, own):
+        log.warning("%s: was trained on another base than %s, by the weights of its transformer", adapter, model)
 
 
 def _read_metadata(file: Path) -> Mapping[str, str]:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from configs.schema import Config
-from data.encoders.model_folder import fingerprint
 from data.storage.disk_full import FINISHED_IS_KEPT
 from data.storage.new_folder import new_folder
 from trainer.engines.base import Engine
 from trainer.engines.ema import Ema
 from trainer.export.write import export_model
+from trainer.model.base_fingerprint import base_fingerprint
 from trainer.process.json_lines import write_event
 from trainer.process.run_owner import confirm_ownership
 
@@ -50,8 +50,7 @@ def _export(config: Config, engine: Engine, model: Path, name: str, weights: str
     dtype = engine.compute_dtype if is_whole else torch.float32
     metadata: dict[str, str] = {}
     if engine.is_main:
-        base = fingerprint(model / "transformer")
-        origin = Origin(config, config.run.folder, config.train.steps, weights, model, base)
+        origin = Origin(config, config.run.folder, config.train.steps, weights, model, base_fingerprint(model))
         of_dtype = next(known for known, stored in DTYPES.items() if stored == dtype)
         metadata = metadata_of(origin, "diffusers", of_dtype)
     (_export_model if is_whole else _export_adapter)(engine, model, folder, metadata)

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configs.loading import dump_config, load_config
+from data.encoders.model_folder import fingerprint
+from tests.model_files import split_transformer
 from tests.ranks import RankFailure, run_ranks
 from trainer.checkpoints.compare import compare_configs, precision_of
 from trainer.checkpoints.run_state import RunState, TrainedBase
@@ -95,10 +97,13 @@ def test_what_would_be_another_runs_state_is_refused_by_key_with_both_values(go_
     assert files(tmp_path / "run") == before
 
 
-def test_another_base_of_the_same_shapes_is_refused_and_the_same_one_elsewhere_is_not(go_on, tiny_model, tmp_path):
+def test_another_base_of_the_same_shapes_is_refused_and_the_same_one_in_other_files_elsewhere_is_not(
+    go_on, tiny_model, tmp_path
+):
     moved = shutil.copytree(tiny_model, tmp_path / "moved")
+    split_transformer(moved)
     assert go_on("train.steps=5", f"model.base={moved}")[0] == 5
-    (file,) = (moved / "transformer").glob("*.safetensors")
+    file, _ = sorted((moved / "transformer").glob("*.safetensors"))
     weights = load_file(file)
     next(iter(weights.values())).view(-1)[0] += 1.0
     save_file(weights, file, metadata={"format": "pt"})
@@ -175,11 +180,15 @@ def test_damaged_checkpoints_are_no_fresh_start_and_never_makes_one(go_on, tmp_p
         go_on(resume="never")
 
 
-def test_a_checkpoint_from_before_bases_were_kept_goes_on(go_on, tmp_path):
+@pytest.mark.parametrize("kept", ["nothing", "fingerprint of its files"])
+def test_a_checkpoint_from_before_bases_were_kept_by_their_content_goes_on(go_on, tiny_model, tmp_path, kept):
     run = tmp_path / "run"
     folder = run / "checkpoints" / "step-00000004"
     saved = json.loads((folder / "state.json").read_text())
-    del saved["state"]["base"]
+    if kept == "nothing":
+        del saved["state"]["base"]
+    else:
+        saved["state"]["base"]["fingerprint"] = fingerprint(tiny_model / "transformer")
     (folder / "state.json").write_text(json.dumps(saved))
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["state.json"] = hashlib.sha256((folder / "state.json").read_bytes()).hexdigest()

@@ -143,10 +143,11 @@ def test_an_adapter_on_another_base_than_its_own_is_told(
     train_run, tiny_model, tmp_path, caplog, monkeypatch, is_another
 ):
     monkeypatch.setattr(logging.getLogger("fluxfill"), "propagate", True)
-    base = tiny_model
+    base = shutil.copytree(tiny_model, tmp_path / "other")
+    (base / "transformer" / "notes.txt").write_text("of the same weights")
     if is_another:
-        base = shutil.copytree(tiny_model, tmp_path / "other")
-        (base / "transformer" / "notes.txt").write_text("trained again")
+        (file,) = (base / "transformer").glob("*.safetensors")
+        save_file({name: tensor * 1.5 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
     find_source(train_run("lora") / "final", base=str(base))
     assert ("was trained on another base than" in caplog.text) == is_another
 

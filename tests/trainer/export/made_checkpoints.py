@@ -8,12 +8,12 @@ from configs.adapter_targets import AdapterConfig
 from configs.loading import dump_config, load_config
 from configs.schema import Config, FullConfig
 from data.batches.order import OrderSettings
-from data.encoders.model_folder import fingerprint
 from tests.trainer.adapters.live_models import adapted, train_a_little
 from tests.trainer.export.trained_models import trained_model
 from trainer.checkpoints.folders import MANIFEST, save_checkpoint
 from trainer.checkpoints.run_state import RunState, TrainedBase, write_state
 from trainer.checkpoints.tensor_files import Span, rank_file, write_index, write_tensors
+from trainer.model.base_fingerprint import base_fingerprint
 
 DEMO = Path(__file__).parents[3] / "configs" / "demo.yaml"
 WHOLE = FullConfig(type="full")
@@ -40,7 +40,7 @@ def make_checkpoint(
 
     def write(folder: Path) -> None:
         (folder / "config.yaml").write_text(dump_config(config_of(model, method, run)), encoding="utf-8")
-        base = TrainedBase(fingerprint(model / "transformer"), "fp32")
+        base = TrainedBase(base_fingerprint(model), "fp32")
         write_state(folder, RunState(step, step, 0, 0, ORDER, base=base), engine={})
         write_tensors(folder / rank_file(0), tensors)
         spans = {0: {name: Span(0, tensor.numel()) for name, tensor in tensors.items()}}
