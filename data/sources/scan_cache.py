@@ -1,17 +1,16 @@
 """The scan cache: result files of what was found out about pictures, one a unit, and their rows."""
 
-import errno
 import json
-import os
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 import xxhash
 
-from configs.errors import InputError
+from configs.errors import os_errors_named
 from data.cache_layout import SCAN
 from data.sources.items import Item
 from data.sources.mask_checks import Fault
@@ -69,15 +68,21 @@ class ScanCache:
     """A folder of results, each a list of rows under a key: a hash of all its inputs."""
 
     def __init__(self, cache: Path, dataset: str) -> None:
-        """Makes nothing yet. Raises InputError if <cache>/scan/<dataset> could not be made."""
-        self.folder = cache / SCAN / dataset
+        """Makes nothing that stays. Raises InputError if nothing can be written to <cache>/scan/<dataset>: before an
+        hour of reading pictures, not after it."""
+        self._cache, self.folder = cache, cache / SCAN / dataset
         self._used = {_FITTING}
-        there = next(parent for parent in self.folder.absolute().parents if parent.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK):
-            reason = os.strerror(errno.EACCES if there.is_dir() else errno.ENOTDIR)
-            raise InputError(
-                f"data.cache {cache}: cannot be written to ({reason}). Point data.cache at a folder that can."
-            )
+        for place in (self.folder, *self.folder.absolute().parents):  # up to the first that is there
+            with self._errors_named(place), suppress(FileNotFoundError), TemporaryFile(dir=place):
+                break
+
+    def _errors_named(self, place: Path) -> AbstractContextManager[None]:
+        cure = (
+            f" Whoever looks at pictures, an online run too, keeps what was found in data.cache {self._cache}: have it "
+            "made writable to you, or point data.cache at a folder that is. A complete one is trained on as it is with "
+            "data.mode=cached data.preprocess=never data.encoder_devices=null."
+        )
+        return os_errors_named(place, "written to", cure)
 
     def key(self, *parts: object) -> str:
         """The key of a result with these inputs (of JSON's types)."""
@@ -94,10 +99,11 @@ class ScanCache:
             return None
 
     def write(self, key: str, rows: Sequence[Row]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(rows, ensure_ascii=False)
-        with suppress(FileNotFoundError):  # one that was done took it for a dead worker's: then it is found out again
-            write_text_atomically(self.folder / f"{key}.json", f"{xxhash.xxh3_128_hexdigest(text.encode())}\n{text}")
+        file = self.folder / f"{key}.json"
+        with self._errors_named(file), suppress(FileNotFoundError):  # one that was done took it for a dead worker's:
+            self.folder.mkdir(parents=True, exist_ok=True)  # then it is found out again
+            write_text_atomically(file, f"{xxhash.xxh3_128_hexdigest(text.encode())}\n{text}")
 
     def read_fitting(self) -> list[Row]:
         """(hash of a triple's pictures, bucket, label) of masks of which enough is left in that bucket, as far as they
