@@ -24,6 +24,10 @@ class NewerFormat(InputError):
     """A cache of a format that a later release made."""
 
 
+class ForeignManifest(InputError):
+    """A manifest.json of another program, which is not to be deleted as a damaged one of ours is."""
+
+
 @contextmanager
 def cache_errors_named(cache: Path) -> Iterator[None]:
     """A time in which a cache that cannot be read, or not looked into, is a message. For commands: whoever mends a
@@ -31,8 +35,12 @@ def cache_errors_named(cache: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        cure = f" Whoever trains needs to read all of data.cache: ask its owner for `chmod -R a+rX {cache}`."
-        with os_errors_named(Path(error.filename or cache), "read", cure if isinstance(error, PermissionError) else ""):
+        cure = ""
+        if isinstance(error, PermissionError):
+            cure = f" Whoever trains needs to read all of data.cache: ask its owner for `chmod -R a+rX {cache}`."
+        elif isinstance(error, IsADirectoryError):
+            cure = " A cache has a file there: point data.cache at a folder of its own."
+        with os_errors_named(Path(error.filename or cache), "read", cure):
             raise
 
 
@@ -139,21 +147,29 @@ def read_manifest(cache: Path) -> Manifest:
 def read_format(cache: Path) -> int:
     """The format that a cache is in, finished or not; of a folder that is none yet, the newest.
 
-    Raises NewerFormat.
+    Raises NewerFormat, ForeignManifest, and InputError if there is a manifest that cannot be read.
     """
-    try:
-        return read_manifest(cache).format_version
-    except NewerFormat:
-        raise
-    except InputError:
-        # There is none while preprocessing is at work. Then indexes lie where format 1 has them, or none does.
-        return 1 if any((cache / SHARDS).glob("*/*.index")) else FORMAT_VERSION
+    path = cache / MANIFEST
+    with cache_errors_named(cache):
+        try:
+            return parse_manifest(path.read_bytes(), path).format_version
+        except (NewerFormat, ForeignManifest):
+            raise
+        except (FileNotFoundError, NotADirectoryError, InputError):
+            # There is none while preprocessing is at work. Then indexes lie where format 1 has them, or none does.
+            return 1 if any((cache / SHARDS).glob("*/*.index")) else FORMAT_VERSION
 
 
 def parse_manifest(data: bytes, path: Path | str) -> Manifest:
-    """The manifest of a file's bytes. Raises InputError, naming `path`, if they are none, or one of a newer format."""
+    """The manifest of a file's bytes. Raises InputError, naming `path`, if they are none: NewerFormat, ForeignManifest,
+    or else they are damaged."""
     try:
         fields = json.loads(data.decode())
+        if isinstance(fields, dict) and fields and not fields.keys() & {"format_version", "checksum"}:
+            raise ForeignManifest(
+                f"{path}: another program's, not that of a cache (it has neither format_version nor checksum). Point "
+                "data.cache at a folder of its own, or move the file away."
+            )
         version = fields["format_version"]
         if version > FORMAT_VERSION:
             raise NewerFormat(

@@ -29,7 +29,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from configs.errors import InputError, StorageFailed, is_of_storage
+from pydantic import TypeAdapter
+
+from configs.errors import InputError, StorageFailed, is_of_storage, os_errors_named
 from data.storage.atomic_write import write_text_atomically
 from data.storage.disk_full import DiskFull, raise_disk_full
 from data.storage.processes import is_hidden, process_start, this_place
@@ -62,6 +64,9 @@ class WorkerInfo:
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
+
+
+_INFO = TypeAdapter(WorkerInfo)
 
 
 class WorkerGroup:
@@ -108,12 +113,13 @@ class WorkerGroup:
 
     def _living(self, token: str, now: int) -> WorkerInfo | None:
         file = self._file_of(token)
-        try:
-            text = retry_if_stale(file, lambda: file.read_text(encoding="utf-8"))  # it is replaced by `announce_plan`
-            worker = WorkerInfo(**json.loads(text))
-            age = now - file.stat().st_mtime_ns
-        except (FileNotFoundError, ValueError, TypeError):
-            return None
+        cure = " It says who is at work in data.cache: have it made readable to you, or point that at another folder."
+        with os_errors_named(file, "read", cure):
+            try:
+                worker = _INFO.validate_json(retry_if_stale(file, file.read_bytes))  # `announce_plan` replaces it
+                age = now - file.stat().st_mtime_ns
+            except (FileNotFoundError, ValueError):
+                return None
         if self._is_here(worker) and process_start(worker.pid) != worker.process_start:
             return None
         return worker if age < STALE_SECONDS * 1e9 else None
@@ -289,10 +295,11 @@ class WorkerGroup:
 def join(folder: Path, settings: Mapping[str, object]) -> Iterator[WorkerGroup]:
     """Membership of the workers at `folder` (made if need be), alive until the end of the block.
 
-    settings: what workers must agree in, as JSON.  Raises InputError if a living one has others, or if the folder
-    cannot be written to.
+    settings: what workers must agree in, as JSON.  Raises InputError if a living one has others, if the folder cannot
+    be written to, or if something else than workers is in it.
     """
     try:
+        _refuse_strangers(folder)
         group = WorkerGroup(folder, json.loads(json.dumps(settings)))
     except DiskFull:
         for empty in [*(folder / name for name in _FOLDERS), folder]:
@@ -323,6 +330,19 @@ def join(folder: Path, settings: Mapping[str, object]) -> Iterator[WorkerGroup]:
         group.leave()
 
 
+def _refuse_strangers(folder: Path) -> None:
+    """Raises InputError if there is a file in the place of a folder, or what no worker has made: the last one to leave
+    would delete it."""
+    strangers = [place for place in (folder, *(folder / name for name in _FOLDERS)) if place.is_file()]
+    names = [name for name in _names_in(folder) if name not in _FOLDERS]
+    strangers += [folder / name for name in names if not name.startswith((_PLAN, "."))]
+    if strangers:
+        raise InputError(
+            f"data.cache {folder.parent}: {strangers[0]} is there, which no job of fluxfill has made. Point data.cache "
+            "at a folder of its own, or move it away."
+        )
+
+
 def _owner(name: str) -> str:
     """The token in the name of a file: <token>.json, <what>@<token> or plan-<token>, perhaps half written."""
     return name.rpartition("@")[2].removeprefix(_PLAN).partition(".")[0]
@@ -331,5 +351,5 @@ def _owner(name: str) -> str:
 def _names_in(folder: Path) -> list[str]:
     try:
         return retry_if_stale(folder, lambda: os.listdir(folder))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []

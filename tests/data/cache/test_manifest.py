@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 
 from configs.errors import InputError
-from data.cache.manifest import FORMAT_VERSION, read_manifest, read_shard_table, write_manifest
+from data.cache.manifest import (
+    FORMAT_VERSION,
+    ForeignManifest,
+    read_format,
+    read_manifest,
+    read_shard_table,
+    write_manifest,
+)
 from tests.payloads import canary_object
 
 
@@ -149,3 +156,32 @@ def test_a_manifest_knows_its_samples(cache):
     assert {name: sum(counts) for name, counts in cache.manifest.hole_fractions.items()} == {"photographs": 96}
     assert cache.manifest.samples == {"photographs": {"train": 48, "holdout": 48}}
     assert replace(cache.manifest, encoders={}) != cache.manifest
+
+
+@pytest.mark.parametrize("content", ['{"name": "an app", "files": {}}', '{"state.json": "0123"}'])
+def test_a_manifest_of_another_program_is_not_taken_for_a_damaged_one(tmp_path, content):
+    """Preprocessing would delete it."""
+    (tmp_path / "manifest.json").write_text(content)
+    for read in (read_format, read_manifest):
+        with pytest.raises(ForeignManifest, match=r"manifest\.json: another program's.* Point data\.cache at"):
+            read(tmp_path)
+
+
+def test_a_folder_in_the_place_of_the_manifest_is_named(tmp_path):
+    (tmp_path / "manifest.json").mkdir()
+    with pytest.raises(InputError, match=r"manifest\.json: cannot be read \(Is a directory\)\. .*point data\.cache at"):
+        read_format(tmp_path)
+
+
+@pytest.mark.parametrize("there", ["nothing", "a file", "an empty manifest", "a manifest that was cut"])
+def test_of_no_cache_yet_and_of_a_damaged_one_the_format_is_that_of_its_shards(made_up, there):
+    cache = made_up.folder
+    manifest = cache / "manifest.json"
+    if there in ("nothing", "a file"):
+        manifest.unlink()
+    else:
+        manifest.write_bytes(manifest.read_bytes()[: 0 if there == "an empty manifest" else 100])
+    assert read_format(cache / "shards.npz" if there == "a file" else cache) == FORMAT_VERSION
+    (cache / "shards" / "cats").mkdir(parents=True, exist_ok=True)
+    (cache / "shards" / "cats" / "48x64-000001.index").write_bytes(b"")
+    assert read_format(cache) == 1

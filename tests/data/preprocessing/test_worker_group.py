@@ -249,3 +249,33 @@ def test_a_folder_that_vanishes_is_made_again(folder):
         group.report_failure("a", InputError("cannot be done"))
         with join(folder, SETTINGS) as other:
             assert not other.claim("a")
+
+
+@pytest.mark.parametrize("strange", ["crew", "crew/workers", "crew/claims", "crew/agents.yaml", "crew/tasks/a.py"])
+def test_what_another_program_has_there_is_named_and_stays(folder, strange):
+    file = folder.parent / strange
+    file.parent.mkdir(parents=True)
+    file.write_text("another program's")
+    named = folder.parent / Path(*Path(strange).parts[:2])
+    told = rf"data\.cache {folder.parent}: {named} is there, which no job of fluxfill has made\. Point data\.cache at"
+    with pytest.raises(InputError, match=told), join(folder, SETTINGS):
+        pass
+    assert [path for path in folder.parent.rglob("*") if path.is_file()] == [file]
+
+
+@pytest.mark.parametrize("content", ["", '{"token": "a', "[1]", '{"settings": {}}', "settings", "plan"])
+def test_a_workers_file_that_is_damaged_is_nobodys(folder, content):
+    with join(folder, SETTINGS) as one:
+        other = WorkerGroup(folder, SETTINGS)
+        file = folder / "workers" / f"{other.token}.json"
+        whole = json.loads(file.read_text())
+        file.write_text(json.dumps(whole | {content: 7}) if content in whole else content)
+        assert one.others() == []
+    assert not folder.exists()
+
+
+def test_workers_that_cannot_be_read_are_a_message(folder):
+    (folder / "workers" / f"{'a' * 16}.json").mkdir(parents=True)
+    told = r"workers/a{16}\.json: cannot be read \(Is a directory\)\. It says who is at work in data\.cache: have it"
+    with pytest.raises(InputError, match=told), join(folder, SETTINGS):
+        pass
