@@ -19,7 +19,7 @@ from data.cache.manifest import FORMAT_VERSION, ShardTable
 from data.cache.shard_index import read_index
 from data.cache_layout import SHARDS, index_path
 from data.storage.atomic_write import fsync_folder, write_atomically
-from data.storage.file_handle import FileHandle
+from data.storage.file_handle import FileHandle, is_at
 from data.storage.file_locks import lock, try_lock, unlock
 from data.storage.remote_files import open_url
 from data.storage.retry import ATTEMPTS, with_retries
@@ -92,7 +92,7 @@ class NodeCache:
         handle: of that copy. What others have fetched in its place since stays.
         """
         path = self.path(number)
-        if _is_at(handle, path):  # at worst a copy that came in this very moment goes too, and is fetched once more
+        if is_at(handle, path):  # at worst a copy that came in this very moment goes too, and is fetched once more
             _index_of(path).unlink(missing_ok=True)
             path.unlink(missing_ok=True)
 
@@ -116,10 +116,10 @@ class NodeCache:
         path, url = self.path(number), self.url_of(number)
         part = path.with_suffix(".part")
         handle = FileHandle(part, os.O_RDWR | os.O_CREAT)
-        while not (is_ours := try_lock(handle)) and _is_at(handle, part):
+        while not (is_ours := try_lock(handle)) and is_at(handle, part):
             if stop.wait(_POLL_SECONDS):
                 raise _closed(url)
-        if not (is_ours and _is_at(handle, part)):
+        if not (is_ours and is_at(handle, part)):
             return True  # whoever had it has finished, or given up: look again
         try:
             if path.exists():
@@ -132,7 +132,7 @@ class NodeCache:
             fsync_folder(self._shards)
             return True
         finally:
-            if _is_at(handle, part):
+            if is_at(handle, part):
                 part.unlink()
             # Not left to the handle's end: an error of fsspec's drivers holds itself, and with it every frame that it
             # passed through, until Python's collector comes by; the copy would be locked for as long.
@@ -227,14 +227,6 @@ def _closed(url: str) -> InputError:
 
 def _index_of(copy: Path) -> Path:
     return copy.with_suffix(".index")
-
-
-def _is_at(handle: FileHandle, path: Path) -> bool:
-    """Whether a path still names the file of a handle."""
-    try:
-        return os.path.samestat(os.fstat(handle), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _remove_unheld(path: Path) -> bool:

@@ -23,6 +23,14 @@ class FileHandle(int):
         close(self)
 
 
+def is_at(handle: FileHandle, path: Path) -> bool:
+    """Whether a path still names the file of a handle."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 if hasattr(os, "preadv"):
 
     def read_at(handle: int, size: int, offset: int) -> bytes:

@@ -1,12 +1,16 @@
+import multiprocessing
+import time
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 
+import data.cache.remote_manifest
 from configs.errors import InputError
 from data.cache.manifest import hash_files, read_manifest, read_shard_table, write_manifest
 from data.cache.remote_manifest import fetch_manifest
 from data.cache_layout import MANIFEST, SHARD_TABLE
+from tests.patience import PATIENCE
 
 
 def test_the_head_is_fetched_whole_and_once(remote, tmp_path):
@@ -68,3 +72,82 @@ def test_a_local_cache_that_cannot_be_written_to_is_named(remote, tmp_path):
         InputError, match=r"data.local_cache .*node: cannot be written to \(.*\)\. Point data.local_cache"
     ):
         fetch_manifest(url, tmp_path / "node")
+
+
+def heads(node):
+    """The copies of manifests on a node."""
+    return sorted((node / "heads").iterdir())
+
+
+def change_manifest(cache, vae_scale):
+    write_manifest(cache.folder, replace(cache.manifest, vae_scale=vae_scale), cache.table)
+
+
+def test_a_head_goes_when_a_later_one_is_there_and_its_last_reader_has_ended(remote, tmp_path, monkeypatch):
+    url, _, cache = remote
+    node = tmp_path / "node"
+    readers = {}
+    monkeypatch.setattr(data.cache.remote_manifest, "_in_use", readers)  # their handles, which end with a process
+    first = fetch_manifest(url, node)
+    (node / "heads" / "another-url").mkdir()
+    change_manifest(cache, 0.5)
+    second = fetch_manifest(url, node)
+    assert read_manifest(first).vae_scale == cache.manifest.vae_scale, "it is still read"
+    del readers[first]
+    change_manifest(cache, 0.25)
+    third = fetch_manifest(url, node)
+    assert heads(node) == sorted([second, third, node / "heads" / "another-url"])
+    assert len(read_shard_table(second)) == 4
+
+
+def test_the_head_that_another_process_reads_goes_with_the_process(remote, tmp_path, monkeypatch):
+    url, _, cache = remote
+    node = tmp_path / "node"
+    monkeypatch.setattr(data.cache.remote_manifest, "_in_use", {})
+    context = multiprocessing.get_context("fork")  # https alone is read in a new one
+    reads = context.Event()
+
+    def read_on():
+        fetch_manifest(url, node)
+        reads.set()
+        time.sleep(60)
+
+    reader = context.Process(target=read_on, daemon=True)
+    reader.start()
+    assert reads.wait(PATIENCE)
+    (read,) = heads(node)
+    change_manifest(cache, 0.5)
+    fetch_manifest(url, node)
+    assert read in heads(node)
+    reader.kill()
+    reader.join()
+    change_manifest(cache, 0.25)
+    fetch_manifest(url, node)
+    assert read not in heads(node)
+
+
+def test_what_a_killed_process_left_of_a_head_goes_too(remote, tmp_path, monkeypatch):
+    url, _, _ = remote
+    monkeypatch.setattr(data.cache.remote_manifest, "_in_use", {})
+    first = fetch_manifest(url, tmp_path / "node")
+    data.cache.remote_manifest._in_use.clear()
+    first.rename(first.with_name(f"{first.name}.01234567.part"))
+    second = fetch_manifest(url, tmp_path / "node")
+    assert second == first and heads(tmp_path / "node") == [second]
+
+
+def test_whoever_waited_for_a_head_that_was_deleted_makes_another(remote, tmp_path, monkeypatch):
+    url, _, _ = remote
+    lock, deleted = data.cache.remote_manifest.lock, []
+
+    def lock_late(handle):
+        if not deleted:
+            deleted.append(tmp_path / "gone")
+            (head,) = heads(tmp_path / "node")
+            head.rename(deleted[0])
+        lock(handle)
+
+    monkeypatch.setattr(data.cache.remote_manifest, "lock", lock_late)
+    folder = fetch_manifest(url, tmp_path / "node")
+    assert len(read_shard_table(folder)) == 4
+    assert [path.name for path in deleted[0].iterdir()] == ["fetch.lock"]
