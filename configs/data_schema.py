@@ -55,13 +55,13 @@ class EncodersConfig(Section):
 
     vae: Annotated[Device, Shapes.NOTHING, NO_MATTER] = "auto"
     """Device of the VAE. auto: in preprocessing the process's own GPU (cpu if there is none), with mode online one of
-    encoder_devices; or cpu, cuda:0, cuda:1, ..."""
+    encoder_devices. cuda: the process's own GPU, with mode online the one that it trains on. Or cpu, cuda:0, ..."""
 
     clip: Annotated[Device, Shapes.NOTHING, NO_MATTER] = "auto"
-    """Device of CLIP. auto: as for the VAE."""
+    """Device of CLIP. auto, cuda: as for the VAE."""
 
     t5: Annotated[Device, Shapes.NOTHING, NO_MATTER] = "auto"
-    """Device of T5, which takes 9.5 GB in bf16. auto: as for the VAE."""
+    """Device of T5, which takes 9.5 GB in bf16. auto, cuda: as for the VAE."""
 
     t5_precision: Annotated[Literal["auto", "int8"], Shapes.TENSORS] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU. int8: weights in 8 bits (bitsandbytes), for GPUs that hold no more; the text

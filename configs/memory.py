@@ -172,7 +172,9 @@ def encoding_memory(
     text_parameters: of T5 and CLIP.  vae_width: the VAE's first block_out_channels.  pixels: of the largest bucket.
     """
     vae = _vae_memory(data, pixels, vae_parameters, vae_width)
-    together = data.encoders.vae == data.encoders.t5  # else text has a device of its own
+    own = {"auto", "cuda"}  # the process's
+    devices = {data.encoders.vae, data.encoders.t5}
+    together = devices <= own or len(devices) == 1  # else text has a device of its own
     return [*vae, _text_memory(data, text_parameters)] if together else vae
 
 

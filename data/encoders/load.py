@@ -39,7 +39,7 @@ class Encoders:
 def load_encoders(model: Path, config: EncodersConfig, *, device_index: int) -> Encoders:
     """The VAE in fp32 (latents are the training target), text encoders in bf16 on a GPU as FLUX is used, fp32 on a CPU.
 
-    device_index: of this process's own GPU, modulo how many there are; used where the config says auto.
+    device_index: of this process's own GPU, modulo how many there are; used where the config says auto or cuda.
     Raises InputError if a device is not there, or its memory does not hold them.
     """
     vae, clip, t5 = (find_device(key, vars(config)[key], device_index) for key in ("vae", "clip", "t5"))
@@ -62,13 +62,15 @@ def load_encoders(model: Path, config: EncodersConfig, *, device_index: int) -> 
 
 
 def find_device(key: str, name: str, index: int) -> torch.device:
-    """The device `name` of data.encoders.<key>; auto: GPU number `index` of those here, counted round, or the CPU.
+    """The device `name` of data.encoders.<key>; cuda: GPU number `index` of those here, counted round; auto: that, or
+    the CPU where there is none.
 
     Raises InputError if it is not here.
     """
     count = torch.cuda.device_count()
-    if name == "auto":
-        return torch.device("cuda", index % count) if count else torch.device("cpu")
+    own = torch.device("cuda", index % count) if count else torch.device("cpu")
+    if name == "auto" or (name == "cuda" and count):
+        return own
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= count:
         raise InputError(

@@ -86,8 +86,8 @@ class OnlineTrainingSet:
         unset_hf_deepspeed_config()  # with ZeRO-3 every rank would be given a share of the text encoders' weights
         placed = self._config.data.encoders
         on_device = {part: str(self._device) for part in ("vae", "clip", "t5") if getattr(placed, part) == "auto"}
-        with _current_device():
-            return load_encoders(self._model, placed.model_copy(update=on_device), device_index=0)
+        with _own_gpu() as index:
+            return load_encoders(self._model, placed.model_copy(update=on_device), device_index=index)
 
     @cached_property
     def _encoder(self) -> BatchEncoder:
@@ -172,10 +172,12 @@ def _table_of(plans: Sequence[PlannedShard]) -> ShardTable:
 
 
 @contextmanager
-def _current_device() -> Iterator[None]:
-    """Loading leaves the process on the encoders' GPU; the training goes on on its own."""
+def _own_gpu() -> Iterator[int]:
+    """The index of the GPU that the process trains on. Loading leaves it on the encoders'; the training goes on on its
+    own."""
     if not torch.cuda.is_available():
-        yield
+        yield 0
         return
-    with torch.cuda.device(torch.cuda.current_device()):
-        yield
+    own = torch.cuda.current_device()
+    with torch.cuda.device(own):
+        yield own

@@ -141,6 +141,8 @@ def test_text_encoders_count_where_they_share_the_gpu():
         return [part.gib for part in parts if "T5" in part.what]
 
     assert text() == [2.0] and text("data.encoders.t5_precision=int8") == [1.0] and text("data.encoders.t5=cpu") == []
+    assert text("data.encoders.t5=cuda") == [2.0], "the process's own, as the VAE's is"
+    assert text("data.encoders.t5=cuda:1") == []
 
 
 def test_a_checkpoint_of_a_full_fine_tune_is_as_large_as_was_counted():

@@ -36,6 +36,8 @@ def test_a_device_that_is_not_there_is_named(tiny_model, part, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     with pytest.raises(InputError, match=rf"data.encoders.{part} is cuda:1, but of CUDA devices there are here: none"):
         load_encoders(tiny_model, EncodersConfig(**{part: "cuda:1"}), device_index=0)
+    with pytest.raises(InputError, match=rf"data.encoders.{part} is cuda, but of CUDA devices there are here: none"):
+        load_encoders(tiny_model, EncodersConfig(**{part: "cuda"}), device_index=0)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(InputError, match=r"cuda:1, but of CUDA devices there are here: 1 \(cuda:0\)\. Name another"):
         load_encoders(
@@ -46,6 +48,7 @@ def test_a_device_that_is_not_there_is_named(tiny_model, part, monkeypatch):
 def test_workers_of_a_machine_are_spread_over_its_gpus(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     assert [find_device("vae", "auto", index).index for index in range(6)] == [0, 1, 2, 3, 0, 1]
+    assert [str(find_device("vae", "cuda", index)) for index in (2, 5)] == ["cuda:2", "cuda:1"]
     assert find_device("t5", "cuda:3", 0) == torch.device("cuda:3")
     assert find_device("t5", "cpu", 2) == torch.device("cpu")
 

@@ -2,6 +2,7 @@
 
 import shutil
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +159,25 @@ def test_encoders_go_to_the_device_unless_they_have_one_of_their_own(demo_config
     assert placed == [], "nothing is loaded before it is needed"
     assert samples._encoders is None
     assert (placed[0].vae, placed[0].clip, placed[0].t5) == ("cuda:1", "cuda:1", "cpu")
+
+
+def test_an_encoder_on_cuda_is_on_the_gpu_that_its_process_trains_on(demo_config, tmp_path, monkeypatch):
+    """Not on the one that loading another encoder has made the current one."""
+    placed = []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setattr("data.online.training_set._own_gpu", lambda: nullcontext(2))
+    monkeypatch.setattr("data.encoders.load.load_vae", lambda model, device, **_: placed.append(device))
+    for name in ("load_clip", "load_t5"):
+        monkeypatch.setattr(f"data.encoders.load.{name}", lambda model, device, **_: placed.append(device) or (0, 0))
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    config = demo_config(tmp_path / "scan", "data.mode=online", "data.encoders.t5=cuda", "data.encoder_devices=cuda:3")
+    model = Path(config.model.base)
+    device = encoder_device(config, local_rank=2, own=torch.device("cuda:2"))
+    samples = OnlineTrainingSet(
+        config, model, plan_online(config, model, QUIET), device=device, worker=Worker(device_index=2)
+    )
+    assert samples._encoders is not None
+    assert [str(device) for device in placed] == ["cuda:3", "cuda:3", "cuda:2"]
 
 
 def test_devices_without_online_are_refused(demo_config, tmp_path):
