@@ -17,6 +17,7 @@ from data.storage.safetensors_file import TensorFiles
 from launch.check.model import check_model
 from trainer.export.bfl import bfl_tensors, read_as_bfl
 from trainer.export.from_files import main, make_folder
+from trainer.model.base_fingerprint import base_fingerprint
 from trainer.model.flux import load_transformer
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -71,6 +72,7 @@ def test_four_files_and_the_configs_are_the_whole_model(
     out = tmp_path / "out"
     assert main([str(files["transformer"]), f"--rest={rest}", f"--out={out}", *options(files)]) == 0
     assert [made.state for made in check_model(out)[1]] == ["ok"]
+    assert base_fingerprint(out) == base_fingerprint(tiny_model), "a run on the one goes on with the other"
     FluxFillPipeline.from_pretrained(out, use_safetensors=True)
     loaders = (
         lambda model: load_transformer(model, dtype=torch.float32),
