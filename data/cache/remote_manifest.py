@@ -67,9 +67,9 @@ def _lock_to_fetch(folder: Path, local_cache: Path) -> FileHandle:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             handle = FileHandle(folder / _FETCH_LOCK, _TO_LOCK)
-        except FileNotFoundError:
-            continue  # deleted meanwhile
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and folder.parent.is_dir():
+                continue  # deleted meanwhile
             raise InputError(
                 f"data.local_cache {local_cache}: cannot be written to ({error.strerror}). Point data.local_cache at a "
                 "folder of this node that can."

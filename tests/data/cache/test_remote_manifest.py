@@ -65,13 +65,14 @@ def test_a_manifest_that_names_files_elsewhere_writes_none(remote, tmp_path, mon
     assert not (tmp_path / "node").exists()
 
 
-def test_a_local_cache_that_cannot_be_written_to_is_named(remote, tmp_path):
+@pytest.mark.parametrize("place", ["node", "/proc/node"], ids=["below a file", "where no folder can be made"])
+def test_a_local_cache_that_cannot_be_written_to_is_named(remote, tmp_path, place):
     url, _, _ = remote
     (tmp_path / "node").write_text("a file, which stands for what its user may not write to")
     with pytest.raises(
         InputError, match=r"data.local_cache .*node: cannot be written to \(.*\)\. Point data.local_cache"
     ):
-        fetch_manifest(url, tmp_path / "node")
+        fetch_manifest(url, tmp_path / place)
 
 
 def heads(node):
