@@ -68,6 +68,7 @@ class RunLog:
         self._steps = config.train.steps
         self._global_batch_size = config.train.global_batch_size
         gpus = engine.gpus  # all ranks tell theirs
+        _take_peak_memory()  # the start's is no step's
         self._start: tuple[int, float] | None = None  # the step before this process's first one, and when
         self._tensorboard: SummaryWriter | None = None
         self._progress: Progress | None = None
@@ -149,9 +150,7 @@ class RunLog:
             "seconds": round(seconds, 6),
             "samples_per_second": round(self._global_batch_size / seconds, 4),
             "data_wait_seconds": round(stream.wait_seconds, 6),
-            "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3)
-            if torch.cuda.is_available()
-            else None,
+            "peak_memory_gib": _take_peak_memory(),
         }
         append_line(self._folder / "metrics.jsonl", line | compared)
         for name in ("loss", "grad_norm", "lr", "samples_per_second"):
@@ -212,6 +211,7 @@ class RunLog:
         """
         if line is None or not self._is_main:
             return
+        _take_peak_memory()  # or it would be the next step's
         path = self._folder / "validation.jsonl"
         first = next((earlier for earlier in [line, *_read_lines(path)] if earlier["step"] == 0), None)
         for split, figures in line.items():
@@ -254,6 +254,15 @@ class RunLog:
         if self._tensorboard is not None:
             with suppress(OSError):  # a full disk, with the last seconds of what metrics.jsonl has
                 self._tensorboard.close()
+
+
+def _take_peak_memory() -> float | None:
+    """GiB that this process's tensors took of its GPU at most, since this was last asked for; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return round(peak / 2**30, 3)
 
 
 def _longest(of_ranks: list[float]) -> tuple[int, float, float]:

@@ -74,6 +74,21 @@ def test_every_step_is_a_line_with_its_figures(run, start):
     assert first["samples_per_second"] == pytest.approx(run.train.global_batch_size / first["seconds"], rel=0.05)
 
 
+def test_the_peak_of_memory_is_each_steps_own(run, start, monkeypatch):
+    """Not that of the start, or of a validation in between."""
+    held = [50 * 2**30]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda: max(held))
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", held.clear)
+    log, stream, state = start(0)
+    for gib in (21, 20.25):
+        held.append(40 * 2**30)
+        log.validation({"step": state.step, "train": dict(FIGURES)})
+        held.append(int(gib * 2**30))
+        state = advance(log, stream, state, [GOOD])
+    assert [line["peak_memory_gib"] for line in lines(run, "metrics.jsonl")] == [21, 20.25]
+
+
 def test_a_step_that_is_not_finite_is_valid_json(run, start):
     advance(*start(0), updates=[Update(loss=math.nan, grad_norm=math.inf, applied=False), GOOD])
     skipped, _ = lines(run, "metrics.jsonl")

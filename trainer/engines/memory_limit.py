@@ -124,6 +124,8 @@ def smaller_when_out_of_memory(
 
 def _try_largest(config: Config, engine: Engine, transformer: nn.Module, stream: BatchStream) -> None:
     """One forward and backward pass of the largest micro-batch beside all that a step holds; nothing is trained."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # or a start that held more for a moment would be told as the step's
     is_fresh = not any(state for *_, state in engine.optimizer_states())  # the first step makes the optimizer's state
     held = [
         torch.empty(int(part.weight.numel() * optimizer_state_bytes(config)), dtype=torch.uint8, device=engine.device)

@@ -18,6 +18,8 @@ from trainer.engines.zero import Zero1Engine, Zero2Engine, Zero3Engine
 
 _STALE_SECONDS = 60.0  # for which a node may remember, over NFS, that a folder was not there
 
+WITH_COPIES = ("ddp", "hsdp")  # of trained weights, each of which is updated by a rank of its own
+
 # Offload is a setting of the engine file, on top of these.
 _CLASSES: dict[str, type[Engine]] = {
     "single": SingleEngine,
@@ -60,6 +62,7 @@ def start_engine(config: Config) -> Engine:
     if config.train.deterministic:
         make_deterministic()
     engine = engine_class(name)(config, name)
+    check_copies_stay_equal(config, engine)
     if engine.num_nodes > 1:
         check_run_folder_is_shared(config, engine)
     return engine
@@ -84,6 +87,18 @@ def make_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nobody reads it
+
+
+def check_copies_stay_equal(config: Config, engine: Engine) -> None:
+    """All ranks call it. Raises InputError where ranks hold copies of weights that are rounded at random, on GPUs of
+    several kinds: what CUDA's generator draws from a seed depends on how many multiprocessors a GPU has, and nobody
+    compares the copies again."""
+    if config.train.weights == "bf16_stochastic" and engine.name in WITH_COPIES and len(engine.gpus) > 1:
+        raise InputError(
+            f"train.weights is bf16_stochastic under {engine.name}, but the GPUs are of several kinds "
+            f"({', '.join(engine.gpus)}), which round the same weight differently: the copies would become other "
+            "models. Use fsdp2, which holds each weight once, GPUs of one kind, or train.weights=fp32_master."
+        )
 
 
 def check_run_folder_is_shared(config: Config, engine: Engine) -> None:

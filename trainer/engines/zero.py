@@ -297,6 +297,8 @@ class Zero3Engine(ZeroEngine):
         for parameter in trained(self.unwrap()):
             group, offset, size = self._place_of(parameter)
             parameter.ds_tensor.data.copy_(self._partitions()[group].narrow(0, offset, size))
+        if self.device.type == "cuda":  # DeepSpeed gathers on a stream of its own, which waits for none
+            torch.cuda.current_stream(self.device).synchronize()
 
 
 def check_eight_bit_partition(num_trained: int, world_size: int, engine: str) -> None:

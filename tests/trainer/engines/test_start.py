@@ -2,7 +2,9 @@
 
 import inspect
 import os
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from benchmarks.ranks import launch_environment
 from configs.combinations import ENGINES
 from configs.errors import InputError
 from tests.ranks import run_ranks
-from trainer.engines.start import engine_class, launched_engine, start_engine
+from trainer.engines.start import check_copies_stay_equal, engine_class, launched_engine, start_engine
 
 FILES = Path(__file__).parents[3] / "configs" / "engines"
 
@@ -42,6 +44,23 @@ def test_accelerate_casts_nothing_whatever_its_own_config_says(config, monkeypat
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     start_engine(config)
     assert os.environ["ACCELERATE_MIXED_PRECISION"] == "no"
+
+
+@pytest.mark.parametrize(
+    "engine, weights, gpus, equal",
+    [
+        ("ddp", "bf16_stochastic", ["H100", "L40S"], False),
+        ("hsdp", "bf16_stochastic", ["H100", "L40S"], False),
+        ("ddp", "bf16_stochastic", ["H100"], True),
+        ("fsdp2", "bf16_stochastic", ["H100", "L40S"], True),
+        ("ddp", "fp32_master", ["H100", "L40S"], True),
+    ],
+)
+def test_copies_that_each_rank_rounds_at_random_want_gpus_of_one_kind(config, engine, weights, gpus, equal):
+    config = config.model_copy(update={"train": config.train.model_copy(update={"weights": weights})})
+    of_ranks = SimpleNamespace(name=engine, gpus=gpus)
+    with nullcontext() if equal else pytest.raises(InputError, match=rf"under {engine}, but .*H100, L40S.* Use fsdp2"):
+        check_copies_stay_equal(config, of_ranks)
 
 
 def test_a_deterministic_run_has_torch_and_cublas_keep_one_order(config, monkeypatch):
