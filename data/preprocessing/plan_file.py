@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from configs.errors import InputError
 from data.samples.geometry import Bucket
 from data.samples.plan import PlannedSample
 from data.samples.shard_plan import PlannedShard, ShardSpec
@@ -33,7 +34,7 @@ class PlanFile:
     places: dict[str, tuple[int, int]]
 
     def load(self, spec: ShardSpec) -> PlannedShard:
-        """A shard with its samples."""
+        """A shard with its samples. Raises InputError if they are damaged."""
         samples = retry_if_stale(self.path, lambda: _read(self.path, *self.places[spec.path]))
         return PlannedShard(**{name: getattr(spec, name) for name in _COLUMNS}, samples=_SAMPLES.validate_json(samples))
 
@@ -65,11 +66,11 @@ def write_plan(path: Path, plans: Iterable[PlannedShard]) -> None:
 
 
 def read_plan(path: Path) -> PlanFile:
-    """Raises FileNotFoundError if it is not there."""
+    """Raises FileNotFoundError if it is not there, InputError if it is damaged."""
 
     def read() -> bytes:
         with path.open("rb") as file:
-            file.seek(-16, 2)
+            file.seek(-min(16, file.seek(0, 2)), 2)
             footer = file.read()
         return _read(path, int.from_bytes(footer[:8], "little"), int.from_bytes(footer[8:], "little"))
 
@@ -83,5 +84,13 @@ def read_plan(path: Path) -> PlanFile:
 
 def _read(path: Path, offset: int, size: int) -> bytes:
     with path.open("rb") as file:
-        file.seek(offset)
-        return zlib.decompress(file.read(size))
+        try:
+            if offset + size > file.seek(0, 2):
+                raise ValueError("is cut off")
+            file.seek(offset)
+            return zlib.decompress(file.read(size))  # which checks a sum of what comes out
+        except (zlib.error, ValueError) as error:
+            raise InputError(
+                f"{path}: the plan that the workers of this job share is damaged ({error}). Look at the disk that it "
+                "lies on; start the job again once all its workers have ended, and it plans anew."
+            ) from error

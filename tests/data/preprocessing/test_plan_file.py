@@ -3,6 +3,7 @@ import tracemalloc
 
 import pytest
 
+from configs.errors import InputError
 from data.preprocessing.plan_file import read_plan, write_plan
 from data.samples.plan import PlannedSample
 from tests.data.samples.test_shard_plan import many_samples, plan
@@ -44,6 +45,24 @@ def test_samples_stay_in_the_file(tmp_path):
     tracemalloc.stop()
     assert sum(head.num_samples for head in file.specs) == 3000
     assert kept < 100 * 3000
+
+
+@pytest.mark.parametrize("kept", [0, 7, 400, -1], ids=["nothing", "half a footer", "a start", "all but a byte"])
+def test_a_plan_that_was_cut_off_is_named(shared, kept):
+    path = shared[1].path
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(InputError, match=rf"{path}: the plan .* is damaged \(.*\)\. Look at the disk"):
+        read_plan(path)
+
+
+def test_a_bit_that_fell_over_is_named_wherever_it_lies(shared):
+    _, file = shared
+    whole = file.path.read_bytes()
+    last = file.specs[-1]
+    for position in (sum(file.places[last.path]) // 2, len(whole) - 40, len(whole) - 12, len(whole) - 1):
+        file.path.write_bytes(whole[:position] + bytes([whole[position] ^ 64]) + whole[position + 1 :])
+        with pytest.raises(InputError, match=r"the plan .* is damaged"):
+            list(read_plan(file.path).shards())
 
 
 def test_a_plan_of_nothing_is_one(tmp_path):
