@@ -33,7 +33,7 @@ def _scan(lines: Lines) -> list[str]:
 
 
 def _order(lines: Lines) -> list[str]:
-    """Of the default first, at the start of an epoch and late in it, then of dealt shards, where both are one figure."""
+    """Of the default, at the start of an epoch and late in it; then of dealt shards, where both are one figure."""
     one, dealt = ([line for line in lines if (line["streams"] == 1) == is_default] for is_default in (True, False))
     assert all([line["share_of_epoch"] for line in pair] == [0, 0.9] for pair in (one, dealt))
     seconds = [f"{line['seconds_to_first_batch']:.1f}" for line in (*one, *dealt)]
