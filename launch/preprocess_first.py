@@ -62,10 +62,10 @@ def has_checkpoint(run: Path) -> bool:
 
 def missing_place(config: Config) -> Path | None:
     """The first folder or file that the datasets' pictures come from and that is not on this machine; None: all are."""
-    return next((place for place in _places(config) if not place.exists()), None)
+    return next((place for place in picture_places(config) if not place.exists()), None)
 
 
-def _places(config: Config) -> Iterator[Path]:
+def picture_places(config: Config) -> Iterator[Path]:
     """Every folder and file on this machine that the datasets' pictures come from; of tars their folders."""
     for dataset in config.data.datasets:
         yield from (place for place in (dataset.target, dataset.source, mask_folder(dataset)) if place is not None)

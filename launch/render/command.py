@@ -11,6 +11,7 @@ from configs.loading import load_config
 from launch.arguments import ConfigPath, Overrides
 from launch.command import choose_on_nodes
 from launch.render.accelerate import render_lines
+from launch.render.claims import parse_claims, require_run_on_claim, warnings
 from launch.render.kubernetes import Pods, render_jobset, render_pytorchjob
 from launch.slurm.command import gpus_per_node
 
@@ -54,7 +55,8 @@ def render(
 ) -> None:
     """Show how a launcher other than SLURM starts a run. The run is one on several nodes; nothing is started.
 
-    Python, fluxfill, config and cache must lie in the same places on all nodes.
+    Python, fluxfill, config and cache must lie in the same places on all nodes. Pods run in the folder in which this is
+    called; the run's folder must lie on a claim, or a pod that starts again would have lost it.
 
     Example: fluxfill render configs/fill_lora.yaml --for accelerate --nodes 2 --gpus-per-node 8 --head 10.0.0.1
     """
@@ -82,15 +84,11 @@ def render(
     if image is None:
         raise InputError("--image: give the container image that has fluxfill.")
     command = ["fluxfill", "train", config, *given]
-    claims = [_parse_claim(text) for text in claim or []]
+    folder, claims = Path.cwd(), parse_claims(claim or [])
+    require_run_on_claim(loaded, folder, claims)
+    for warning in warnings(loaded, config, folder, claims):
+        typer.echo(warning, err=True)
     is_amd = loaded.slurm.gpu is not None and load_gpu_profile(loaded.slurm.gpu).is_amd
     resource = "amd.com/gpu" if is_amd else "nvidia.com/gpu"
-    pods = Pods(loaded.run.name, count, each, processes, image, command, Path.cwd(), claims, resource)
+    pods = Pods(loaded.run.name, count, each, processes, image, command, folder, claims, resource)
     typer.echo((render_jobset if launcher == "jobset" else render_pytorchjob)(pods), nl=False)
-
-
-def _parse_claim(text: str) -> tuple[str, str]:
-    name, colon, path = text.partition(":")
-    if not (name and colon and path.startswith("/")):
-        raise InputError(f"--claim {text}: write NAME:PATH, such as data:/data.")
-    return name, path

@@ -7,11 +7,12 @@ from typer.testing import CliRunner
 from launch.cli import app
 
 RECIPE = str(Path(__file__).resolve().parents[3] / "configs" / "fill_lora.yaml")
+ON_CLAIM = ("--image", "i", "--claim", "data:/data", "run.dir=/data/runs")
 
 
 def render(*words: str) -> tuple[int, str]:
     done = CliRunner().invoke(app, ["render", RECIPE, *words])
-    return done.exit_code, done.output
+    return done.exit_code, done.stdout or done.stderr
 
 
 def test_a_line_for_each_node() -> None:
@@ -23,8 +24,7 @@ def test_a_line_for_each_node() -> None:
 
 @pytest.mark.parametrize("launcher, kind", [("jobset", "JobSet"), ("pytorchjob", "PyTorchJob")])
 def test_a_manifest_takes_its_size_from_the_config(launcher: str, kind: str) -> None:
-    words = ("slurm.nodes=3", "slurm.gpu=h100-80gb", "--image", "i", "--claim", "data:/data")
-    code, output = render("--for", launcher, *words)
+    code, output = render("--for", launcher, "slurm.nodes=3", "slurm.gpu=h100-80gb", *ON_CLAIM)
     assert code == 0 and yaml.safe_load(output)["kind"] == kind
     assert 'nvidia.com/gpu: "8"' in output and "claimName: data" in output
 
@@ -40,16 +40,14 @@ def test_a_manifest_takes_its_size_from_the_config(launcher: str, kind: str) -> 
 )
 @pytest.mark.parametrize("launcher", ["jobset", "pytorchjob"])
 def test_pods_ask_for_gpus_by_the_name_of_their_maker(launcher: str, words: list[str], asked: str) -> None:
-    code, output = render("--for", launcher, "--image", "i", *words)
+    code, output = render("--for", launcher, *ON_CLAIM, *words)
     assert code == 0 and asked in output and output.count("com/gpu:") == output.count(asked)
 
 
 @pytest.mark.parametrize("launcher", ["accelerate", "jobset", "pytorchjob"])
 def test_gpus_that_encode_for_the_others_are_asked_for_and_not_trained_on(launcher: str) -> None:
     words = ("--nodes", "2", "--gpus-per-node", "8", "data.mode=online", "data.encoder_devices=[cuda:7]")
-    code, output = render(
-        "--for", launcher, *words, *(("--head", "a") if launcher == "accelerate" else ("--image", "i"))
-    )
+    code, output = render("--for", launcher, *words, *(("--head", "a") if launcher == "accelerate" else ON_CLAIM))
     assert code == 0
     if launcher == "accelerate":
         assert output.count("--num_processes 14 ") == 2 and output.count("OMP_NUM_THREADS=9 ") == 2, "64 cores of 7"
@@ -78,7 +76,7 @@ def test_gpus_that_encode_for_the_others_are_asked_for_and_not_trained_on(launch
             "1 x 8 GPUs are to train",
         ),
         (["--for", "jobset"], "--image: give the container image"),
-        (["--for", "jobset", "--image", "i", "--claim", "data"], "--claim data: write NAME:PATH"),
+        (["--for", "jobset", "--image", "i"], "run.dir runs: in the pods that is"),
     ],
 )
 def test_what_is_missing_is_said(words: list[str], message: str) -> None:
