@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import shlex
 from collections import Counter
@@ -180,14 +181,14 @@ OTHERS_OPTIONS = set(
 
 
 @cache
-def command_at(words: tuple[str, ...]) -> Any:
-    """What these words of a command line come to, as far as they name commands."""
+def command_at(words: tuple[str, ...]) -> tuple[Any, tuple[str, ...]]:
+    """What these words of a command line come to, as far as they name commands, and the words behind those."""
     found: Any = typer.main.get_group(app)
     context = found.make_context("fluxfill", ["help"])
     rest = [word.partition("|")[0] for word in words]
     while hasattr(found, "resolve_command") and rest:
         _, found, rest = found.resolve_command(context, rest)
-    return found
+    return found, tuple(rest)
 
 
 def options(command: Any) -> set[str]:
@@ -200,9 +201,9 @@ def known_keys() -> frozenset[str]:
     return frozenset({*dotted_keys(json_schema()), *REMOVED})
 
 
-def commands(path: Path) -> Iterator[list[str]]:
+def commands(codes: Sequence[str]) -> Iterator[list[str]]:
     """The words behind `fluxfill` in code, as far as they are one command with its arguments."""
-    for code in [*code_blocks(path), *spans(read(path))]:
+    for code in codes:
         for line in re.findall(r"^\s*(?:exec |srun |[A-Z_]+=\S+ |-\S+ )*fluxfill ([a-z].*)", code, flags=re.MULTILINE):
             words = [word.strip("[]()") for word in shlex.split(line, comments=True)]
             yield [word for word in words if word != "&"]
@@ -210,22 +211,37 @@ def commands(path: Path) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(ROOT)))
 def test_commands_in_code_can_be_typed(path: Path) -> None:
-    for words in commands(path):
+    for words in commands([*code_blocks(path), *spans(read(path))]):
         given = {word.partition("=")[0] for word in words if word.startswith("--")}
-        assert given <= options(command_at(tuple(word for word in words if not word.startswith("-")))), words
+        assert given <= options(command_at(tuple(word for word in words if not word.startswith("-")))[0]), words
         set_keys = {word.partition("=")[0] for word in words if re.match(r"[a-z_.]+\.[a-z_.]+=", word)}
         assert set_keys <= known_keys(), words
 
 
+@pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(ROOT)))
+def test_lines_of_code_blocks_lack_nothing(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every line has what its command's parser asks for; those that only make text do so."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PWD", str(tmp_path))
+    (tmp_path / "my.yaml").write_text(read(ROOT / "configs" / "fill_lora.yaml"), encoding="utf-8")
+    for line in commands([re.sub(r" \[[^]\n]*\]", "", code) for code in code_blocks(path)]):  # what may be left out
+        words = [os.path.expandvars(word) for word in line]
+        command, rest = command_at(tuple(words))
+        command.make_context("fluxfill", list(rest))  # raises click.UsageError
+        if words[0] in ("quickstart", "plan", "render"):
+            done = CliRunner().invoke(app, words)
+            assert (done.exit_code, "warning" in done.stderr) == (0, False), done.output
+
+
 def test_the_guide_types_commands() -> None:
-    assert len(list(commands(page("guide")))) > 15
+    assert len(list(commands(code_blocks(page("guide"))))) > 8
 
 
 @cache
 def all_options() -> frozenset[str]:
     scripts = (file for top in ("data", "trainer", "demo", "benchmarks") for file in (ROOT / top).rglob("*.py"))
     of_scripts = {option for file in scripts for option in re.findall(r"add_argument\(\"(--[\w-]+)", read(file))}
-    return frozenset(of_scripts.union(OTHERS_OPTIONS, *(options(command_at((name,))) for name in COMMANDS)))
+    return frozenset(of_scripts.union(OTHERS_OPTIONS, *(options(command_at((name,))[0]) for name in COMMANDS)))
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(ROOT)))
