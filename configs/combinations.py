@@ -4,13 +4,13 @@ Everything is said here once: the check of a config, the check at start, the not
 docs/combinations.md all read these rules.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
-from configs.errors import InputError
+from configs.errors import InputError, WhatAndCure
 from configs.schema import Config, EngineName
 
 ADAPTERS = ("lora", "dora", "lokr")
@@ -152,10 +152,10 @@ NOTES: tuple[Rule, ...] = (
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a combination cannot be trained, and the nearest one that can."""
+    """Why a combination cannot be trained, by all rules that are against it, and the nearest one that can."""
 
     asked: Combination
-    rule: Rule
+    rules: tuple[Rule, ...]
     nearest: Combination
 
     @property
@@ -165,11 +165,25 @@ class Refusal:
             key: getattr(self.nearest, key) for key in KEYS if getattr(self.asked, key) != getattr(self.nearest, key)
         }
 
-    def explain(self) -> str:
-        """One sentence of what does not go together, why, and what to write instead."""
-        pair = [f"{KEYS[key]} {getattr(self.asked, key)}" for key in self.rule.when]
+    def explain(self) -> "list[Mismatch]":
+        """What does not go together and why, of each rule, and what to write instead to keep them all."""
         instead = ", ".join(f"{KEYS[key]}={value}" for key, value in self.changes.items())
-        return f"{' and '.join(pair)} do not go together: {self.rule.text}. Nearest that works: {instead}"
+        found = []
+        for rule in self.rules:
+            pair = [f"{KEYS[key]} {getattr(self.asked, key)}" for key in rule.when]
+            what = f"{' and '.join(pair)} do not go together: {rule.text}"
+            changed = next(key for key in self.changes if key in rule.when)
+            problem = WhatAndCure(what, f"Nearest that works: {instead}.")
+            found.append(Mismatch(KEYS[changed], tuple(KEYS[key] for key in rule.when), problem))
+        return found
+
+
+class Mismatch(NamedTuple):
+    """Keys of a config that do not go together. key: the one to change.  keys: all that it was judged by."""
+
+    key: str
+    keys: tuple[str, ...]
+    problem: WhatAndCure
 
 
 def started_engine(asked: Literal["auto", EngineName], processes: int) -> EngineName:
@@ -189,8 +203,8 @@ def combination_of(config: Config, engine: str) -> Combination:
 
 def refuse(combination: Combination) -> Refusal | None:
     """Why the combination does not work, or None if it does."""
-    rule = next((rule for rule in REFUSED if rule.fits(combination)), None)
-    return Refusal(combination, rule, _nearest(combination)) if rule else None
+    rules = tuple(rule for rule in REFUSED if rule.fits(combination))
+    return Refusal(combination, rules, _nearest(combination)) if rules else None
 
 
 def _nearest(asked: Combination) -> Combination:
@@ -220,22 +234,19 @@ def _works(combination: Combination) -> bool:
     return not any(rule.fits(combination) for rule in REFUSED)
 
 
-def problem_of(config: Config) -> tuple[str, str] | None:
-    """(dotted key, sentence) of a config that no engine it allows can train, or None. Engine auto may become any."""
+def find_refused(config: Config) -> list[Mismatch]:
+    """Why no engine that a config allows can train it; of auto, which may become any, what is in the way of one
+    process, which no rule for engines forbids: the combination itself."""
     asked = config.parallel.engine
-    engines: Sequence[str] = CHOICES["engine"] if asked == "auto" else (asked,)
-    refusals = [refuse(combination_of(config, engine)) for engine in engines]
-    if None in refusals:
-        return None
-    refusal = refusals[-1]  # of auto: that of one process, where nothing but the combination itself is in the way
-    assert refusal is not None
-    return KEYS[next(iter(refusal.changes))], refusal.explain()
+    refusal = refuse(combination_of(config, "single" if asked == "auto" else asked))
+    return refusal.explain() if refusal else []
 
 
 def check_engine(config: Config, engine: str) -> None:
     """Raise InputError if the config cannot be trained under the engine that auto, or the launch, has come to."""
     if refusal := refuse(combination_of(config, engine)):
-        raise InputError(f"under {engine}, {refusal.explain()}.")
+        problems = (found.problem for found in refusal.explain())
+        raise InputError(*(WhatAndCure(f"under {engine}, {what}", cure) for what, cure in problems))
 
 
 def notes_of(config: Config, engine: str) -> list[str]:

@@ -70,7 +70,7 @@ def _table(first: str, rows: Sequence[tuple[str, Sequence[Combination]]]) -> str
 
 def _cell(combination: Combination) -> str:
     refusal = refuse(combination)
-    return "yes" if refusal is None else f"no ({REFUSED.index(refusal.rule) + 1})"
+    return "yes" if refusal is None else f"no ({REFUSED.index(refusal.rules[0]) + 1})"
 
 
 def _describe(rule: Rule) -> str:

@@ -4,6 +4,7 @@ import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 # What a system call says of the path it was given: who may go there, what is there. Anything else is the storage's.
 _OF_THE_PATH = {
@@ -12,8 +13,27 @@ _OF_THE_PATH = {
 }
 
 
+class WhatAndCure(NamedTuple):
+    """A line of a message in its two parts, for those who show them apart: values in it may hold what ends a sentence.
+
+    what: without a full stop.  cure: what to do, "" where `what` says it too.
+    """
+
+    what: str
+    cure: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.what}. {self.cure}" if self.cure else f"{self.what}."
+
+
 class InputError(Exception):
-    """Something the user gave is wrong. The message says what, where, and what to do; the program exits with 2."""
+    """Something the user gave is wrong. The message says what, where, and what to do; the program exits with 2.
+
+    Each argument is a line of it, or several: text, or a WhatAndCure.
+    """
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.args))
 
     def show(self) -> None:
         print_error(str(self))

@@ -9,12 +9,10 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.json_schema import GenerateJsonSchema
 
-from configs.combinations import problem_of
-from configs.contradictions import contradiction_of
-from configs.errors import InputError, StorageFailed, is_of_storage
+from configs.errors import InputError, StorageFailed, WhatAndCure, is_of_storage
+from configs.mismatches import find_mismatches, find_sure_mismatches
 from configs.problems import explain_errors, render_value
 from configs.schema import Config
-from configs.slurm_schema import problem_of_signal
 from configs.suggest import REMOVED
 from configs.urls import problem_with_url, shown
 from configs.yaml_text import Document, KeyPath, YamlError, dotted, dump_yaml, parse_yaml
@@ -35,10 +33,11 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, saved_by_a_r
     document = read_document(Path(path))
     if not isinstance(document.value, dict):
         found = "is empty" if document.value is None else f"holds {render_value(document.value)}, not keys with values"
-        raise InputError(f"{path}: the file {found}. Start from a recipe, such as configs/fill_lora.yaml.")
+        cure = "Start from a recipe, such as configs/fill_lora.yaml."
+        raise InputError(WhatAndCure(f"{path}: the file {found}", cure))
     raw: dict[str, Any] = document.value
     places: dict[KeyPath, float] = dict(document.lines)
-    problems: list[tuple[float, str]] = [(line, f"{text}.") for line, text in document.problems]
+    problems: list[tuple[float, WhatAndCure]] = [(line, WhatAndCure(text)) for line, text in document.problems]
     if saved_by_a_run:
         for section, _, name in (key.rpartition(".") for key in REMOVED):
             if isinstance(raw.get(section), dict):
@@ -48,29 +47,29 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, saved_by_a_r
         try:
             _apply_override(raw, override, places)
         except InputError as error:
-            problems.append((_COMMAND_LINE, str(error)))
+            problems.append((_COMMAND_LINE, *error.args))
 
     version = raw.get("version", VERSION)
     if type(version) is not int or version != VERSION:
         problem = _line_of(("version",), places), _explain_version(version)
         if type(version) is int and version > VERSION:  # its other keys are not this version's to judge
-            raise InputError(_render_problem(path, *problem))
+            raise InputError(_placed(path, *problem))
         problems.append(problem)
         del raw["version"]
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
         explained = explain_errors(error, raw, json_schema(), anchors=document.anchors)
-        problems += [(_line_of(key, places), text) for key, text in explained]
+        problems += [(_line_of(key, places), problem) for key, problem in explained]
+        mismatches = find_sure_mismatches(raw, error, [key for key, _ in explained])
     else:
-        mismatches = [problem_of(config) or contradiction_of(config)]
-        if not saved_by_a_run and (text := problem_of_signal(config.slurm)):  # it matters to jobs alone
-            mismatches.append(("slurm.signal_seconds", text))
-        for key, text in filter(None, mismatches):
-            problems.append((_line_of(tuple(key.split(".")), places), f"{text}."))
+        mismatches = find_mismatches(config)
+    for key, _, mismatch in mismatches:
+        if not saved_by_a_run or not key.startswith("slurm."):  # which matters to jobs alone
+            problems.append((_line_of(tuple(key.split(".")), places), mismatch))
     if problems:
         problems.sort(key=lambda problem: problem[0])
-        raise InputError("\n".join(_render_problem(path, *problem) for problem in problems))
+        raise InputError(*(_placed(path, *problem) for problem in problems))
     return config
 
 
@@ -118,30 +117,32 @@ def read_document(path: Path, wanted: str = "a config, such as a copy of a recip
     try:
         return parse_yaml(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
-        raise InputError(f"{path}: there is no such file. Give the path of {wanted}.") from error
+        raise InputError(WhatAndCure(f"{path}: there is no such file", f"Give the path of {wanted}.")) from error
     except OSError as error:
         kind = StorageFailed if is_of_storage(error) else InputError
-        raise kind(f"{path}: cannot be read ({error.strerror}). Give the path of a readable YAML file.") from error
+        what = f"{path}: cannot be read ({error.strerror})"
+        raise kind(WhatAndCure(what, "Give the path of a readable YAML file.")) from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
+        what = f"{path}: is not UTF-8 text (byte {error.start})"
+        raise InputError(WhatAndCure(what, "Save it as UTF-8.")) from error
     except YamlError as error:
         place = path if error.line is None else f"{path}:{error.line}"
-        raise InputError(
-            f"{place}: is not YAML: {error.reason}. Check indentation, colons and quotes there."
-        ) from error
+        what = f"{place}: is not YAML: {error.reason}"
+        raise InputError(WhatAndCure(what, "Check indentation, colons and quotes there.")) from error
 
 
 def _apply_override(raw: dict[str, Any], override: str, places: dict[KeyPath, float]) -> None:
     """Set one dotted key in `raw`, in place; `places` learns where the value came from."""
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
-        raise InputError(f"{override!r} is not key=value. Write for example train.lr=5e-5.")
+        raise InputError(WhatAndCure(f"{override!r} is not key=value", "Write for example train.lr=5e-5."))
     try:
         document = parse_yaml(text)
     except YamlError as error:
-        raise InputError(f"{override!r} has a value that is not YAML: {error.reason}. Put text in quotes.") from error
+        what = f"{override!r} has a value that is not YAML: {error.reason}"
+        raise InputError(WhatAndCure(what, "Put text in quotes.")) from error
     if document.problems:
-        raise InputError(f"{override!r}: {document.problems[0][1]}.")
+        raise InputError(WhatAndCure(f"{override!r}: {document.problems[0][1]}"))
 
     path: KeyPath = ()
     current: Any = {"": raw}
@@ -165,10 +166,12 @@ def _step_into(current: Any, name: str, path: KeyPath, override: str) -> str | i
     if isinstance(current, dict):
         return name
     if not isinstance(current, list):
-        raise InputError(f"{override!r}: {dotted(path)} is {render_value(current)} and has no keys. Override it whole.")
+        what = f"{override!r}: {dotted(path)} is {render_value(current)} and has no keys"
+        raise InputError(WhatAndCure(what, "Override it whole."))
     if not name.isdecimal() or int(name) >= len(current):
         entries = "no entries" if not current else f"the entries 0 to {len(current) - 1}"
-        raise InputError(f"{override!r}: {dotted(path)} is a list with {entries}, not {name}. Override the list whole.")
+        what = f"{override!r}: {dotted(path)} is a list with {entries}, not {name}"
+        raise InputError(WhatAndCure(what, "Override the list whole."))
     return int(name)
 
 
@@ -179,16 +182,13 @@ def _line_of(key: KeyPath, places: dict[KeyPath, float]) -> float:
     return places[key] if key else _WHOLE_FILE
 
 
-def _render_problem(path: Path | str, place: float, text: str) -> str:
-    if place == _COMMAND_LINE:
-        return f"command line: {text}"
-    return f"{path}: {text}" if place == _WHOLE_FILE else f"{path}:{place:.0f}: {text}"
+def _placed(path: Path | str, place: float, problem: WhatAndCure) -> WhatAndCure:
+    where = str(path) if place == _WHOLE_FILE else f"{path}:{place:.0f}"
+    return WhatAndCure(f"{'command line' if place == _COMMAND_LINE else where}: {problem.what}", problem.cure)
 
 
-def _explain_version(version: object) -> str:
+def _explain_version(version: object) -> WhatAndCure:
     if type(version) is int and version > VERSION:
-        return (
-            f"version is {version}, but this fluxfill reads configs of version {VERSION}. Upgrade fluxfill, or write a "
-            f"config of version {VERSION}."
-        )
-    return f"version is {render_value(version)}, but must be {VERSION}. Write version: {VERSION}"
+        what = f"version is {version}, but this fluxfill reads configs of version {VERSION}"
+        return WhatAndCure(what, f"Upgrade fluxfill, or write a config of version {VERSION}.")
+    return WhatAndCure(f"version is {render_value(version)}, but must be {VERSION}", f"Write version: {VERSION}")

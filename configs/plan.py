@@ -124,7 +124,7 @@ def _plan(work: Work, micro: int | None = None, checkpointed: int | None = None)
 def _reason_against(config: Config, base: FluxShape, engine: str, cluster: Cluster) -> str | None:
     """Why an engine cannot train the config there, whatever it would take."""
     if refusal := refuse(combination_of(config, engine)):
-        return refusal.rule.text
+        return refusal.rules[0].text
     if engine == "single" and cluster.gpus > 1:
         return "it is one process"
     if engine not in ("single", "fsdp2-offload", "zero3-offload") and cluster.gpus == 1:

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from configs.errors import WhatAndCure
 from configs.redact import HIDDEN, is_secret_name
 from configs.suggest import suggest_key
 from configs.urls import shown
@@ -16,41 +17,46 @@ from configs.yaml_text import KeyPath, dotted
 
 JsonSchema = dict[str, Any]
 
+_NAME = "[key]"  # pydantic's word, behind a name of the user's choice, for what is wrong with the name itself
 _LONGEST_VALUE = 80  # characters of a value that a message shows
 
 
 def explain_errors(
     error: ValidationError, raw: dict[str, Any], schema: JsonSchema, anchors: Collection[KeyPath] = ()
-) -> list[tuple[KeyPath, str]]:
-    """(path, sentence) for each key that is wrong, in the schema's order.
+) -> list[tuple[KeyPath, WhatAndCure]]:
+    """(path, problem) for each key that is wrong, in the schema's order.
 
     raw: what was validated.  schema: the JSON Schema that goes with it; limits and defaults are read from there, so a
-    sentence cannot disagree with the schema.  anchors: keys whose value is used elsewhere by an alias.
+    problem cannot disagree with the schema.  anchors: keys whose value is used elsewhere by an alias.
     """
-    sentences: dict[KeyPath, str] = {}
+    problems: dict[KeyPath, WhatAndCure] = {}
     for details in error.errors(include_url=False):
         path, node = _locate(details["loc"], schema)
         kind = details["type"]
         if isinstance(path[-1], int) and not _stands_in(raw, path):  # the one entry of a list written without brackets
             path = path[:-1]
-        if kind == "missing":
-            sentence = _missing(path, node, schema)
+        if details["loc"][-1] == _NAME:
+            problem = _wrong_name(path, details["input"], _locate(details["loc"][:-2], schema)[1], schema)
+        elif kind == "missing":
+            problem = _missing(path, node, schema)
         elif kind == "extra_forbidden":
             if path[-1] != details["loc"][-1]:  # of a section that may be null
                 path = (*path, details["loc"][-1])
-            sentence = _unknown(path, details["input"], raw, schema)
+            problem = _unknown(path, details["input"], raw, schema)
             if path in anchors:
-                sentence = f"{dotted(path)}: there is no such key. Put the anchor on the first entry that uses it."
+                cure = "Put the anchor on the first entry that uses it."
+                problem = WhatAndCure(f"{dotted(path)}: there is no such key", cure)
         elif kind in ("union_tag_invalid", "union_tag_not_found"):
-            path, sentence = _wrong_variant(path, node, details["input"], schema)
+            path, problem = _wrong_variant(path, node, details["input"], schema)
         elif kind == "value_error":
             note = "" if _stands_in(raw, path) else " (the default)"
-            sentence = f"{dotted(path)} is {render_value(details['input'])}{note}, but {details['ctx']['error']}."
+            limit = details["ctx"]["error"]
+            problem = WhatAndCure(f"{dotted(path)} is {render_value(details['input'])}{note}, but {limit}")
         else:
-            sentence = _wrong_value(path, node, details["input"], schema)
-        # Of a union each branch complains; they share the path, and the sentence names all branches.
-        sentences[path] = sentence
-    return [(path, text) for path, text in sentences.items() if not _deeper(path, sentences)]
+            problem = _wrong_value(path, node, details["input"], schema)
+        # Of a union each branch complains; they share the path, and the problem names all branches.
+        problems[path] = problem
+    return [(path, problem) for path, problem in problems.items() if not _deeper(path, problems)]
 
 
 def render_value(value: object) -> str:
@@ -124,7 +130,16 @@ def _child(node: JsonSchema, step: str | int, root: JsonSchema) -> JsonSchema | 
             return part["items"]
         if step in part.get("properties", {}):
             return part["properties"][step]
+        if step != _NAME and (values := _values_by_name(part)):
+            return next(iter(values.values()))
     return None
+
+
+def _values_by_name(part: JsonSchema) -> dict[str, JsonSchema]:
+    """Pattern of names -> schema of their values, of a section whose names the user chooses; of others, nothing."""
+    if isinstance(further := part.get("additionalProperties"), dict):
+        return {part.get("propertyNames", {}).get("pattern", ""): further}
+    return part.get("patternProperties", {})
 
 
 def _chosen_variant(node: JsonSchema, step: str | int, root: JsonSchema) -> JsonSchema | None:
@@ -141,45 +156,55 @@ def _stands_in(raw: Any, path: KeyPath) -> bool:
     return True
 
 
-def _deeper(path: KeyPath, paths: dict[KeyPath, str]) -> bool:
+def _deeper(path: KeyPath, paths: Collection[KeyPath]) -> bool:
     return any(len(other) > len(path) and other[: len(path)] == path for other in paths)
 
 
-def _missing(path: KeyPath, node: JsonSchema, root: JsonSchema) -> str:
-    sentence = f"{dotted(path)} is missing, but must be given: {_expected(node, root)}."
+def _missing(path: KeyPath, node: JsonSchema, root: JsonSchema) -> WhatAndCure:
+    advice = []
     if "description" in node:
-        sentence += f" {' '.join(node['description'].split())}"
+        advice.append(" ".join(node["description"].split()))
     if "required" in node:
-        sentence += f" It needs {', '.join(node['required'])}."
+        advice.append(f"It needs {', '.join(node['required'])}.")
     if "examples" in node:
-        sentence += f" For example: {path[-1]}: {_plain(node['examples'][0])}"
-    return sentence
+        advice.append(f"For example: {path[-1]}: {_plain(node['examples'][0])}")
+    return WhatAndCure(f"{dotted(path)} is missing, but must be given: {_expected(node, root)}", " ".join(advice))
 
 
-def _unknown(path: KeyPath, value: object, raw: dict[str, Any], root: JsonSchema) -> str:
+def _unknown(path: KeyPath, value: object, raw: dict[str, Any], root: JsonSchema) -> WhatAndCure:
     found = f"{dotted(path)} is {HIDDEN if is_secret_name(str(path[-1])) else render_value(value)}, but"
     keys = dotted_keys(root)
     section = dotted(tuple(0 if isinstance(step, int) else step for step in path[:-1]))
     if dotted(path) in keys:  # a key of another type of this section
         kind = raw[section]["type"]
-        return (
-            f"{found} {section}.type {kind} has no such key. Remove it or change the type; on the command line, "
-            f"{section}='{{type: {kind}}}' replaces the whole section."
+        return WhatAndCure(
+            f"{found} {section}.type {kind} has no such key",
+            f"Remove it or change the type; on the command line, {section}='{{type: {kind}}}' replaces the whole "
+            "section.",
         )
-    return f"{found} there is no such key. {suggest_key(section, str(path[-1]), keys)}"
+    return WhatAndCure(f"{found} there is no such key", suggest_key(section, str(path[-1]), keys))
 
 
-def _wrong_variant(path: KeyPath, node: JsonSchema, value: object, root: JsonSchema) -> tuple[KeyPath, str]:
+def _wrong_name(path: KeyPath, name: object, section: JsonSchema, root: JsonSchema) -> WhatAndCure:
+    """section: of the names that the user chooses."""
+    pattern = next(pattern for part in _variants(section, root) for pattern in _values_by_name(part))
+    found = f"{dotted(path[:-1])} has the name {render_value(name)}, but names there must be"
+    return WhatAndCure(f"{found} {_expected_single({'type': 'string', 'pattern': pattern})}", "Rename it.")
+
+
+def _wrong_variant(path: KeyPath, node: JsonSchema, value: object, root: JsonSchema) -> tuple[KeyPath, WhatAndCure]:
     name = node["discriminator"]["propertyName"]
     kinds = list(node["discriminator"]["mapping"])
     key = (*path, name)
     if isinstance(value, dict) and name in value:
         return key, _wrong_value(key, {"enum": kinds, "type": "string"}, value[name], root)
-    return key, f"{dotted(key)} is missing, but must be given: {_either(kinds)}. For example: {name}: {kinds[0]}"
+    missing = f"{dotted(key)} is missing, but must be given: {_either(kinds)}"
+    return key, WhatAndCure(missing, f"For example: {name}: {kinds[0]}")
 
 
-def _wrong_value(path: KeyPath, node: JsonSchema, value: object, root: JsonSchema) -> str:
-    return f"{dotted(path)} is {render_value(value)}, but must be {_expected(node, root)}. {_advice(node, value, root)}"
+def _wrong_value(path: KeyPath, node: JsonSchema, value: object, root: JsonSchema) -> WhatAndCure:
+    what = f"{dotted(path)} is {render_value(value)}, but must be {_expected(node, root)}"
+    return WhatAndCure(what, _advice(node, value, root))
 
 
 def _advice(node: JsonSchema, value: object, root: JsonSchema) -> str:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, field_validator
 
+from configs.errors import WhatAndCure
 from configs.section import Count, PositiveInt, Section, expand_home
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -216,13 +217,13 @@ class SlurmConfig(Section):
         return env
 
 
-def problem_of_signal(slurm: SlurmConfig) -> str | None:
+def problem_of_signal(slurm: SlurmConfig) -> WhatAndCure | None:
     """Why the run would be told to save too early in the time that it gets; None: it is not."""
     limit = _limit_seconds(slurm.time)
     if slurm.signal_seconds <= limit / 2:
         return None
-    return (
+    return WhatAndCure(
         f"slurm.signal_seconds is {slurm.signal_seconds}, but slurm.time is {slurm.time}, {limit:,} s: the run would "
-        f"be told to save before half of it is over. Set slurm.signal_seconds={max(int(limit) // 2, 1)} or less, or a "
-        "longer slurm.time"
+        "be told to save before half of it is over",
+        f"Set slurm.signal_seconds={max(int(limit) // 2, 1)} or less, or a longer slurm.time.",
     )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from configs.errors import InputError
+from configs.errors import InputError, WhatAndCure
 from configs.redact import redact
 
 State = Literal["ok", "warning", "error", "skipped"]
@@ -40,6 +40,9 @@ def skipped(name: str, why: str) -> Check:
 
 def error_of(name: str, error: InputError) -> Check:
     """The check of a message "what. What to do."; of several lines, the first is `what` and the others are `found`."""
+    match error.args:
+        case [WhatAndCure() as problem]:
+            return Check(name, "error", *problem)
     first, *others = str(error).splitlines()
     if others:
         what, _, cure = first, "", ""

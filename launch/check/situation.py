@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from configs.combinations import check_engine
-from configs.errors import InputError
+from configs.errors import InputError, WhatAndCure
 from configs.loading import load_config
 from configs.schema import Config, EngineName
-from launch.check.result import Check, ok
+from launch.check.result import Check, error_of, ok
 from launch.command import choose_engine
 from launch.gpus import Gpu, count_training_gpus
 
@@ -34,19 +34,19 @@ def load_situation(
     try:
         config = load_config(config_path, overrides)
     except InputError as error:
-        return None, [_split(line) for line in str(error).splitlines()]
+        return None, [_check_of(problem) for problem in error.args]
     try:
         num_gpus = count_training_gpus(len(gpus), config.data.encoder_devices)
         engine, processes = choose_engine(config.parallel.engine, num_processes, num_gpus)
         check_engine(config, engine)
     except InputError as error:
-        return None, [_split(str(error))]
+        return None, [_check_of(problem) for problem in error.args]
     noun = "process" if processes == 1 else "processes"
     what = f"{config_path}: run {config.run.name}, {config.method.type} under {engine} with {processes} {noun}"
     return Situation(config, config_path, overrides, engine, processes, gpus), [ok("config", what)]
 
 
-def _split(problem: str) -> Check:
-    """A line of the loader, "<place>: <what>. <What to do>"."""
-    what, _, cure = problem.partition(". ")
-    return Check("config", "error", what.removesuffix("."), cure)
+def _check_of(problem: WhatAndCure | str) -> Check:
+    if isinstance(problem, WhatAndCure):
+        return Check("config", "error", *problem)
+    return error_of("config", InputError(problem))

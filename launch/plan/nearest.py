@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from configs.combinations import QUANTIZED, problem_of
+from configs.combinations import QUANTIZED, find_refused
 from configs.fit import Cluster, Work
 from configs.flux_shape import FluxShape
 from configs.gpu_profiles import gpu_names, load_gpu_profile
@@ -18,7 +18,7 @@ _MOST_NODES = 64
 def nearest_that_fits(config: Config, base: FluxShape, cluster: Cluster) -> str | None:
     """What to change, and what then takes how much; None where nothing that is tried fits."""
     for change, tried, where in _changes(config, base, cluster):
-        if problem_of(tried) is None:
+        if not find_refused(tried):
             best = plan_run(tried, base, where, tokens=sample_tokens(tried)).best
             if best is not None:
                 return f"{change}: {describe(best)}"

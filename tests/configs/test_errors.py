@@ -1,9 +1,16 @@
 import errno
+import pickle
 from pathlib import Path
 
 import pytest
 
-from configs.errors import InputError, StorageFailed, list_problems, os_errors_named
+from configs.errors import InputError, StorageFailed, WhatAndCure, list_problems, os_errors_named
+
+
+def test_lines_of_a_message_keep_their_parts():
+    error = pickle.loads(pickle.dumps(InputError(WhatAndCure("a. b is 1", "Write 2."), WhatAndCure("c is 3"), "d")))
+    assert str(error) == "a. b is 1. Write 2.\nc is 3.\nd"
+    assert error.args[0].what == "a. b is 1"
 
 
 def test_a_long_list_of_problems_ends_with_how_many_more():

@@ -92,3 +92,12 @@ def test_missing_keys_say_what_to_write(config_file: Path) -> None:
 def test_a_secret_in_a_config_is_named_by_its_key_alone(text: str, config_file: Path) -> None:
     (problem,) = problems_with(config_file, "run: {name: try}", f"run: {{name: try}}\n{text}")
     assert text.partition(":")[0] in problem and "TOP" not in problem
+
+
+def test_a_variable_and_its_name_are_told_what_they_may_be(config_file: Path) -> None:
+    number, name = problems_of(config_file, "slurm.env={AB: 3, A-B: x}")
+    assert number == ('command line: slurm.env.AB is 3, but must be text that is not empty. Write it in quotes: "3"')
+    assert name == (
+        'command line: slurm.env.A-B has the name "A-B", but names there must be text that matches '
+        "^[A-Za-z_][A-Za-z0-9_]*$. Rename it."
+    )

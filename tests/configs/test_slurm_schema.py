@@ -94,7 +94,7 @@ def test_a_signal_that_comes_before_half_of_the_time_is_a_problem(time: str | in
     """Of --time=4 SLURM would tell the run to stop as it starts."""
     assert problem_of_signal(slurm(time=time, signal_seconds=seconds // 2)) is None
     told = rf"slurm.time is {time}, {seconds:,} s.* slurm.signal_seconds={seconds // 2} or less"
-    assert re.search(told, problem_of_signal(slurm(time=time, signal_seconds=seconds // 2 + 1)) or "")
+    assert re.search(told, str(problem_of_signal(slurm(time=time, signal_seconds=seconds // 2 + 1))))
 
 
 @pytest.mark.parametrize("unlimited", [None, "UNLIMITED", "0", "0:00:00"])

@@ -1,6 +1,6 @@
 import pytest
 
-from configs.errors import InputError
+from configs.errors import InputError, WhatAndCure
 from launch.check.result import Check, error_of
 
 
@@ -21,6 +21,11 @@ from launch.check.result import Check, error_of
 def test_a_message_is_taken_apart_into_what_and_what_to_do(message, what, cure, found):
     made = error_of("cache", InputError(message))
     assert (made.state, made.what, made.cure, made.found) == ("error", what, cure, found)
+
+
+def test_parts_that_are_told_apart_stay_so():
+    made = error_of("model", InputError(WhatAndCure("a. b is 1", "Write 2. Or 3.")))
+    assert (made.what, made.cure) == ("a. b is 1", "Write 2. Or 3.")
 
 
 def test_no_secret_is_told():

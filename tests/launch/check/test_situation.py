@@ -20,8 +20,25 @@ def test_every_problem_of_a_config_is_a_line_with_its_cure(config_file):
     assert all(made.what and made.cure for made in checks)
 
 
+def test_what_ends_a_sentence_in_a_value_or_a_path_does_not_end_the_problem(config_file, tmp_path):
+    named = tmp_path / "my. config.yaml"
+    named.write_text(config_file.read_text(encoding="utf-8"), encoding="utf-8")
+    twins = "{name: k, target: to. be. kept, mask: masks. new/1}, {name: k, target: x, mask: dataset/mask}"
+    _, made = load_situation(str(named), ('run.name="x. y"', f"data.datasets=[{twins}]", "train.stps=3"), None, ())
+    checks = {check.what.partition(" is ")[0].rpartition(" ")[2]: check for check in made}
+    assert checks["run.name"].what.startswith('command line: run.name is "x. y", but must be text that matches ')
+    assert checks["run.name"].cure == "For example: sofa-removal"
+    assert " ... " in checks["data.datasets"].what and checks["data.datasets"].cure == ""
+    assert checks["data.datasets"].what.endswith("each needs a name of its own: rename all but one of those called k")
+    assert checks["train.stps"].cure == "Did you mean train.steps?"
+    _, (missing,) = load_situation(str(tmp_path / "no. such.yaml"), (), None, ())
+    assert missing.what == f"{tmp_path}/no. such.yaml: there is no such file"
+    assert missing.cure == "Give the path of a config, such as a copy of a recipe."
+
+
 def test_an_engine_that_auto_becomes_is_held_against_the_rest(config_file):
     """Of engine auto the loader knows only that some engine would do."""
     overrides = ("train.compile=regional", "parallel.engine=zero2")
     situation, (made,) = load_situation(str(config_file), overrides, 2, ())
     assert situation is None and "do not go together" in made.what
+    assert made.cure == "Nearest that works: train.compile=off."
