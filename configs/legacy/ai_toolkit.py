@@ -114,7 +114,7 @@ def import_sd_trainer(tree: dict[str, Any], count_pictures: CountPictures) -> Im
     tree = _fill_name(tree)
     draft, at = begin_job(tree, "ai-toolkit", PROCESSES)
     draft.put(f"{at}.training_seed", "run.seed", abs(draft.integer(f"{at}.training_seed", 42)) % 2**63)
-    put_base(draft, f"{at}.model.name_or_path", str(draft.get(f"{at}.model.name_or_path", "")))
+    trains = put_base(draft, f"{at}.model.name_or_path", str(draft.get(f"{at}.model.name_or_path", "")))
     method = _put_network(draft, at)
     _put_model(draft, at, method)
     facts = ai_toolkit_data.put_datasets(draft, at, count_pictures)
@@ -122,7 +122,7 @@ def import_sd_trainer(tree: dict[str, Any], count_pictures: CountPictures) -> Im
     _put_saves_and_samples(draft, at, steps_per_update)
     draft.drop_known(_PROCESS, f"{at}.")
     end_job(draft, tree, at)
-    _say_what_it_did(draft, at, facts, method)
+    _say_what_it_did(draft, at, facts, method, trains)
     return draft.finish(_NAMES)
 
 
@@ -234,7 +234,7 @@ def _put_saves_and_samples(draft: Draft, at: str, steps_per_update: int) -> None
     draft.drop_known(_SAMPLE, f"{at}.sample.")
 
 
-def _say_what_it_did(draft: Draft, at: str, facts: DataFacts, method: str) -> None:
+def _say_what_it_did(draft: Draft, at: str, facts: DataFacts, method: str, trains: str) -> None:
     """In front: what kind of model came of it."""
     said = []
     if "fill" in str(draft.get(f"{at}.model.name_or_path", "")).lower():
@@ -246,7 +246,7 @@ def _say_what_it_did(draft: Draft, at: str, facts: DataFacts, method: str) -> No
         what = "every weight" if method == "full" else "an adapter"
         said.append(
             f"It trained {what} of a text-to-image model: neither the holed picture nor the mask was an input, so what "
-            f"came of it does not fill holes. Here FLUX.1-Fill is trained, which sees both."
+            f"came of it does not fill holes. {trains}"
         )
     if facts.has_masks:
         said.append(

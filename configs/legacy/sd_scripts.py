@@ -160,7 +160,7 @@ def import_sd_scripts(
     )
     draft.put("output_dir", "run.dir", str(draft.get("output_dir") or "runs"))
     draft.put("seed", "run.seed", abs(draft.integer("seed", 42)) % 2**63)
-    put_base(draft, "pretrained_model_name_or_path", str(draft.get("pretrained_model_name_or_path", "")))
+    trains = put_base(draft, "pretrained_model_name_or_path", str(draft.get("pretrained_model_name_or_path", "")))
     samples, batch = put_datasets(draft, count_pictures)
     method = _put_network(draft)
     quantized = draft.flag("fp8_base")
@@ -177,7 +177,7 @@ def import_sd_scripts(
     draft.really_did.insert(
         0,
         "It trained FLUX.1 to make pictures from text: conditioning_data_dir weighed the loss and was no input, so "
-        "what came of it does not fill holes. Here FLUX.1-Fill is trained, which sees the holed picture and the mask.",
+        f"what came of it does not fill holes. {trains}",
     )
     return draft.finish(known)
 

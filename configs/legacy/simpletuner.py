@@ -123,7 +123,7 @@ def import_simpletuner(
     else:
         draft.answer("model_family", "no equivalent", "", f"only FLUX.1 is trained: {FILL}")
     default = "black-forest-labs/FLUX.1-dev"
-    put_base(draft, "pretrained_model_name_or_path", str(draft.get("pretrained_model_name_or_path", default)))
+    trains = put_base(draft, "pretrained_model_name_or_path", str(draft.get("pretrained_model_name_or_path", default)))
     method = _put_network(draft)
     kind = str(draft.get("base_model_precision", "no_change"))
     precision, why = precision_of(method, kind != "no_change", kind)
@@ -138,7 +138,7 @@ def import_simpletuner(
         draft.drop_known(KNOWN, prefix, _ALWAYS)
     draft.really_did.append(
         "It trained FLUX.1 to make pictures from text: masks weighed the loss and were no input, so what came of it "
-        "does not fill holes. Here FLUX.1-Fill is trained, which sees the holed picture and the mask."
+        f"does not fill holes. {trains}"
     )
     return draft.finish(KNOWN)
 

@@ -16,6 +16,16 @@ DEV = "black-forest-labs/FLUX.1-dev"
 EXPANDED = (
     "FLUX.1-dev is expanded to Fill's inputs, which start at zero; with base " + FILL + " it fills from step 0 on"
 )
+_EITHER = "must be FLUX.1-Fill-dev, or FLUX.1-dev, in diffusers' layout"
+TRAINS_FILL = "Here FLUX.1-Fill is trained, which sees the holed picture and the mask."
+TRAINS_DEV = (
+    "Here FLUX.1-dev is widened to FLUX.1-Fill's inputs, the holed picture and the mask, and learns what they mean; to "
+    f"begin with a model that fills, set model.base to {FILL}."
+)
+TRAINS_EITHER = (
+    "Here the holed picture and the mask are inputs, which FLUX.1-Fill knows, and which FLUX.1-dev is widened to and "
+    "learns."
+)
 
 # Words of a file's, a folder's or a repository's name, and of the hub's owner of a repository: "swanson" is no Wan.
 _OTHER_MODELS = re.compile(
@@ -64,17 +74,20 @@ def base_of(name: str) -> tuple[str | None, str]:
             return name, EXPANDED if hub_id == DEV else ""
     if is_file:
         return None, f"a single file is not read: give {FILL}, or a folder in diffusers' layout"
-    return name, "must be FLUX.1-Fill-dev, or FLUX.1-dev, in diffusers' layout"
+    return name, _EITHER
 
 
-def put_base(draft: Draft, key: str, name: str) -> None:
-    """Set model.base from an old name, or ask for it."""
+def put_base(draft: Draft, key: str, name: str) -> str:
+    """Set model.base from an old name, or ask for it; returns the sentence on what is trained here."""
     base, why = base_of(name)
     if base is None:
         draft.ask("model.base", why)
         draft.answer(key, "no equivalent", "", why)
     else:
         draft.put(key, "model.base", base, why)
+    if why.endswith(EXPANDED):
+        return TRAINS_DEV
+    return TRAINS_EITHER if base is None or why == _EITHER else TRAINS_FILL
 
 
 def put_optimizer(draft: Draft, key: str, old: str, lr_key: str, lr: float) -> str:

@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 import yaml
 
-from configs.legacy.words import DEV, FILL
+from configs.legacy.words import DEV, FILL, TRAINS_DEV
 from tests.configs.legacy.old_files import MIGRATED, SAMPLES, YAML, import_job, import_sample, leaves, line_of
 
 RANDOM = {"random": {"brush": 0.6, "box": 0.2, "outpaint": 0.2}, "variants": 4}
@@ -139,6 +139,7 @@ def test_what_the_old_quick_start_wrote_is_translated_to_the_last_value(name):
     for key in ("train.is_inpainting", "sample.enabled"):
         assert line_of(imported, key).verdict == "ignored by the old trainer too"
     said = " ".join(imported.really_did)
+    assert TRAINS_DEV in said and "FLUX.1-Fill is trained" not in said
     for fact in (
         "text-to-image",
         "weighed the loss",

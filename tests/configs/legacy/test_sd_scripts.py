@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 
 from configs.legacy.detect import import_file
-from configs.legacy.words import DEV
+from configs.legacy.words import DEV, TRAINS_DEV
 from tests.configs.legacy.old_files import SAMPLES, import_arguments, import_sample, leaves, line_of
 
 
@@ -55,6 +55,7 @@ def test_arguments_and_datasets_are_translated_to_the_last_value():
     assert line_of(imported, "netwrk_dropout").verdict == "unknown key"
     assert "Was network_dropout meant?" in line_of(imported, "netwrk_dropout").why
     assert any("1 / 16 = 0.0625" in sentence for sentence in imported.really_did)
+    assert imported.really_did[0].endswith(TRAINS_DEV)
 
 
 def test_every_key_of_both_files_has_one_line():

@@ -5,7 +5,7 @@ import pytest
 
 from configs.legacy.detect import import_file
 from configs.legacy.read_file import read_old_file
-from configs.legacy.words import FILL
+from configs.legacy.words import FILL, TRAINS_DEV, TRAINS_FILL
 from tests.configs.legacy.old_files import SAMPLES, import_sample, leaves, line_of
 
 
@@ -54,6 +54,7 @@ def test_settings_and_datasets_are_translated_to_the_last_value():
         "validation": {"every_steps": 250, "sampler_steps": 20},
         "checkpoint": {"every_steps": 500, "keep_last": 5},
     }
+    assert any(sentence.endswith(TRAINS_FILL) for sentence in imported.really_did)
     for key in ("aws_access_key_id", "aws_secret_access_key"):
         assert line_of(imported, key).verdict == "secret, dropped"
 
@@ -81,6 +82,7 @@ def test_repeats_are_on_top_of_the_first_time_and_epochs_are_counted_with_them(t
 
 def test_what_the_settings_lack_is_asked_for(translate):
     imported = translate({"num_train_epochs": 3})
+    assert any(sentence.endswith(TRAINS_DEV) for sentence in imported.really_did)  # its own default
     assert set(imported.fill_in) == {"train.steps", "data.datasets.0.target"}
 
 

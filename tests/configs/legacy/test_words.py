@@ -4,6 +4,9 @@ from configs.legacy.draft import Draft
 from configs.legacy.words import (
     DEV,
     FILL,
+    TRAINS_DEV,
+    TRAINS_EITHER,
+    TRAINS_FILL,
     base_of,
     dataset_names,
     precision_of,
@@ -40,6 +43,21 @@ from configs.legacy.words import (
 )
 def test_only_models_that_fill_or_can_be_expanded_are_bases(old, base):
     assert base_of(old)[0] == base
+
+
+@pytest.mark.parametrize(
+    "old, told",
+    [
+        (FILL, TRAINS_FILL),
+        ("flux1-fill-dev.safetensors", TRAINS_FILL),
+        (DEV, TRAINS_DEV),
+        ("models/flux1-dev.safetensors", TRAINS_DEV),
+        ("/models/mine", TRAINS_EITHER),
+        ("", TRAINS_EITHER),
+    ],
+)
+def test_what_is_trained_is_told_by_the_base(old, told):
+    assert put_base(Draft({"model": old}, "it"), "model", old) == told
 
 
 def test_a_base_is_asked_for_where_there_is_none():
