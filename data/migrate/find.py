@@ -10,6 +10,7 @@ from typing import NamedTuple
 from configs.errors import InputError, list_problems
 from data.migrate.names import Partners, base_of, split_by_ends
 from data.migrate.report import CaptionFrom, OldFolders
+from data.migrate.role_folders import refuse_role_folders
 from data.sources.caption_files import note_other_files, note_unused_texts, read_caption_file
 from data.sources.folders import FoundPictures, find_pictures
 from data.sources.near_names import NearNames
@@ -63,8 +64,9 @@ class _Match(NamedTuple):
 
 
 def find_in_folders(folders: OldFolders) -> Found:
-    """The triples of folders, sorted by name. Raises InputError if a folder holds no picture, or the targets have not
-    one name in common with the masks, or with the masked pictures."""
+    """The triples of folders, sorted by name. Raises InputError if a folder holds no picture, that of the targets
+    has masks in a folder of their own, or the targets have not one name in common with the masks, or with the masked
+    pictures."""
     findings = Findings()
     roles = _list(folders, findings)
     matches = list(_match(roles))
@@ -88,6 +90,7 @@ def _list(folders: OldFolders, findings: Findings) -> dict[str, _Role]:
     }
     roles = {role: _Role(each, _own_pictures(role, each, folders)) for role, each in found.items()}
     targets = roles["target"]
+    refuse_role_folders(folders, targets.pictures)
     split = split_by_ends(targets.pictures, [role for role in ("mask", "masked") if role not in found])
     in_target = {
         role: _Role(targets.folder, {name: targets.pictures[name] for name in names}) for role, names in split.items()
