@@ -36,7 +36,8 @@ def explain_errors(
         if isinstance(path[-1], int) and not _stands_in(raw, path):  # the one entry of a list written without brackets
             path = path[:-1]
         if details["loc"][-1] == _NAME:
-            problem = _wrong_name(path, details["input"], _locate(details["loc"][:-2], schema)[1], schema)
+            section, node = _locate(details["loc"][:-2], schema)
+            path, problem = (*section, details["input"], _NAME), _wrong_name(section, details["input"], node, schema)
         elif kind == "missing":
             problem = _missing(path, node, schema)
         elif kind == "extra_forbidden":
@@ -56,7 +57,8 @@ def explain_errors(
             problem = _wrong_value(path, node, details["input"], schema)
         # Of a union each branch complains; they share the path, and the problem names all branches.
         problems[path] = problem
-    return [(path, problem) for path, problem in problems.items() if not _deeper(path, problems)]
+    told = {path: problem for path, problem in problems.items() if not _deeper(path, problems)}
+    return [(path[:-1] if path[-1] == _NAME else path, problem) for path, problem in told.items()]
 
 
 def render_value(value: object) -> str:
@@ -157,7 +159,7 @@ def _stands_in(raw: Any, path: KeyPath) -> bool:
 
 
 def _deeper(path: KeyPath, paths: Collection[KeyPath]) -> bool:
-    return any(len(other) > len(path) and other[: len(path)] == path for other in paths)
+    return any(len(other) > len(path) and other[: len(path)] == path and other[-1] != _NAME for other in paths)
 
 
 def _missing(path: KeyPath, node: JsonSchema, root: JsonSchema) -> WhatAndCure:
@@ -185,10 +187,10 @@ def _unknown(path: KeyPath, value: object, raw: dict[str, Any], root: JsonSchema
     return WhatAndCure(f"{found} there is no such key", suggest_key(section, str(path[-1]), keys))
 
 
-def _wrong_name(path: KeyPath, name: object, section: JsonSchema, root: JsonSchema) -> WhatAndCure:
-    """section: of the names that the user chooses."""
-    pattern = next(pattern for part in _variants(section, root) for pattern in _values_by_name(part))
-    found = f"{dotted(path[:-1])} has the name {render_value(name)}, but names there must be"
+def _wrong_name(path: KeyPath, name: object, node: JsonSchema, root: JsonSchema) -> WhatAndCure:
+    """path, node: of the section in which the user chooses the names."""
+    pattern = next(pattern for part in _variants(node, root) for pattern in _values_by_name(part))
+    found = f"{dotted(path)} has the name {render_value(name)}, but names there must be"
     return WhatAndCure(f"{found} {_expected_single({'type': 'string', 'pattern': pattern})}", "Rename it.")
 
 

@@ -95,9 +95,12 @@ def test_a_secret_in_a_config_is_named_by_its_key_alone(text: str, config_file: 
 
 
 def test_a_variable_and_its_name_are_told_what_they_may_be(config_file: Path) -> None:
-    number, name = problems_of(config_file, "slurm.env={AB: 3, A-B: x}")
-    assert number == ('command line: slurm.env.AB is 3, but must be text that is not empty. Write it in quotes: "3"')
-    assert name == (
-        'command line: slurm.env.A-B has the name "A-B", but names there must be text that matches '
-        "^[A-Za-z_][A-Za-z0-9_]*$. Rename it."
-    )
+    names = "names there must be text that matches ^[A-Za-z_][A-Za-z0-9_]*$. Rename it."
+    assert problems_of(config_file, "slurm.env={AB: 3, A-B: x, C.D: 4, E: y}") == [
+        'command line: slurm.env.AB is 3, but must be text that is not empty. Write it in quotes: "3"',
+        f'command line: slurm.env has the name "A-B", but {names}',
+        f'command line: slurm.env has the name "C.D", but {names}',
+        'command line: slurm.env.C.D is 4, but must be text that is not empty. Write it in quotes: "4"',
+    ]
+    (problem,) = problems_with(config_file, "run: {name: try}", "run: {name: try}\nslurm:\n  env:\n    A-B: x")
+    assert problem == f'{config_file}:5: slurm.env has the name "A-B", but {names}'
