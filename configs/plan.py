@@ -41,6 +41,11 @@ class Plan:
     start_bytes: float
 
     @property
+    def choices(self) -> tuple[str, int, int]:
+        """What was decided: engine, micro-batch and checkpointed blocks."""
+        return self.engine, self.micro_batch_size, self.checkpointed
+
+    @property
     def bytes(self) -> float:
         """Of a GPU, at its fullest moment, which may be the start."""
         return max(sum(part.bytes for part in self.memory), self.start_bytes)

@@ -96,9 +96,10 @@ def plan(
         typer.echo(f"{config}: {describe(best)}{also} written", err=as_json)
     elif refusal := _refusal_as_written(planned):
         raise InputError(f"{_taken(config, run)} {refusal}. Nearest that fits: {describe(best)}. Take it: --write.")
-    elif planned.as_written is not None and planned.as_written.engine != best.engine:
-        theirs, ours = (f"{plan.engine} ({plan.time.total:.2f} s)" for plan in (planned.as_written, best))
-        typer.echo(f"{_taken(config, run)} {theirs}; --write sets {ours}", err=as_json)
+    elif planned.as_written is not None and planned.as_written.choices != best.choices:
+        theirs = f"{describe(planned.as_written)}, {planned.as_written.time.total:.2f} s a step"
+        ours = f"the plan, which --write sets, {best.time.total:.2f} s"
+        typer.echo(f"{_taken(config, run)} {theirs}; {ours}", err=as_json)
 
 
 def _cluster_of(

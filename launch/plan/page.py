@@ -33,10 +33,11 @@ bytes on disk. It chooses the fastest that fits, of several within 3 % the simpl
 needs no torch and no GPU. What `--gpu`, `--nodes` and `--gpus-per-node` leave open is taken from the config's section
 `slurm`. A config whose own engine (of `auto` the one
 that `fluxfill train` takes: `ddp` on several GPUs, `single` on one), micro-batch or checkpointing does not fit is
-refused (exit code 2) with the nearest that does; `--write` puts that into the config, and with it every `key=value` of
-the command line, because the plan is of both; its other lines stay as they are, and a value that changes loses the
-comment behind it. `--json` prints all. A run whose `train.micro_batch_size` or `train.activation_checkpointing` is
-`auto` decides them by the same functions (`configs/fit.py`), from what is free on its GPUs once the model is there.
+refused (exit code 2) with the nearest that does; of one that fits, and is not what was chosen, a line says what it
+takes. `--write` puts the plan into the config, and with it every `key=value` of the command line, because the plan is
+of both; its other lines stay as they are, and a value that changes loses the comment behind it. `--json` prints all. A
+run whose `train.micro_batch_size` or `train.activation_checkpointing` is `auto` decides them by the same
+functions (`configs/fit.py`), from what is free on its GPUs once the model is there.
 
 `fluxfill gpus list` shows the profiles that `--gpu` takes by name. `fluxfill gpus detect --write NAME` makes one of the
 machine that it runs on: memory, NVLink, network and GPUs of a node as found there, rates as those of the known card of

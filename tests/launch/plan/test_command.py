@@ -101,18 +101,34 @@ def test_a_config_that_is_started_with_what_does_not_fit_is_refused_with_the_nea
 
 
 @pytest.mark.parametrize(
-    "overrides, taken",
+    "gpu, overrides, taken",
     [
-        ([], "parallel.engine is auto: `fluxfill train` takes ddp"),
-        (["parallel.engine=ddp"], f"{CONFIGS / 'fill_lora.yaml'} names ddp"),
+        ("40GB", [], "parallel.engine is auto: `fluxfill train` takes ddp, micro-batches of 1, "),
+        ("40GB", ["parallel.engine=ddp"], f"{CONFIGS / 'fill_lora.yaml'} names ddp, micro-batches of 1, "),
+        pytest.param(
+            "h100-80gb",
+            ["parallel.engine=ddp", "train.activation_checkpointing=true"],
+            f"{CONFIGS / 'fill_lora.yaml'} names ddp, micro-batches of 2, 57 of 57 blocks checkpointed, ",
+            id="checkpointed blocks alone",
+        ),
+        pytest.param(
+            "h100-80gb",
+            ["train.micro_batch_size=1", "train.global_batch_size=256", "data.resolution=256"],
+            "parallel.engine is auto: `fluxfill train` takes ddp, micro-batches of 1, no checkpointing, ",
+            id="micro-batch alone",
+        ),
     ],
 )
-def test_an_engine_that_fits_and_is_not_the_chosen_one_is_told(overrides, taken):
-    made = plan(CONFIGS / "fill_lora.yaml", *overrides, "--gpu", "40GB", "--json")
+def test_a_run_that_fits_and_is_not_the_chosen_one_is_told_with_what_it_takes(gpu, overrides, taken):
+    made = plan(CONFIGS / "fill_lora.yaml", *overrides, "--gpu", gpu, "--json")
     assert made.exit_code == 0
-    ours, theirs = (f"({json.loads(made.stdout)[name]['time']['total']:.2f} s)" for name in ("best", "as_written"))
-    assert made.stderr == f"{taken} {theirs}; --write sets fsdp2 {ours}\n"
-    assert "--write" not in plan(CONFIGS / "fill_lora.yaml", "parallel.engine=fsdp2", "--gpu", "40GB").output
+    best, written = (json.loads(made.stdout)[name] for name in ("best", "as_written"))
+    takes = f"{written['gpu_bytes'] / 2**30:.1f} GiB a GPU, {written['time']['total']:.2f} s a step"
+    rest = made.stderr.removeprefix(taken).removesuffix(
+        f"; the plan, which --write sets, {best['time']['total']:.2f} s\n"
+    )
+    assert rest.endswith(takes) and len(rest) < 60 and made.stderr.startswith(taken), made.stderr
+    assert "--write" not in plan(CONFIGS / "fill_lora.yaml", f"parallel.engine={best['engine']}", "--gpu", gpu).output
 
 
 def test_where_nothing_fits_the_nearest_is_a_change_of_config_or_gpus():
