@@ -1,12 +1,15 @@
 """The memory of a GPU against what training, and preprocessing before it, would hold there by configs/memory.py."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
-from configs.combinations import FSDP, ZERO3
+from configs.data_schema import DataConfig
 from configs.flux_shape import PATCH, FluxShape
 from configs.memory import CONTEXT, GIB, USABLE, Part, encoding_memory, shared_encoders, training_memory
+from configs.schema import Config
 from configs.this_machine import memory_bytes
 from data.samples.plan import PlannedSample
+from launch.check.cures import cure_of_encoding, cure_of_training
 from launch.check.model import Sizes
 from launch.check.result import Check, ok
 from launch.check.situation import Situation
@@ -31,37 +34,39 @@ def check_memory(
     config = situation.config
     gpu_gib = gpu_gib or min((gpu.memory_gib for gpu in situation.gpus if gpu.memory_gib), default=None)
     tokens = largest_tokens(situation, samples)
-    sample = tokens + config.data.captions.text_length
-    sharing = situation.processes
-    if situation.engine == "hsdp" and situation.gpus:  # every node holds a copy, in parts
-        sharing = min(sharing, len(situation.gpus))
-    parts = training_memory(config, sizes.shape, situation.engine, processes=sharing, tokens=sample)
-    gpus = min(situation.processes, len(situation.gpus) or situation.processes)  # processes: of all nodes
-    here = count_training_gpus(gpus, config.data.encoder_devices)
-    encoders = shared_encoders(
-        config.data,
-        here,
-        text_parameters=sizes.text,
-        vae_parameters=sizes.vae,
-        vae_width=sizes.vae_width,
-        pixels=tokens * PATCH**2,
-    )
-    parts += encoders
+    encoders = {
+        "text_parameters": sizes.text,
+        "vae_parameters": sizes.vae,
+        "vae_width": sizes.vae_width,
+        "pixels": tokens * PATCH**2,
+    }
+
+    def shared(config: Config, processes: int) -> list[Part]:
+        gpus = min(processes, len(situation.gpus) or processes)  # processes: of all nodes
+        return shared_encoders(config.data, count_training_gpus(gpus, config.data.encoder_devices), **encoders)
+
+    def training(config: Config, engine: str, processes: int) -> list[Part]:
+        sharing = processes
+        if engine == "hsdp" and situation.gpus:  # every node holds a copy, in parts
+            sharing = min(sharing, len(situation.gpus))
+        sample = tokens + config.data.captions.text_length
+        parts = training_memory(config, sizes.shape, engine, processes=sharing, tokens=sample)
+        return parts + shared(config, processes)
+
+    def encoding(data: DataConfig) -> list[Part]:
+        return [*encoding_memory(data, **encoders), CONTEXT]
+
+    parts = training(config, situation.engine, situation.processes)
     if gpu_gib is None:
         yield _without_gpu(sizes.shape, parts)
         return
-    encoding = encoding_memory(
-        config.data,
-        text_parameters=sizes.text,
-        vae_parameters=sizes.vae,
-        vae_width=sizes.vae_width,
-        pixels=tokens * PATCH**2,
-    )
-    cure = _cure_of_training(situation, encodes=bool(encoders))
-    yield _compare("memory", "training", parts, gpu_gib, cure, least=_decides_itself(situation))
+    shares = bool(shared(config, situation.processes))
+    cure = partial(cure_of_training, situation, lambda *run: _sum(training(*run)), gpu_gib, encodes=shares)
+    yield _compare("training", parts, gpu_gib, cure, least=_decides_itself(situation))
     if encodes and config.data.encoders.vae != "cpu":
-        cure = "Lower data.encode_batch_size, set data.encoders.t5_precision=int8, or data.encoders.t5=cpu."
-        yield _compare("memory", "preprocessing", [*encoding, CONTEXT], gpu_gib, cure)
+        parts = encoding(config.data)
+        cure = partial(cure_of_encoding, config.data, lambda data: _sum(encoding(data)), gpu_gib)
+        yield _compare("preprocessing", parts, gpu_gib, cure)
 
 
 def largest_tokens(situation: Situation, samples: Sequence[PlannedSample] | None) -> int:
@@ -77,42 +82,27 @@ def _decides_itself(situation: Situation) -> bool:
     return "auto" in (train.micro_batch_size, train.activation_checkpointing)
 
 
-def _compare(name: str, work: str, parts: Sequence[Part], gpu_gib: float, cure: str, *, least: bool = False) -> Check:
-    needed = sum(part.gib for part in parts)
+def _compare(
+    work: str, parts: Sequence[Part], gpu_gib: float, cure: Callable[[], str], *, least: bool = False
+) -> Check:
+    """cure: asked only where the work does not fit."""
+    needed = _sum(parts) / GIB
     what = f"{work} takes about {needed:.1f} of {gpu_gib:.1f} GiB by formula"
     found = tuple(f"{part.gib:8.2f} GiB  {part.what} ({part.source})" for part in parts)
     if needed > gpu_gib:
-        return Check(name, "error", what, cure, found)
+        return Check("memory", "error", what, cure(), found)
     if needed > USABLE * gpu_gib:
-        return Check(name, "warning", f"{what}, which is tight", cure, found)
-    return ok(name, f"{what}; auto takes more where that is faster (fluxfill plan)" if least else what, found)
+        return Check("memory", "warning", f"{what}, which is tight", cure(), found)
+    return ok("memory", f"{what}; auto takes more where that is faster (fluxfill plan)" if least else what, found)
 
 
-def _cure_of_training(situation: Situation, *, encodes: bool) -> str:
-    """What helps most, in the order of what it costs.  encodes: whether encoders share the GPU."""
-    config, engine = situation.config, situation.engine
-    cures = []
-    if encodes:
-        also = " with data.encoder_devices=null" if config.data.encoder_devices else ""
-        cures.append(f"data.mode=cached{also}")
-    if config.train.micro_batch_size not in ("auto", 1):
-        cures.append("train.micro_batch_size=1")
-    if config.train.activation_checkpointing is False:
-        cures.append("train.activation_checkpointing=true")
-    if config.method.type == "full" and engine in ("single", "ddp"):
-        cures.append("parallel.engine=fsdp2 on several GPUs, or fsdp2-offload")
-    if engine in (*FSDP, *ZERO3) and not engine.endswith("-offload"):
-        cures.append("--num-processes to more GPUs, which share the state")
-    if config.method.type == "full" and config.train.optimizer == "adamw" and config.train.weights == "fp32_master":
-        cures.append("train.optimizer=adamw8bit")
-    if config.method.type != "full" and config.model.precision not in ("nf4", "int8", "fp8"):
-        cures.append("model.precision=int8 or nf4")
-    return f"Set {', or '.join(cures or ['a smaller data.resolution'])}; or train on a larger GPU."
+def _sum(parts: Sequence[Part]) -> float:
+    return sum(part.bytes for part in parts)
 
 
 def _without_gpu(base: FluxShape, parts: Sequence[Part]) -> Check:
     """On a machine without a GPU the run would be a CPU's, in fp32."""
-    needed = sum(part.gib for part in parts)
+    needed = _sum(parts) / GIB
     found = tuple(f"{part.gib:8.2f} GiB  {part.what} ({part.source})" for part in parts)
     if base.parameters > LARGE:
         what = f"no GPU here to compare with; one takes about {needed:.1f} GiB by formula"

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from configs.combinations import QUANTIZED, find_refused
+from configs.combinations import find_refused
 from configs.fit import Cluster, Work
 from configs.flux_shape import FluxShape
 from configs.gpu_profiles import gpu_names, load_gpu_profile
@@ -11,6 +11,7 @@ from configs.plan import Plan, plan_run
 from configs.schema import Config
 from launch.gpus import count_training_gpus
 from launch.plan.asked import sample_tokens
+from launch.plan.settings import cached_settings, smaller_settings, with_settings, written
 
 _MOST_NODES = 64
 
@@ -33,11 +34,10 @@ def describe(plan: Plan) -> str:
 
 def _changes(config: Config, base: FluxShape, cluster: Cluster) -> Iterator[tuple[str, Config, Cluster]]:
     """The smaller ones first: precision and optimizer, more GPUs, other GPUs, and then several of them."""
-    smaller = list(_smaller_configs(config))
+    settings = list(smaller_settings(config))
     if Work(config, base, "single", cluster, sample_tokens(config)).encoders:
-        also = " data.encoder_devices=null" if config.data.encoder_devices else ""
-        cached = _with(config, "data", mode="cached", encoder_devices=None)
-        smaller.insert(0, (f"data.mode=cached{also}", cached))
+        settings.insert(0, cached_settings(config))
+    smaller = [(" ".join(written(each)), with_settings(config, each)) for each in settings]
     yield from ((change, tried, cluster) for change, tried in smaller)
     more = list(_more_gpus(config, cluster))
     for change, where in more:
@@ -45,26 +45,6 @@ def _changes(config: Config, base: FluxShape, cluster: Cluster) -> Iterator[tupl
     for name, where in more:
         for change, tried in smaller:
             yield f"{change} on {name.removeprefix('--')}", tried, where
-
-
-def _smaller_configs(config: Config) -> Iterator[tuple[str, Config]]:
-    if config.method.type == "full":
-        if config.train.optimizer == "adamw" and config.train.weights == "fp32_master":
-            yield "train.optimizer=adamw8bit", _with(config, "train", optimizer="adamw8bit")
-        if config.train.ema_decay is not None:
-            yield "train.ema_decay=null", _with(config, "train", ema_decay=None)
-        if config.train.weights == "fp32_master":
-            changed = _with(config, "train", weights="bf16_stochastic", optimizer="adamw")
-            yield "train.weights=bf16_stochastic train.optimizer=adamw", changed
-            yield (
-                "train.weights=bf16_stochastic train.optimizer=adamw train.ema_decay=null",
-                _with(changed, "train", ema_decay=None),
-            )
-    elif config.model.precision not in QUANTIZED:
-        for precision in ("int8", "nf4"):
-            yield f"model.precision={precision}", _with(config, "model", precision=precision)
-    elif config.model.precision != "nf4":
-        yield "model.precision=nf4", _with(config, "model", precision="nf4")
 
 
 def _more_gpus(config: Config, cluster: Cluster) -> Iterator[tuple[str, Cluster]]:
@@ -78,7 +58,3 @@ def _more_gpus(config: Config, cluster: Cluster) -> Iterator[tuple[str, Cluster]
     larger = [name for name, profile in named.items() if profile.memory_gib > cluster.profile.memory_gib]
     for name in sorted(larger, key=lambda name: named[name].memory_gib):
         yield f"--gpu {name}", Cluster(named[name], cluster.nodes, cluster.gpus_per_node)
-
-
-def _with(config: Config, section: str, **values: object) -> Config:
-    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
