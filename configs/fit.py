@@ -17,15 +17,23 @@ from configs.step_time import StepTime, step_time
 
 @dataclass(frozen=True)
 class Cluster:
-    """The GPUs of a run, all of one kind."""
+    """The GPUs of a run, all of one kind.  gpus_per_node: those that train.  others_per_node: those beside them, which
+    encode for them or do nothing."""
 
     profile: GpuProfile
     nodes: int
     gpus_per_node: int
+    others_per_node: int = 0
 
     @property
     def gpus(self) -> int:
+        """Those that train."""
         return self.nodes * self.gpus_per_node
+
+    @property
+    def asked_gpus(self) -> int:
+        """All that the run is given."""
+        return self.nodes * (self.gpus_per_node + self.others_per_node)
 
     @property
     def usable_bytes(self) -> float:

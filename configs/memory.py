@@ -192,16 +192,49 @@ def shared_encoders(
     training_gpus: of a machine, cuda:0 and those after it, with a process each, whose encoders are its own.  The other
     arguments are those of `encoding_memory`.
     """
+    sizes = (pixels, text_parameters, vae_parameters, vae_width)
+    training = _training_devices(training_gpus)
+    held = [parts for name, parts in _by_device(data, training_gpus, *sizes).items() if name in training]
+    return max(held, key=lambda parts: sum(part.bytes for part in parts), default=[])
+
+
+def encoders_apart(
+    data: DataConfig,
+    training_gpus: int,
+    *,
+    pixels: int,
+    text_parameters: int = TEXT_PARAMETERS,
+    vae_parameters: int = VAE_PARAMETERS,
+    vae_width: int = VAE_WIDTH,
+) -> dict[str, list[Part]]:
+    """GPU, as cuda:1 -> what is held there, of those that encode for others while an online run trains, in order. The
+    arguments are `shared_encoders`'."""
+    sizes = (pixels, text_parameters, vae_parameters, vae_width)
+    held = _by_device(data, training_gpus, *sizes)
+    apart = held.keys() - {"cpu", *_training_devices(training_gpus)}
+    users = list(zip(*_encoders_devices(data, training_gpus), strict=True))  # a pair of devices for each process
+    return {
+        name: [*held[name], _times(sum(name in devices for devices in users), CONTEXT)]
+        for name in sorted(apart, key=lambda name: (len(name), name))
+    }
+
+
+def _by_device(
+    data: DataConfig, training_gpus: int, pixels: int, text_parameters: int, vae_parameters: int, vae_width: int
+) -> dict[str, list[Part]]:
+    """Device -> what encoders of an online run hold there: those of all processes of a machine."""
     if data.mode != "online":
-        return []
-    vae = _vae_memory(data, pixels, vae_parameters, vae_width)
-    text = [_text_memory(data, text_parameters)]
-    gpus = [f"cuda:{index}" for index in range(training_gpus)]
-    placed = zip(_encoders_devices(data, gpus), (vae, text), strict=True)
-    each = [(devices, part) for devices, parts in placed for part in parts]
-    held = [[_times(devices.count(gpu), part) for devices, part in each] for gpu in gpus]
-    fullest = max(held, key=lambda parts: sum(part.bytes for part in parts))
-    return [part for part in fullest if part.bytes]
+        return {}
+    parts = (_vae_memory(data, pixels, vae_parameters, vae_width), [_text_memory(data, text_parameters)])
+    found: dict[str, list[Part]] = {}
+    for devices, held in zip(_encoders_devices(data, training_gpus), parts, strict=True):
+        for name in set(devices):
+            found.setdefault(name, []).extend(_times(devices.count(name), part) for part in held)
+    return found
+
+
+def _training_devices(count: int) -> list[str]:
+    return [f"cuda:{index}" for index in range(count)]
 
 
 def encoders_on_host(
@@ -214,8 +247,7 @@ def encoders_on_host(
     """What encoders of an online run hold of a machine's own memory, in fp32; the arguments are `shared_encoders`'."""
     if data.mode != "online":
         return []
-    gpus = [f"cuda:{index}" for index in range(training_gpus)]
-    vae, text = (devices.count("cpu") for devices in _encoders_devices(data, gpus))
+    vae, text = (devices.count("cpu") for devices in _encoders_devices(data, training_gpus))
     parts = [
         _times(vae, Part("VAE", 4 * vae_parameters, "of each process, in fp32")),
         _times(text, Part("T5 and CLIP", 4 * text_parameters, "of each process, in fp32")),
@@ -223,9 +255,9 @@ def encoders_on_host(
     return [part for part in parts if part.bytes]
 
 
-def _encoders_devices(data: DataConfig, gpus: list[str]) -> tuple[list[str], list[str]]:
+def _encoders_devices(data: DataConfig, training_gpus: int) -> tuple[list[str], list[str]]:
     """Where an online run's VAE and its T5 are: of each training process, which has the GPU at the same place."""
-    named = data.encoder_devices
+    named, gpus = data.encoder_devices, _training_devices(training_gpus)
     homes = gpus if named is None else [named[rank % len(named)] for rank in range(len(gpus))]
     choices = {"auto": homes, "cuda": gpus}
     vae, t5 = (choices.get(device, [device] * len(gpus)) for device in (data.encoders.vae, data.encoders.t5))

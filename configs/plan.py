@@ -133,9 +133,9 @@ def _reason_against(config: Config, base: FluxShape, engine: str, cluster: Clust
     if engine == "single" and cluster.gpus > 1:
         return "it is one process"
     if engine not in ("single", "fsdp2-offload", "zero3-offload") and cluster.gpus == 1:
-        return "there is one GPU, and nothing to share"
+        return "one GPU trains, and there is nothing to share"
     if engine == "hsdp" and (cluster.nodes < 2 or cluster.gpus_per_node < 2):
-        return "it needs two nodes or more, of two GPUs or more"
+        return "it needs two nodes or more, of two GPUs or more that train"
     partition = trained_parameters(config.method, base) / cluster.gpus
     if engine in ("zero1", "zero2") and config.train.optimizer == "adamw8bit" and partition >= _EIGHT_BIT_LIMIT:
         return f"bitsandbytes takes no partition of {partition:,.0f} elements as one tensor"

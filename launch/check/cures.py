@@ -39,7 +39,8 @@ def cure_of_training(situation: Situation, needs: Needs, gpu_gib: float, *, enco
         if more is not None:
             also = "" if shares == engine else f" parallel.engine={shares}"
             ways.append(f"share the state among more GPUs (--num-processes {more}{also})")
-    return _sentence(ways, "train", needs(config, engine, processes))
+    enough = "" if ways else " No setting is enough; `fluxfill plan` knows what else there is."
+    return _sentence([*ways, _larger("train", needs(config, engine, processes))]) + enough
 
 
 def cure_of_encoding(data: DataConfig, needs: Callable[[DataConfig], float], gpu_gib: float) -> str:
@@ -51,7 +52,7 @@ def cure_of_encoding(data: DataConfig, needs: Callable[[DataConfig], float], gpu
         if taken <= USABLE * gpu_gib * GIB:
             ways.append(_set({f"data.{key}": value for key, value in settings.items()}, taken))
             break
-    return _sentence(ways, "encode", needs(data))
+    return _sentence([*ways, _larger("encode", needs(data))]) + ("" if ways else " No setting is enough.")
 
 
 def _of_training(config: Config, engine: str, processes: int, *, encodes: bool) -> list[Settings]:
@@ -80,8 +81,10 @@ def _set(settings: Settings, taken: float) -> str:
     return f"set {' '.join(written(settings))}, with which it takes {taken / GIB:.1f} GiB"
 
 
-def _sentence(ways: Sequence[str], verb: str, needed: float) -> str:
-    gpu = f"{verb} on a GPU of {math.ceil(needed / USABLE / GIB)} GiB or more"
-    said = "; or ".join([*ways, gpu])
-    enough = "" if ways else " No setting is enough; `fluxfill plan` knows what else there is."
-    return f"{said[0].upper()}{said[1:]}.{enough}"
+def _larger(verb: str, needed: float) -> str:
+    return f"{verb} on a GPU of {math.ceil(needed / USABLE / GIB)} GiB or more"
+
+
+def _sentence(ways: Sequence[str]) -> str:
+    said = "; or ".join(ways)
+    return f"{said[0].upper()}{said[1:]}."

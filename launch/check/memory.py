@@ -5,7 +5,7 @@ from functools import partial
 
 from configs.data_schema import DataConfig
 from configs.flux_shape import PATCH, FluxShape
-from configs.memory import CONTEXT, GIB, USABLE, Part, encoding_memory, shared_encoders, training_memory
+from configs.memory import CONTEXT, GIB, USABLE, Part, encoders_apart, encoding_memory, shared_encoders, training_memory
 from configs.schema import Config
 from configs.this_machine import memory_bytes
 from data.samples.plan import PlannedSample
@@ -41,9 +41,15 @@ def check_memory(
         "pixels": tokens * PATCH**2,
     }
 
-    def shared(config: Config, processes: int) -> list[Part]:
+    def training_gpus(data: DataConfig, processes: int) -> int:
         gpus = min(processes, len(situation.gpus) or processes)  # processes: of all nodes
-        return shared_encoders(config.data, count_training_gpus(gpus, config.data.encoder_devices), **encoders)
+        return count_training_gpus(gpus, data.encoder_devices)
+
+    def shared(config: Config, processes: int) -> list[Part]:
+        return shared_encoders(config.data, training_gpus(config.data, processes), **encoders)
+
+    def apart(data: DataConfig) -> dict[str, list[Part]]:
+        return encoders_apart(data, training_gpus(data, situation.processes), **encoders)
 
     def training(config: Config, engine: str, processes: int) -> list[Part]:
         sharing = processes
@@ -63,6 +69,12 @@ def check_memory(
     shares = bool(shared(config, situation.processes))
     cure = partial(cure_of_training, situation, lambda *run: _sum(training(*run)), gpu_gib, encodes=shares)
     yield _compare("training", parts, gpu_gib, cure, least=_decides_itself(situation))
+    if held := apart(config.data):
+        device, parts = max(held.items(), key=lambda item: _sum(item[1]))
+        cure = partial(
+            cure_of_encoding, config.data, lambda data: max(map(_sum, apart(data).values()), default=0), gpu_gib
+        )
+        yield _compare(f"encoding for others, on {device},", parts, gpu_gib, cure)
     if encodes and config.data.encoders.vae != "cpu":
         parts = encoding(config.data)
         cure = partial(cure_of_encoding, config.data, lambda data: _sum(encoding(data)), gpu_gib)

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from configs.data_schema import DataConfig
 from configs.errors import InputError
 from configs.fit import Cluster
 from configs.flux_shape import FluxShape
@@ -18,10 +19,11 @@ from configs.memory import GIB
 from configs.plan import Plan, Planned, plan_run
 from configs.schema import Config
 from launch.arguments import ConfigPath, Overrides
+from launch.check.cures import cure_of_encoding
 from launch.gpus import count_training_gpus
 from launch.plan.asked import read_shape, sample_tokens
 from launch.plan.nearest import describe, nearest_that_fits
-from launch.plan.report import engine_lines, plan_lines, render_json
+from launch.plan.report import engine_lines, fullest_apart, place, plan_lines, render_json
 from launch.plan.write import write_plan
 
 
@@ -77,8 +79,7 @@ def plan(
     if as_json:
         typer.echo(render_json(run, base, planned))
     else:
-        where = f"{cluster.nodes} x {cluster.gpus_per_node} x {cluster.profile.name}"
-        lines = [f"{config} on {where}", "", *engine_lines(planned)]
+        lines = [f"{config} on {place(run, cluster)}", "", *engine_lines(planned)]
         if planned.best is not None:
             lines += ["", *plan_lines(run, base, planned, planned.best)]
         typer.echo("\n".join(lines))
@@ -88,6 +89,7 @@ def plan(
         raise InputError(
             f"{_why_not(planned)} {f'Nearest that fits: {nearest}.' if nearest else 'Train on larger GPUs.'}"
         )
+    _refuse_full_encoders(run, cluster)
     if simulate:
         typer.echo(_simulate(run, base, best), err=as_json)
     if write:
@@ -116,7 +118,23 @@ def _cluster_of(
         taken.append(f"slurm.gpus_per_node {slurm.gpus_per_node}")
     profile = load_gpu_profile(slurm.gpu or "80GB" if gpu is None else gpu)
     each = gpus_per_node or slurm.gpus_per_node or profile.gpus_per_node or 1
-    return Cluster(profile, nodes or slurm.nodes, count_training_gpus(each, config.data.encoder_devices)), taken
+    training = count_training_gpus(each, config.data.encoder_devices)
+    return Cluster(profile, nodes or slurm.nodes, training, each - training), taken
+
+
+def _refuse_full_encoders(config: Config, cluster: Cluster) -> None:
+    """Raises InputError if the GPU that encodes for others does not hold what that takes."""
+
+    def needs(data: DataConfig) -> float:
+        apart = fullest_apart(config.model_copy(update={"data": data}), cluster)
+        return sum(part.bytes for part in apart[1]) if apart else 0
+
+    apart = fullest_apart(config, cluster)
+    if apart is not None and (needed := needs(config.data)) > cluster.usable_bytes:
+        raise InputError(
+            f"{apart[0]}, which encodes for others, takes {needed / GIB:.1f} GiB, and {cluster.usable_bytes / GIB:.1f} "
+            f"may be filled. {cure_of_encoding(config.data, needs, cluster.profile.memory_gib)}"
+        )
 
 
 def _taken(path: str, config: Config) -> str:

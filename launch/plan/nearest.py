@@ -1,6 +1,7 @@
 """The nearest that fits where a plan does not: the smallest change of the config, of the GPUs, or of both."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from configs.combinations import find_refused
 from configs.fit import Cluster, Work
@@ -50,11 +51,11 @@ def _changes(config: Config, base: FluxShape, cluster: Cluster) -> Iterator[tupl
 def _more_gpus(config: Config, cluster: Cluster) -> Iterator[tuple[str, Cluster]]:
     gpus = cluster.gpus_per_node
     while (gpus := 2 * gpus) <= 8 and count_training_gpus(gpus, config.data.encoder_devices) == gpus:
-        yield f"--gpus-per-node {gpus}", Cluster(cluster.profile, cluster.nodes, gpus)
+        yield f"--gpus-per-node {gpus}", replace(cluster, gpus_per_node=gpus)
     nodes = cluster.nodes
     while (nodes := 2 * nodes) <= _MOST_NODES:
-        yield f"--nodes {nodes}", Cluster(cluster.profile, nodes, cluster.gpus_per_node)
+        yield f"--nodes {nodes}", replace(cluster, nodes=nodes)
     named = {name: load_gpu_profile(name) for name in gpu_names()}
     larger = [name for name, profile in named.items() if profile.memory_gib > cluster.profile.memory_gib]
     for name in sorted(larger, key=lambda name: named[name].memory_gib):
-        yield f"--gpu {name}", Cluster(named[name], cluster.nodes, cluster.gpus_per_node)
+        yield f"--gpu {name}", replace(cluster, profile=named[name])

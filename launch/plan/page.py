@@ -26,17 +26,17 @@ _HEAD = f"""# Planning a run
 
 <!-- Generated: python -m launch.plan.page > docs/planning.md -->
 
-`fluxfill plan CONFIG.yaml --gpu h100-80gb --nodes 4` says what a run takes on GPUs that need not be there: for each
+`fluxfill plan CONFIG.yaml --gpu h100-80gb --nodes 2` says what a run takes on GPUs that need not be there: for each
 engine the micro-batch and the number of checkpointed blocks that fit, memory of a GPU part by part (with an online
-run's encoders, where they share it), host memory, bytes over the node's links and over the network, seconds, hours, and
-bytes on disk. It chooses the fastest that fits, of several within 3 % the simplest, and says why the others lost. It
-needs no torch and no GPU. What `--gpu`, `--nodes` and `--gpus-per-node` leave open is taken from the config's section
-`slurm`. A config whose own engine (of `auto` the one
-that `fluxfill train` takes: `ddp` on several GPUs, `single` on one), micro-batch or checkpointing does not fit is
-refused (exit code 2) with the nearest that does; of one that fits, and is not what was chosen, a line says what it
-takes. `--write` puts the plan into the config, and with it every `key=value` of the command line, because the plan is
-of both; its other lines stay as they are, and a value that changes loses the comment behind it. `--json` prints all. A
-run whose `train.micro_batch_size` or `train.activation_checkpointing` is `auto` decides them by the same
+run's encoders, where they share it) and of one that encodes for others, host memory, bytes over the node's links and
+over the network, seconds, hours, GPU-hours of all that are asked for, and bytes on disk. It chooses the fastest that
+fits, of several within 3 % the simplest, and says why the others lost. It needs no torch and no GPU. What `--gpu`,
+`--nodes` and `--gpus-per-node` leave open is taken from the config's section `slurm`. A config whose own engine (of
+`auto` the one that `fluxfill train` takes: `ddp` on several GPUs, `single` on one), micro-batch or checkpointing does
+not fit is refused (exit code 2) with the nearest that does; of one that fits, and is not what was chosen, a line says
+what it takes. `--write` puts the plan into the config, and with it every `key=value` of the command line, because the
+plan is of both; its other lines stay as they are, and a value that changes loses the comment behind it. `--json` prints
+all. A run whose `train.micro_batch_size` or `train.activation_checkpointing` is `auto` decides them by the same
 functions (`configs/fit.py`), from what is free on its GPUs once the model is there.
 
 `fluxfill gpus list` shows the profiles that `--gpu` takes by name. `fluxfill gpus detect --write NAME` makes one of the

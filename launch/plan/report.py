@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from configs.fit import Cluster
 from configs.flux_shape import FluxShape
-from configs.memory import GIB, Part, checkpoint_bytes
+from configs.memory import GIB, Part, checkpoint_bytes, encoders_apart
 from configs.plan import Plan, Planned
 from configs.schema import Config
 from configs.step_time import ASSUMPTIONS, NIC_GBIT_S
@@ -31,6 +32,26 @@ def engine_lines(planned: Planned) -> Iterator[str]:
             yield f"{rejection.engine:14} not here: {rejection.reason}"
 
 
+def place(config: Config, cluster: Cluster) -> str:
+    """The GPUs that a run is given, and what those do that do not train."""
+    gpus = f"{cluster.nodes} x {cluster.gpus_per_node + cluster.others_per_node} x {cluster.profile.name}"
+    if not cluster.others_per_node:
+        return gpus
+    encoding = encoders_apart(config.data, cluster.gpus_per_node, pixels=1)
+    doing = [f"{' and '.join(encoding)} encode{'s' if len(encoding) == 1 else ''}"] if encoding else []
+    if idle := cluster.others_per_node - len(encoding):
+        doing.append(f"{idle} {'does' if idle == 1 else 'do'} nothing")
+    trains = f"{cluster.gpus_per_node} train{'s' if cluster.gpus_per_node == 1 else ''}"
+    return f"{gpus}, of which{' on each node' if cluster.nodes > 1 else ''} {trains}, {', '.join(doing)}"
+
+
+def fullest_apart(config: Config, cluster: Cluster) -> tuple[str, list[Part]] | None:
+    """(device, what it holds) of the GPU that encodes for others and holds most; None: there is none."""
+    pixels = max(config.data.resolution) ** 2
+    apart = encoders_apart(config.data, cluster.gpus_per_node, pixels=pixels)
+    return max(apart.items(), key=lambda item: sum(part.bytes for part in item[1]), default=None)
+
+
 def plan_lines(config: Config, base: FluxShape, planned: Planned, plan: Plan) -> Iterator[str]:
     """What a plan takes: memory, host, network, time and disk."""
     cluster = planned.cluster
@@ -39,6 +60,11 @@ def plan_lines(config: Config, base: FluxShape, planned: Planned, plan: Plan) ->
     total = sum(part.bytes for part in plan.memory)
     headroom = cluster.profile.memory_gib - total / GIB
     yield f"{total / GIB:9.2f} GiB  together; headroom {headroom:.2f} GiB, of which a plan leaves a tenth of the card"
+    if apart := fullest_apart(config, cluster):
+        device, parts = apart
+        yield f"Memory of {device}, which encodes for others:"
+        yield from map(_part_line, parts)
+        yield f"{sum(part.gib for part in parts):9.2f} GiB  together"
     yield "Host memory of the first node, beside the libraries' own:"
     yield from map(_part_line, plan.host)
     time, cost = plan.time, plan.cost
@@ -59,8 +85,10 @@ def plan_lines(config: Config, base: FluxShape, planned: Planned, plan: Plan) ->
             f"The network's rate is not known, and {NIC_GBIT_S:.0f} Gbit/s a node a guess: seconds may be far off, and "
             "another engine the fastest. `fluxfill gpus detect` on a node finds it"
         )
-    hours = run_hours(config, plan)
-    yield f"The run, {config.train.steps:,} steps: about {hours:,.1f} hours, {hours * cluster.gpus:,.1f} GPU-hours"
+    taken = _hours(config, cluster, plan)
+    yield (
+        f"The run, {config.train.steps:,} steps: about {taken['hours']:,.1f} hours, {taken['gpu_hours']:,.1f} GPU-hours"
+    )
     one, end = checkpoint_bytes(config, base)
     yield f"Disk: a checkpoint {_size(one)}, what the end writes {_size(end)}"
     samples = ", ".join(f"{_size(sample_bytes(config, base, side))} at {side} px" for side in config.data.resolution)
@@ -78,11 +106,13 @@ def render_json(config: Config, base: FluxShape, planned: Planned) -> str:
     """The whole plan; sizes in bytes."""
     one, end = checkpoint_bytes(config, base)
     best = planned.best
+    apart = fullest_apart(config, planned.cluster)
     made = {
         "gpu": planned.cluster.profile.name,
         "nodes": planned.cluster.nodes,
-        "gpus_per_node": planned.cluster.gpus_per_node,
-        "best": None if best is None else _plan_dict(best) | {"hours": run_hours(config, best)},
+        "gpus_per_node": planned.cluster.gpus_per_node + planned.cluster.others_per_node,
+        "training_gpus_per_node": planned.cluster.gpus_per_node,
+        "best": None if best is None else _plan_dict(best) | _hours(config, planned.cluster, best),
         "as_written": None if planned.as_written is None else _plan_dict(planned.as_written),
         "others": [
             {
@@ -92,6 +122,7 @@ def render_json(config: Config, base: FluxShape, planned: Planned) -> str:
             }
             for rejection in planned.rejections
         ],
+        "encoding": None if apart is None else {"gpu": apart[0], "memory": [asdict(part) for part in apart[1]]},
         "checkpoint_bytes": one,
         "final_bytes": end,
         "sample_bytes": {side: sample_bytes(config, base, side) for side in config.data.resolution},
@@ -99,6 +130,11 @@ def render_json(config: Config, base: FluxShape, planned: Planned) -> str:
         "measured": False,
     }
     return json.dumps(made, indent=2)
+
+
+def _hours(config: Config, cluster: Cluster, plan: Plan) -> dict[str, float]:
+    hours = run_hours(config, plan)
+    return {"hours": hours, "gpu_hours": hours * cluster.asked_gpus}
 
 
 def _plan_dict(plan: Plan) -> dict[str, Any]:

@@ -8,7 +8,15 @@ import torch
 from configs.errors import InputError
 from configs.flux_shape import FluxShape
 from configs.loading import load_config
-from configs.memory import GIB, base_bytes, checkpoint_bytes, encoding_memory, training_memory, training_state
+from configs.memory import (
+    GIB,
+    base_bytes,
+    checkpoint_bytes,
+    encoders_apart,
+    encoding_memory,
+    training_memory,
+    training_state,
+)
 from configs.schema import Config
 from trainer.model.flux import load_transformer
 from trainer.model.quantize import quantize_base
@@ -143,6 +151,28 @@ def test_text_encoders_count_where_they_share_the_gpu():
     assert text() == [2.0] and text("data.encoders.t5_precision=int8") == [1.0] and text("data.encoders.t5=cpu") == []
     assert text("data.encoders.t5=cuda") == [2.0], "the process's own, as the VAE's is"
     assert text("data.encoders.t5=cuda:1") == []
+
+
+@pytest.mark.parametrize(
+    "training, overrides, held",
+    [
+        (2, ["data.encoder_devices=[cuda:2]"], {"cuda:2": (2, 2, 2)}),
+        (3, ["data.encoder_devices=[cuda:3, cuda:10, cpu]"], {"cuda:3": (1, 1, 1), "cuda:10": (1, 1, 1)}),
+        (3, ["data.encoder_devices=[cuda:10, cuda:3]"], {"cuda:3": (1, 1, 1), "cuda:10": (2, 2, 2)}),
+        (2, ["data.encoder_devices=[cuda:2]", "data.encoders.t5=cuda:3"], {"cuda:2": (2, 0, 2), "cuda:3": (0, 2, 2)}),
+        (2, ["data.encoder_devices=[cuda:2]", "data.encoders.t5=cpu"], {"cuda:2": (2, 0, 2)}),
+        (2, ["data.encoder_devices=[cuda:0]"], {}),
+        (2, [], {}),
+    ],
+)
+def test_a_gpu_that_encodes_for_others_holds_an_encoder_and_a_context_of_each(training, overrides, held):
+    config = load_config(CONFIGS / "fill_lora.yaml", ["data.mode=online", *overrides])
+    sizes = {"text_parameters": GIB // 2, "vae_parameters": GIB // 4, "vae_width": 128}
+    found = encoders_apart(config.data, training, pixels=1, **sizes)
+    assert list(found) == list(held)
+    for name, (vae, text, contexts) in held.items():
+        whole = sum(part.gib for part in found[name] if "megapixels" not in part.what)
+        assert whole == pytest.approx(vae + text + 1.5 * contexts)
 
 
 def test_a_checkpoint_of_a_full_fine_tune_is_as_large_as_was_counted():

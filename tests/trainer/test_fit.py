@@ -74,7 +74,7 @@ def test_encoders_on_a_gpu_that_trains_count_alike_in_plan_check_and_run(gpus, o
     for config in (load_config(CONFIGS / "fill_lora.yaml", [*settled, *more]) for more in ([], overrides)):
         planned = plan_run(config, FluxShape(), cluster, tokens=4608).as_written
         situation = Situation(config, "fill_lora.yaml", (), engine, gpus, ())
-        (checked,) = check_memory(situation, Sizes(FluxShape()), None, gpu_gib=80, encodes=False)
+        checked, *_ = check_memory(situation, Sizes(FluxShape()), None, gpu_gib=80, encodes=False)
         room = room_for_activations(Work(config, FluxShape(), engine, cluster, 4608), H100)
         parts = sum(float(line.split()[0]) for line in checked.found)
         told.append((sum(part.gib for part in planned.memory), parts, -room / GIB))
@@ -89,7 +89,7 @@ def test_of_several_nodes_check_counts_the_gpus_of_one_that_train():
     taken = []
     for processes in (6, 12):
         situation = Situation(config, "fill_lora.yaml", (), "ddp", processes, gpus)
-        (checked,) = check_memory(situation, Sizes(FluxShape()), None, gpu_gib=80, encodes=False)
+        checked, _ = check_memory(situation, Sizes(FluxShape()), None, gpu_gib=80, encodes=False)
         taken.append((checked.state, [line for line in checked.found if "VAE" in line or "T5" in line]))
     assert taken == [("ok", [])] * 2
 

@@ -73,8 +73,19 @@ def test_a_card_of_24_gb_preprocesses_at_its_defaults_and_is_told_what_would_be_
 def test_encoders_on_the_gpu_that_trains_are_counted_with_it(situate):
     online = (*LORA, "data.mode=online", "data.encode_batch_size=1")
     (beside,) = check_memory(situate(*online), FILL, None, gpu_gib=80, encodes=False)
-    (apart,) = check_memory(situate(*online, "data.encoder_devices=[cuda:1]"), FILL, None, gpu_gib=80, encodes=False)
+    apart, there = check_memory(
+        situate(*online, "data.encoder_devices=[cuda:1]"), FILL, None, gpu_gib=80, encodes=False
+    )
     assert any("T5" in line for line in beside.found) and not any("T5" in line for line in apart.found)
+    assert there.state == "ok" and there.what.startswith("encoding for others, on cuda:1, takes about 13.4 of 80.0 GiB")
+
+
+def test_a_gpu_that_encodes_for_many_is_held_against_what_all_of_them_load_there(situate):
+    online = (*LORA, "data.mode=online", "data.encode_batch_size=1", "data.encoder_devices=[cuda:7]")
+    gpus = tuple(Gpu(index, "NVIDIA", 80.0, 0.0, "580.1", (9, 0)) for index in range(8))
+    _, made = check_memory(situate(*online, gpus=gpus), FILL, None, gpu_gib=None, encodes=False)
+    assert made.state == "error" and "takes about 94.1 of 80.0 GiB" in made.what  # 7 x (0.31 + 2.53 + 9.10 + 1.5)
+    assert made.cure.startswith("Set data.encoders.t5_precision=int8, with which it takes 62.2 GiB")
 
 
 def test_without_a_gpu_a_large_model_is_a_warning_and_a_small_one_is_not(situate):

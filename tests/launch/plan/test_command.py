@@ -30,9 +30,27 @@ def test_it_names_each_engine_and_every_part():
         assert said in made.output
 
 
-def test_a_gpu_that_encodes_for_the_others_is_not_planned_to_train():
-    made = plan(CONFIGS / "fill_lora.yaml", "data.mode=online", "data.encoder_devices=[cuda:1]", "--gpus-per-node", "2")
-    assert "single" in made.stdout and "there is one GPU, and nothing to share" in made.stdout
+def test_a_gpu_that_encodes_for_the_others_is_asked_for_and_not_planned_to_train():
+    online = ("data.mode=online", "data.encoder_devices=[cuda:1]")
+    made = plan(CONFIGS / "fill_lora.yaml", *online, "--gpu", "80gb", "--gpus-per-node", "2")
+    assert "single" in made.stdout and "one GPU trains, and there is nothing to share" in made.stdout
+    assert "on 1 x 2 x 80 GB GPU, of which 1 trains, cuda:1 encodes\n" in made.stdout
+    told = json.loads(plan(CONFIGS / "fill_lora.yaml", *online, "--gpus-per-node", "2", "--json").stdout)
+    assert (told["gpus_per_node"], told["training_gpus_per_node"]) == (2, 1)
+    assert told["best"]["gpu_hours"] == 2 * told["best"]["hours"] and told["encoding"]["gpu"] == "cuda:1"
+    cached = json.loads(plan(CONFIGS / "fill_lora.yaml", "--gpus-per-node", "2", "--json").stdout)
+    assert cached["encoding"] is None and cached["training_gpus_per_node"] == 2
+
+
+def test_encoders_that_their_own_gpu_does_not_hold_are_refused_with_what_it_does():
+    online = ("data.mode=online", "data.encoder_devices=[cuda:3]", "model.precision=nf4", "--gpu", "24gb")
+    made = plan(CONFIGS / "fill_lora.yaml", *online, "--gpus-per-node", "4")
+    assert made.exit_code == 2
+    said = re.search(
+        r"cuda:3, which .* takes ([\d.]+) GiB, and 21.6 may be filled. Set (.*), with which it", made.stderr
+    )
+    assert float(said[1]) == pytest.approx(3 * (0.31 + 2 * 2.53 + 9.10 + 1.5), abs=0.1)
+    assert plan(CONFIGS / "fill_lora.yaml", *online, *said[2].split(), "--gpus-per-node", "4").exit_code == 0
 
 
 def test_what_one_gpu_waits_for_is_no_other_gpu():
@@ -61,7 +79,7 @@ def test_json_holds_the_same():
     [
         pytest.param("fill_full", ["parallel.engine=ddp"], "h100-80gb", "ddp, micro-batches of 1", id="engine"),
         pytest.param("fill_full", ["parallel.engine=single"], "24GB", "single, micro-batches of 1", id="full on 24 GB"),
-        pytest.param("fill_full", [], "24GB", "fsdp2, and there is one GPU, and nothing to share", id="one GPU"),
+        pytest.param("fill_full", [], "24GB", "fsdp2, and one GPU trains, and there is nothing to share", id="one GPU"),
         pytest.param(
             "fill_lora", ["parallel.engine=single"], "h100-80gb", "single, and it is one process", id="single"
         ),

@@ -9,7 +9,7 @@ from configs.gpu_profiles import load_gpu_profile
 from configs.loading import load_config
 from configs.plan import Cluster, plan_run
 from launch.command import REPO_ROOT
-from launch.plan.report import engine_lines, plan_lines, run_hours
+from launch.plan.report import engine_lines, place, plan_lines, run_hours
 
 
 def test_gpus_without_a_sample_are_told():
@@ -50,3 +50,25 @@ def test_a_network_whose_rate_nobody_named_is_told(gpu, nodes, told):
     planned = plan_run(config, FluxShape(), Cluster(load_gpu_profile(gpu), nodes, 8), tokens=4608)
     lines = list(plan_lines(config, FluxShape(), planned, planned.best))
     assert any("network's rate is not known" in line for line in lines) is told
+
+
+@pytest.mark.parametrize(
+    "devices, nodes, training, others, said",
+    [
+        ("[cuda:1]", 1, 1, 1, "1 x 2 x 80 GB GPU, of which 1 trains, cuda:1 encodes"),
+        ("[cuda:6, cuda:7]", 1, 6, 2, "1 x 8 x 80 GB GPU, of which 6 train, cuda:6 and cuda:7 encode"),
+        ("[cuda:1]", 2, 1, 3, "2 x 4 x 80 GB GPU, of which on each node 1 trains, cuda:1 encodes, 2 do nothing"),
+        ("[cuda:0, cuda:1]", 1, 2, 0, "1 x 2 x 80 GB GPU"),
+    ],
+)
+def test_gpus_that_do_not_train_are_named_and_their_hours_count(devices, nodes, training, others, said):
+    config = load_config(
+        REPO_ROOT / "configs" / "fill_lora.yaml", ["data.mode=online", f"data.encoder_devices={devices}"]
+    )
+    cluster = Cluster(load_gpu_profile("80gb"), nodes, training, others)
+    assert place(config, cluster) == said
+    planned = plan_run(config, FluxShape(), cluster, tokens=4608)
+    lines = list(plan_lines(config, FluxShape(), planned, planned.best))
+    hours = run_hours(config, planned.best) * nodes * (training + others)
+    assert any(f"{hours:,.1f} GPU-hours" in line for line in lines)
+    assert any(line.startswith("Memory of cuda:") for line in lines) is (others > 0)
