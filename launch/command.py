@@ -12,7 +12,7 @@ from configs.errors import InputError
 from configs.gpu_allocator import allocator_settings
 from configs.schema import Config, EngineName
 from configs.supervision import SIGNALS_CAN_BE_SENT, STOP_SIGNALS
-from launch.gpus import count_training_gpus
+from launch.gpus import count_training_gpus, refuse_missing_gpus
 
 REPO_ROOT = Path(__file__).resolve().parent.parent
 SHUTDOWN_SECONDS = 600  # what the trainer is given to save before it is killed
@@ -44,7 +44,8 @@ def choose_engine(
 def choose_on_nodes(config: Config, nodes: int, gpus_per_node: int) -> tuple[EngineName, int]:
     """The engine of a run on so many GPUs of each of so many nodes, and the training processes of a node: one for each
     GPU that does not encode for the others, and one where there is no GPU. Raises InputError for an engine that cannot
-    start there."""
+    start there, and for encoders on a GPU that is not there."""
+    refuse_missing_gpus(config.data, gpus_per_node)
     asked = config.parallel.engine
     each = max(count_training_gpus(gpus_per_node, config.data.encoder_devices), 1)
     if asked == "single" and nodes * each > 1:

@@ -1,8 +1,13 @@
-"""The GPUs of this machine, asked for without torch."""
+"""The GPUs of this machine, asked for without torch, those of a cluster's nodes, and what each is for."""
 
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from configs.data_schema import DataConfig
+from configs.errors import InputError
+from configs.gpu_profiles import GpuProfile, load_gpu_profile
+from configs.slurm_schema import SlurmConfig
 
 
 def count_gpus(environment: Mapping[str, str]) -> int:
@@ -76,3 +81,36 @@ def count_training_gpus(num_gpus: int, encoder_devices: Sequence[str] | None) ->
     the first that encodes (data.encoder_devices). If that is cuda:0 itself, all: it does both."""
     encoding = [int(device.removeprefix("cuda:")) for device in encoder_devices or [] if device != "cpu"]
     return min(num_gpus, min(encoding, default=0) or num_gpus)
+
+
+def gpu_of_nodes(slurm: SlurmConfig) -> GpuProfile | None:
+    """The profile slurm.gpu. Raises InputError where there is none of its name."""
+    if slurm.gpu is None:
+        return None
+    try:
+        return load_gpu_profile(slurm.gpu)
+    except InputError as error:
+        raise InputError(f"slurm.gpu: {error}") from error
+
+
+def gpus_of_a_node(slurm: SlurmConfig) -> int | None:
+    """slurm.gpus_per_node, else what the profile slurm.gpu says; None: neither does. Raises as `gpu_of_nodes` does."""
+    profile = gpu_of_nodes(slurm)
+    return slurm.gpus_per_node or (None if profile is None else profile.gpus_per_node)
+
+
+def refuse_missing_gpus(data: DataConfig, num_gpus: int) -> None:
+    """Raises InputError if an online run would encode on a GPU that a machine with so many does not have; of 0 there is
+    nothing known."""
+    named = {"data.encoder_devices": data.encoder_devices or []}
+    if data.mode == "online":
+        named |= {f"data.encoders.{name}": [device] for name, device in data.encoders if "precision" not in name}
+    for key, devices in named.items():
+        for device in devices:
+            if num_gpus and device.startswith("cuda:") and int(device.removeprefix("cuda:")) >= num_gpus:
+                there = "cuda:0 is the only GPU" if num_gpus == 1 else f"there are {num_gpus} GPUs, from cuda:0 on"
+                more = int(device.removeprefix("cuda:")) + 1
+                raise InputError(
+                    f"{key} names {device}, but on a machine of this run {there}. Name one of those, leave the key out "
+                    f"to encode on the GPUs that train, or take machines of {more} (slurm.gpus_per_node={more})."
+                )

@@ -29,7 +29,7 @@ from launch.command import (
     render_shell_line,
     render_worker_environments,
 )
-from launch.gpus import count_gpus, count_training_gpus
+from launch.gpus import count_gpus, count_training_gpus, refuse_missing_gpus
 from launch.preprocess_first import reason_to_train_at_once
 from launch.supervise import OTHER_NODES_SECONDS, Again, Outcome, run_supervised, run_workers
 
@@ -66,7 +66,9 @@ def train(
     Example: fluxfill train configs/fill_lora.yaml train.lr=5e-5 run.name=slower
     """
     run = load_config(config, overrides or [])
-    num_gpus = count_training_gpus(count_gpus(os.environ), run.data.encoder_devices)
+    here = count_gpus(os.environ)
+    refuse_missing_gpus(run.data, here)
+    num_gpus = count_training_gpus(here, run.data.encoder_devices)
     num_cores = count_cores()
     _, count = choose_engine(run.parallel.engine, num_processes, num_gpus)
     outcome_file = run.run.folder / "outcome.json"

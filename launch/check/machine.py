@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from launch.check.result import Check, ok
 from launch.check.situation import Situation
-from launch.gpus import Gpu
+from launch.gpus import Gpu, gpus_of_a_node
 
 _MUCH_USED = 0.1  # of a GPU's memory, before the run has begun
 _BF16_CAPABILITY = (8, 0)
@@ -72,7 +72,25 @@ def check_processes(situation: Situation) -> Iterator[Check]:
         each, rest = divmod(config.train.global_batch_size, count)
         share = f"{each} or {each + 1}" if rest else str(each)
         yield ok("processes", f"{count}, each with {share} of {config.train.global_batch_size} samples an update")
+    yield from _check_encoding_gpus(situation)
     old = [gpu for gpu in gpus if (0, 0) < gpu.capability < _BF16_CAPABILITY]
     if old and config.model.precision != "fp32":
         what = f"{old[0].name} computes bf16 in software, many times slower"
         yield Check("processes", "warning", what, "Train on a GPU of the Ampere generation or newer.")
+
+
+def _check_encoding_gpus(situation: Situation) -> Iterator[Check]:
+    """Where nobody says how many GPUs a machine has: those that encode are right behind those that train."""
+    config = situation.config
+    named = {device for device in config.data.encoder_devices or [] if device != "cpu"}
+    if situation.gpus or gpus_of_a_node(config.slurm) or not named:
+        return
+    gpus = situation.processes + len(named)
+    if last := [device for device in named if int(device.removeprefix("cuda:")) >= gpus]:
+        what = (
+            f"data.encoder_devices names {last[0]}, but {situation.processes} that train and {len(named)} that encode"
+        )
+        cure = (
+            f"Name the first that does not train, cuda:{situation.processes}, or give --num-processes; where there are"
+        )
+        yield Check("processes", "warning", f"{what} are {gpus} GPUs", f"{cure} more GPUs, set slurm.gpus_per_node.")

@@ -8,7 +8,7 @@ from configs.loading import load_config
 from configs.schema import Config, EngineName
 from launch.check.result import Check, error_of, ok
 from launch.command import choose_engine
-from launch.gpus import Gpu, count_training_gpus
+from launch.gpus import Gpu, count_training_gpus, gpus_of_a_node, refuse_missing_gpus
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ def load_situation(
     except InputError as error:
         return None, [_check_of(problem) for problem in error.args]
     try:
+        refuse_missing_gpus(config.data, max(len(gpus), gpus_of_a_node(config.slurm) or 0))
         num_gpus = count_training_gpus(len(gpus), config.data.encoder_devices)
         engine, processes = choose_engine(config.parallel.engine, num_processes, num_gpus)
         check_engine(config, engine)

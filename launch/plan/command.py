@@ -20,7 +20,7 @@ from configs.plan import Plan, Planned, plan_run
 from configs.schema import Config
 from launch.arguments import ConfigPath, Overrides
 from launch.check.cures import cure_of_encoding
-from launch.gpus import count_training_gpus
+from launch.gpus import count_training_gpus, gpu_of_nodes, refuse_missing_gpus
 from launch.plan.asked import read_shape, sample_tokens
 from launch.plan.nearest import describe, nearest_that_fits
 from launch.plan.report import engine_lines, fullest_apart, place, plan_lines, render_json
@@ -116,8 +116,9 @@ def _cluster_of(
         taken.append(f"slurm.nodes {slurm.nodes}")
     if gpus_per_node is None and slurm.gpus_per_node is not None:
         taken.append(f"slurm.gpus_per_node {slurm.gpus_per_node}")
-    profile = load_gpu_profile(slurm.gpu or "80GB" if gpu is None else gpu)
+    profile = load_gpu_profile(gpu) if gpu is not None else gpu_of_nodes(slurm) or load_gpu_profile("80GB")
     each = gpus_per_node or slurm.gpus_per_node or profile.gpus_per_node or 1
+    refuse_missing_gpus(config.data, each)
     training = count_training_gpus(each, config.data.encoder_devices)
     return Cluster(profile, nodes or slurm.nodes, training, each - training), taken
 

@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 import typer
 
 from configs.errors import InputError
-from configs.gpu_profiles import load_gpu_profile
 from configs.loading import load_config
 from launch.arguments import ConfigPath, Overrides
 from launch.command import choose_on_nodes
+from launch.gpus import gpu_of_nodes
 from launch.render.accelerate import render_lines
 from launch.render.claims import parse_claims, require_run_on_claim, warnings
 from launch.render.kubernetes import Pods, render_jobset, render_pytorchjob
@@ -62,6 +62,7 @@ def render(
     """
     given = overrides or []
     loaded = load_config(config, given)
+    profile = gpu_of_nodes(loaded.slurm)
     count = nodes or loaded.slurm.nodes
     each = gpus or gpus_per_node(loaded, count)
     _, processes = choose_on_nodes(loaded, count, each)
@@ -88,7 +89,6 @@ def render(
     require_run_on_claim(loaded, folder, claims)
     for warning in warnings(loaded, config, folder, claims):
         typer.echo(warning, err=True)
-    is_amd = loaded.slurm.gpu is not None and load_gpu_profile(loaded.slurm.gpu).is_amd
-    resource = "amd.com/gpu" if is_amd else "nvidia.com/gpu"
+    resource = "amd.com/gpu" if profile is not None and profile.is_amd else "nvidia.com/gpu"
     pods = Pods(loaded.run.name, count, each, processes, image, command, folder, claims, resource)
     typer.echo((render_jobset if launcher == "jobset" else render_pytorchjob)(pods), nl=False)

@@ -9,12 +9,12 @@ from typing import Annotated
 import typer
 
 from configs.errors import InputError
-from configs.gpu_profiles import load_gpu_profile
 from configs.loading import load_config
 from configs.schema import Config
 from data.cache_layout import MANIFEST
 from launch.arguments import ConfigPath, Overrides
 from launch.command import choose_on_nodes
+from launch.gpus import gpus_of_a_node
 from launch.slurm.job import CHAIN, CHAIN_LAST
 from launch.slurm.render import render_preprocess, render_train
 from launch.slurm.restarts import JobEvent, write_job_event
@@ -110,19 +110,16 @@ def gpus_per_node(config: Config, nodes: int) -> int:
     """GPUs of a node: slurm.gpus_per_node, else those of the profile slurm.gpu, else 1 of one node. Raises InputError
     for several nodes of which neither says it, and for a profile that does not."""
     slurm = config.slurm
-    if slurm.gpus_per_node is not None:
-        return slurm.gpus_per_node
-    if slurm.gpu is None:
-        if nodes > 1:
-            raise InputError(
-                f"{nodes} nodes, and neither slurm.gpus_per_node nor slurm.gpu says how many GPUs each of them has: "
-                "set slurm.gpus_per_node=8, for example, or slurm.gpu=h100-80gb."
-            )
-        return 1
-    profile = load_gpu_profile(slurm.gpu)
-    if profile.gpus_per_node is None:
+    if each := gpus_of_a_node(slurm):
+        return each
+    if slurm.gpu is not None:
         raise InputError(f"slurm.gpu is {slurm.gpu}, and nodes hold any number of it: set slurm.gpus_per_node.")
-    return profile.gpus_per_node
+    if nodes > 1:
+        raise InputError(
+            f"{nodes} nodes, and neither slurm.gpus_per_node nor slurm.gpu says how many GPUs each of them has: "
+            "set slurm.gpus_per_node=8, for example, or slurm.gpu=h100-80gb."
+        )
+    return 1
 
 
 def _render_scripts(config: Config, config_path: str, overrides: list[str]) -> dict[str, str]:

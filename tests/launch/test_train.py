@@ -54,6 +54,16 @@ def test_train_prints_the_command_and_exits_as_the_trainer_does(
     assert f"--config {RECIPE} run.dir={tmp_path} data.mode=online (step 7)" in result.stderr
 
 
+def test_an_encoder_on_a_gpu_that_is_not_here_ends_train_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.train.count_gpus", lambda _: 2)
+    words = ["train", RECIPE, f"run.dir={tmp_path}", "data.mode=online", "--dry-run"]
+    result = CliRunner().invoke(app, [*words, "data.encoder_devices=[cuda:2]"])
+    assert result.exit_code == 2 and "data.encoder_devices names cuda:2" in result.stderr
+    assert CliRunner().invoke(app, [*words, "data.encoder_devices=[cuda:1]"]).exit_code == 0
+
+
 def test_each_of_several_machines_trains_its_part_of_the_run(tmp_path: Path) -> None:
     """Without preprocessing first: the machines would not be ready at the same time."""
     words = ["train", RECIPE, f"run.dir={tmp_path}", "--num-processes", "4", "--nodes", "2", "--node-rank", "1"]

@@ -71,3 +71,22 @@ def test_cards_without_bf16_are_named(situate):
     old = (card(capability=(7, 5)),)
     assert any("bf16 in software" in made.what for made in check_processes(situate(gpus=old)))
     assert all(made.state == "ok" for made in check_processes(situate("model.precision=fp32", gpus=old)))
+
+
+@pytest.mark.parametrize(
+    "devices, overrides, warned",
+    [
+        ("[cuda:9]", [], True),
+        ("[cuda:2]", [], False),
+        ("[cuda:2, cuda:3]", [], False),
+        ("[cuda:9]", ["slurm.gpus_per_node=10"], False),
+        ("[cpu]", [], False),
+    ],
+)
+def test_a_gpu_that_encodes_far_behind_those_that_train_is_a_warning(devices, overrides, warned, situate):
+    online = ("data.mode=online", f"data.encoder_devices={devices}", *overrides)
+    checks = list(check_processes(situate(*online, processes=2)))
+    found = [made for made in checks if made.state == "warning"]
+    assert bool(found) is warned
+    for made in found:
+        assert "names cuda:9, but 2 that train and 1 that encode are 3 GPUs" in made.what and "cuda:2" in made.cure

@@ -1,3 +1,5 @@
+import pytest
+
 from launch.check.situation import load_situation
 from launch.gpus import Gpu
 
@@ -42,3 +44,26 @@ def test_an_engine_that_auto_becomes_is_held_against_the_rest(config_file):
     situation, (made,) = load_situation(str(config_file), overrides, 2, ())
     assert situation is None and "do not go together" in made.what
     assert made.cure == "Nearest that works: train.compile=off."
+
+
+@pytest.mark.parametrize(
+    "overrides, gpus, words",
+    [
+        (
+            ["data.encoder_devices=[cuda:9]"],
+            CARDS,
+            "data.encoder_devices names cuda:9, but on a machine of this run there",
+        ),
+        (["data.encoder_devices=[cuda:3]", "slurm.gpus_per_node=2"], (), "there are 2 GPUs, from cuda:0 on"),
+        (["data.encoder_devices=[cuda:8]", "slurm.gpu=h100-80gb"], (), "there are 8 GPUs, from cuda:0 on"),
+        (["data.encoders.t5=cuda:3"], CARDS, "data.encoders.t5 names cuda:3"),
+        (["slurm.gpu=foo", "slurm.gpus_per_node=2"], (), "slurm.gpu: foo: there is no such GPU"),
+        (["data.encoder_devices=[cuda:7]", "slurm.gpus_per_node=8"], CARDS, None),  # checked elsewhere
+        (["data.encoder_devices=[cuda:2]"], CARDS, None),
+        (["data.encoder_devices=[cuda:9]"], (), None),  # nobody knows
+    ],
+)
+def test_gpus_that_are_not_there_are_an_error_with_the_ways_out(overrides, gpus, words, config_file):
+    situation, (made,) = load_situation(str(config_file), ("data.mode=online", *overrides), None, gpus)
+    assert (situation is None) is (words is not None) and (words or "run ") in made.what
+    assert made.state == ("ok" if words is None else "error") and (made.cure or words is None)

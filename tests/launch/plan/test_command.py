@@ -53,6 +53,13 @@ def test_encoders_that_their_own_gpu_does_not_hold_are_refused_with_what_it_does
     assert plan(CONFIGS / "fill_lora.yaml", *online, *said[2].split(), "--gpus-per-node", "4").exit_code == 0
 
 
+def test_an_encoder_on_a_gpu_that_is_not_there_is_refused():
+    online = ("data.mode=online", "data.encoder_devices=[cuda:9]")
+    made = plan(CONFIGS / "fill_lora.yaml", *online, "--gpus-per-node", "1")
+    assert made.exit_code == 2
+    assert "data.encoder_devices names cuda:9, but on a machine of this run cuda:0 is the only GPU" in made.stderr
+
+
 def test_what_one_gpu_waits_for_is_no_other_gpu():
     """Its weights cross from the host's memory under an offload engine."""
     made = plan(CONFIGS / "fill_full.yaml", "--gpu", "80gb", "--gpus-per-node", "1", "parallel.engine=fsdp2-offload")

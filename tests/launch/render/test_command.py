@@ -70,6 +70,7 @@ def test_gpus_that_encode_for_the_others_are_asked_for_and_not_trained_on(launch
             ["--for", "accelerate", "--nodes", "2", "--head", "a"],
             "2 nodes, and neither slurm.gpus_per_node nor slurm.gpu",
         ),
+        (["--for", "accelerate", "--gpus-per-node", "8", "slurm.gpu=foo"], "slurm.gpu: foo: there is no such GPU"),
         (["--for", "accelerate", "--gpus-per-node", "8", "parallel.engine=single"], "8 GPUs are to train, but"),
         (
             ["--for", "jobset", "--gpus-per-node", "8", "--image", "i", "parallel.engine=hsdp"],

@@ -124,6 +124,20 @@ def test_an_engine_that_the_job_would_refuse_is_refused_before_it_waits(
     assert message in said and "--num-processes" not in said and not sbatch.exists()
 
 
+@pytest.mark.parametrize("command", ["render", "submit"])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["data.mode=online", "data.encoder_devices=[cuda:9]"], "data.encoder_devices names cuda:9, but "),
+        (["slurm.gpu=foo"], "slurm.gpu: foo: there is no such GPU"),
+    ],
+)
+def test_gpus_that_are_not_there_are_refused_before_the_job_waits(
+    sbatch: Path, command: str, words: list[str], message: str
+) -> None:
+    assert message in fluxfill(command, RECIPE, "slurm.gpus_per_node=2", *words, code=2) and not sbatch.exists()
+
+
 def test_submitted_jobs_are_noted_in_the_runs_folder(sbatch: Path, tmp_path: Path) -> None:
     fluxfill("submit", RECIPE, "slurm.chain=2")
     events = read_job_events(tmp_path / "runs" / "fill-lora")
