@@ -89,7 +89,7 @@ def load_gpu_profile(name: str) -> GpuProfile:
     if len(exact or matching) == 1:
         return read_profile(files[(exact or matching)[0]])
     alike = [known for known in names if asked and asked in _letters(known)]
-    nearest = alike or difflib.get_close_matches(asked, names, n=3, cutoff=0.4)
+    nearest = alike or _sizes_near(asked) or difflib.get_close_matches(asked, names, n=3, cutoff=0.4)
     found = "several GPUs have that name" if matching else "there is no such GPU"
     word = "Take one of" if matching else "Nearest" if nearest else "Known"
     raise InputError(
@@ -97,6 +97,13 @@ def load_gpu_profile(name: str) -> GpuProfile:
         f"YAML file of its own: `fluxfill gpus detect` writes one where the card is, or copy "
         f"{FOLDER / 'a100-80gb.yaml'}."
     )
+
+
+def _sizes_near(asked: str) -> list[str]:
+    """The names that are sizes of memory, the nearest first, where a size is asked for."""
+    size = re.fullmatch(r"(\d+)(g|gb|gib)?", asked)
+    sizes = [name for name in gpu_names() if name.removesuffix("gb").isdecimal()]
+    return sorted(sizes, key=lambda name: abs(int(name.removesuffix("gb")) - int(size[1]))) if size else []
 
 
 def is_profile_file(name: str) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from configs.data_schema import DataConfig
 from configs.errors import InputError
 from configs.gpu_profiles import GpuProfile, load_gpu_profile
+from configs.schema import Config
 from configs.slurm_schema import SlurmConfig
 
 
@@ -97,6 +98,14 @@ def gpus_of_a_node(slurm: SlurmConfig) -> int | None:
     """slurm.gpus_per_node, else what the profile slurm.gpu says; None: neither does. Raises as `gpu_of_nodes` does."""
     profile = gpu_of_nodes(slurm)
     return slurm.gpus_per_node or (None if profile is None else profile.gpus_per_node)
+
+
+def idle_gpus(config: Config, training_gpus: int) -> str | None:
+    """That some of a run's GPUs would have nothing to train on; None: each has a sample in every step."""
+    samples = config.train.global_batch_size
+    if samples >= training_gpus:
+        return None
+    return f"Only {samples} of {training_gpus} GPUs have a sample in a step: raise train.global_batch_size"
 
 
 def refuse_missing_gpus(data: DataConfig, num_gpus: int) -> None:

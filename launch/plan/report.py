@@ -11,6 +11,7 @@ from configs.memory import GIB, Part, checkpoint_bytes, encoders_apart
 from configs.plan import Plan, Planned
 from configs.schema import Config
 from configs.step_time import ASSUMPTIONS, NIC_GBIT_S
+from launch.gpus import idle_gpus
 from launch.plan.asked import sample_bytes
 
 _NOT_MEASURED = "By formula and by simulation with fake tensors; nothing here was measured on a GPU."
@@ -73,8 +74,8 @@ def plan_lines(config: Config, base: FluxShape, planned: Planned, plan: Plan) ->
         f"{plan.micro_steps * (cost.matmul_flops + cost.attention_flops) / 1e12:,.0f} TFLOP; about {time.total:.2f} s: "
         f"{plan.micro_steps * time.work:.2f} work, {time.exposed:.2f} waiting for transfers, {time.update:.2f} update"
     )
-    if (global_batch := config.train.global_batch_size) < cluster.gpus:
-        yield f"Only {global_batch} of {cluster.gpus} GPUs have a sample in a step: raise train.global_batch_size"
+    if idle := idle_gpus(config, cluster.gpus):
+        yield idle
     exchanged = plan.exchanged
     yield (
         f"Each GPU gets {exchanged.node / 1e9:,.2f} GB a step from the others of its node (NVLink or PCIe), "

@@ -9,7 +9,7 @@ from configs.errors import InputError
 from configs.loading import load_config
 from launch.arguments import ConfigPath, Overrides
 from launch.command import choose_on_nodes
-from launch.gpus import gpu_of_nodes
+from launch.gpus import gpu_of_nodes, idle_gpus
 from launch.render.accelerate import render_lines
 from launch.render.claims import parse_claims, require_run_on_claim, warnings
 from launch.render.kubernetes import Pods, render_jobset, render_pytorchjob
@@ -66,6 +66,8 @@ def render(
     count = nodes or loaded.slurm.nodes
     each = gpus or gpus_per_node(loaded, count)
     _, processes = choose_on_nodes(loaded, count, each)
+    if idle := idle_gpus(loaded, count * processes):
+        typer.echo(idle, err=True)
     if launcher == "accelerate":
         if head is None and count > 1:
             raise InputError("--head: give the address of the first node, at which the others reach it.")

@@ -14,7 +14,7 @@ from configs.schema import Config
 from data.cache_layout import MANIFEST
 from launch.arguments import ConfigPath, Overrides
 from launch.command import choose_on_nodes
-from launch.gpus import gpus_of_a_node
+from launch.gpus import gpus_of_a_node, idle_gpus
 from launch.slurm.job import CHAIN, CHAIN_LAST
 from launch.slurm.render import render_preprocess, render_train
 from launch.slurm.restarts import JobEvent, write_job_event
@@ -42,7 +42,7 @@ def render(
 ) -> None:
     """Show the batch script that `submit` would submit. With --out it is written, and that of preprocessing too.
 
-    Example: fluxfill slurm render configs/fill_lora.yaml slurm.partition=gpu --gpu h100-80gb --nodes 4
+    Example: fluxfill slurm render configs/fill_lora.yaml slurm.partition=gpu --gpu h100-80gb --nodes 2
     """
     given = _with_options(overrides, gpu, nodes)
     scripts = _render_scripts(load_config(config, given), config, given)
@@ -68,7 +68,7 @@ def submit(
     Its scripts are kept in the run's folder. With --with-preprocess an array encodes the pictures first, a last job
     does what its tasks have left, and training waits for that one.
 
-    Example: fluxfill slurm submit configs/fill_lora.yaml --gpu h100-80gb --nodes 4 --with-preprocess
+    Example: fluxfill slurm submit configs/fill_lora.yaml --gpu h100-80gb --nodes 2 --with-preprocess
     """
     given = _with_options(overrides, gpu, nodes)
     loaded = load_config(config, given)
@@ -123,10 +123,13 @@ def gpus_per_node(config: Config, nodes: int) -> int:
 
 
 def _render_scripts(config: Config, config_path: str, overrides: list[str]) -> dict[str, str]:
-    """The text of each script by its name. Raises InputError for an engine that the job would refuse when it starts."""
+    """The text of each script by its name. Raises InputError for an engine that the job would refuse when it starts,
+    and tells of GPUs that would be idle in it."""
     folder = Path.cwd()
     each = gpus_per_node(config, config.slurm.nodes)
-    choose_on_nodes(config, config.slurm.nodes, each)
+    _, processes = choose_on_nodes(config, config.slurm.nodes, each)
+    if idle := idle_gpus(config, config.slurm.nodes * processes):
+        typer.echo(idle, err=True)
     return {
         "train.sbatch": render_train(config, config_path, overrides, folder, each),
         "preprocess.sbatch": render_preprocess(config, config_path, overrides, folder, "array"),

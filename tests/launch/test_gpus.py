@@ -9,7 +9,7 @@ from configs.errors import InputError
 from configs.loading import load_config
 from configs.slurm_schema import SlurmConfig
 from launch.command import REPO_ROOT
-from launch.gpus import Gpu, gpu_of_nodes, gpus_of_a_node, list_gpus, refuse_missing_gpus
+from launch.gpus import Gpu, gpu_of_nodes, gpus_of_a_node, idle_gpus, list_gpus, refuse_missing_gpus
 
 ANSWER = """\
 0, NVIDIA H200, 143771, 512, 580.65.06, 9.0, GPU-aaaa
@@ -80,3 +80,8 @@ def test_a_profile_that_is_not_there_is_refused_by_its_key_even_where_it_tells_n
     with pytest.raises(InputError, match=r"slurm\.gpu: foo: there is no such GPU\."):
         gpus_of_a_node(SlurmConfig(gpu="foo", gpus_per_node=2))
     assert gpu_of_nodes(SlurmConfig()) is None and gpu_of_nodes(SlurmConfig(gpu="mi300x")).is_amd
+
+
+def test_gpus_are_idle_where_a_step_has_fewer_samples():
+    config = load_config(REPO_ROOT / "configs" / "fill_lora.yaml")
+    assert idle_gpus(config, 16) is None and idle_gpus(config, 17).startswith("Only 16 of 17 GPUs have a sample")

@@ -125,6 +125,16 @@ def test_an_engine_that_the_job_would_refuse_is_refused_before_it_waits(
 
 
 @pytest.mark.parametrize("command", ["render", "submit"])
+@pytest.mark.parametrize("nodes, told", [("2", ""), ("4", "Only 16 of 32 GPUs have a sample in a step: raise train.")])
+def test_gpus_that_would_be_idle_are_told_beside_the_script(sbatch: Path, command: str, nodes: str, told: str) -> None:
+    result = CliRunner().invoke(app, ["slurm", command, RECIPE, "--gpu", "h100-80gb", "--nodes", nodes])
+    assert result.exit_code == 0 and "Only" not in result.stdout
+    assert result.stderr == (f"{told}global_batch_size\n" if told else "")
+    whole = ("--nodes", "4", "train.global_batch_size=32")
+    assert not CliRunner().invoke(app, ["slurm", command, RECIPE, "--gpu", "h100-80gb", *whole]).stderr
+
+
+@pytest.mark.parametrize("command", ["render", "submit"])
 @pytest.mark.parametrize(
     "words, message",
     [
