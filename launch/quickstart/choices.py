@@ -10,7 +10,7 @@ from configs.errors import InputError
 from configs.flux_shape import FluxShape
 from configs.gpu_profiles import GpuProfile
 from configs.loading import load_config
-from configs.memory import USABLE, encoding_memory, training_memory
+from configs.memory import USABLE, encoders_apart, encoding_memory, training_memory
 from configs.schema import EngineName
 from launch.command import REPO_ROOT
 from launch.plan.asked import sample_tokens
@@ -27,7 +27,7 @@ _T5_PRECISIONS = ("auto", "int8")  # of encoders that share the GPU
 class Choices:
     """What a config is rendered from.
 
-    num_training: training processes on each node.  encoder_device: where an online run encodes, None for the GPU that
+    num_training: training processes on each node.  encoder_devices: where an online run encodes; none: on the GPU that
     trains.  memory: part -> GiB, of what a GPU that trains holds.
     """
 
@@ -37,7 +37,7 @@ class Choices:
     online: bool
     num_training: int
     engine: EngineName
-    encoder_device: str | None
+    encoder_devices: tuple[str, ...]
     t5_precision: str
     encode_batch_size: int
     precision: str
@@ -52,13 +52,17 @@ def choose(gpu: GpuProfile, *, num_gpus: int, num_nodes: int, online: bool) -> C
     """The choices for machines of `num_gpus` such GPUs each.
 
     A run that is not online trains on all of them; one that is leaves the last to the encoders where there are two or
-    more. Raises InputError if nothing that is known to train fits the GPU.
+    more, and as many as hold those of all processes. Raises InputError if nothing that is known to train fits the GPU.
     """
     apart = online and num_gpus > 1
-    num_training = num_gpus - 1 if apart else num_gpus
-    processes = num_training * num_nodes
     resolutions = (512, 768) if gpu.memory_gib < 40 else (512, 768, 1024)
+    batch = _SPARING_BATCH if gpu.memory_gib < 24 or (online and not apart) else 8
     precision, checkpointing, t5_precision, memory = _fitting(gpu, resolutions, encodes=online and not apart)
+    devices: tuple[str, ...] = ()
+    if apart:
+        devices, t5_precision, batch = _encoding_gpus(gpu, num_gpus, max(resolutions), batch)
+    num_training = num_gpus - len(devices)
+    processes = num_training * num_nodes
     accumulation = 2 if gpu.memory_gib < 40 or (gpu.memory_gib >= 80 and num_gpus == 1) else 4
     return Choices(
         gpu=gpu,
@@ -67,9 +71,9 @@ def choose(gpu: GpuProfile, *, num_gpus: int, num_nodes: int, online: bool) -> C
         online=online,
         num_training=num_training,
         engine="ddp" if processes > 1 else "single",
-        encoder_device=f"cuda:{num_gpus - 1}" if apart else None,
+        encoder_devices=devices,
         t5_precision=t5_precision,
-        encode_batch_size=_SPARING_BATCH if gpu.memory_gib < 24 or (online and not apart) else 8,
+        encode_batch_size=batch,
         precision=precision,
         checkpointing=checkpointing,
         memory=memory,
@@ -77,6 +81,29 @@ def choose(gpu: GpuProfile, *, num_gpus: int, num_nodes: int, online: bool) -> C
         global_batch_size=max(accumulation, processes),
         accumulation=accumulation,
     )
+
+
+def _encoding_gpus(gpu: GpuProfile, num_gpus: int, side: int, largest: int) -> tuple[tuple[str, ...], str, int]:
+    """(the fewest GPUs of a machine that hold the encoders of the processes on the others, T5's precision there, how
+    much they encode at once). T5 is as exact as can be without a GPU that neither trains nor encodes.
+
+    largest: what is encoded at once where that fits.
+    """
+    batches = sorted({largest, _SPARING_BATCH}, reverse=True)
+    tries = [
+        *product(_T5_PRECISIONS, range(1, num_gpus // 2 + 1), batches),
+        *product(_T5_PRECISIONS, [(num_gpus + 1) // 2], batches),
+    ]
+    for t5_precision, count, batch in tries:
+        training = num_gpus - count
+        devices = tuple(f"cuda:{index}" for index in range(training, num_gpus))
+        settings = ["data.mode=online", f"data.encoder_devices=[{','.join(devices)}]"]
+        settings += [f"data.encode_batch_size={batch}", f"data.encoders.t5_precision={t5_precision}"]
+        data = load_config(REPO_ROOT / "configs" / "fill_lora.yaml", settings).data
+        held = encoders_apart(data, training, pixels=side**2).values()
+        if max(sum(part.gib for part in parts) for parts in held) <= gpu.memory_gib * USABLE:
+            return devices, t5_precision, batch
+    raise AssertionError("a GPU that trains holds the encoders of one process")
 
 
 def _fitting(

@@ -38,7 +38,7 @@ def quickstart(
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")] = Path("flux-inpainting"),
     online: Annotated[
         bool,
-        typer.Option("--online", help="Encode pictures while training, on the last GPU, not once before it."),
+        typer.Option("--online", help="Encode pictures while training, on the last GPUs, not once before it."),
     ] = False,
     model: Annotated[str, typer.Option(metavar="ID_OR_FOLDER", help="The model to start from.")] = FILL,
     force: Annotated[bool, typer.Option("--force", help="Overwrite files that were edited, too.")] = False,

@@ -91,9 +91,11 @@ def _summary(choices: Choices) -> str:
     where = " on each node" if choices.num_nodes > 1 else ""
     if not choices.online:
         return f"Pictures are encoded once, to disk; then {trains}{where}, and no encoder takes memory."
-    if choices.encoder_device is None:
+    if not choices.encoder_devices:
         return f"Pictures are encoded while it trains, on the same GPU{where}."
-    return f"Pictures are encoded while it trains: {trains}{where}, and {choices.encoder_device} encodes for them."
+    *first, last = choices.encoder_devices
+    encodes = f"{', '.join(first)} and {last} encode" if first else f"{last} encodes"
+    return f"Pictures are encoded while it trains: {trains}{where}, and {encodes} for them."
 
 
 def _memory_count(choices: Choices) -> str:

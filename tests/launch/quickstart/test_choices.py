@@ -1,7 +1,12 @@
+from itertools import product
+
 import pytest
 
 from configs.errors import InputError
 from configs.gpu_profiles import GpuProfile, gpu_names, load_gpu_profile
+from configs.loading import load_config
+from configs.memory import encoders_apart
+from launch.command import REPO_ROOT
 from launch.gpus import count_training_gpus
 from launch.quickstart.choices import choose
 
@@ -46,12 +51,50 @@ def test_a_card_that_holds_nothing_is_refused_with_what_it_would_take() -> None:
 
 
 @pytest.mark.parametrize(
-    "num_gpus, device, training", [(1, None, 1), (2, "cuda:1", 1), (3, "cuda:2", 2), (8, "cuda:7", 7)]
+    "name, num_gpus, devices",
+    [
+        ("80gb", 1, ()),
+        ("80gb", 2, ("cuda:1",)),
+        ("80gb", 5, ("cuda:4",)),  # 4 x 16.0 GiB
+        ("80gb", 8, ("cuda:6", "cuda:7")),
+        ("24gb", 2, ("cuda:1",)),
+        ("24gb", 3, ("cuda:2",)),  # 2 x 8.9 GiB, with T5 in 8 bits and less at once: else one GPU would do nothing
+        ("24gb", 4, ("cuda:2", "cuda:3")),
+    ],
 )
-def test_an_online_run_leaves_the_last_gpu_to_the_encoders(num_gpus: int, device: str | None, training: int) -> None:
-    choices = choose(load_gpu_profile("80gb"), num_gpus=num_gpus, num_nodes=1, online=True)
-    assert (choices.encoder_device, choices.num_training) == (device, training)
-    assert count_training_gpus(num_gpus, [device] if device else None) == training, "fluxfill train counts otherwise"
+def test_an_online_run_leaves_as_many_gpus_to_the_encoders_as_hold_them(
+    name: str, num_gpus: int, devices: tuple[str, ...]
+) -> None:
+    choices = choose(load_gpu_profile(name), num_gpus=num_gpus, num_nodes=1, online=True)
+    assert (choices.encoder_devices, choices.num_training) == (devices, num_gpus - len(devices))
+    assert count_training_gpus(num_gpus, devices) == choices.num_training, "fluxfill train counts otherwise"
+
+
+def test_what_is_chosen_fits_the_gpus_that_encode() -> None:
+    for name, num_gpus in product(gpu_names(), (2, 3, 4, 5, 8)):
+        profile = load_gpu_profile(name)
+        choices = choose(profile, num_gpus=num_gpus, num_nodes=1, online=True)
+        settings = [f"data.encoder_devices=[{','.join(choices.encoder_devices)}]", "data.mode=online"]
+        settings += [f"data.encoders.t5_precision={choices.t5_precision}"]
+        settings += [f"data.encode_batch_size={choices.encode_batch_size}"]
+        data = load_config(REPO_ROOT / "configs" / "fill_lora.yaml", settings).data
+        held = encoders_apart(data, choices.num_training, pixels=max(choices.resolutions) ** 2)
+        assert list(held) == list(choices.encoder_devices), "one does nothing"
+        assert all(sum(part.gib for part in parts) <= 0.9 * profile.memory_gib for parts in held.values())
+
+
+def test_t5_in_8_bits_is_for_cards_that_hold_no_other() -> None:
+    for gib, precision in ((16, "auto"), (12, "int8")):
+        assert choose(card(gib), num_gpus=2, num_nodes=1, online=True).t5_precision == precision
+    least = next(gib for gib in range(8, 24) if _trains(gib))
+    assert choose(card(least), num_gpus=2, num_nodes=1, online=True).encoder_devices == ("cuda:1",)
+
+
+def _trains(gib: int) -> bool:
+    try:
+        return bool(choose(card(gib), num_gpus=1, num_nodes=1, online=False))
+    except InputError:
+        return False
 
 
 @pytest.mark.parametrize(

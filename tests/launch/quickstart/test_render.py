@@ -76,7 +76,7 @@ def test_the_config_loads_and_says_what_was_chosen(
     assert config.train.activation_checkpointing is choices.checkpointing
     assert config.train.global_batch_size == choices.global_batch_size
     assert config.data.mode == ("online" if online else "cached")
-    assert config.data.encoder_devices == (choices.encoder_device and [choices.encoder_device])
+    assert config.data.encoder_devices == (list(choices.encoder_devices) or None)
     assert config.data.encoders.t5_precision == choices.t5_precision
     assert tuple(config.data.resolution) == choices.resolutions
     tokens = sample_tokens(config)
