@@ -57,6 +57,13 @@ def test_gpus_that_encode_for_the_others_are_asked_for_and_not_trained_on(launch
     assert following.strip() == '- "7"'
 
 
+def test_gpus_that_would_be_idle_are_told_beside_the_lines() -> None:
+    words = ["render", RECIPE, "--for", "accelerate", "--nodes", "4", "--gpus-per-node", "8", "--head", "a"]
+    made = CliRunner().invoke(app, words)
+    assert made.stderr == "Only 16 of 32 GPUs have a sample in a step: raise train.global_batch_size\n"
+    assert made.exit_code == 0 and "Only" not in made.stdout
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
