@@ -31,11 +31,31 @@ def compile_blocks(transformer: FluxTransformer2DModel) -> None:
     for block, call in (calls | dict.fromkeys(transformer.single_transformer_blocks, _call_single)).items():
         # Dynamic from the start: were the first sizes taken for fixed, a later one could be compiled again between a
         # forward pass and its recomputation, which then do not match.
-        block.forward = partial(call, torch.compile(block.forward, dynamic=True, fullgraph=True))
-    torch._dynamo.config.optimize_ddp = False  # it cuts graphs where DDP's messages begin
-    torch._dynamo.config.recompile_limit = GRAPHS
-    # Or sizes that are alike at first, as of 512 tokens of text and a picture of as many, are taken for the same one.
-    torch.fx.experimental._config.use_duck_shape = False
+        block.forward = _with_settings(partial(call, torch.compile(block.forward, dynamic=True, fullgraph=True)))
+
+
+def _with_settings(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The same call, by settings of torch's compiler that it needs.
+
+    Set around each, for 30 microseconds: torch keeps settings thread by thread, and a CUDA device's backward pass, with
+    the blocks that are computed again in it, has a thread of its own, where they would be torch's.
+    """
+    from torch._functorch import config as partitioner
+    from torch.fx.experimental import _config as sizes
+
+    for setting in (
+        # optimize_ddp cuts graphs where DDP's messages begin.
+        torch._dynamo.config.patch(recompile_limit=GRAPHS, optimize_ddp=False),
+        # Or sizes that are alike at first, as of 512 tokens of text and a picture of as many, are taken for the same.
+        sizes.patch(use_duck_shape=False),  # type: ignore[attr-defined]
+        # Or a weight that one function casts or dequantizes in its forward pass, and again in its backward pass, is
+        # made once and kept in bf16, 22 GiB of FLUX.1: the two are one in the graph, and what a matrix product reads is
+        # not made again. Without, no product or attention is; a few passes over activations are, which it need not
+        # keep. (With `cse` off the weights are not kept either, but every expression is computed as often as written.)
+        partitioner.patch(ban_recompute_materialized_backward=False),
+    ):
+        call = setting(call)
+    return call
 
 
 def _call_single(

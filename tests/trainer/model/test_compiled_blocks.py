@@ -1,11 +1,16 @@
 """Compiled blocks of one process; whole runs with them are those of tests/trainer/engines/test_compiled_runs.py."""
 
 import logging
+import threading
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from configs.errors import InputError
 from configs.schema import DoraConfig, FlowConfig, LokrConfig
@@ -13,6 +18,7 @@ from data.samples.geometry import Bucket
 from tests.trainer.adapters.live_models import DORA, adapted, lora, train_a_little
 from trainer.adapters.build import add_adapter
 from trainer.adapters.dora import DoraMagnitude, take_norms_before_graphs
+from trainer.adapters.lora import patch_lora_forward
 from trainer.model.checkpointing import checkpoint_blocks
 from trainer.model.compiled_blocks import GRAPHS, _call, _call_single, compile_blocks
 from trainer.model.compute_dtype import compute_in
@@ -30,16 +36,10 @@ LOKR_ON_FEW = LokrConfig(type="lokr", rank=2, alpha=6, factor=4, targets=FEW)
 
 @pytest.fixture(autouse=True)
 def no_graphs():
-    """None of another test; and torch's settings as they were."""
-    from torch.fx.experimental import _config as sizes
-
+    """None of another test."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    with (
-        torch._dynamo.config.patch(recompile_limit=8, optimize_ddp=True),
-        sizes.patch(use_duck_shape=True),  # type: ignore[attr-defined]
-        torch.compiler.set_stance("default"),
-    ):
+    with torch.compiler.set_stance("default"):
         yield
     torch._dynamo.reset()
 
@@ -127,6 +127,112 @@ def test_no_memory_for_a_block_is_known_as_such(when):
     with pytest.raises(RuntimeError) as raised:
         _call(compiled(lambda x, y, z: x + y + z, backend=backend), *inputs(2))
     assert is_out_of_memory(raised.value)
+
+
+# --- settings of torch's compiler -------------------------------------------------------------------------------------
+
+
+class OneLayer(nn.Module):
+    """A block of one layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.kind = layer, 0  # a graph for each kind
+
+    def forward(self, hidden_states, encoder_hidden_states, temb):
+        return self.layer(hidden_states.sin()) + self.kind
+
+
+def compile_layer(layer: nn.Module, monkeypatch, backend) -> OneLayer:
+    """By `compile_blocks`, as a double block."""
+    block = OneLayer(layer)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    compile_blocks(SimpleNamespace(transformer_blocks=[block], single_transformer_blocks=[]))
+    return block
+
+
+def frozen() -> nn.Linear:
+    return nn.Linear(24, 40, dtype=torch.bfloat16).requires_grad_(False)
+
+
+def quantized(precision: str) -> nn.Module:
+    transformer = nn.ModuleDict({"transformer_blocks": nn.ModuleList([nn.ModuleDict({"to_q": frozen()})])})
+    quantize_base(transformer, precision, lambda tensor: tensor.detach())
+    return transformer["transformer_blocks"][0]["to_q"]
+
+
+def with_lora(layer: nn.Module) -> nn.Module:
+    adapted = get_peft_model(nn.ModuleDict({"to_q": layer}), LoraConfig(r=2, target_modules=["to_q"]))
+    patch_lora_forward(adapted)
+    return adapted.base_model.model["to_q"]
+
+
+def of_masters() -> nn.Module:
+    layers = nn.ModuleDict({"to_q": nn.Linear(24, 40)})
+    compute_in(layers, torch.bfloat16)
+    return layers["to_q"]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: quantized("int8"),
+        lambda: quantized("fp8"),
+        lambda: with_lora(quantized("int8")),
+        lambda: with_lora(quantized("fp8")),
+        lambda: with_lora(frozen()),
+        of_masters,
+    ],
+    ids=["int8", "fp8", "lora-int8", "lora-fp8", "lora-bf16", "fp32-masters"],
+)
+def test_a_graph_keeps_a_weight_for_its_backward_pass_where_it_lies(layer, monkeypatch):
+    """As without a graph; by torch's own setting of the partitioner it keeps a copy in bf16 of each weight."""
+    block = compile_layer(layer(), monkeypatch, "aot_eager_decomp_partition")
+    weight = next(parameter for parameter in block.parameters() if parameter.shape == (40, 24))
+    for forward in (partial(OneLayer.forward, block), block):
+        saved: list[torch.Tensor] = []
+        inputs = [torch.randn(2, size, 24, dtype=torch.bfloat16, requires_grad=True) for size in (3, 5, 1)]
+        with torch.autograd.graph.saved_tensors_hooks(partial(_kept, saved), lambda x: x):
+            out = forward(*inputs)
+        kept = [(x.data_ptr(), x.element_size()) for x in saved if x.numel() == weight.numel()]
+        assert kept == [(weight.data_ptr(), weight.element_size())]
+        out.sum().backward()
+        assert inputs[0].grad is not None and inputs[0].grad.abs().sum() > 0
+    assert graphs() == 1
+
+
+def _kept(saved: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    saved.append(x)
+    return x
+
+
+def test_blocks_computed_again_in_another_thread_have_the_same_settings(caplog, monkeypatch):
+    """As on a GPU, whose backward pass runs in a thread of autograd's; torch keeps settings thread by thread."""
+    from torch._functorch import config as partitioner
+    from torch.fx.experimental import _config as sizes
+
+    met = []
+
+    def backend(graph, _):
+        dynamo = torch._dynamo.config
+        settings = dynamo.recompile_limit, dynamo.optimize_ddp, sizes.use_duck_shape
+        met.append((threading.get_ident(), *settings, partitioner.ban_recompute_materialized_backward))
+        return graph.forward
+
+    monkeypatch.setattr(logging.getLogger("fluxfill"), "propagate", True)
+    block = compile_layer(nn.Linear(3, 3), monkeypatch, backend)
+    for block.kind in range(10):  # more than torch's own limit, 8
+        inputs = [torch.randn(2, 3, requires_grad=True) for _ in range(3)]
+        out = checkpoint(block, *inputs, use_reentrant=False)
+    block.kind = 10
+    thread = threading.Thread(target=out.sum().backward)
+    thread.start()
+    thread.join()
+    assert inputs[0].grad is not None
+    assert not any(record.name == "fluxfill" for record in caplog.records)
+    assert met == [(threading.get_ident(), GRAPHS, False, False, False)] * 10 + [
+        (thread.ident, GRAPHS, False, False, False)
+    ]
 
 
 # --- the passes of a run ----------------------------------------------------------------------------------------------
