@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +17,8 @@ from configs.problems import explain_errors
 from configs.section import PositiveFloat, PositiveInt, Section
 
 FOLDER = Path(__file__).parent / "gpus"
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(gi?b?)?\s*", re.IGNORECASE)  # of memory; without GB perhaps a model
 
 
 class GpuProfile(Section):
@@ -81,15 +84,21 @@ def load_gpu_profile(name: str) -> GpuProfile:
     """
     if is_profile_file(name):
         return read_profile(Path(name).expanduser())
-    asked = _letters(name)
+    size = _SIZE.fullmatch(name)
+    asked = f"{float(size[1]):g}{'gb' if size[2] else ''}" if size else _letters(name)
+    part = re.compile(rf"(?<!\d){re.escape(asked)}(?!\d)" if size else re.escape(asked))  # 8GB is no part of 48GB
     files = profile_files()
     names = list(files)
-    matching = [known for known in names if asked and _letters(known).startswith(asked)]
+    spelled = {known: known.lower() if size else _letters(known) for known in names if asked}
+    matching = [known for known, text in spelled.items() if part.match(text)]
     exact = [known for known in matching if _letters(known) == asked]
     if len(exact or matching) == 1:
         return read_profile(files[(exact or matching)[0]])
-    alike = [known for known in names if asked and asked in _letters(known)]
-    nearest = alike or _sizes_near(asked) or difflib.get_close_matches(asked, names, n=3, cutoff=0.4)
+    nearest = [known for known, text in spelled.items() if part.search(text)]
+    if not nearest and size:
+        nearest = _sizes_near(float(size[1]), names)
+    elif not nearest:
+        nearest = difflib.get_close_matches(asked, names, n=3, cutoff=0.4)
     found = "several GPUs have that name" if matching else "there is no such GPU"
     word = "Take one of" if matching else "Nearest" if nearest else "Known"
     raise InputError(
@@ -99,11 +108,10 @@ def load_gpu_profile(name: str) -> GpuProfile:
     )
 
 
-def _sizes_near(asked: str) -> list[str]:
-    """The names that are sizes of memory, the nearest first, where a size is asked for."""
-    size = re.fullmatch(r"(\d+)(g|gb|gib)?", asked)
-    sizes = [name for name in gpu_names() if name.removesuffix("gb").isdecimal()]
-    return sorted(sizes, key=lambda name: abs(int(name.removesuffix("gb")) - int(size[1]))) if size else []
+def _sizes_near(gib: float, names: Iterable[str]) -> list[str]:
+    """Those of the names that are sizes of memory, the nearest first."""
+    sizes = [name for name in names if name.removesuffix("gb").isdecimal()]
+    return sorted(sizes, key=lambda name: abs(int(name.removesuffix("gb")) - gib))
 
 
 def is_profile_file(name: str) -> bool:

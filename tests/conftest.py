@@ -65,6 +65,13 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_settings_of_a_user(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """GPU profiles of whoever runs the tests lie in ~/.config, unless that is said to be elsewhere. A real folder:
+    Chromium writes there."""
+    os.environ["XDG_CONFIG_HOME"] = str(tmp_path_factory.mktemp("config"))
+
+
 @pytest.fixture(autouse=True)
 def a_tests_process() -> Iterator[None]:
     with process_of_before():

@@ -3,7 +3,11 @@
 import logging
 import os
 import re
+import shutil
+import subprocess
+import sys
 
+from configs.gpu_profiles import FOLDER, gpu_names, profile_files
 from tests.conftest import ROOT
 from tests.environment import NOTING, forget_the_machine, process_of_before
 from trainer.process import launcher
@@ -16,6 +20,17 @@ def test_a_machines_own_variables_are_taken_out_and_the_rest_stays():
     found = kept | dict.fromkeys(foreign, "x") | {"OMP_NUM_THREADS": "8"}
     forget_the_machine(found)
     assert found == kept | {"OMP_NUM_THREADS": "1"}
+
+
+def test_a_profile_of_whoever_runs_the_tests_is_none_of_theirs(tmp_path, monkeypatch):
+    own = tmp_path / ".config" / "fluxfill" / "gpus"
+    own.mkdir(parents=True)
+    shutil.copy(FOLDER / "a100-40gb.yaml", own / "lab.yaml")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert list(profile_files()) == gpu_names()
+    listed = "from configs.gpu_profiles import profile_files; print(*profile_files())"
+    command = [sys.executable, "-c", listed]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.split() == gpu_names()
 
 
 def test_what_a_program_left_in_this_process_is_gone():

@@ -99,9 +99,7 @@ def plan(
     elif refusal := _refusal_as_written(planned):
         raise InputError(f"{_taken(config, run)} {refusal}. Nearest that fits: {describe(best)}. Take it: --write.")
     elif planned.as_written is not None and planned.as_written.choices != best.choices:
-        theirs = f"{describe(planned.as_written)}, {planned.as_written.time.total:.2f} s a step"
-        ours = f"the plan, which --write sets, {best.time.total:.2f} s"
-        typer.echo(f"{_taken(config, run)} {theirs}; {ours}", err=as_json)
+        typer.echo(f"{_taken(config, run)} {_compared(planned.as_written, best)}", err=as_json)
 
 
 def _cluster_of(
@@ -141,6 +139,14 @@ def _refuse_full_encoders(config: Config, cluster: Cluster) -> None:
 def _taken(path: str, config: Config) -> str:
     """The beginning of a sentence that goes on with what the config is started with."""
     return "parallel.engine is auto: `fluxfill train` takes" if config.parallel.engine == "auto" else f"{path} names"
+
+
+def _compared(written: Plan, best: Plan) -> str:
+    """What each of the two is, and its seconds where they differ as shown."""
+    theirs, ours = (f"{plan.time.total:.2f} s" for plan in (written, best))
+    if theirs == ours:
+        return f"{describe(written)}; the plan, which --write sets: {describe(best)}"
+    return f"{describe(written)}, {theirs} a step; the plan, which --write sets: {describe(best)}, {ours}"
 
 
 def _refusal_as_written(planned: Planned) -> str | None:

@@ -13,6 +13,7 @@ from configs.loading import load_config
 from configs.memory import USABLE, encoders_apart, encoding_memory, training_memory
 from configs.schema import EngineName
 from launch.command import REPO_ROOT
+from launch.gpus import count_training_gpus
 from launch.plan.asked import sample_tokens
 
 _SPARING_BATCH = 4  # one picture of 1024 x 1024 at once, or four of 512 x 512
@@ -27,8 +28,9 @@ _T5_PRECISIONS = ("auto", "int8")  # of encoders that share the GPU
 class Choices:
     """What a config is rendered from.
 
-    num_training: training processes on each node.  encoder_devices: where an online run encodes; none: on the GPU that
-    trains.  memory: part -> GiB, of what a GPU that trains holds.
+    num_training: training processes on each node, on its first GPUs.  encoder_devices: where an online run encodes, on
+    those after them; none: on the GPU that trains. What is left does nothing.  memory: part -> GiB, of what a GPU that
+    trains holds.
     """
 
     gpu: GpuProfile
@@ -61,7 +63,7 @@ def choose(gpu: GpuProfile, *, num_gpus: int, num_nodes: int, online: bool) -> C
     devices: tuple[str, ...] = ()
     if apart:
         devices, t5_precision, batch = _encoding_gpus(gpu, num_gpus, max(resolutions), batch)
-    num_training = num_gpus - len(devices)
+    num_training = count_training_gpus(num_gpus, devices)
     processes = num_training * num_nodes
     accumulation = 2 if gpu.memory_gib < 40 or (gpu.memory_gib >= 80 and num_gpus == 1) else 4
     return Choices(
@@ -85,7 +87,8 @@ def choose(gpu: GpuProfile, *, num_gpus: int, num_nodes: int, online: bool) -> C
 
 def _encoding_gpus(gpu: GpuProfile, num_gpus: int, side: int, largest: int) -> tuple[tuple[str, ...], str, int]:
     """(the fewest GPUs of a machine that hold the encoders of the processes on the others, T5's precision there, how
-    much they encode at once). T5 is as exact as can be without a GPU that neither trains nor encodes.
+    much they encode at once). T5 is as exact as can be without a GPU that neither trains nor encodes; the last of an
+    odd number does neither where a GPU holds the encoders of one process alone.
 
     largest: what is encoded at once where that fits.
     """
@@ -96,7 +99,7 @@ def _encoding_gpus(gpu: GpuProfile, num_gpus: int, side: int, largest: int) -> t
     ]
     for t5_precision, count, batch in tries:
         training = num_gpus - count
-        devices = tuple(f"cuda:{index}" for index in range(training, num_gpus))
+        devices = tuple(f"cuda:{index}" for index in range(training, min(num_gpus, 2 * training)))
         settings = ["data.mode=online", f"data.encoder_devices=[{','.join(devices)}]"]
         settings += [f"data.encode_batch_size={batch}", f"data.encoders.t5_precision={t5_precision}"]
         data = load_config(REPO_ROOT / "configs" / "fill_lora.yaml", settings).data

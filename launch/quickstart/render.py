@@ -95,7 +95,15 @@ def _summary(choices: Choices) -> str:
         return f"Pictures are encoded while it trains, on the same GPU{where}."
     *first, last = choices.encoder_devices
     encodes = f"{', '.join(first)} and {last} encode" if first else f"{last} encodes"
-    return f"Pictures are encoded while it trains: {trains}{where}, and {encodes} for them."
+    them = "it" if choices.num_training == 1 else "them"
+    return f"Pictures are encoded while it trains: {trains}{where}, and {encodes} for {them}.{_idle(choices)}"
+
+
+def _idle(choices: Choices) -> str:
+    """A sentence on the GPU that is left over where each encodes for one that trains; no text where there is none."""
+    if not choices.encoder_devices or choices.num_training + len(choices.encoder_devices) == choices.num_gpus:
+        return ""
+    return f" cuda:{choices.num_gpus - 1} does nothing: a GPU of this size holds the encoders of one that trains."
 
 
 def _memory_count(choices: Choices) -> str:

@@ -52,7 +52,10 @@ def test_fp8_is_twice_as_fast_as_bf16_where_there_is_any(name: str) -> None:
 
 @pytest.mark.parametrize(
     "given, name",
-    [("80GB", "80gb"), ("80", "80gb"), ("H100-80GB", "h100-80gb"), ("h100", "h100-80gb"), ("RTX 4090", "rtx4090-24gb")],
+    [
+        *[("80GB", "80gb"), ("80", "80gb"), ("80 GiB", "80gb"), ("80G", "80gb"), ("80.0 GB", "80gb")],
+        *[("H100-80GB", "h100-80gb"), ("h100", "h100-80gb"), ("RTX 4090", "rtx4090-24gb")],
+    ],
 )
 def test_a_name_is_found_in_any_spelling_and_by_its_beginning(given: str, name: str) -> None:
     assert load_gpu_profile(given) == load_gpu_profile(name)
@@ -68,7 +71,15 @@ def test_a_name_is_found_in_any_spelling_and_by_its_beginning(given: str, name: 
         ("16GB", "there is no such GPU. Nearest: 24gb, 40gb, 80gb. For"),
         ("70 GiB", "there is no such GPU. Nearest: 80gb, 40gb, 24gb. For"),
         ("28", "there is no such GPU. Nearest: 24gb, 40gb, 80gb. For"),
-        ("48GB", "there is no such GPU. Nearest: l40s-48gb"),
+        ("48GB", "there is no such GPU. Nearest: l40s-48gb. For"),
+        ("32 GiB", "there is no such GPU. Nearest: rtx5090-32gb. For"),
+        ("8GB", "there is no such GPU. Nearest: 24gb, 40gb, 80gb. For"),
+        ("8", "there is no such GPU. Nearest: 24gb, 40gb, 80gb. For"),
+        ("8.0GB", "there is no such GPU. Nearest: 24gb, 40gb, 80gb. For"),
+        ("41GB", "there is no such GPU. Nearest: 40gb, 24gb, 80gb. For"),
+        ("2GB", "there is no such GPU. Nearest: 24gb, 40gb, 80gb. For"),
+        ("4090", "there is no such GPU. Nearest: rtx4090-24gb. For"),
+        ("100", "there is no such GPU. Nearest: a100-40gb, a100-80gb, h100-80gb. For"),
         ("", "there is no such GPU"),
         ("nowhere/card.yaml", "nowhere/card.yaml: there is no such file"),
     ],

@@ -149,11 +149,24 @@ def test_a_run_that_fits_and_is_not_the_chosen_one_is_told_with_what_it_takes(gp
     assert made.exit_code == 0
     best, written = (json.loads(made.stdout)[name] for name in ("best", "as_written"))
     takes = f"{written['gpu_bytes'] / 2**30:.1f} GiB a GPU, {written['time']['total']:.2f} s a step"
-    rest = made.stderr.removeprefix(taken).removesuffix(
-        f"; the plan, which --write sets, {best['time']['total']:.2f} s\n"
-    )
-    assert rest.endswith(takes) and len(rest) < 60 and made.stderr.startswith(taken), made.stderr
+    theirs, ours = made.stderr.split("; the plan, which --write sets: ")
+    rest = theirs.removeprefix(taken)
+    assert rest.endswith(takes) and len(rest) < 60 and theirs.startswith(taken), made.stderr
+    assert ours.startswith(f"{best['engine']}, micro-batches of {best['micro_batch_size']}, ")
+    assert ours.endswith(f", {best['gpu_bytes'] / 2**30:.1f} GiB a GPU, {best['time']['total']:.2f} s\n")
     assert "--write" not in plan(CONFIGS / "fill_lora.yaml", f"parallel.engine={best['engine']}", "--gpu", gpu).output
+
+
+def test_a_run_as_fast_as_the_chosen_one_is_told_apart_by_what_both_take():
+    config = CONFIGS / "dev_to_fill_full.yaml"
+    made = plan(config, "train.micro_batch_size=1", "--gpu", "h200-141gb", "--gpus-per-node", "8", "--json")
+    assert made.exit_code == 0
+    best, written = (json.loads(made.stdout)[name] for name in ("best", "as_written"))
+    assert f"{best['time']['total']:.2f}" == f"{written['time']['total']:.2f}"
+    assert made.stderr == (
+        f"{config} names fsdp2, micro-batches of 1, no checkpointing, 54.5 GiB a GPU; "
+        "the plan, which --write sets: fsdp2, micro-batches of 2, no checkpointing, 84.8 GiB a GPU\n"
+    )
 
 
 def test_where_nothing_fits_the_nearest_is_a_change_of_config_or_gpus():

@@ -70,9 +70,16 @@ def test_an_online_run_leaves_as_many_gpus_to_the_encoders_as_hold_them(
     assert count_training_gpus(num_gpus, devices) == choices.num_training, "fluxfill train counts otherwise"
 
 
+@pytest.mark.parametrize("num_gpus, devices", [(3, ("cuda:1",)), (5, ("cuda:2", "cuda:3"))])
+def test_of_an_odd_number_of_small_gpus_the_last_does_nothing(num_gpus: int, devices: tuple[str, ...]) -> None:
+    choices = choose(card(16), num_gpus=num_gpus, num_nodes=1, online=True)
+    assert (choices.encoder_devices, choices.num_training) == (devices, num_gpus // 2)
+    assert count_training_gpus(num_gpus, devices) == choices.num_training, "fluxfill train counts otherwise"
+
+
 def test_what_is_chosen_fits_the_gpus_that_encode() -> None:
-    for name, num_gpus in product(gpu_names(), (2, 3, 4, 5, 8)):
-        profile = load_gpu_profile(name)
+    cards = [card(12), card(16), *map(load_gpu_profile, gpu_names())]
+    for profile, num_gpus in product(cards, (2, 3, 4, 5, 8)):
         choices = choose(profile, num_gpus=num_gpus, num_nodes=1, online=True)
         settings = [f"data.encoder_devices=[{','.join(choices.encoder_devices)}]", "data.mode=online"]
         settings += [f"data.encoders.t5_precision={choices.t5_precision}"]

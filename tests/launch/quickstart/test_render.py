@@ -88,6 +88,23 @@ def test_the_config_loads_and_says_what_was_chosen(
     assert (config.slurm.gpu, config.slurm.nodes, config.slurm.gpus_per_node) == (gpu, nodes, num_gpus)
 
 
+@pytest.mark.parametrize(
+    "gib, num_gpus, summary",
+    [
+        (16, 2, "one GPU trains, and cuda:1 encodes for it.\n"),
+        (16, 3, "one GPU trains, and cuda:1 encodes for it. cuda:2 does nothing: a GPU of"),
+        (16, 7, "3 GPUs train, and cuda:3, cuda:4 and cuda:5 encode for them. cuda:6 does nothing: a GPU of"),
+        (24, 3, "2 GPUs train, and cuda:2 encodes for them.\n"),
+    ],
+)
+def test_the_readme_says_what_each_gpu_of_an_online_run_does(
+    tmp_path: Path, gib: int, num_gpus: int, summary: str
+) -> None:
+    card = tmp_path / "card.yaml"
+    card.write_text(f"name: A card\nuntested: true\nmemory_gib: {gib}\n")
+    assert f"while it trains: {summary}" in render(str(card), num_gpus=num_gpus, online=True)["README.md"]
+
+
 def test_the_config_holds_the_documents_choices_each_with_its_reason(tmp_path: Path) -> None:
     text = render("24gb", num_gpus=1)["train_flux_inpainting.yaml"]
     (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
