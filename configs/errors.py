@@ -55,15 +55,19 @@ def is_of_storage(error: OSError) -> bool:
 
 
 @contextmanager
-def os_errors_named(path: Path, what: str = "written", cure: str = "") -> Iterator[None]:
-    """A time in which an OSError becomes the message that `path` cannot be `what`; others, as of a full disk, stay."""
+def os_errors_named(path: Path, what: str = "written", cure: str = "", *, path_cure: str = "") -> Iterator[None]:
+    """A time in which an OSError becomes the message that `path` cannot be `what`; others, as of a full disk, stay.
+
+    cure: what to do.  path_cure: what to do where a path is wrong, and no disk or server has failed.
+    """
     try:
         yield
     except InputError:
         raise
     except OSError as error:
         kind = StorageFailed if is_of_storage(error) else InputError
-        raise kind(f"{path}: cannot be {what} ({error.strerror}).{cure}") from error
+        more = cure + (path_cure if kind is InputError else "")
+        raise kind(f"{path}: cannot be {what} ({error.strerror}).{more}") from error
 
 
 def list_problems(problems: Sequence[str], *, limit: int = 50) -> str:

@@ -1,12 +1,13 @@
 """Everything in a config that does not go together, also where single keys of it are wrong as they stand."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from pydantic import ValidationError
 
-from configs.combinations import Mismatch, find_refused
+from configs.combinations import KEYS, Mismatch, find_refused
 from configs.contradictions import find_contradictions, find_late_signal
+from configs.errors import WhatAndCure
 from configs.schema import Config
 from configs.yaml_text import KeyPath
 
@@ -22,7 +23,12 @@ EXAMPLE: dict[str, dict[str, Any]] = {
 
 def find_mismatches(config: Config) -> list[Mismatch]:
     """All of them, of what a run and its jobs do."""
-    return [*find_refused(config), *find_contradictions(config), *find_late_signal(config)]
+    return [*find_refused(config), *_find_others(config)]
+
+
+def _find_others(config: Config) -> Iterator[Mismatch]:
+    yield from find_contradictions(config)
+    yield from find_late_signal(config)
 
 
 def find_sure_mismatches(raw: dict[str, Any], error: ValidationError, wrong: Collection[KeyPath]) -> list[Mismatch]:
@@ -45,13 +51,18 @@ def find_sure_mismatches(raw: dict[str, Any], error: ValidationError, wrong: Col
         except ValidationError:
             return []
 
+    def is_known(path: KeyPath) -> bool:
+        return not any(path[: len(other)] == other or other[: len(path)] == path for other in unsure)
+
     def is_sure(key: str) -> bool:
         path = tuple(key.split("."))
-        if any(path[: len(other)] == other or other[: len(path)] == path for other in unsure):
-            return False
-        return not misspelt or _stands_in(raw, path)
+        return is_known(path) and (not misspelt or _stands_in(raw, path))
 
-    return [found for found in find_mismatches(config) if all(map(is_sure, found.keys))]
+    refused = find_refused(config)
+    if not all(is_known(tuple(key.split("."))) for key in KEYS.values()):
+        # The nearest that works may not go with what takes the place of a wrong key.
+        refused = [found._replace(problem=WhatAndCure(found.problem.what)) for found in refused]
+    return [found for found in [*refused, *_find_others(config)] if all(map(is_sure, found.keys))]
 
 
 def _completed(raw: dict[str, Any], without: Collection[KeyPath]) -> dict[str, Any]:

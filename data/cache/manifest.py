@@ -165,10 +165,10 @@ def parse_manifest(data: bytes, path: Path | str) -> Manifest:
     or else they are damaged."""
     try:
         fields = json.loads(data.decode())
-        if isinstance(fields, dict) and fields and not fields.keys() & {"format_version", "checksum"}:
+        if fields and not _is_of_a_cache(fields):
             raise ForeignManifest(
-                f"{path}: another program's, not that of a cache (it has neither format_version nor checksum). Point "
-                "data.cache at a folder of its own, or move the file away."
+                f"{path}: another program's, not that of a cache (it has not the format_version and checksum of ours). "
+                "Point data.cache at a folder of its own, or move the file away."
             )
         version = fields["format_version"]
         if version > FORMAT_VERSION:
@@ -186,6 +186,12 @@ def parse_manifest(data: bytes, path: Path | str) -> Manifest:
         raise InputError(
             f"{path}: damaged ({error}). Run `fluxfill preprocess CONFIG` again; whole shards are kept."
         ) from error
+
+
+def _is_of_a_cache(fields: object) -> bool:
+    """Whether JSON is a manifest of this or of a later format, perhaps one that does not hold what it should."""
+    version = fields.get("format_version") if isinstance(fields, dict) else None
+    return isinstance(fields, dict) and isinstance(version, int) and (version > FORMAT_VERSION or "checksum" in fields)
 
 
 def read_shard_table(cache: Path) -> ShardTable:

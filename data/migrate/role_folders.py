@@ -55,20 +55,21 @@ def _find_role_folders(pictures: Mapping[str, PictureFile]) -> Iterator[dict[str
     """Role -> folder, wherever some lie side by side (or the others in that of the targets) and hold pictures of the
     same names."""
     named: dict[tuple[str, ...], dict[tuple[str, str], list[str]]] = defaultdict(lambda: defaultdict(list))
-    plain = []
+    plain: dict[tuple[str, ...], list[str]] = defaultdict(list)  # in a folder, and in none of a role below it
     for name in pictures:
         *above, _ = name.split("/")
-        roles = ((at, role) for at, part in enumerate(above) if (role := _role_of(part)))
-        if (first := next(roles, None)) is not None:
-            at, role = first
-            named[tuple(above[:at])][role, above[at]].append(name)
-        else:
-            plain.append(name)
+        last = -1
+        for at, part in enumerate(above):  # an outer folder may be called images, too
+            if role := _role_of(part):
+                named[tuple(above[:at])][role, part].append(name)
+                last = at
+        for depth in range(last + 1, len(above) + 1):
+            plain[tuple(above[:depth])].append(name)
     for prefix, groups in sorted(named.items()):
         by_role: dict[str, list[_Pictures]] = defaultdict(list)
         for (role, _), names in groups.items():
             by_role[role].append(_pictures_of(names, len(prefix) + 1, role, pictures))
-        if beside := [name for name in plain if tuple(name.split("/")[: len(prefix)]) == prefix]:
+        if beside := plain.get(prefix):
             by_role["target"].append(_pictures_of(beside, len(prefix), "target", pictures))
         if found := _choose(by_role):
             yield found

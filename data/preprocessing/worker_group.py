@@ -114,7 +114,7 @@ class WorkerGroup:
     def _living(self, token: str, now: int) -> WorkerInfo | None:
         file = self._file_of(token)
         cure = " It says who is at work in data.cache: have it made readable to you, or point that at another folder."
-        with os_errors_named(file, "read", cure):
+        with os_errors_named(file, "read", path_cure=cure):
             try:
                 worker = _INFO.validate_json(retry_if_stale(file, file.read_bytes))  # `announce_plan` replaces it
                 age = now - file.stat().st_mtime_ns

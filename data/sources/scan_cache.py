@@ -82,7 +82,7 @@ class ScanCache:
             "made writable to you, or point data.cache at a folder that is. A complete one is trained on as it is with "
             "data.mode=cached data.preprocess=never data.encoder_devices=null."
         )
-        return os_errors_named(place, "written to", cure)
+        return os_errors_named(place, "written to", path_cure=cure)
 
     def key(self, *parts: object) -> str:
         """The key of a result with these inputs (of JSON's types)."""

@@ -25,7 +25,7 @@ def parse_claims(texts: Sequence[str]) -> list[tuple[str, str]]:
     claims: list[tuple[str, str]] = []
     for text in texts:
         name, _, place = text.partition(":")
-        place = normpath(place) if place else ""
+        place = _normal(place) if place else ""
         if not (name and place.startswith("/")):
             problems.append(f"--claim {text}: write NAME:PATH, such as data:/data.")
         elif not re.fullmatch(rf"{_LABEL}(\.{_LABEL})*", name) or len(name) > _LONGEST_NAME:
@@ -33,6 +33,8 @@ def parse_claims(texts: Sequence[str]) -> list[tuple[str, str]]:
                 f"--claim {text}: Kubernetes has no claim of such a name: lower case, digits, - and . (RFC 1123), at "
                 f"most {_LONGEST_NAME}. `kubectl get pvc` lists those there are."
             )
+        elif place == "/":
+            problems.append(f"--claim {text}: it would hide all that the image has. Give a folder of its own.")
         elif ":" in place:
             problems.append(f"--claim {text}: Kubernetes allows no colon where a claim is mounted. Write NAME:PATH.")
         elif place == "/dev/shm" or place in [other for _, other in claims]:
@@ -83,7 +85,11 @@ def _read_places(config: Config, config_path: str, folder: Path) -> Iterator[tup
 
 
 def _resolve(place: Path, folder: Path) -> PurePosixPath:
-    return PurePosixPath(normpath(folder / place))
+    return PurePosixPath(_normal(str(folder / place)))
+
+
+def _normal(place: str) -> str:
+    return re.sub("^//+", "/", normpath(place))  # POSIX lets two slashes in front mean another place
 
 
 def _is_held(place: PurePosixPath, claims: Claims) -> bool:

@@ -25,7 +25,7 @@ def test_mistakes_of_every_kind_are_listed_at_once(config_file: Path) -> None:
     told = [
         ('20: train.optimizer is "adam"', "Did you mean adamw?"),
         ("21: train.warmup_steps is 5000, but must be below train.steps, 200", "raise the steps."),
-        (f"22: {ZERO3_AND_INT8}", "Nearest that works: parallel.engine=fsdp2."),
+        (f"22: {ZERO3_AND_INT8}", "of a quantized weight."),  # and nothing nearest, which no adam was tried with
         (f"23: {NO_AVERAGE}", "or validation.weights=live."),
     ]
     problems = problems_of(config_file)
@@ -81,6 +81,16 @@ def test_what_is_missing_or_wrong_by_default_hides_nothing(config_file: Path) ->
 def test_keys_of_another_method_hide_nothing_and_cause_nothing(config_file: Path) -> None:
     problems = problems_of(config_file, "method.type=dorra", "method.factor=2", "validation.weights=ema")
     assert len(problems) == 2 and any(NO_AVERAGE in problem for problem in problems)
+
+
+def test_the_nearest_that_works_is_told_where_all_that_it_depends_on_is_known(config_file: Path) -> None:
+    """Taken together, what two messages say to write would be refused."""
+    of_engine = ("parallel.engine=zero3", "model.precision=int8")
+    for wrong in ("train.optimizer=prodigi", "method={type: ful}"):
+        mismatch, other = sorted(problems_of(config_file, *of_engine, wrong), key=lambda told: "Did you" in told)
+        assert ZERO3_AND_INT8 in mismatch and "Nearest" not in mismatch and "Did you mean" in other
+    mismatch = next(told for told in problems_of(config_file, *of_engine, "train.lr=-1") if ZERO3_AND_INT8 in told)
+    assert "Nearest that works: parallel.engine=" in mismatch
 
 
 def test_the_example_holds_what_must_be_given_and_nothing_that_is_judged() -> None:

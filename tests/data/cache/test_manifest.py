@@ -72,7 +72,9 @@ def test_a_flipped_bit_in_the_manifest_is_named(made_up):
         read_manifest(made_up.folder)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", "<!DOCTYPE html>", '{"format_version": "1"}', "null"])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", "<!DOCTYPE html>", '{"format_version": 1, "checksum": "0"}', "null"]
+)
 def test_a_manifest_that_is_none_is_named(made_up, content):
     (made_up.folder / "manifest.json").write_text(content)
     with pytest.raises(InputError, match=r"manifest.json: damaged .*Run `fluxfill preprocess CONFIG` again"):
@@ -158,7 +160,18 @@ def test_a_manifest_knows_its_samples(cache):
     assert replace(cache.manifest, encoders={}) != cache.manifest
 
 
-@pytest.mark.parametrize("content", ['{"name": "an app", "files": {}}', '{"state.json": "0123"}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"name": "an app", "files": {}}',
+        '{"state.json": "0123"}',
+        '[{"file": "a.jpg"}]',
+        '"some text"',
+        '{"checksum": "0123", "files": []}',
+        '{"format_version": "1.0", "checksum": "0123"}',
+        '{"format_version": 1, "name": "an app"}',
+    ],
+)
 def test_a_manifest_of_another_program_is_not_taken_for_a_damaged_one(tmp_path, content):
     """Preprocessing would delete it."""
     (tmp_path / "manifest.json").write_text(content)

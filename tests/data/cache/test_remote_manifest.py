@@ -111,7 +111,7 @@ def test_the_head_that_another_process_reads_goes_with_the_process(remote, tmp_p
     def read_on():
         fetch_manifest(url, node)
         reads.set()
-        time.sleep(60)
+        time.sleep(PATIENCE)  # it is killed before
 
     reader = context.Process(target=read_on, daemon=True)
     reader.start()

@@ -33,6 +33,10 @@ def advised(folders):
         ("original", "mask", None),
         ("images", None, "source"),
         (".", "masks", "masked"),
+        ("images/target", "images/mask", None),
+        ("photos/sofa/images", "photos/sofa/masks", None),
+        ("source/2024/target", "source/2024/mask", "source/2024/masked"),
+        ("photos", "photos/mask", "photos/masked"),
     ],
 )
 def test_folders_of_roles_below_the_targets_are_refused_with_the_options(tmp_path, target, mask, masked):

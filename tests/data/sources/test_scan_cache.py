@@ -1,10 +1,11 @@
+import errno
 import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 
-from configs.errors import InputError
+from configs.errors import InputError, StorageFailed
 from data.sources.scan_cache import ScanCache
 from tests.other_user import as_nobody
 
@@ -60,6 +61,15 @@ def test_a_file_in_the_place_of_a_folder_is_named(tmp_path):
     (tmp_path / "scan").write_text("in the way")
     with pytest.raises(InputError, match=r"scan/cats: cannot be written to \(Not a directory\)\. .*point data\.cache"):
         ScanCache(tmp_path, "cats")
+
+
+def test_a_disk_that_failed_is_not_told_as_a_folder_of_another_user(results, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("data.sources.scan_cache.write_text_atomically", fail)
+    with pytest.raises(StorageFailed, match=r"cannot be written to \(Input/output error\)\.$"):
+        results.write("a" * 32, [[1]])
 
 
 def test_what_can_no_longer_be_written_is_named(results):

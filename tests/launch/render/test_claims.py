@@ -91,7 +91,7 @@ def test_nothing_is_said_of_what_lies_on_claims_on_the_hub_or_at_a_url(folder: P
 
 def test_claims_are_read_with_their_mounts() -> None:
     longest = "a" * 253
-    assert parse_claims(["data:/data/", "a.b-1:/x/../y", f"{longest}:/z"]) == [
+    assert parse_claims(["data://data/", "a.b-1:/x/../y", f"{longest}:/z"]) == [
         ("data", "/data"),
         ("a.b-1", "/y"),
         (longest, "/z"),
@@ -113,6 +113,9 @@ def test_a_name_that_no_claim_can_have_is_refused(name: str) -> None:
         ([":/data"], "write NAME:PATH"),
         (["data:/data:ro"], "no colon"),
         (["data:/dev/shm"], "something else is mounted there"),
+        (["data:/"], "would hide all that the image has"),
+        (["data://data/.."], "would hide all that the image has"),
+        (["a:/data", "b://data"], "something else is mounted there"),
         (["a:/data", "b:/data/"], "--claim b:/data/: something else is mounted there"),
     ],
 )
