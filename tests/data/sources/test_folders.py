@@ -69,6 +69,8 @@ def test_a_folder_that_cannot_be_read_is_not_passed_over():
         make_files(folder / "target", "a.png", "locked/b.png")
         make_files(folder / "mask", "a.png", "locked/b.png")
         (folder / "target" / "locked").chmod(0)
+        (folder / "cache").mkdir()
+        (folder / "cache").chmod(0o777)
         with as_nobody(), pytest.raises(InputError, match=r"target/locked cannot be read \(Permission denied\)"):
             triples_of(folder)
         (folder / "target" / "locked").chmod(0o755)
