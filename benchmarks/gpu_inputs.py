@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.py trains on: a model folder without its weights, weights drawn on the device, and caches of made-up
+"""What benchmarks/gpu.py trains on: a model folder without weights, weights drawn on the device, and caches of made-up
 latents in real shards."""
 
 import json
@@ -42,8 +42,8 @@ TINY = Sizes("tiny", FluxShape(1, 2, width=256, text_width=64, pooled_width=32),
 
 
 def write_model(folder: Path, shape: FluxShape) -> None:
-    """A model folder of a shape, as far as a run on a cache looks into it: of the weights, which are drawn, there is one
-    number, or a run would find its base incomplete."""
+    """A model folder of a shape, as far as a run on a cache looks into it. Weights are drawn, and a file of them
+    has one number, or a run would find its base incomplete."""
     for part in PARTS:
         (folder / part).mkdir(parents=True)
         (folder / part / "config.json").write_text(json.dumps({"made for": f"benchmarks, {part}"}))
