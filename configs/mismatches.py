@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from configs.combinations import KEYS, Mismatch, find_refused
 from configs.contradictions import find_contradictions, find_late_signal
 from configs.errors import WhatAndCure
+from configs.problems import stands_in
 from configs.schema import Config
 from configs.yaml_text import KeyPath
 
@@ -41,7 +42,7 @@ def find_sure_mismatches(raw: dict[str, Any], error: ValidationError, wrong: Col
     misspelt = any(details["type"] == "extra_forbidden" for details in error.errors())
     unsure = {path[: next((at for at, step in enumerate(path) if isinstance(step, int)), None)] for path in wrong}
     # A default that is wrong is so because of another key, and those that must be given set the measure of defaults.
-    unsure |= {(path[0], key) for path in unsure if not _stands_in(raw, path) for key in EXAMPLE.get(str(path[0]), ())}
+    unsure |= {(path[0], key) for path in unsure if not stands_in(raw, path) for key in EXAMPLE.get(str(path[0]), ())}
     try:
         config = Config.model_validate(_completed(raw, unsure))
     except ValidationError as further:  # as of the keys of a method whose type is wrong
@@ -56,7 +57,7 @@ def find_sure_mismatches(raw: dict[str, Any], error: ValidationError, wrong: Col
 
     def is_sure(key: str) -> bool:
         path = tuple(key.split("."))
-        return is_known(path) and (not misspelt or _stands_in(raw, path))
+        return is_known(path) and (not misspelt or stands_in(raw, path))
 
     refused = find_refused(config)
     if not all(is_known(tuple(key.split("."))) for key in KEYS.values()):
@@ -79,11 +80,3 @@ def _without(section: dict[str, Any], at: KeyPath, paths: Collection[KeyPath]) -
         for key, value in section.items()
         if (*at, key) not in paths
     }
-
-
-def _stands_in(raw: Any, path: KeyPath) -> bool:
-    for step in path:
-        if not isinstance(raw, dict) or step not in raw:
-            return False
-        raw = raw[step]
-    return True

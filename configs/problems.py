@@ -33,7 +33,7 @@ def explain_errors(
     for details in error.errors(include_url=False):
         path, node = _locate(details["loc"], schema)
         kind = details["type"]
-        if isinstance(path[-1], int) and not _stands_in(raw, path):  # the one entry of a list written without brackets
+        if isinstance(path[-1], int) and not stands_in(raw, path):  # the one entry of a list written without brackets
             path = path[:-1]
         if details["loc"][-1] == _NAME:
             section, node = _locate(details["loc"][:-2], schema)
@@ -50,7 +50,7 @@ def explain_errors(
         elif kind in ("union_tag_invalid", "union_tag_not_found"):
             path, problem = _wrong_variant(path, node, details["input"], schema)
         elif kind == "value_error":
-            note = "" if _stands_in(raw, path) else " (the default)"
+            note = "" if stands_in(raw, path) else " (the default)"
             limit = details["ctx"]["error"]
             problem = WhatAndCure(f"{dotted(path)} is {render_value(details['input'])}{note}, but {limit}")
         else:
@@ -149,7 +149,8 @@ def _chosen_variant(node: JsonSchema, step: str | int, root: JsonSchema) -> Json
     return None if reference is None else _resolve({"$ref": reference}, root)
 
 
-def _stands_in(raw: Any, path: KeyPath) -> bool:
+def stands_in(raw: Any, path: KeyPath) -> bool:
+    """Whether a key is written in a config."""
     try:
         for step in path:
             raw = raw[step]

@@ -82,7 +82,7 @@ def check_processes(situation: Situation) -> Iterator[Check]:
 def _check_encoding_gpus(situation: Situation) -> Iterator[Check]:
     """Where nobody says how many GPUs a machine has: those that encode are right behind those that train."""
     config = situation.config
-    named = {device for device in config.data.encoder_devices or [] if device != "cpu"}
+    named = sorted({device for device in config.data.encoder_devices or [] if device != "cpu"})
     if situation.gpus or gpus_of_a_node(config.slurm) or not named:
         return
     gpus = situation.processes + len(named)
