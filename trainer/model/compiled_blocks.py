@@ -37,8 +37,8 @@ def compile_blocks(transformer: FluxTransformer2DModel) -> None:
 def _with_settings(call: Callable[..., Any]) -> Callable[..., Any]:
     """The same call, by settings of torch's compiler that it needs.
 
-    Set around each, for 30 microseconds: torch keeps settings thread by thread, and a CUDA device's backward pass, with
-    the blocks that are computed again in it, has a thread of its own, where they would be torch's.
+    Set around each, for some 50 microseconds: torch keeps settings thread by thread, and a CUDA device's backward pass,
+    with the blocks that are computed again in it, has a thread of its own, where they would be torch's.
     """
     from torch._functorch import config as partitioner
     from torch.fx.experimental import _config as sizes
